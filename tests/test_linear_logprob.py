@@ -1,0 +1,226 @@
+"""linear_logprob against fp64 truth: values, gradients, memory, bad input."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kernels import linear_logprob as module
+from kernels.linear_logprob import INTERPRET, WORKSPACE, linear_logprob, reference_linear_logprob
+
+CUDA = torch.cuda.is_available() and not INTERPRET
+needs_triton = pytest.mark.skipif(
+    not (CUDA or INTERPRET),
+    reason="Triton needs a GPU or TRITON_INTERPRET=1, with which test_compile_gate.py runs this file",
+)
+
+
+@pytest.fixture(autouse=True)
+def on_the_gpu_if_there_is_one():
+    torch.set_default_device("cuda" if CUDA else "cpu")
+    yield
+    torch.set_default_device(None)
+
+
+def make(n, v, h, dtype=torch.float32, scale=1.0, seed=0):
+    g = torch.Generator("cuda" if CUDA else "cpu").manual_seed(seed)
+    hidden = torch.randn(n, h, generator=g, dtype=torch.float64) * scale
+    weight = torch.randn(v, h, generator=g, dtype=torch.float64) * h**-0.5
+    return hidden.to(dtype), weight.to(dtype), torch.randint(v, (n,), generator=g)
+
+
+def run(f, hidden, weight, targets, temperature=1.0, g=(1.0, 0.5)):
+    hidden, weight = (x.detach().clone().requires_grad_() for x in (hidden, weight))
+    logprob, entropy = f(hidden, weight, targets, temperature)
+    mix = torch.linspace(-1, 1, len(hidden), dtype=logprob.dtype)
+    (g[0] * mix * logprob + g[1] * mix.flip(0) * entropy).sum().backward()
+    return [x.detach().double() for x in (logprob, entropy, hidden.grad, weight.grad)]
+
+
+def small_tiles(monkeypatch, rows=8, cols=32):
+    monkeypatch.setattr(module, "_tile_shape", lambda n, v, h, cuda: (min(n, rows), min(v, cols)))
+
+
+def check_against_truth(inputs, temperature=1.0, tolerance=2e-6, scales=()):
+    truth = run(
+        reference_linear_logprob, *(x.double() if x.is_floating_point() else x for x in inputs), temperature
+    )
+    eager, ours = (
+        run(reference_linear_logprob, *inputs, temperature),
+        run(linear_logprob, *inputs, temperature),
+    )
+    for name, true, his, mine in zip(
+        ("logprob", "entropy", "dhidden", "dweight"), truth, eager, ours, strict=True
+    ):
+        scale = dict(scales).get(name) or max(true.abs().max().item(), 1e-30)
+        error, allowed = (mine - true).abs().max() / scale, (his - true).abs().max() / scale + tolerance
+        assert error <= allowed, f"{name}: {error:.2e} > {allowed:.2e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "n, v, h", [(1, 2, 1), (1, 97, 24), (7, 33, 5), (29, 300, 64), (8, 32, 16), (9, 1, 4)]
+)
+def test_equals_truth(n, v, h, dtype, monkeypatch):
+    small_tiles(monkeypatch)
+    check_against_truth(make(n, v, h, dtype, scale=4.0), temperature=0.7)
+
+
+def test_default_tiles_and_several_chunks():
+    check_against_truth(make(1500, 2500, 8, scale=3.0))
+
+
+@needs_triton
+@pytest.mark.parametrize("n, v, h", [(1, 2, 8), (16, 32, 16), (29, 300, 64), (5, 97, 24)])
+def test_fused_forward_equals_truth(n, v, h, monkeypatch):
+    monkeypatch.setattr(module, "FUSED_ROWS", 1 << 20)
+    inputs = make(n, v, h, torch.bfloat16, scale=4.0)
+    assert module._fused_fits(*inputs[:2])
+    check_against_truth(inputs, temperature=0.7)
+    fused, tiles = (f(*inputs, 0.7) for f in (module._forward_fused, module._forward_tiles))
+    torch.testing.assert_close(fused[0], tiles[0])
+    torch.testing.assert_close(fused[1:], tiles[1:], rtol=1e-4, atol=1e-4)
+
+
+def test_backends_are_chosen_by_shape():
+    hidden, weight, _ = make(8, 40, 12, torch.bfloat16)
+    on_triton = CUDA or INTERPRET
+    assert not module._fused_fits(hidden, weight)  # rows of 24 bytes
+    assert module._fused_fits(*make(8, 40, 16, torch.bfloat16)[:2]) == on_triton
+    assert not module._fused_fits(*make(300, 40, 16, torch.bfloat16)[:2])
+    assert not module._fused_fits(*make(8, 40, 16, torch.float32)[:2])
+
+
+@pytest.mark.parametrize("shift", [1e4, -1e4])
+def test_extreme_logits(shift, monkeypatch):
+    """All logits at +-1e4 plus small integers: exact products, so the errors are the softmax's own.
+    (dhidden sums terms of 1e4 that cancel: its errors are measured against the terms.)"""
+    small_tiles(monkeypatch)
+    weight = torch.cat((torch.full((70, 1), shift), torch.arange(70.0)[:, None] % 5), 1)
+    targets = torch.arange(12) * 5
+    check_against_truth((torch.ones(12, 2), weight, targets), tolerance=1e-6, scales={"dhidden": 1e4})
+    spread = torch.linspace(-1e4, 1e4, 70)[:, None]
+    logprob, entropy, *grads = run(linear_logprob, torch.ones(12, 1), spread, targets)
+    assert all(x.isfinite().all() for x in (logprob, entropy, *grads))
+    assert (logprob <= 0).all() and (entropy >= 0).all() and logprob[0] == pytest.approx(-2e4)
+
+
+def test_logprobs_are_never_positive():
+    hidden, weight, _ = make(60, 50, 16, scale=30.0)
+    best = (hidden @ weight.T).argmax(1)
+    for temperature in (0.05, 1.0):
+        logprob, entropy = linear_logprob(hidden, weight, best, temperature)
+        assert (logprob <= 0).all() and (entropy >= 0).all() and logprob.max() == 0
+
+
+def test_gradcheck_in_fp64(monkeypatch):
+    small_tiles(monkeypatch, 3, 4)
+    hidden, weight, targets = make(5, 11, 3, torch.float64)
+    hidden = hidden[torch.tensor([0, 1, 1, 2, 0])]  # repeated rows
+    for outputs in (lambda out: out, lambda out: out[0], lambda out: out[1]):
+        assert torch.autograd.gradcheck(
+            lambda h, w, o=outputs: o(linear_logprob(h, w, targets, 0.7)),
+            (hidden.requires_grad_(), weight.requires_grad_()),
+        )
+
+
+def test_repeated_rows_and_a_tied_weight_accumulate():
+    hidden, weight, targets = make(4, 40, 8, torch.float64)
+    index = torch.tensor([0, 0, 1, 3, 3, 3])
+
+    def grads(f):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        rows = h[index] + w[index]  # the embedding is the head
+        logprob, entropy = f(rows, w, targets[index])
+        (logprob.sum() + entropy.square().sum()).backward()
+        return h.grad, w.grad
+
+    for a, b in zip(grads(linear_logprob), grads(reference_linear_logprob), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_frozen_sides_and_unused_outputs():
+    hidden, weight, targets = make(6, 20, 4)
+    linear_logprob(hidden.requires_grad_(), weight, targets)[1].sum().backward()
+    assert hidden.grad.isfinite().all() and weight.grad is None
+    hidden = hidden.detach()
+    linear_logprob(hidden, weight.requires_grad_(), targets)[0].sum().backward()
+    assert weight.grad.isfinite().all() and hidden.grad is None
+
+
+def test_dtypes_out():
+    for dtype, out in (
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ):
+        hidden, weight, targets = make(3, 5, 4, dtype)
+        hidden.requires_grad_(), weight.requires_grad_()
+        logprob, entropy = linear_logprob(hidden, weight, targets)
+        (logprob + entropy).sum().backward()
+        assert logprob.dtype == entropy.dtype == out and hidden.grad.dtype == weight.grad.dtype == dtype
+
+
+def test_no_rows():
+    hidden, weight, targets = make(0, 5, 4)
+    logprob, entropy = linear_logprob(hidden.requires_grad_(), weight.requires_grad_(), targets)
+    (logprob.sum() + entropy.sum()).backward()
+    assert logprob.shape == entropy.shape == (0,) and hidden.grad.shape == (0, 4) and (weight.grad == 0).all()
+
+
+def test_bad_input():
+    hidden, weight, targets = make(4, 10, 3)
+    for bad in (10, -1, -100, 2**40):
+        with pytest.raises(IndexError, match=rf"targets\[2\] = {bad} .*0\.\.9"):
+            linear_logprob(hidden, weight, targets.index_fill(0, torch.tensor(2), bad))
+    for kwargs in (
+        dict(temperature=0.0),
+        dict(temperature=-1.0),
+        dict(temperature=float("nan")),
+        dict(targets=targets[:3]),
+        dict(weight=weight[:, :2]),
+    ):
+        with pytest.raises(ValueError):
+            linear_logprob(**(dict(hidden=hidden, weight=weight, targets=targets) | kwargs))
+    with pytest.raises(TypeError):
+        linear_logprob(hidden.bfloat16(), weight, targets)
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that any operation made, views of the operands aside."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.bytes, self.known = 0, {x.untyped_storage().data_ptr() for x in known}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in self.known:
+                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_is_bounded(dtype):
+    """Logits would be 123 MB; nothing but dweight (and its fp32 copy) may be larger than a tile."""
+    hidden, weight, targets = make(2500, 12_345, 4, dtype)
+    hidden.requires_grad_()
+    with Largest((hidden, weight)) as seen:
+        logprob, entropy = linear_logprob(hidden, weight, targets)
+        (logprob.sum() + entropy.sum()).backward()
+    assert 0 < seen.bytes <= 8 << 20 < WORKSPACE / 2
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+@pytest.mark.parametrize("v", [3, 1200, 151_936])
+@pytest.mark.parametrize("h", [64, 512, 2048, 3584, 4096, 8192])
+def test_workspace_of_any_shape(v, h, cuda):
+    for n in (1, 500, 1 << 20):
+        rows, cols = module._tile_shape(n, v, h, cuda)
+        assert 1 <= rows <= n and 1 <= cols <= v
+        tile, low, chunk = (
+            rows * cols * 4,
+            rows * cols * (2 if cuda else 4),
+            rows * h * 4 * (1 if cuda else 2),
+        )
+        assert tile + low + chunk + (0 if cuda else cols * h * 4) <= WORKSPACE
