@@ -1,0 +1,446 @@
+"""Examples in, one packed Batch out: chat template, patches, region weights, point maps, mRoPE positions.
+
+No padding: sequences lie one behind the other, and `segments` says who may look at whom. What several share
+(an image under many questions, a prompt before many completions) is packed once.
+
+T tokens, P patches, N distinct images, R regions, E region-patch pairs, S sequences, L targets, B examples.
+"""
+
+import itertools
+import json
+import re
+import sys
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import safe_open
+from transformers import AddedToken, AutoTokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
+
+from model.checkpoint import copy_files, read_config, resolve
+from model.head3d import point_grid, read_depth
+from model.region import is_mask, region_weights
+from srreal import Example, prompt, target
+
+VISION = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+GROUNDING = re.compile(r"<\|(object_ref|box|quad)_(start|end)\|>")  # special tokens that may stand in a text
+BOXES = {  # a family's 2D box in a text, and its unit: 1/1000 of the image, or (None) a resized pixel
+    "qwen2_vl": ("<|box_start|>({},{}),({},{})<|box_end|>", 1000),
+    "qwen2_5_vl": ('{{"bbox_2d": [{}, {}, {}, {}]}}', None),
+    "qwen3_vl": ('{{"bbox_2d": [{}, {}, {}, {}]}}', 1000),
+}
+
+
+@dataclass
+class Batch:
+    input_ids: torch.Tensor  # (T,) int64; image placeholders are config.image_token_id, regions the <mask> id
+    position_ids: torch.Tensor  # (3, T) int64; mRoPE t, h, w
+    segments: list  # of (start, end, prefix_start, prefix_end): [start, end) is causal and sees the prefix
+    pixel_values: torch.Tensor | None  # (P, patch_dim) f32, in the image processor's order (`blocks`)
+    image_grid_thw: torch.Tensor | None  # (N, 3) int64
+    image_rows: torch.Tensor  # (placeholders,) int64; the merger's output row that the k-th placeholder takes
+    points: torch.Tensor | None  # (P, 3) f32 metres, camera frame, NaN where unknown; None without depth
+    region_token: torch.Tensor  # (R,) int64; packed index of the k-th <mask>
+    region_id: torch.Tensor  # (E,) int64; with the next two a sparse (R, P) matrix whose rows sum to 1
+    region_patch: torch.Tensor  # (E,) int64
+    region_weight: torch.Tensor  # (E,) f32
+    centres: torch.Tensor  # (R, 3) f32; truth in the camera frame of the region's own image, NaN if unknown
+    sizes: torch.Tensor  # (R, 3) f32; w, h, l
+    predict_from: torch.Tensor  # (L,) int64; packed index of the token whose hidden state predicts targets[l]
+    targets: torch.Tensor  # (L,) int64
+    cu_targets: torch.Tensor  # (S+1,) int64; sequence s owns targets [cu_targets[s], cu_targets[s+1])
+    last: torch.Tensor  # (B,) int64; packed index of each example's last prompt token
+    next_position: torch.Tensor  # (B,) int64; mRoPE position of the first token after each prompt
+
+    def to(self, device) -> "Batch":
+        mine = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v.to(device) for k, v in mine.items() if isinstance(v, torch.Tensor)})
+
+
+@dataclass
+class View:
+    """A decoded image on its patch grid."""
+
+    key: tuple  # equal keys: the same image with the same depth
+    size: tuple[int, int]  # width, height of the original
+    grid: tuple[int, int]  # rows, columns of patches
+    patches: np.ndarray  # (rows * columns, 3, 1, p * p) f32; the still image's frames are made while packing
+    points: np.ndarray | None  # (rows * columns, 3) f32
+    sources: tuple  # image and depth, kept alive so that the id()s in the key stay theirs
+
+
+@dataclass
+class Prompt:
+    example: Example
+    ids: np.ndarray  # (n,) int64, placeholders expanded
+    positions: np.ndarray  # (3, n) int64
+    next: int  # position after the prompt
+    views: list[View]
+    merged: list[int]  # tokens of each
+    masks: np.ndarray  # index of each <mask>
+    images_end: int  # index behind the last placeholder
+
+
+class Recent:
+    """A bounded memory: the oldest leave when the bytes exceed the room. Threads may share it."""
+
+    def __init__(self, room: float, cost):
+        self.room, self.cost, self.used, self.items = room, cost, 0, {}
+
+    def get(self, key, make):
+        if (item := self.items.get(key)) is None:
+            item = self.items[key] = make()
+            self.used += self.cost(item)
+            while self.used > self.room and len(self.items) > 1:
+                self.used -= self.cost(self.items.pop(next(iter(self.items))))
+        return item
+
+
+# ---- what a row says, on the patch grid ----
+
+
+def blocks(grid: np.ndarray, merge: int) -> np.ndarray:
+    """(rows, columns, ...) -> (rows * columns, ...), in the image processor's order: merge x merge blocks."""
+    (rows, columns), rest = grid.shape[:2], grid.shape[2:]
+    return grid.reshape(rows // merge, merge, -1, merge, *rest).swapaxes(1, 2).reshape(rows * columns, *rest)
+
+
+def point_rows(views: list[View]) -> torch.Tensor | None:
+    """(P, 3) of all views, NaN for those without depth; None if none has any."""
+    if all(view.points is None for view in views):
+        return None
+    unknown = [np.full((len(view.patches), 3), np.nan, np.float32) for view in views]
+    rows = [u if view.points is None else view.points for u, view in zip(unknown, views, strict=True)]
+    return torch.from_numpy(np.concatenate(rows))
+
+
+def recorded_points(files: Path, wanted: str | None) -> str:
+    """The kind of point map that the checkpoint was trained with; mixing is refused."""
+    path, recorded = files / "spatial.safetensors", None
+    if path.is_file():
+        with safe_open(path, framework="np") as file:
+            recorded = (file.metadata() or {}).get("points")
+    if recorded and wanted not in (None, recorded):
+        raise ValueError(f"{files}: trained with {recorded} point maps, asked for {wanted}")
+    return wanted or recorded or "metric"
+
+
+def object_of(text: str, table: dict) -> str | None:
+    """The longest mention in the table that the text ends with, whatever the case, blanks and brackets."""
+    bare = lambda s: re.sub(r"\W+$", "", s.strip().lower())  # noqa: E731
+    text = bare(text)
+    fits = [m for m in table if (k := bare(m)) and text.endswith(k) and not text[: -len(k)][-1:].isalnum()]
+    return max(fits, key=len, default=None)
+
+
+def truths(example: Example) -> list:
+    """Per region (centre in its own image's camera frame, size), NaN where unknown."""
+    unknown, found = (np.nan,) * 3, []
+    for (view, _), text in zip(example.regions, example.question.split("<mask>"), strict=False):
+        mention = object_of(text, example.objects)
+        centre = example.objects.get(mention)
+        if isinstance(centre, dict):
+            centre = centre.get(view)
+        elif len(example.images) > 1 and view != example.frame:
+            centre = None  # one triple for several views lies in the frame that the question asks for
+        found.append((unknown if centre is None else centre, (example.sizes or {}).get(mention) or unknown))
+    return found
+
+
+# ---- packing ----
+
+
+def rope_positions(length: int, slots, merged) -> tuple[np.ndarray, int]:
+    """mRoPE of a turn of `length` tokens whose `slots` expand to grids (rows, columns) -> (3, n), the next.
+
+    Text counts up in all axes; an image's tokens hold (start, start + row, start + column), and what follows
+    goes on at start + max(rows, columns)."""
+    pieces, done, at = [], 0, 0
+    for slot, (rows, columns) in zip(slots, merged, strict=True):
+        pieces += [np.tile(np.arange(at, at + slot - done), (3, 1))]
+        pieces += [np.indices((1, rows, columns)).reshape(3, -1) + at + slot - done]
+        done, at = slot + 1, at + slot - done + max(rows, columns)
+    end = int(at + length - done)
+    return np.concatenate([*pieces, np.tile(np.arange(at, end), (3, 1))], 1), end
+
+
+def groups(prompts: list[Prompt], completions: list) -> list:
+    """Runs of (prompt, completions) that may share a prefix: neighbours with equal images, one each."""
+    pairs = list(zip(prompts, completions, strict=True))
+    keys = [[v.key for v in p.views] if p.views and len(c) == 1 else i for i, (p, c) in enumerate(pairs)]
+    return [[pairs[i] for i in run] for _, run in itertools.groupby(range(len(pairs)), keys.__getitem__)]
+
+
+def shared(group: list) -> int:
+    """Length of the group's common prefix: all images or nothing; no <mask> (the regions differ)."""
+    if len(group) == 1:
+        return len(group[0][0].ids) if len(group[0][1]) > 1 else 0  # an RL group shares its whole prompt
+    limit = min(min([len(p.ids) - 1, *p.masks[:1]]) for p, _ in group)
+    ids = np.stack([p.ids[:limit] for p, _ in group])
+    cut = int(np.append(ids != ids[0], np.ones((len(ids), 1), bool), 1).any(0).argmax())
+    return cut if cut >= max(p.images_end for p, _ in group) else 0
+
+
+class Pack:
+    """A Batch in the making: pieces of tokens, one behind the other."""
+
+    def __init__(self, first: dict):
+        self.first, self.length, self.ends = first, 0, [0]  # view key -> (first patch, first row)
+        self.ids, self.positions, self.segments, self.rows, self.regions, self.truths = [], [], [], [], [], []
+        self.predict_from, self.targets, self.last, self.next = [], [], [], []
+
+    def add(self, ids, positions, prefix=(0, 0)) -> int:
+        start, self.length = self.length, self.length + len(ids)
+        if len(ids):  # a completion of one token has no input of its own
+            self.ids.append(ids)
+            self.positions.append(positions)
+            self.segments.append((start, self.length, *prefix))
+        return start
+
+    def add_group(self, group: list) -> None:
+        """Prompts with a common prefix, each with its completions."""
+        head, cut = group[0][0], shared(group)
+        base = self.add(head.ids[:cut], head.positions[:, :cut])
+        for p, completions in group:
+            own = self.length - cut  # token i of a prompt is at base + i in the prefix, behind it at own + i
+            packed = [base + i if i < cut else own + i for i in (*p.masks, len(p.ids) - 1)]
+            if cut == 0 or p is head:
+                starts = [self.first[view.key][1] for view in p.views]
+                self.rows += [start + np.arange(n) for start, n in zip(starts, p.merged, strict=True)]
+            for c in completions or [np.empty(0, np.int64)]:
+                after = np.tile(np.arange(p.next, p.next + len(c) - 1), (3, 1))
+                positions = np.concatenate([p.positions[:, cut:], after], 1)
+                start = self.add(np.concatenate([p.ids[cut:], c[:-1]]), positions, (base, base + cut))
+                if completions:
+                    behind = start + len(p.ids) - cut
+                    self.predict_from += [packed[-1:][: len(c)], np.arange(behind, behind + len(c) - 1)]
+                    self.targets.append(c)
+                    self.ends.append(self.ends[-1] + len(c))
+            self.last.append(packed[-1])
+            self.next.append(p.next)
+            for at, (n, region) in zip(packed[:-1], p.example.regions, strict=False):
+                self.regions.append((at, self.first[p.views[n].key][0], p.views[n], region))
+            self.truths += truths(p.example)[: len(p.masks)]
+
+
+class Processor:
+    """Attributes: tokenizer, config, mask_id, image_token_id, end_ids, banned (bool [V]: ids never sampled),
+    max_pixels, regions ("token" | "text"), points ("metric" | "relative"), files (the source's directory),
+    assumed_fov (how many images were decoded with depth but without intrinsics)."""
+
+    @classmethod
+    def from_pretrained(cls, source, max_pixels=None, regions="token", points=None) -> "Processor":
+        return cls(resolve(str(source)), max_pixels, regions, points)
+
+    def __init__(self, files: Path, max_pixels=None, regions="token", points=None):
+        assert regions in ("token", "text") and points in (None, "metric", "relative"), (regions, points)
+        self.files, self.regions, self.points = files, regions, recorded_points(files, points)
+        self.config, self.tokenizer = read_config(files), AutoTokenizer.from_pretrained(files)
+        self.images = images = Qwen2VLImageProcessorPil.from_pretrained(files)
+        self.resized, self.max_pixels = max_pixels is not None, max_pixels or images.size["longest_edge"]
+        least = min(images.size["shortest_edge"], self.max_pixels)
+        images.size = {"shortest_edge": least, "longest_edge": self.max_pixels}
+        values = np.tile(np.arange(256, dtype=np.uint8)[:, None], (3, 1, 1))  # (3, 256, 1): every pixel value
+        values = images.rescale(values, images.rescale_factor)
+        self.levels = images.normalize(values, images.image_mean, images.image_std)[..., 0]  # (3, 256)
+        self.image_token_id, self.assumed_fov = self.config.image_token_id, 0
+        self.turns = Recent(32e6, lambda ids: 2 * ids.nbytes)
+        self.views = Recent(256e6, lambda view: 2 * view.patches.nbytes)  # and some for what the sources hold
+        self._read_tokens()
+
+    def _read_tokens(self):
+        """`<mask>` takes the vocabulary's first spare row. What ends a turn; what is banned; the template."""
+        tokenizer, config, rows = self.tokenizer, self.config, self.config.get_text_config().vocab_size
+        tokenizer.add_tokens([AddedToken("<mask>", special=True, normalized=False)], special_tokens=True)
+        vocab = tokenizer.get_vocab()
+        self.mask_id = vocab["<mask>"]
+        if self.mask_id >= rows:
+            raise ValueError(f"{self.files}: no row for <mask>: {len(vocab) - 1} tokens, {rows} embeddings")
+        path, eos = self.files / "generation_config.json", tokenizer.eos_token_id
+        end = (json.loads(path.read_text()) if path.is_file() else {}).get("eos_token_id") or eos
+        self.end_ids = end if isinstance(end, list) else [end]
+        self.end_id = eos if eos in self.end_ids else self.end_ids[0]  # the one that closes a turn
+        self.banned = torch.ones(rows, dtype=torch.bool)
+        self.banned[[i for i in vocab.values() if i < rows]] = False
+        never = [vocab[t] for t in VISION if t in vocab]
+        self.banned[[self.mask_id, config.image_token_id, config.video_token_id, *never]] = True
+        special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} - {"<mask>"}
+        special = sorted(t for t in special if not GROUNDING.fullmatch(t))
+        self.control = re.compile("|".join(map(re.escape, special)) or "(?!)")  # (?!) matches nothing
+        legacy = self.files / "chat_template.json"
+        if tokenizer.chat_template is None and legacy.is_file():
+            tokenizer.chat_template = json.loads(legacy.read_text())["chat_template"]
+
+    # ---- text ----
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+
+    def decode(self, tokens) -> str:
+        """The text without the end tokens behind it; every other token stays, `<think>` too."""
+        tokens = [int(t) for t in tokens]
+        while tokens and tokens[-1] in self.end_ids:
+            tokens.pop()
+        return self.tokenizer.backend_tokenizer.decode(tokens, skip_special_tokens=False)
+
+    def target_ids(self, example: Example) -> list[int]:
+        text = target(example)
+        self._check(example, text, "target", masks=0)
+        return [*self.encode(text).tolist(), self.end_id]
+
+    def prompt_ids(self, example: Example) -> list[int]:
+        return self._prompt(example).ids.tolist()
+
+    def _check(self, example, text, what, masks):
+        """A text must not end its own turn or open an image: a row that holds a control token is refused."""
+        if found := self.control.search(text):
+            raise ValueError(f"{example.id}: the {what} holds the control token {found.group()}")
+        if (count := text.count("<mask>")) != masks:
+            raise ValueError(f"{example.id}: {count} <mask> in the {what}, {masks} wanted (one a region)")
+
+    def _turn(self, text, images):
+        """Ids of the rendered user turn, one placeholder an image; a Thinking template's `<think>` is cut."""
+        parts = text.split("<image>") if "<image>" in text else [""] * images + [text]
+        content = [{"type": "text", "text": parts[0]}]
+        for part in parts[1:]:
+            content += [{"type": "image"}, {"type": "text", "text": part}]
+        chat = [{"role": "user", "content": [item for item in content if item.get("text") != ""]}]
+        rendered = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        return self.encode(re.sub(r"<think>\s*$", "", rendered))
+
+    def _prompt(self, example):
+        text, merge = prompt(example), self.images.merge_size
+        self._check(example, text, "question", len(example.regions))
+        if (count := text.count("<image>")) not in (0, len(example.images)):
+            raise ValueError(f"{example.id}: {count} <image> in the question, {len(example.images)} images")
+        if not all(0 <= index < len(example.images) for index, _ in example.regions):
+            raise ValueError(f"{example.id}: a region lies on an image that is not there")
+        views = [self._view(example, i) for i in range(len(example.images))]
+        if self.regions == "text":
+            text = self._write_boxes(example, text, views)
+        turn = self.turns.get((text, len(views)), lambda: self._turn(text, len(views)))
+        slots = np.flatnonzero(turn == self.image_token_id)
+        merged = [(view.grid[0] // merge, view.grid[1] // merge) for view in views]
+        counts = np.ones(len(turn), np.int64)
+        counts[slots] = [rows * columns for rows, columns in merged]  # fails if the template lost an image
+        ids = np.repeat(turn, counts)
+        positions, after = rope_positions(len(turn), slots, merged)
+        end, masks = int(counts[: slots[-1] + 1].sum()) if views else 0, np.flatnonzero(ids == self.mask_id)
+        return Prompt(example, ids, positions, after, views, counts[slots].tolist(), masks, end)
+
+    def _write_boxes(self, example, text, views):
+        """Each <mask> as a 2D box in the family's convention; of several images, behind its number."""
+        (form, scale), pieces = BOXES[self.config.model_type], text.split("<mask>")
+        for k, (index, region) in enumerate(example.regions):
+            if is_mask(region):
+                ys, xs = np.nonzero(region)
+                region = xs.min(), ys.min(), xs.max() + 1, ys.max() + 1
+            (rows, columns), (width, height), p = views[index].grid, views[index].size, self.images.patch_size
+            units = ((scale or columns * p) / width, (scale or rows * p) / height) * 2
+            box = form.format(*(round(float(v) * unit) for v, unit in zip(region, units, strict=True)))
+            pieces[k] += f"image {index} {box}" if len(views) > 1 else box
+        return "".join(pieces)
+
+    # ---- images ----
+
+    def _view(self, example, index):
+        depth, intrinsics = (each[index] if each else None for each in (example.depths, example.intrinsics))
+        sources = (example.images[index], depth)
+        names = [str(s) if s is None or isinstance(s, str | Path) else id(s) for s in sources]
+        key = (*names, None if depth is None or intrinsics is None else tuple(intrinsics))
+        try:
+            return self.views.get(key, lambda: self._decode(key, sources))
+        except Exception as error:  # Pillow's are many; what the user needs is the row and the file
+            where = f"{example.id}: image {index} ({names[0]}, depth {names[1]})"
+            raise ValueError(f"{where}: {error}") from error
+
+    def _decode(self, key, sources):
+        (image, depth), images, points = sources, self.images, None
+        picture, p, merge = self._rgb(image), images.patch_size, images.merge_size
+        width, height = picture.size
+        tall, wide = smart_resize(height, width, p * merge, images.size["shortest_edge"], self.max_pixels)
+        pixels, grid = np.asarray(picture.resize((wide, tall), images.resample)), (tall // p, wide // p)
+        cells = pixels.reshape(grid[0], p, grid[1], p, 3).transpose(0, 2, 4, 1, 3)  # (rows, columns, 3, p, p)
+        patches = blocks(cells, merge).reshape(-1, 3, 1, p * p)
+        patches = np.stack([self.levels[c][patches[:, c]] for c in range(3)], 1)
+        if depth is not None:
+            camera = key[2] or self._assume(width, height)
+            points = blocks(point_grid(read_depth(depth, (height, width)), camera, grid, self.points), merge)
+        return View(key, (width, height), grid, patches, points, sources)
+
+    def _rgb(self, image):
+        image = Image.open(image) if isinstance(image, str | Path) else image
+        if not isinstance(image, Image.Image):
+            return image.convert("RGB")  # something that opens, and draws its marks, when asked
+        if image.mode.startswith("I"):  # 16 bit: Pillow would clip all above 255 to white
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode != "RGB":  # transformers' way with transparency
+            rgb = self.images.process_image(image, do_convert_rgb=True)  # (3, H, W)
+            image = Image.fromarray(np.moveaxis(rgb, 0, -1).copy())
+        return image
+
+    def _assume(self, width, height):
+        if not self.assumed_fov and self.points == "metric":
+            print("Depth without intrinsics: a horizontal view of 60 degrees is assumed.", file=sys.stderr)
+        self.assumed_fov += 1
+        focal = width / 2 / np.tan(np.pi / 6)
+        return focal, focal, (width - 1) / 2, (height - 1) / 2
+
+    # ---- batch ----
+
+    def __call__(self, examples: list[Example], completions: list[list[list[int]]] | None = None) -> Batch:
+        """Prompts only; or with completions, per example a list of token-id lists (end token included).
+
+        One each (SFT): neighbours with the same images share the prompt up to where their texts part. Several
+        (an RL group) share all of it. The last token of a completion is a target, never an input."""
+        prompts = [self._prompt(example) for example in examples]
+        completions = completions or [[]] * len(prompts)
+        completions = [[np.asarray(c, np.int64) for c in several] for several in completions]
+        views = list({view.key: view for p in prompts for view in p.views}.values())
+        first = np.cumsum([0, *(len(view.patches) for view in views)]).tolist()
+        area = self.images.merge_size**2
+        pack = Pack({view.key: (at, at // area) for view, at in zip(views, first, strict=False)})
+        for group in groups(prompts, completions):
+            pack.add_group(group)
+        return self._batch(pack, views)
+
+    def _batch(self, pack, views):
+        ints = lambda arrays: torch.from_numpy(np.concatenate([[], *arrays]).astype(np.int64))  # noqa: E731
+        truth = torch.tensor(pack.truths, dtype=torch.float32).reshape(-1, 2, 3)
+        ids, patches, weights = self._region_pairs(pack.regions)
+        return Batch(
+            input_ids=ints(pack.ids), position_ids=torch.from_numpy(np.concatenate(pack.positions, 1)),
+            segments=pack.segments, pixel_values=self._pixel_values(views) if views else None,
+            image_grid_thw=torch.tensor([(1, *view.grid) for view in views]) if views else None,
+            image_rows=ints(pack.rows), points=point_rows(views),
+            region_token=ints([[at] for at, *_ in pack.regions]),
+            region_id=ints(ids), region_patch=ints(patches),
+            region_weight=torch.from_numpy(np.concatenate([[], *weights]).astype(np.float32)),
+            centres=truth[:, 0], sizes=truth[:, 1], predict_from=ints(pack.predict_from),
+            targets=ints(pack.targets), cu_targets=ints([pack.ends]), last=ints([pack.last]),
+            next_position=ints([pack.next]),
+        )  # fmt: skip
+
+    def _pixel_values(self, views):
+        """(P, 3 * temporal * p * p): a still image is the same frame, temporal times."""
+        patches = torch.from_numpy(np.concatenate([view.patches for view in views]))
+        return patches.expand(-1, -1, self.images.temporal_patch_size, -1).flatten(1)
+
+    def _region_pairs(self, regions):
+        """The sparse (R, P) matrix of area weights, by region -> region numbers, packed patches, weights."""
+        merge = self.images.merge_size
+        weights = [blocks(region_weights(region, v.size, v.grid), merge) for *_, v, region in regions]
+        cells = [np.flatnonzero(w) for w in weights]
+        ids = [np.full(len(c), k) for k, c in enumerate(cells)]
+        patches = [c + start for c, (_, start, _, _) in zip(cells, regions, strict=True)]
+        return ids, patches, [w[c] for w, c in zip(weights, cells, strict=True)]
+
+    def save(self, directory) -> None:
+        """The tokenizer with <mask>, and the source's files but for weights; max_pixels where it was set."""
+        copy_files(self.files, Path(directory))
+        self.tokenizer.save_pretrained(directory)
+        if self.resized:
+            self.images.save_pretrained(directory)

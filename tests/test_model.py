@@ -1,0 +1,247 @@
+"""The model against transformers: logits, names and shapes of every published size, checkpoints there and
+back.
+"""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import FAMILIES, inputs, make, reference_logits
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from model.checkpoint import CheckpointError, load, rename
+from model.qwen_vl import QwenVL, rope_axes
+
+IDS = dict(
+    image_token_id=151655, video_token_id=151656, vision_start_token_id=151652, vision_end_token_id=151653
+)
+
+
+def published() -> dict[str, dict]:
+    """The config.json of each dense size, as published: Qwen2-VL and Qwen2.5-VL flat, Qwen3-VL nested."""
+    rope = {"type": "mrope", "mrope_section": [16, 24, 24]}
+
+    def qwen2(hidden, inner, layers, heads, kv, vocab, tied):
+        return dict(hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+                    num_key_value_heads=kv, vocab_size=vocab, tie_word_embeddings=tied, rope_scaling=rope, rope_theta=1e6,
+                    rms_norm_eps=1e-6, use_sliding_window=False, **IDS)  # fmt: skip
+
+    def vision2(hidden):
+        return dict(depth=32, embed_dim=1280, mlp_ratio=4, num_heads=16, in_chans=3, hidden_size=hidden, patch_size=14,
+                    spatial_merge_size=2, spatial_patch_size=14, temporal_patch_size=2)  # fmt: skip
+
+    def vision25(out):
+        return dict(depth=32, hidden_act="silu", hidden_size=1280, intermediate_size=3420, num_heads=16, in_chans=3,
+                    out_hidden_size=out, patch_size=14, spatial_merge_size=2, window_size=112,
+                    fullatt_block_indexes=[7, 15, 23, 31], tokens_per_second=2, temporal_patch_size=2)  # fmt: skip
+
+    def qwen3(hidden, inner, layers, heads, tied, vision):
+        text = dict(model_type="qwen3_vl_text", hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+                    num_attention_heads=heads, num_key_value_heads=8, head_dim=128, vocab_size=151936, rms_norm_eps=1e-6,
+                    rope_theta=5e6, rope_scaling=dict(mrope_interleaved=True, mrope_section=[24, 20, 20], rope_type="default"),
+                    attention_bias=False, tie_word_embeddings=tied)  # fmt: skip
+        depth, width, mlp, deep = vision
+        tower = dict(model_type="qwen3_vl", depth=depth, hidden_size=width, intermediate_size=mlp, num_heads=16, patch_size=16,
+                     hidden_act="gelu_pytorch_tanh", out_hidden_size=hidden, deepstack_visual_indexes=deep,
+                     num_position_embeddings=2304, spatial_merge_size=2, temporal_patch_size=2)  # fmt: skip
+        return dict(
+            model_type="qwen3_vl", text_config=text, vision_config=tower, tie_word_embeddings=tied, **IDS
+        )
+
+    small, large = (24, 1024, 4096, [5, 11, 17]), (27, 1152, 4304, [8, 16, 24])
+    return {
+        "Qwen2-VL-2B": qwen2(1536, 8960, 28, 12, 2, 151936, True)
+        | dict(model_type="qwen2_vl", vision_config=vision2(1536)),
+        "Qwen2-VL-7B": qwen2(3584, 18944, 28, 28, 4, 152064, False)
+        | dict(model_type="qwen2_vl", vision_config=vision2(3584)),
+        "Qwen2.5-VL-3B": qwen2(2048, 11008, 36, 16, 2, 151936, True)
+        | dict(model_type="qwen2_5_vl", vision_config=vision25(2048)),
+        "Qwen2.5-VL-7B": qwen2(3584, 18944, 28, 28, 4, 152064, False)
+        | dict(model_type="qwen2_5_vl", vision_config=vision25(3584)),
+        "Qwen3-VL-2B": qwen3(2048, 6144, 28, 16, True, small),
+        "Qwen3-VL-4B": qwen3(2560, 9728, 36, 32, True, small),
+        "Qwen3-VL-8B": qwen3(4096, 12288, 36, 32, False, large),
+    }
+
+
+# Billions of parameters as the published safetensors indices count them (tied heads once).
+BILLIONS = {"Qwen2-VL-2B": 2.209, "Qwen2-VL-7B": 8.291, "Qwen2.5-VL-3B": 3.755, "Qwen2.5-VL-7B": 8.292,
+            "Qwen3-VL-2B": 2.128, "Qwen3-VL-4B": 4.438, "Qwen3-VL-8B": 8.767}  # fmt: skip
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_transformers(family, side, tmp_path):
+    reference = make(family)
+    reference.save_pretrained(tmp_path)
+    batch = inputs(side)
+    ours, theirs = load(str(tmp_path)).logits(**batch), reference_logits(reference, batch)
+    keep = batch["attention_mask"].bool()
+    assert ours.shape == theirs.shape
+    assert (ours - theirs)[keep].abs().max() < 1e-4
+    text = dict(input_ids=torch.tensor([[5, 6, 7, 8]]))
+    assert (load(str(tmp_path)).logits(**text) - reference_logits(reference, text)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", list(published()))
+def test_published_sizes(name, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(published()[name]))
+    config = AutoConfig.from_pretrained(tmp_path)
+    with torch.device("meta"):
+        ours, theirs = QwenVL(config), AutoModelForImageTextToText.from_config(config)
+    shapes = {rename(n): tuple(p.shape) for n, p in theirs.named_parameters()}
+    spatial = ("region.", "points.", "head3d.")
+    assert {n: tuple(p.shape) for n, p in ours.named_parameters() if not n.startswith(spatial)} == shapes
+    count = sum(p.numel() for n, p in ours.named_parameters() if not n.startswith(spatial))
+    assert round(count / 1e9, 3) == BILLIONS[name]
+
+
+LAYOUTS = [(family, layout) for family in FAMILIES for layout in ("older", "newer")]
+LAYOUTS.remove(("qwen3_vl", "older"))  # never published so, and transformers does not read it
+
+
+@pytest.mark.parametrize(("family", "layout"), LAYOUTS)
+def test_round_trip_through_transformers(family, layout, tmp_path):
+    reference = make(family, tied=family == "qwen2_5_vl").to(torch.bfloat16)
+    reference.save_pretrained(tmp_path / "a")
+    weights = load_file(tmp_path / "a/model.safetensors")
+    names = {n: _swap(rename(n), layout) for n in weights}
+    save_file(
+        {names[n]: t for n, t in weights.items()}, tmp_path / "a/model.safetensors", metadata={"format": "pt"}
+    )
+    (tmp_path / "a/NOTICE.txt").write_text("kept")
+
+    model = load(str(tmp_path / "a"))
+    assert model.dtype == torch.bfloat16
+    with torch.no_grad():
+        model.decoder.norm.weight.mul_(1.5)
+        model.head3d.out.bias[0] = 0.25
+    model.save_pretrained(tmp_path / "b")
+    saved = load_file(tmp_path / "b/model.safetensors")
+    assert {n: (t.dtype, t.shape) for n, t in saved.items()} == {
+        names[n]: (t.dtype, t.shape) for n, t in weights.items()
+    }
+    assert (tmp_path / "b/NOTICE.txt").read_text() == "kept"
+
+    theirs, ours = AutoModelForImageTextToText.from_pretrained(tmp_path / "b"), load(str(tmp_path / "b"))
+    assert torch.equal(theirs.model.language_model.norm.weight, ours.decoder.norm.weight)
+    for (n, p), (m, q) in zip(model.named_parameters(), ours.named_parameters(), strict=True):
+        assert n == m and torch.equal(p, q), n
+    wide = theirs.float().eval()
+    batch = inputs()
+    keep = batch["attention_mask"].bool()
+    logits = load(str(tmp_path / "b"), dtype=torch.float32).logits(**batch)
+    assert (logits - reference_logits(wide, batch))[keep].abs().max() < 1e-4
+
+
+def _swap(ours: str, layout: str) -> str:
+    prefixes = {"vision.": "visual.", "decoder.": "model."}
+    if layout == "newer":
+        prefixes = {"vision.": "model.visual.", "decoder.": "model.language_model."}
+    for mine, disk in prefixes.items():
+        if ours.startswith(mine):
+            return disk + ours[len(mine) :]
+    return ours
+
+
+def test_sharded(tmp_path, monkeypatch):
+    reference = make("qwen3_vl")
+    reference.save_pretrained(tmp_path / "a", max_shard_size="100KB")
+    assert len(list((tmp_path / "a").glob("*.safetensors"))) > 1
+    model = load(str(tmp_path / "a"))
+    monkeypatch.setattr("model.checkpoint.SHARD_BYTES", 100_000)
+    model.save_pretrained(tmp_path / "b")
+    assert (tmp_path / "b/model.safetensors.index.json").is_file()
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "b")
+    for (name, p), (_, q) in zip(reference.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def test_saving_replaces_whole_or_not_at_all(tmp_path, monkeypatch):
+    reference = make("qwen2_vl")
+    reference.save_pretrained(tmp_path / "a")
+    model = load(str(tmp_path / "a"))
+    model.save_pretrained(tmp_path / "b")
+    before = (tmp_path / "b/model.safetensors").read_bytes()
+    with torch.no_grad():
+        model.decoder.norm.weight.mul_(2)
+
+    def crash(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("model.checkpoint.replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        model.save_pretrained(tmp_path / "b")
+    assert (tmp_path / "b/model.safetensors").read_bytes() == before
+    monkeypatch.undo()
+    model.save_pretrained(tmp_path / "b")
+    assert torch.equal(load(str(tmp_path / "b")).decoder.norm.weight, model.decoder.norm.weight)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]  # nothing left aside
+
+
+def test_errors_are_one_line_and_name_the_culprit(tmp_path):
+    make("qwen3_vl").save_pretrained(tmp_path / "a", max_shard_size="100KB")
+
+    def broken(change) -> str:
+        shutil.rmtree(tmp_path / "x", ignore_errors=True)
+        shutil.copytree(tmp_path / "a", tmp_path / "x")
+        change(tmp_path / "x")
+        with pytest.raises(CheckpointError) as error:
+            load(str(tmp_path / "x"))
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    shard = sorted((tmp_path / "a").glob("*.safetensors"))[0].name
+
+    def edit(path, **changes):
+        weights = load_file(path / shard)
+        for name, tensor in changes.items():
+            weights.pop(name, None)
+            if tensor is not None:
+                weights[name] = tensor
+        save_file(weights, path / shard)
+
+    first = next(iter(load_file(tmp_path / "a" / shard)))
+    ours = rename(first)
+    assert shard in broken(lambda path: (path / shard).unlink())
+    assert shard in broken(lambda path: (path / shard).write_bytes((path / shard).read_bytes()[:500]))
+    assert f"lacks {ours}" in broken(lambda path: edit(path, **{first: None}))
+    assert "unknown tensor extra.weight" in broken(
+        lambda path: edit(path, **{"extra.weight": torch.zeros(2)})
+    )
+    assert ours in broken(lambda path: edit(path, **{first: torch.zeros(2, 2)}))
+    assert "llama" in broken(lambda path: (path / "config.json").write_text('{"model_type": "llama"}'))
+    assert "config.json" in broken(lambda path: (path / "config.json").unlink())
+    with pytest.raises(CheckpointError, match="no such directory"):
+        load(str(tmp_path / "nowhere"))
+
+
+def test_spatial_parts_at_their_start_change_nothing(tmp_path):
+    """Bitwise: a point map at its initial weights, on a pretrained model without any `<mask>`."""
+    make("qwen3_vl").save_pretrained(tmp_path)
+    model, batch = load(str(tmp_path)), inputs()
+    plain = model.logits(**batch)
+    features, _ = model.vision(batch["pixel_values"], batch["image_grid_thw"])
+    points = torch.randn(len(features), 3, generator=torch.Generator().manual_seed(1))
+    points[::3] = float("nan")
+    assert torch.equal(features + model.points(points), features)
+    assert torch.equal(model.logits(**batch), plain)
+    model.points(points).sum().backward()
+    assert model.points.down.weight.grad.abs().sum() > 0  # silent, but it learns
+
+
+def test_region_token_starts_as_loud_as_an_embedding(tmp_path):
+    make("qwen2_vl").save_pretrained(tmp_path)
+    model = load(str(tmp_path))
+    features = torch.randn(40, 32, generator=torch.Generator().manual_seed(2)) * 7 + 3
+    region = torch.arange(20).repeat_interleave(2)
+    tokens = model.region(features, region, torch.arange(40), torch.full((40,), 0.5), 20)
+    rms = model.decoder.embed_tokens.weight.pow(2).mean().sqrt()
+    assert 0.7 < tokens.pow(2).mean().sqrt() / rms < 1.4
+
+
+def test_rope_axes():
+    assert rope_axes((2, 1, 1), interleaved=False).tolist() == [0, 0, 1, 2]
+    assert rope_axes((4, 2, 2), interleaved=True).tolist() == [0, 1, 2, 0, 1, 2, 0, 0]
