@@ -1,0 +1,161 @@
+"""data.load: every kind of bad row is named once, all of them in one list; good rows come back whole."""
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+GOOD = {"id": "a", "path": "dtr", "images": ["a.png"], "question": "How far is the box (red bbox <mask>)?",
+        "answer": "2.1", "depths": ["d.png"], "intrinsics": [[50, 50, 15.5, 11.5]],
+        "regions": [[0, [1, 2, 30, 20]]], "objects": {"red bbox": [0.1, 0.2, 2.1]}, "task": "depth",
+        "rationale": "z is 2.1", "names": {"red bbox": "box"}, "sizes": {"red bbox": [0.5, 0.4, 0.3]}}
+TWO = GOOD | {"id": "b", "images": ["a.png", "b.png"], "depths": ["d.png", None], "frame": 1,
+              "intrinsics": [[50, 50, 15.5, 11.5], None],
+              "objects": {"red bbox": {"0": [0, 0, 2], "1": [1, 0, 2]}}}
+VIEW = {"red bbox": {"0": [0, 0, 2], "2": [1, 0, 2]}}
+BAD = {  # kind: (changes to GOOD, the field it is reported at, how its reason begins)
+    "no image file": ({"images": ["none.png"], "depths": None}, "images", "missing file"),
+    "truncated image": ({"images": ["cut.png"], "depths": None}, "images", "corrupt file"),
+    "text as image": ({"images": ["text.png"], "depths": None}, "images", "corrupt file"),
+    "no image at all": ({"images": [], "depths": None, "intrinsics": None, "regions": [], "question": "?",
+                         "objects": None}, "images", "no image"),
+    "no depth file": ({"depths": ["none.png"]}, "depths", "missing file"),
+    "depth of another size": ({"depths": ["small.png"]}, "depths", "wrong size"),
+    "too many depths": ({"depths": ["d.png", "d.png"]}, "depths", "wrong count"),
+    "region outside": ({"regions": [[0, [1, 2, 33, 20]]]}, "regions", "outside its image"),
+    "region left of it": ({"regions": [[0, [-1, 2, 30, 20]]]}, "regions", "outside its image"),
+    "region empty": ({"regions": [[0, [5, 2, 5, 20]]]}, "regions", "empty"),
+    "region nan": ({"regions": [[0, [5, float("nan"), 9, 20]]]}, "regions", "empty"),
+    "region of no image": ({"regions": [[1, [1, 2, 30, 20]]]}, "regions", "no such image"),
+    "mask without region": ({"regions": []}, "regions", "<mask> count"),
+    "region without mask": ({"question": "How far is the box?"}, "regions", "<mask> count"),
+    "images marked twice": ({"question": "<image> <image> <mask>"}, "question", "<image> count"),
+    "intrinsics nan": ({"intrinsics": [[float("nan"), 50, 15, 11]]}, "intrinsics", "not finite and positive"),
+    "intrinsics zero": ({"intrinsics": [[50, 0, 15, 11]]}, "intrinsics", "not finite and positive"),
+    "intrinsics short": ({"intrinsics": [[50, 50, 15]]}, "intrinsics", "wrong type"),
+    "blank answer": ({"answer": " "}, "answer", "unknown answer kind"),
+    "number as answer": ({"answer": 2.1}, "answer", "unknown answer kind"),
+    "unknown path": ({"path": "cot"}, "path", "unknown path"),
+    "unknown field": ({"rational": "z is 2.1"}, "rational", "unknown field"),
+    "no question": ({"question": None}, "question", "missing"),
+    "centre nan": ({"objects": {"red bbox": [0, 0, float("nan")]}}, "objects", "not finite"),
+    "centre of two": ({"objects": {"red bbox": [0, 0]}}, "objects", "wrong type"),
+    "object without views": ({"objects": {"red bbox": {}}}, "objects", "not finite"),
+    "view out of range": ({"objects": VIEW}, "objects", "no such view"),
+    "frame out of range": ({"frame": 1}, "frame", "no such view"),
+    "boolean frame": ({"frame": True}, "frame", "wrong type"),
+    "duplicate id": ({"id": "a"}, "id", "duplicate"),
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (24, 32, 3), np.uint8)
+    for name in ("a.png", "b.png", "cut.png"):
+        Image.fromarray(noise).save(tmp_path / name)
+    whole = (tmp_path / "cut.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "text.png").write_text("not an image")
+    Image.fromarray(np.full((24, 32), 2100, np.uint16)).save(tmp_path / "d.png")
+    Image.fromarray(np.full((12, 16), 2100, np.uint16)).save(tmp_path / "small.png")
+    return tmp_path
+
+
+def write(folder, rows, name="rows.jsonl"):
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (folder / name).write_text("".join(f"{line}\n" for line in lines))
+    return folder / name
+
+
+def test_good_rows_come_back_whole(folder):
+    write(folder, [GOOD, TWO])
+    one, two = data.load([str(folder)])
+    assert one.images == [str(folder / "a.png")] and one.depths == [str(folder / "d.png")]
+    assert one.regions == [(0, (1, 2, 30, 20))] and one.intrinsics == [(50, 50, 15.5, 11.5)]
+    assert one.objects == {"red bbox": (0.1, 0.2, 2.1)} and one.frame is None and one.task == "depth"
+    assert two.objects == {"red bbox": {0: (0, 0, 2), 1: (1, 0, 2)}} and two.frame == 1
+    assert two.depths == [str(folder / "d.png"), None] and two.intrinsics[1] is None
+
+
+def test_every_kind_of_bad_row_in_one_list(folder):
+    rows = [GOOD] + [GOOD | {"id": kind} | change for kind, (change, _, _) in BAD.items()]
+    view = GOOD | {"id": "v", "objects": {"red bbox": {"x": [0, 0, 1]}}}
+    rows += ["{not json", "[1, 2]", "", view]
+    file = write(folder, rows)
+    with pytest.raises(data.BadRows) as error:
+        data.load([str(folder)])
+    found = error.value.rows
+    want = [(str(file), k + 2, field, reason) for k, (_, field, reason) in enumerate(BAD.values())]
+    for (_, row, field, reason), (_, row_, field_, start) in zip(found, want, strict=False):
+        assert (row, field) == (row_, field_) and reason.startswith(start), (rows[row - 1], reason)
+    rest = [(row, field) for _, row, field, _ in found[len(want):]]
+    assert rest == [(len(BAD) + k, "row") for k in (2, 3, 4, 5)]
+    assert len(str(error.value).splitlines()) == 1 + len(found)
+    assert all(f"{file}:{row}: {field}: {reason}" in str(error.value) for _, row, field, reason in found)
+
+
+def test_all_reasons_of_one_row(folder):
+    write(folder, [GOOD | {"answer": " ", "path": "x", "regions": [[0, [0, 0, 99, 9]]]}])
+    with pytest.raises(data.BadRows) as error:
+        data.load([str(folder)])
+    assert {field for _, _, field, _ in error.value.rows} == {"answer", "path", "regions"}
+
+
+def test_skip_counts(folder, capsys):
+    bad = [GOOD | {"id": "x", "answer": 3}, GOOD | {"id": "y", "answer": ""}]
+    bad.append(GOOD | {"id": "z", "path": "cot"})
+    write(folder, [GOOD, *bad, TWO])
+    assert [e.id for e in data.load([str(folder)], skip_bad_rows=True)] == ["a", "b"]
+    said = capsys.readouterr().out
+    assert "skipped 3 of 5 rows" in said and "2 x answer: unknown answer kind" in said and "1 x path" in said
+    write(folder, bad)
+    with pytest.raises(data.BadRows):                        # nothing is left to train on
+        data.load([str(folder)], skip_bad_rows=True)
+
+
+def test_sources(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("rows")
+    write(folder, [GOOD])
+    other = write(elsewhere, [TWO], "some.jsonl")
+    read = data.load([f"scenes:{folder}", f"scenes:{other}@{folder}"])
+    assert [e.images[0] for e in read] == [str(folder / "a.png")] * 2
+    with pytest.raises(data.BadRows) as error:               # of one set: all its images are missing
+        data.load([folder, other])
+    assert {file for file, *_ in error.value.rows} == {str(other)}
+    with pytest.raises(ValueError, match="unknown kind 'coco'.*scenes"):
+        data.load([f"coco:{folder}"])
+    with pytest.raises(FileNotFoundError):
+        data.load(["nowhere"])
+    with pytest.raises(FileNotFoundError):                   # a set that was cut off has no rows.jsonl
+        data.load([elsewhere])
+    with pytest.raises(data.BadRows, match="empty file"):
+        data.load([write(elsewhere, [], "empty.jsonl")])
+    with pytest.raises(data.BadRows, match="duplicate"):
+        data.load([folder, folder])
+
+
+def test_cache_notices_a_new_file(folder):
+    write(folder, [GOOD])
+    assert len(data.load([folder])) == len(data.load([folder])) == 1
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    with pytest.raises(data.BadRows) as error:
+        data.load([folder])
+    assert {field for _, _, field, _ in error.value.rows} == {"depths", "regions"}
+    (folder / "a.png").write_bytes(b"gone bad")
+    with pytest.raises(data.BadRows, match="corrupt file"):
+        data.load([folder])
+
+
+def test_beyond_the_first_files_only_headers_are_read(folder):
+    files = [str(folder / name) for name in ("a.png", "cut.png")]
+    assert data.measure(files, decoded=1)[files[1]] == (32, 24)
+    assert data.measure(files)[files[1]].startswith("corrupt file")
+    assert data.measure(files)[files[0]] == (32, 24)

@@ -1,0 +1,349 @@
+"""data.scenes against oracles of its own: marching rays, planes, closed forms, answers worked out again."""
+import json
+import math
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+from data import scenes
+from srreal import parse, score, target
+
+SIZE = 128, 96
+NUMBER = r"-?\d+\.\d+"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("set")
+    scenes.main(scenes.Config(out=out, n=60, seed=3, size=SIZE, workers=2))
+    return out
+
+
+@pytest.fixture(scope="module")
+def examples(folder):
+    return data.load([folder])
+
+
+def room(wide=6.0, high=3.0, deep=8.0):
+    values = {"low": (-wide / 2, -high, 0), "high": (wide / 2, 0, deep), "floor": (120, 100, 80),
+              "wall": (200, 190, 180), "light": (0, -2.5, 2)}
+    return {key: np.float32(v).reshape(3, 1, 1) for key, v in values.items()} | {"tile": .5}
+
+
+def thing(name, centre, half, yaw=0.0):
+    centre, half = np.array(centre, float), np.array(half, float)
+    return scenes.Thing(name, centre, half, yaw, scenes.PAINTS[:3], np.zeros((3, 1)))
+
+
+def level(height=1.0, size=(129, 97), focal=120.0):
+    return scenes.look(size, focal, np.array([0, -height, .5]), np.array([0, -height, 5.0]))
+
+
+def points_of(camera, depth):
+    """(N, 3) world points of all pixels, by the definition of a pinhole camera."""
+    (w, h), (fx, fy, cx, cy) = camera.size, (camera.focal,) * 2 + tuple((n - 1) / 2 for n in camera.size)
+    v, u = np.mgrid[:h, :w]
+    local = np.stack([(u - cx) * depth / fx, (v - cy) * depth / fy, depth], -1).reshape(-1, 3)
+    return np.linalg.solve(camera.axes, local.T).T + camera.position
+
+
+# ---- rendering
+
+SHAPES = {part[0] for *_, parts in scenes.KINDS.values() for part in parts}
+
+
+@pytest.mark.parametrize("profile", sorted(SHAPES, key=str))
+def test_hit_against_marching(profile):
+    rng = np.random.default_rng(0)
+    around = rng.uniform(0, 6.28, 300)  # from aside: no camera looks down as steeply as a cone's side
+    origin = np.stack([4 * np.cos(around), rng.uniform(-3, 3, 300), 4 * np.sin(around)])
+    ray = rng.uniform(-1, 1, (3, 300)) - origin
+    t = np.linspace(0, 2, 20001)[:, None]
+    x, y, z = (o + t * d for o, d in zip(origin, ray, strict=True))
+    inside = (abs(x) <= 1) & (abs(y) <= 1) & (abs(z) <= 1)
+    if profile:
+        inside &= x ** 2 + z ** 2 <= profile[0] + profile[1] * y + profile[2] * y ** 2
+    first = np.where(inside.any(0), t[inside.argmax(0), 0], np.inf)
+    found = scenes.hit(np.float32(origin), np.float32(ray), profile)
+    both = np.isfinite(first) & np.isfinite(found)
+    assert (np.isfinite(first) != np.isfinite(found)).mean() < .01 and both.sum() > 100
+    np.testing.assert_allclose(found[both], first[both], atol=3e-4)
+
+
+def test_box_face_is_flat_and_as_wide_as_it_should_be():
+    _, depth, owner, _ = scenes.render(room(), [thing("box", (0, -1, 4.5), (.5, .5, .5))], level())
+    np.testing.assert_allclose(depth[owner == 0], 3.5, atol=1e-5)
+    columns = np.nonzero(owner == 0)[1]
+    assert columns.min() == 64 - 17 and columns.max() == 64 + 17       # 120 * .5 / 3.5 = 17.1
+
+
+@pytest.mark.parametrize("at", [(0, -1, 4.0), (1.1, -.6, 3.0), (-.8, -2, 5.0)])
+def test_ball_in_the_middle_is_as_far_as_its_centre_less_its_radius(at):
+    camera = scenes.look((129, 97), 120.0, np.array([.2, -1.5, .3]), np.array(at))
+    _, depth, owner, _ = scenes.render(room(), [thing("ball", at, (.4, .4, .4))], camera)
+    assert owner[48, 64] == 0
+    assert depth[48, 64] == pytest.approx(np.linalg.norm(np.array(at) - camera.position) - .4, abs=1e-4)
+
+
+def test_barrel_silhouette():
+    _, depth, owner, _ = scenes.render(room(), [thing("barrel", (0, -1, 4.5), (.5, .8, .5), .7)], level())
+    assert depth[48, 64] == pytest.approx(4 - .5, abs=1e-4)
+    tangent = 120 * math.tan(math.asin(.5 / 4))
+    assert np.nonzero(owner[48] == 0)[0].max() == 64 + math.floor(tangent)
+
+
+def test_wall_behind_and_floor_below():
+    camera = level(height=1.25)
+    _, depth, owner, alone = scenes.render(room(), [], camera)
+    assert (owner == -1).all() and alone.shape == (0, 97, 129)
+    assert depth[48, 64] == pytest.approx(8 - .5)
+    assert depth[96, 64] == pytest.approx(1.25 * 120 / 48, rel=1e-5)   # the floor at the lowest row
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_every_pixel_lies_on_a_surface(seed):
+    place, camera, things = scenes.furnish(np.random.default_rng(seed), (160, 120))
+    _, depth, owner, alone = scenes.render(place, things, camera)
+    points, owner = points_of(camera, depth.astype(float)), owner.ravel()
+    low, high = place["low"].ravel(), place["high"].ravel()
+    planes = np.concatenate([points - low, points - high], 1)[owner == -1]
+    assert abs(planes).min(1).max() < 2e-4                    # on one of the six planes
+    assert (points > low - 1e-3).all() and (points < high + 1e-3).all()
+    for i, one in enumerate(things):
+        c, s = math.cos(one.yaw), math.sin(one.yaw)
+        x, y, z = (points[owner == i] - one.centre).T
+        local = np.stack([c * x - s * z, y, s * x + c * z], 1) / one.half
+        assert abs(local).max(initial=0) < 1.0301             # doors of a cabinet stand out by 3 %
+        if one.name == "box":
+            assert abs(abs(local).max(1) - 1).max(initial=0) < 1e-3
+        if one.name == "ball":
+            assert abs(np.linalg.norm(local, axis=1) - 1).max(initial=0) < 1e-3
+        assert alone[i].ravel()[owner == i].all()
+
+
+def test_the_nearest_thing_is_seen():
+    near, far = thing("box", (0, -1, 3.5), (.3, .3, .3)), thing("ball", (0, -1, 5.5), (.6, .6, .6))
+    for things in ([near, far], [far, near]):
+        _, depth, owner, alone = scenes.render(room(), things, level())
+        assert things[owner[48, 64]] is near and depth[48, 64] == pytest.approx(2.7, abs=1e-4)
+        assert alone[:, 48, 64].all()
+
+
+# ---- scenes and files
+
+def test_same_seed_same_bytes_whatever_the_workers(tmp_path):
+    for name, workers, seed in (("one", 1, 0), ("two", 2, 0), ("other", 1, 1)):
+        scenes.main(scenes.Config(out=tmp_path / name, n=10, seed=seed, size=(64, 48), workers=workers))
+    sets = {name: tmp_path / name for name in ("one", "two", "other")}
+    files = {name: {file.relative_to(out): file.read_bytes() for file in out.rglob("*.*")}
+             for name, out in sets.items()}
+    assert files["one"] == files["two"] and Path("rows.jsonl") in files["one"]
+    assert not files["one"].keys() & files["other"].keys() - {Path("rows.jsonl")}
+    assert not set(files["one"].values()) & set(files["other"].values())
+    assert not list((tmp_path / "one").glob("*.part"))
+
+
+def test_depth_files_hold_a_room(folder, examples):
+    seconds = sum(file.stem.endswith("-1") for file in (folder / "depth").iterdir())
+    assert seconds > 10 and seconds < 30
+    for file in (folder / "depth").iterdir():
+        depth = np.asarray(Image.open(file)).astype(int)
+        assert depth.shape == SIZE[::-1] and depth.min() > 200 and depth.max() < 12_000
+
+
+def test_a_set_that_was_cut_off_has_no_rows(tmp_path, monkeypatch):
+    config = scenes.Config(out=tmp_path, n=2, seed=0, size=(64, 48), workers=1)
+    scenes.main(config)
+    monkeypatch.setattr(scenes, "rows", None)
+    with pytest.raises(TypeError):
+        scenes.main(config)
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+def test_rows_pair_the_paths(folder, examples):
+    pairs = defaultdict(dict)
+    for e in examples:
+        pairs[e.id.rpartition("-")[0]][e.path] = e
+    assert len(pairs) * 2 == len(examples) == len((folder / "rows.jsonl").read_text().splitlines())
+    for name in ("question", "answer", "task", "objects"):
+        assert all(getattr(pair["lor"], name) == getattr(pair["dtr"], name) for pair in pairs.values())
+    assert {e.task for e in examples} == {family.__name__ for family in scenes.FAMILIES}
+    assert 5 <= len(pairs) / 60 <= 6 and len({e.question for e in examples}) > .9 * len(pairs)
+
+
+def test_marks_are_where_the_regions_say(examples):
+    drawn, total = 0, 0
+    for e in examples:
+        mentions = re.findall(r"\((\w+ \w+) <mask>\)", e.question)
+        assert mentions == list(e.objects) == list(e.names) == list(e.sizes)
+        for mention, (view, (x0, y0, x1, y1)) in zip(mentions, e.regions, strict=True):
+            image = np.asarray(Image.open(e.images[view]))
+            colour, kind = mention.split()
+            at = ((y0 + y1) // 2, (x0 + x1) // 2) if kind == "point" else (y0, (x0 + x1) // 2)
+            drawn, total = drawn + (tuple(image[at]) == scenes.MARKS[colour]), total + 1
+            truth = e.objects[mention]
+            x, y, z = truth[view] if isinstance(truth, dict) else truth
+            fx, fy, cx, cy = e.intrinsics[view]
+            u, v = fx * x / z + cx, fy * y / z + cy
+            assert 0 < u < SIZE[0] and 0 < v < SIZE[1] and z > 1
+            assert kind == "point" or x0 <= u <= x1 and y0 <= v <= y1
+    assert drawn > .97 * total                                # later marks may cross earlier ones
+
+
+def test_points_of_the_region_lie_in_the_object_s_box(examples):
+    for e in {e.images[0]: e for e in examples if e.task == "depth"}.values():
+        (mention, centre), (_, (x0, y0, x1, y1)) = *e.objects.items(), e.regions[0]
+        z = np.asarray(Image.open(e.depths[0])).astype(float)[y0:y1, x0:x1] / 1000
+        fx, fy, cx, cy = e.intrinsics[0]
+        v, u = np.mgrid[y0:y1, x0:x1]
+        points = np.stack([(u - cx) * z / fx, (v - cy) * z / fy, z], -1).reshape(-1, 3)
+        reach = np.linalg.norm(e.sizes[mention]) / 2
+        assert (np.linalg.norm(points - centre, axis=1) < 1.03 * reach + .01).mean() > .15
+
+
+def test_point_region_is_clipped_like_the_paper_s():
+    camera = level(size=(641, 481), focal=500.0)              # its middle is the pixel (320, 240)
+    edge = thing("ball", (0, -1, 4), (.4, .4, .4))
+    rgb, depth, owner, alone = scenes.render(room(), [edge], camera)
+    rng = np.random.default_rng(0)
+    while True:
+        _, (mark,) = scenes.draw(rng, [edge], [camera], 0, (rgb, depth, owner, alone), ["red"], [])
+        if mark.mention == "red point":
+            break
+    u, v = int(320 / 641 * 1000), int(240 / 481 * 1000)
+    ends = (u - 25, 641), (v - 25, 481), (u + 25, 641), (v + 25, 481)
+    assert mark.region == [int(t * n / 1000) for t, n in ends]
+
+
+# ---- questions
+
+def test_targets_earn_everything(examples):
+    for e in examples:
+        text = target(e)
+        parsed = parse(text, e.path)
+        assert parsed.well_formed and parsed.answer == e.answer
+        assert score(text, e).total == pytest.approx(1.0)
+        assert 20 <= len(text.split()) <= (46 if e.path == "lor" else 90)
+        assert e.frame == parsed.frame if e.path == "dtr" else True
+
+
+def chosen(e):
+    """The option's text that the answer's letter stands for; asserts that both differ."""
+    first, second = re.search(r" A\. (.+) B\. (.+)$", e.question).groups()
+    assert first != second
+    return {"A": first, "B": second}[e.answer]
+
+
+def worked_out(e):
+    """The answer once more, from the exact objects and the question's words alone."""
+    m = re.search(r"frame of the (\w+) image", e.question)
+    view = ("first", "second").index(m[1]) if m else None
+    assert view == e.frame
+    at = {k: np.array(v[view] if view is not None else v) for k, v in e.objects.items()}
+    named = re.findall(r"\((\w+ \w+) <mask>\)", e.question)
+    if e.task == "depth":
+        return f"{at[named[0]][2]:.1f}"
+    if e.task == "distance":
+        return f"{np.linalg.norm(at[named[0]] - at[named[1]]):.1f}"
+    if e.task == "perspective":
+        a, b, c = (at[name][[0, 2]] for name in named)
+        angle = math.degrees(math.atan2(*(c - a)) - math.atan2(*(b - a))) % 360        # clockwise from above
+        if "to the left" in e.question:
+            return "to the right" if angle < 180 else "to the left"
+        return "in front" if angle < 90 or angle > 270 else "behind"
+    if m := re.search(r"(left of|above) or (right of|below)", e.question):
+        axis = 0 if m[1] == "left of" else 1
+        return m[1] if at[named[0]][axis] < at[named[1]][axis] else m[2]
+    origin = np.zeros(3) if "camera:" in e.question else at[named[0]]
+    far = {name: abs(at[name][2]) if "camera:" in e.question else np.linalg.norm(at[name] - origin)
+           for name in named[-2:]}
+    return (min if "closer to" in e.question else max)(far, key=far.get).split()[0]
+
+
+def test_answers_worked_out_again(examples):
+    count = defaultdict(set)
+    for e in examples:
+        said = chosen(e) if " A. " in e.question else e.answer
+        assert said == worked_out(e), e
+        count[e.task].add(e.answer)
+        tail = e.rationale.rpartition("so ")[2]               # the option's text before its letter
+        assert said in tail and tail.endswith(f"{e.answer}.") and (said == e.answer or "option" in tail)
+    assert all(len(answers) > 1 for answers in count.values())
+
+
+def test_close_calls_are_not_asked(examples):
+    for e in examples:
+        view = e.frame
+        at = [np.array(v[view] if view is not None else v) for v in e.objects.values()]
+        if e.task == "depth_order":
+            assert abs(at[0][2] - at[1][2]) > .24
+        if e.task in ("depth", "distance"):
+            exact = at[0][2] if e.task == "depth" else np.linalg.norm(at[0] - at[1])
+            assert abs(exact - float(e.answer)) < .0441
+
+
+def test_dtr_reasons_with_its_own_boxes(examples):
+    """Each number of a DTR rationale is one of the block's, or follows by the step in which it stands."""
+    for e in (e for e in examples if e.path == "dtr"):
+        text = re.sub(r"between \d+ and \d+ m|so the answer is \S+", "", e.rationale)
+        boxes = {mention.split()[0]: xyz for mention, _, xyz in parse(target(e), "dtr").boxes}
+        known = {x for xyz in boxes.values() for x in xyz}
+        hops = rf"From (\w+) to (\w+): dx ({NUMBER}), dy ({NUMBER}), dz ({NUMBER})"
+        for a, b, x, y, z in re.findall(hops, text):
+            steps = [round(q - p, 2) for p, q in zip(boxes[a], boxes[b], strict=True)]
+            assert [float(v) for v in (x, y, z)] == steps
+            known |= set(steps)
+        both = rf"From (\w+), (\w+) is dx ({NUMBER}), dz ({NUMBER}) away, (\w+) dx ({NUMBER}), dz ({NUMBER})"
+        for start, b, bx, bz, c, cx, cz in re.findall(both, text):
+            for name, x, z in ((b, bx, bz), (c, cx, cz)):
+                assert float(x) == round(boxes[name][0] - boxes[start][0], 2)
+                assert float(z) == round(boxes[name][2] - boxes[start][2], 2)
+                known |= {float(x), float(z), -float(x)}
+        sums = rf"squares ({NUMBER}) \+ ({NUMBER}) \+ ({NUMBER}) = ({NUMBER}), root ({NUMBER})"
+        for *squares, total, root in re.findall(sums, text):
+            assert sum(map(float, squares)) == pytest.approx(float(total), abs=1e-6)
+            assert all(any(abs(float(s) - k * k) < .0051 for k in known) for s in squares)
+            assert float(root) == pytest.approx(math.sqrt(float(total)), abs=.0051)
+            known |= {float(v) for v in (*squares, total, root)}
+        product = rf"({NUMBER}) \* ({NUMBER})"
+        sums = rf"{product} \+ {product} = ({NUMBER}) \+ ({NUMBER}) = ({NUMBER})"
+        for i, j, k, m, p, q, total in re.findall(sums, text):
+            assert {float(v) for v in (i, j, k, m)} <= known
+            assert float(p) == pytest.approx(float(i) * float(j), abs=.0051)
+            assert float(q) == pytest.approx(float(k) * float(m), abs=.0051)
+            assert float(total) == pytest.approx(float(p) + float(q), abs=1e-6)
+            known |= {float(v) for v in (p, q, total)}
+        assert {float(v) for v in re.findall(NUMBER, text)} <= known, (e.rationale, known)
+        for left, sign, right in re.findall(rf"({NUMBER}) ([<>]) ({NUMBER})", text):
+            assert (float(left) < float(right)) == (sign == "<")
+
+
+def test_lor_holds_no_coordinates(examples):
+    for e in (e for e in examples if e.path == "lor"):
+        assert "3d_box" not in e.rationale and not re.search(r"\d,-?\d", e.rationale)
+        assert not re.search(r"\d\.\d\d", e.rationale)        # one decimal: it may estimate, not measure
+
+
+def test_chance_is_the_best_constant_answer(examples):
+    few = [e for e in examples if e.task in ("depth", "relation")]
+    found = scenes.chance(few)
+    letters = [e.answer for e in few if e.task == "relation"]
+    assert found["relation"] == max(letters.count("A"), letters.count("B")) / len(letters)
+    assert found.keys() == {"depth", "relation"} and .3 < found["depth"] < .8
+
+
+def test_json_of_rows_is_strict(folder):
+    for line in (folder / "rows.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
