@@ -21,23 +21,24 @@ Segment = tuple[int, int, int, int]  # start, end, prefix_start, prefix_end
 
 def reference_prefix_attention(q: Tensor, k: Tensor, v: Tensor, segments: list[Segment]) -> Tensor:
     """q (T, A, D), k and v (T, K, D), rotated; segments tile [0, T) in order. Returns (T, A, D)."""
-    out = []
-    for start, end, prefix_start, prefix_end in segments:
-        queries = q[start:end].transpose(0, 1)[None]  # (1, A, L, D)
-        keys, values = k[start:end], v[start:end]
-        mask, prefix = None, prefix_end - prefix_start
+    # One split, not a slice a segment: a slice's backward fills a whole (T, K, D) gradient, T / L times.
+    lengths = [end - start for start, end, _, _ in segments]
+    parts = zip(*(t.transpose(0, 1).split(lengths, 1) for t in (q, k, v)), strict=True)  # (A or K, L, D)
+    out, masks, seen = [], {}, {}
+    for (start, _, prefix_start, prefix_end), (query, key, value) in zip(segments, parts, strict=True):
+        seen[start], prefix, mask = (key, value), prefix_end - prefix_start, None
         if prefix:
-            keys, values = (
-                torch.cat((k[prefix_start:prefix_end], keys)),
-                torch.cat((v[prefix_start:prefix_end], values)),
-            )
-            mask = q.new_ones(end - start, len(keys), dtype=torch.bool).tril(prefix)
-        keys, values = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
+            before, length = seen[prefix_start], query.shape[1]
+            key, value = torch.cat((before[0], key), 1), torch.cat((before[1], value), 1)
+            if (length, prefix) not in masks:
+                masks[length, prefix] = q.new_ones(length, prefix + length, dtype=torch.bool).tril(prefix)
+            mask = masks[length, prefix]
         attended = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        out.append(attended[0].transpose(0, 1))
-    return torch.cat(out) if out else q
+            query[None], key[None], value[None], attn_mask=mask, is_causal=mask is None,
+            enable_gqa=len(query) != len(key),
+        )  # fmt: skip
+        out.append(attended[0])
+    return torch.cat(out, 1).transpose(0, 1) if out else q
 
 
 def reference_decode_attention(

@@ -37,7 +37,8 @@ class Scored(NamedTuple):
 
     Completion n's boxes are rows box_start[n] : box_start[n + 1]; group g's completions and true centres
     group_start[g] : group_start[g + 1] and true_start[g] : true_start[g + 1]. Mentions are numbered within
-    their group: 0 .. objects[g] - 1 in the order of Example.objects; a box of no such mention has -1.
+    their group, below objects[g], by their lower-cased text: keys of Example.objects that differ only in case
+    share a number, and so a box. A box of no such mention has -1.
     """
 
     well_formed: torch.Tensor  # (N,) bool

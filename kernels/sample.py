@@ -6,10 +6,10 @@
 
 u is a hash of (key, position, token id) only: a sequence's noise does not depend on slot, batch or rank. It
 mixes 32-bit integers: Philox in torch costs seconds a batch at V = 151,936 on a CPU, this some 1-3 ms a row.
-u = (31 bits + 0.5) / 2^31: near 0, where the winners are, it keeps full precision, so that a token of
-probability 1e-9 is still drawn as often as it should be. top_p keeps the smallest set of tokens, by falling
-probability (ties: lower id first), with at least top_p of the allowed tokens' mass; it needs a sort, which
-is left to torch, also on a GPU.
+u = (31 bits + 0.5) * UNIT: near 0, where the winners are, it keeps full precision, so that a token of
+probability 1e-9 is still drawn as often as it should be; it never reaches 1, where E would be infinite.
+top_p keeps the smallest set of tokens, by falling probability (ties: lower id first), with at least top_p of
+the allowed tokens' mass; it needs a sort, which is left to torch, also on a GPU.
 
 Why fuse: eager PyTorch reads or writes B x V about thirty times, this reads it once (256 x 151,936 in bf16:
 78 MB) and keeps a max, a sum and a best token for each part of a row. What it reaches is not measured yet.
@@ -30,6 +30,7 @@ from torch.utils.benchmark import Timer
 MIX32 = 0x21F0AAAD, 0xD35A2D97  # multipliers of a 32-bit mixer with low bias
 MIX64 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 GOLDEN = 0x9E3779B9
+UNIT = 2.0**-31 - 2.0**-55  # the float below 2^-31: fp32 rounds the largest 31-bit integers up to 2^31
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -43,7 +44,7 @@ def _signed(c, bits):
     return c - (1 << bits) if c >> (bits - 1) else c
 
 
-A32, B32, GOLDEN_ = tl.constexpr(MIX32[0]), tl.constexpr(MIX32[1]), tl.constexpr(GOLDEN)
+A32, B32, GOLDEN_, UNIT_ = (tl.constexpr(c) for c in (*MIX32, GOLDEN, UNIT))
 A64, B64, C64 = (tl.constexpr(_signed(c, 64)) for c in MIX64)
 
 
@@ -67,14 +68,14 @@ def _token_words(vocab, device):
 
 
 def race_times(keys: torch.Tensor, positions: torch.Tensor, vocab: int) -> torch.Tensor:
-    """E[B, V], exponentials of (key, position, token id) only: argmax p / E is a draw from p."""
+    """E[B, V], exponentials of (key, position, token id) only: argmax z - log E is a draw from softmax(z)."""
     first, second = _row_words(keys, positions)
     x = _token_words(vocab, keys.device) + first
     scratch = torch.empty_like(x)
     _xorshift_(x, 16, scratch).mul_(MIX32[0]).bitwise_xor_(second)
     _xorshift_(x, 15, scratch).mul_(_signed(MIX32[1], 32))
     _xorshift_(x, 15, scratch).bitwise_and_(0x7FFFFFFF)
-    return x.to(torch.float32).add_(0.5).mul_(-(2.0 ** -31)).log1p_().neg_()
+    return x.to(torch.float32).add_(0.5).mul_(-UNIT).log1p_().neg_()
 
 
 def _nucleus(z, top_p):
@@ -89,13 +90,11 @@ def reference_sample(logits, keys, positions, temperature=1.0, top_p=1.0, banned
     """The specification."""
     z = logits.float() / (temperature or 1.0)
     peak = z.amax(-1, keepdim=True)
-    p = (z - peak).exp_()  # up to a factor
-    logsumexp = peak[:, 0] + p.sum(-1).log_()
+    logsumexp = peak[:, 0] + (z - peak).exp_().sum(-1).log_()
     allowed = z if banned is None else torch.where(banned, -torch.inf, z)
     allowed = allowed if top_p == 1 else _nucleus(allowed, top_p)
     if temperature > 0:
-        p = p if allowed is z else (allowed - allowed.amax(-1, keepdim=True)).exp_()
-        allowed = p.div_(race_times(keys, positions, z.shape[1]))
+        allowed = allowed - race_times(keys, positions, z.shape[1]).log_()  # p / E may underflow, this can't
     token = allowed.argmax(-1)
     return token, (z.gather(1, token[:, None])[:, 0] - logsumexp).clamp_(max=0)
 
@@ -106,7 +105,7 @@ def _race_times(first, second, token):
     x = token.to(tl.uint32) * GOLDEN_ + first
     x = (x ^ (x >> 16)) * A32 ^ second
     x = (x ^ (x >> 15)) * B32
-    u = (((x ^ (x >> 15)) & 0x7FFFFFFF).to(tl.float32) + 0.5) * 4.656612873077393e-10
+    u = (((x ^ (x >> 15)) & 0x7FFFFFFF).to(tl.float32) + 0.5) * UNIT_
     return tl.where(u < 0.015625, u * (1 + u * (0.5 + u * (1 / 3 + u * 0.25))), -tl.log(1 - u))
 
 

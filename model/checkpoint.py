@@ -9,12 +9,16 @@ The published files come in two layouts, and transformers writes either:
 
 A model remembers the layout and the dtype of every tensor it was loaded from, and saves in the same, so that
 transformers' own class (and whatever else reads Qwen-VL) loads what we trained. Saving is atomic: everything
-is written and synced in a directory aside, which then takes the place of the old one in a single rename.
+is written and synced in a directory aside, which then takes the place of the old one in a single rename, with
+what others have put into that one.
 """
 
+import contextlib
 import ctypes
+import glob
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +34,15 @@ SHARD_BYTES = 4_000_000_000
 # Longest first; `model.` alone is the older layout's decoder.
 PREFIXES = (("model.language_model.", "decoder."), ("model.visual.", "vision."), ("visual.", "vision."),
             ("model.", "decoder."), ("lm_head.", "lm_head."))  # fmt: skip
+# What a save may write. An old one of these must not stand beside the new: a reader might prefer it.
+OWN = re.compile(
+    r"(model(-\d+-of-\d+)?|spatial)\.safetensors(\.index\.json)?|chat_template\.\w+|merges\.txt"
+    r"|((generation|\w*processor|tokenizer)_)?config\.json|(tokenizer|vocab|added_tokens|special_tokens_map)\.json"
+)
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that can't be loaded; the message is one line that says which file or tensor, and what to
-    do.
-    """
+    """A checkpoint that can't be loaded or saved; one line that says which file or tensor, and what to do."""
 
 
 @dataclass
@@ -56,9 +63,9 @@ def load(source: str, device=None, dtype: torch.dtype | None = None):
     with torch.device("meta"):
         model = QwenVL(config)
     state, origin = _read(directory, model)
-    dtype = dtype or origin.dtypes["decoder.norm.weight"]
     spatial, kind = _read_spatial(directory)
     _check(directory, model, state, spatial)
+    dtype = dtype or origin.dtypes["decoder.norm.weight"]
     for name in list(state):
         state[name] = state[name].to(device=device or "cpu", dtype=dtype)
     state |= {name: tensor.to(device=device or "cpu", dtype=dtype) for name, tensor in spatial.items()}
@@ -74,18 +81,14 @@ def resolve(source: str) -> Path:
     if Path(source).is_dir():
         return Path(source)
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise CheckpointError(
-            f"{source}: no such directory (and not a hub id like Qwen/Qwen2.5-VL-3B-Instruct)"
-        )
+        raise CheckpointError(f"{source}: no such directory (nor a hub id like Qwen/Qwen2.5-VL-3B-Instruct)")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(source, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
     except Exception as error:  # the hub's errors are many; a user needs one line
         reason = str(error).strip().splitlines()[0][:160]
-        raise CheckpointError(
-            f"{source}: no such directory, and the hub did not give it ({reason})"
-        ) from error
+        raise CheckpointError(f"{source}: no such directory, and the hub has none ({reason})") from error
 
 
 def read_config(directory: Path):
@@ -94,9 +97,7 @@ def read_config(directory: Path):
 
     path = directory / "config.json"
     if not path.is_file():
-        raise CheckpointError(
-            f"{directory}: no config.json; --model wants a checkpoint in the Hugging Face layout"
-        )
+        raise CheckpointError(f"{directory}: no config.json, so no checkpoint in the Hugging Face layout")
     try:
         config = AutoConfig.from_pretrained(directory)
         Sizes.of(config)
@@ -105,12 +106,22 @@ def read_config(directory: Path):
     return config
 
 
+def read_json(path: Path, key: str | None = None) -> dict:
+    """The object that a JSON file holds, or that it holds under `key`."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values = values[key] if key else values
+        if not isinstance(values, dict):
+            raise TypeError(f"{type(values).__name__} instead of an object")
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: not the JSON that it should be ({error}); copy it again") from error
+    return values
+
+
 def _files(directory: Path) -> list[Path]:
-    index = directory / "model.safetensors.index.json"
+    index, names = directory / "model.safetensors.index.json", ["model.safetensors"]
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
+        names = sorted({str(name) for name in read_json(index, "weight_map").values()})
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         raise CheckpointError(
@@ -120,16 +131,15 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _read(directory: Path, model) -> tuple[dict[str, Tensor], Origin]:
-    state, origin = {}, Origin(directory, {}, {})
+    state, origin = {}, Origin(directory.absolute(), {}, {})
     for path in _files(directory):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (not a dict)
                     ours = rename(name)
-                    if ours.endswith("rotary_emb.inv_freq") or (
-                        ours == "lm_head.weight" and model.lm_head is None
-                    ):
-                        continue  # derived, or the tied embedding once more
+                    again = ours == "lm_head.weight" and model.lm_head is None  # the tied embedding
+                    if again or ours.endswith("rotary_emb.inv_freq"):
+                        continue
                     state[ours] = file.get_tensor(name)
                     origin.names[ours], origin.dtypes[ours] = name, state[ours].dtype
         except SafetensorError as error:
@@ -138,9 +148,7 @@ def _read(directory: Path, model) -> tuple[dict[str, Tensor], Origin]:
 
 
 def rename(name: str) -> str:
-    """A tensor's name on disk -> ours; a name of neither layout is returned as it is (and reported as
-    surplus).
-    """
+    """A tensor's name on disk -> ours; one of neither layout stays as it is (and is reported as surplus)."""
     for theirs, ours in PREFIXES:
         if name.startswith(theirs):
             return ours + name[len(theirs) :]
@@ -168,14 +176,12 @@ def _check(directory: Path, model, state: dict[str, Tensor], spatial: dict[str, 
     for what, names in (("lacks", missing), ("has the unknown tensor", surplus)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise CheckpointError(
-                f"{directory}: the checkpoint {what} {names[0]}{more}; is config.json that of these weights?"
-            )
+            what = f"{what} {names[0]}{more}"
+            raise CheckpointError(f"{directory}: the checkpoint {what}; is config.json of these weights?")
     if wrong:
         n = wrong[0]
-        raise CheckpointError(
-            f"{directory}: {n} is {tuple(found[n].shape)}, config.json wants {tuple(wanted[n])}"
-        )
+        shapes = tuple(found[n].shape), tuple(wanted[n])
+        raise CheckpointError(f"{directory}: {n} is {shapes[0]}, config.json wants {shapes[1]}")
 
 
 def _init_spatial(model, device, dtype: torch.dtype) -> None:
@@ -189,37 +195,59 @@ def _init_spatial(model, device, dtype: torch.dtype) -> None:
 
 def save(model, directory: str | Path, processor=None) -> None:
     """Atomically replaces `directory` by the model's checkpoint: weights, spatial.safetensors, the source's
-    other files, and the processor's settings where one is given."""
-    directory = Path(directory)
+    other files, and the processor's settings where one is given. What an older checkpoint there holds beyond
+    that is kept; a directory that holds something else is refused."""
+    directory = Path(directory).resolve()  # the rename would replace a link, not what it points to
+    if directory.exists() and not (directory / "config.json").is_file():
+        if not directory.is_dir() or any(directory.iterdir()):
+            raise CheckpointError(f"{directory}: exists and holds no checkpoint; save to another directory")
     aside = directory.parent / f".{directory.name}.{os.getpid()}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    write(model, aside, processor)
-    replace(aside, directory)
+    for stale in directory.parent.glob(f".{glob.escape(directory.name)}.*.tmp"):
+        pid = stale.suffixes[-2][1:]
+        if stale == aside or pid.isdigit() and not Path("/proc", pid).exists():  # its process was killed
+            shutil.rmtree(stale, ignore_errors=True)
+    try:
+        write(model, aside, processor)
+        _keep_foreign(directory, aside)
+        replace(aside, directory)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _keep_foreign(old: Path, new: Path) -> None:
+    """What is in `old` and no save writes, into `new` as well: by hard links, so that size doesn't matter."""
+
+    def ours(folder, names):
+        return [n for n in names if Path(folder) == old and (OWN.fullmatch(n) or (new / n).exists())]
+
+    def link(source, target):
+        try:
+            os.link(source, target)
+        except OSError:  # a file system without
+            shutil.copy2(source, target)
+
+    if old.exists():
+        shutil.copytree(old, new, symlinks=True, ignore=ours, copy_function=link, dirs_exist_ok=True)
 
 
 def write(model, directory: Path, processor=None) -> None:
     """The files of a checkpoint, not atomically (see `save`)."""
     from model.processor import Processor
 
-    source = model.origin.directory
-    if processor is None and (source / "tokenizer_config.json").is_file():
-        processor = Processor.from_pretrained(str(source))
+    origin = model.origin
     if processor is None:
-        copy_files(source, directory)
+        with contextlib.suppress(ValueError, OSError):  # no tokenizer, or no room: files as they are
+            processor = Processor(origin.directory)
+    if processor is None:
+        copy_files(origin.directory, directory)
     else:
         processor.save(directory)  # the same, and the tokenizer with <mask> in it
     tensors = {name: p.detach() for name, p in model.named_parameters()}
     spatial = {n: t.contiguous().cpu() for n, t in tensors.items() if n.startswith(SPATIAL)}
-    save_file(
-        spatial, directory / "spatial.safetensors", metadata={"points": model.points_kind}
-    )
-    origin = model.origin
-    base = {
-        origin.names[n]: t.to("cpu", origin.dtypes[n]).contiguous()
-        for n, t in tensors.items()
-        if n in origin.names
-    }
-    _write_shards(base, directory)
+    save_file(spatial, directory / "spatial.safetensors", metadata={"points": model.points_kind})
+    base = {n: t.to("cpu", origin.dtypes[n]) for n, t in tensors.items() if n in origin.names}
+    _write_shards({origin.names[n]: t.contiguous() for n, t in base.items()}, directory)
 
 
 def _write_shards(tensors: dict[str, Tensor], directory: Path) -> None:
@@ -244,6 +272,8 @@ def _write_shards(tensors: dict[str, Tensor], directory: Path) -> None:
 def copy_files(source: Path, directory: Path) -> None:
     """Everything of a checkpoint but its weights: config, tokenizer, processor, template, licence, ..."""
     weights = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+    if not source.is_dir():
+        raise CheckpointError(f"{source}: gone since it was loaded, and config and tokenizer with it")
     directory.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
         if path.is_file() and not path.name.endswith(weights) and path.parent != directory:
@@ -251,19 +281,15 @@ def copy_files(source: Path, directory: Path) -> None:
 
 
 def replace(aside: Path, directory: Path) -> None:
-    """Makes the finished directory `aside` be `directory`, in one step where the kernel can exchange two
-    names.
-    """
-    for path in sorted(aside.rglob("*")) + [aside]:
+    """Makes the finished directory `aside` be `directory`, in one step where the kernel exchanges names."""
+    for path in [p for p in aside.rglob("*") if p.is_file() or p.is_dir()] + [aside]:  # no dangling links
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
     if not directory.exists():
         os.rename(aside, directory)
-    elif not _exchange(
-        aside, directory
-    ):  # an old kernel or another system: two steps, the old one whole in between
-        old = aside.with_suffix(".old")
+    elif not _exchange(aside, directory):
+        old = aside.with_suffix(".old")  # an old kernel: two steps, the old one whole in between
         os.rename(directory, old)
         os.rename(aside, directory)
         aside = old

@@ -8,8 +8,10 @@ T tokens, P patches, N distinct images, R regions, E region-patch pairs, S seque
 
 import itertools
 import json
+import os
 import re
 import sys
+import threading
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -20,12 +22,14 @@ from safetensors import safe_open
 from transformers import AddedToken, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
-from model.checkpoint import copy_files, read_config, resolve
+from model.checkpoint import CheckpointError, copy_files, read_config, read_json, resolve
 from model.head3d import point_grid, read_depth
-from model.region import is_mask, region_weights
+from model.region import region_weights
 from srreal import Example, prompt, target
 
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+# A character that goes on with a word: not in scripts that write no blanks (Thai to Khmer, kana, Han).
+LETTER = re.compile(r"[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]|-")
 GROUNDING = re.compile(r"<\|(object_ref|box|quad)_(start|end)\|>")  # special tokens that may stand in a text
 BOXES = {  # a family's 2D box in a text, and its unit: 1/1000 of the image, or (None) a resized pixel
     "qwen2_vl": ("<|box_start|>({},{}),({},{})<|box_end|>", 1000),
@@ -79,7 +83,8 @@ class Prompt:
     positions: np.ndarray  # (3, n) int64
     next: int  # position after the prompt
     views: list[View]
-    merged: list[int]  # tokens of each
+    weights: list[np.ndarray]  # each region's, on the patches of its view
+    merged: list[int]  # tokens of each view
     masks: np.ndarray  # index of each <mask>
     images_end: int  # index behind the last placeholder
 
@@ -88,14 +93,16 @@ class Recent:
     """A bounded memory: the oldest leave when the bytes exceed the room. Threads may share it."""
 
     def __init__(self, room: float, cost):
-        self.room, self.cost, self.used, self.items = room, cost, 0, {}
+        self.room, self.cost, self.used, self.items, self.lock = room, cost, 0, {}, threading.Lock()
 
     def get(self, key, make):
         if (item := self.items.get(key)) is None:
-            item = self.items[key] = make()
-            self.used += self.cost(item)
-            while self.used > self.room and len(self.items) > 1:
-                self.used -= self.cost(self.items.pop(next(iter(self.items))))
+            made = make()  # outside of the lock, since it takes long; of two threads' work one is thrown away
+            with self.lock:
+                self.used += 0 if key in self.items else self.cost(made)
+                item = self.items.setdefault(key, made)
+                while self.used > self.room and len(self.items) > 1:
+                    self.used -= self.cost(self.items.pop(next(iter(self.items))))
         return item
 
 
@@ -128,11 +135,43 @@ def recorded_points(files: Path, wanted: str | None) -> str:
     return wanted or recorded or "metric"
 
 
+def image_settings(files: Path) -> list[tuple]:
+    """(file, its content, the image processor's part of it) of each file that has one: newer ones nest it."""
+    paths = [files / f"{name}_config.json" for name in ("preprocessor", "processor")]
+    whole = {path: read_json(path) for path in paths if path.is_file()}
+    parts = [(path, v, v if path == paths[0] else v.get("image_processor")) for path, v in whole.items()]
+    return [part for part in parts if part[2]]
+
+
+def check_files(files: Path) -> None:
+    """Where files are missing, transformers makes an empty tokenizer, or explains itself in a paragraph."""
+    held = {path.name for path in files.iterdir()}
+    held |= {"tokenizer.json"} if {"vocab.json", "merges.txt"} <= held else set()
+    held |= {"preprocessor_config.json"} if image_settings(files) else set()
+    for name in ("tokenizer_config.json", "tokenizer.json", "preprocessor_config.json"):
+        if name not in held:
+            raise CheckpointError(f"{files}: no {name}; copy it from the original checkpoint")
+
+
+def plain(region):
+    """A mask in any form (tensor, nested lists) as a bool array; a box as it is."""
+    return np.asarray(region) != 0 if np.ndim(region) == 2 else region
+
+
+def identity(source):
+    """Of a file its path, size and time of change; of an object what holds within a call."""
+    if not isinstance(source, str | Path):
+        return id(source)
+    state = os.stat(source)
+    return str(source), state.st_size, state.st_mtime_ns
+
+
 def object_of(text: str, table: dict) -> str | None:
-    """The longest mention in the table that the text ends with, whatever the case, blanks and brackets."""
+    """The table's longest mention, in whole words, that the text ends with; case and brackets don't count."""
     bare = lambda s: re.sub(r"\W+$", "", s.strip().lower())  # noqa: E731
+    inside = lambda s, at: at > 0 and LETTER.match(s, at - 1) and LETTER.match(s, at)  # noqa: E731
     text = bare(text)
-    fits = [m for m in table if (k := bare(m)) and text.endswith(k) and not text[: -len(k)][-1:].isalnum()]
+    fits = [m for m in table if (k := bare(m)) and text.endswith(k) and not inside(text, len(text) - len(k))]
     return max(fits, key=len, default=None)
 
 
@@ -221,8 +260,8 @@ class Pack:
                     self.ends.append(self.ends[-1] + len(c))
             self.last.append(packed[-1])
             self.next.append(p.next)
-            for at, (n, region) in zip(packed[:-1], p.example.regions, strict=False):
-                self.regions.append((at, self.first[p.views[n].key][0], p.views[n], region))
+            for at, (n, _), weights in zip(packed[:-1], p.example.regions, p.weights, strict=False):
+                self.regions.append((at, self.first[p.views[n].key][0], weights))
             self.truths += truths(p.example)[: len(p.masks)]
 
 
@@ -238,7 +277,9 @@ class Processor:
     def __init__(self, files: Path, max_pixels=None, regions="token", points=None):
         assert regions in ("token", "text") and points in (None, "metric", "relative"), (regions, points)
         self.files, self.regions, self.points = files, regions, recorded_points(files, points)
-        self.config, self.tokenizer = read_config(files), AutoTokenizer.from_pretrained(files)
+        self.config = read_config(files)
+        check_files(files)
+        self.tokenizer = AutoTokenizer.from_pretrained(files)
         self.images = images = Qwen2VLImageProcessorPil.from_pretrained(files)
         self.resized, self.max_pixels = max_pixels is not None, max_pixels or images.size["longest_edge"]
         least = min(images.size["shortest_edge"], self.max_pixels)
@@ -260,7 +301,8 @@ class Processor:
         if self.mask_id >= rows:
             raise ValueError(f"{self.files}: no row for <mask>: {len(vocab) - 1} tokens, {rows} embeddings")
         path, eos = self.files / "generation_config.json", tokenizer.eos_token_id
-        end = (json.loads(path.read_text()) if path.is_file() else {}).get("eos_token_id") or eos
+        end = (read_json(path) if path.is_file() else {}).get("eos_token_id")
+        end = eos if end in (None, []) else end  # 0 is an id
         self.end_ids = end if isinstance(end, list) else [end]
         self.end_id = eos if eos in self.end_ids else self.end_ids[0]  # the one that closes a turn
         self.banned = torch.ones(rows, dtype=torch.bool)
@@ -272,7 +314,9 @@ class Processor:
         self.control = re.compile("|".join(map(re.escape, special)) or "(?!)")  # (?!) matches nothing
         legacy = self.files / "chat_template.json"
         if tokenizer.chat_template is None and legacy.is_file():
-            tokenizer.chat_template = json.loads(legacy.read_text())["chat_template"]
+            tokenizer.chat_template = read_json(legacy).get("chat_template")
+        if tokenizer.chat_template is None:
+            raise CheckpointError(f"{self.files}: no chat_template.jinja, nor an older form of it")
 
     # ---- text ----
 
@@ -292,7 +336,7 @@ class Processor:
         return [*self.encode(text).tolist(), self.end_id]
 
     def prompt_ids(self, example: Example) -> list[int]:
-        return self._prompt(example).ids.tolist()
+        return self._prompt(example, {}).ids.tolist()
 
     def _check(self, example, text, what, masks):
         """A text must not end its own turn or open an image: a row that holds a control token is refused."""
@@ -311,14 +355,15 @@ class Processor:
         rendered = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         return self.encode(re.sub(r"<think>\s*$", "", rendered))
 
-    def _prompt(self, example):
+    def _prompt(self, example, seen):
         text, merge = prompt(example), self.images.merge_size
         self._check(example, text, "question", len(example.regions))
         if (count := text.count("<image>")) not in (0, len(example.images)):
             raise ValueError(f"{example.id}: {count} <image> in the question, {len(example.images)} images")
         if not all(0 <= index < len(example.images) for index, _ in example.regions):
             raise ValueError(f"{example.id}: a region lies on an image that is not there")
-        views = [self._view(example, i) for i in range(len(example.images))]
+        views = [self._view(example, i, seen) for i in range(len(example.images))]
+        weights = self._weights(example, views)
         if self.regions == "text":
             text = self._write_boxes(example, text, views)
         turn = self.turns.get((text, len(views)), lambda: self._turn(text, len(views)))
@@ -329,30 +374,48 @@ class Processor:
         ids = np.repeat(turn, counts)
         positions, after = rope_positions(len(turn), slots, merged)
         end, masks = int(counts[: slots[-1] + 1].sum()) if views else 0, np.flatnonzero(ids == self.mask_id)
-        return Prompt(example, ids, positions, after, views, counts[slots].tolist(), masks, end)
+        return Prompt(example, ids, positions, after, views, weights, counts[slots].tolist(), masks, end)
+
+    def _weights(self, example, views):
+        """Each region's area weights on its image's patches, in their packed order."""
+        weights = []
+        for k, (index, region) in enumerate(example.regions):
+            try:
+                grid = region_weights(plain(region), views[index].size, views[index].grid)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{example.id}: region {k}: {error}") from error
+            weights.append(blocks(grid, self.images.merge_size))
+        return weights
 
     def _write_boxes(self, example, text, views):
         """Each <mask> as a 2D box in the family's convention; of several images, behind its number."""
         (form, scale), pieces = BOXES[self.config.model_type], text.split("<mask>")
         for k, (index, region) in enumerate(example.regions):
-            if is_mask(region):
+            if np.ndim(region := plain(region)) == 2:
                 ys, xs = np.nonzero(region)
                 region = xs.min(), ys.min(), xs.max() + 1, ys.max() + 1
             (rows, columns), (width, height), p = views[index].grid, views[index].size, self.images.patch_size
             units = ((scale or columns * p) / width, (scale or rows * p) / height) * 2
-            box = form.format(*(round(float(v) * unit) for v, unit in zip(region, units, strict=True)))
+            box = np.clip([float(v) for v in region], 0, (width, height) * 2) * units
+            box = form.format(*(round(v) for v in box.tolist()))
             pieces[k] += f"image {index} {box}" if len(views) > 1 else box
         return "".join(pieces)
 
     # ---- images ----
 
-    def _view(self, example, index):
+    def _view(self, example, index, seen):
+        """From files: kept for later calls. From objects, which may change: for this call only (`seen`)."""
         depth, intrinsics = (each[index] if each else None for each in (example.depths, example.intrinsics))
         sources = (example.images[index], depth)
-        names = [str(s) if s is None or isinstance(s, str | Path) else id(s) for s in sources]
-        key = (*names, None if depth is None or intrinsics is None else tuple(intrinsics))
+        files = [isinstance(source, str | Path | None) for source in sources]
+        names = [s if file else type(s).__name__ for s, file in zip(sources, files, strict=True)]
         try:
-            return self.views.get(key, lambda: self._decode(key, sources))
+            camera = None if depth is None or intrinsics is None else tuple(intrinsics)
+            key = (*map(identity, sources), camera)
+            if key not in seen:
+                make = lambda: self._decode(key, sources)  # noqa: E731
+                seen[key] = self.views.get(key, make) if all(files) else make()
+            return seen[key]
         except Exception as error:  # Pillow's are many; what the user needs is the row and the file
             where = f"{example.id}: image {index} ({names[0]}, depth {names[1]})"
             raise ValueError(f"{where}: {error}") from error
@@ -376,7 +439,9 @@ class Processor:
         if not isinstance(image, Image.Image):
             return image.convert("RGB")  # something that opens, and draws its marks, when asked
         if image.mode.startswith("I"):  # 16 bit: Pillow would clip all above 255 to white
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            values = np.asarray(image)
+            deep = image.mode != "I" or values.max() > 255
+            image = Image.fromarray((values >> 8 if deep else values).astype(np.uint8))
         if image.mode != "RGB":  # transformers' way with transparency
             rgb = self.images.process_image(image, do_convert_rgb=True)  # (3, H, W)
             image = Image.fromarray(np.moveaxis(rgb, 0, -1).copy())
@@ -396,8 +461,9 @@ class Processor:
 
         One each (SFT): neighbours with the same images share the prompt up to where their texts part. Several
         (an RL group) share all of it. The last token of a completion is a target, never an input."""
-        prompts = [self._prompt(example) for example in examples]
-        completions = completions or [[]] * len(prompts)
+        seen = {}
+        prompts = [self._prompt(example, seen) for example in examples]
+        completions = [[]] * len(prompts) if completions is None else completions
         completions = [[np.asarray(c, np.int64) for c in several] for several in completions]
         views = list({view.key: view for p in prompts for view in p.views}.values())
         first = np.cumsum([0, *(len(view.patches) for view in views)]).tolist()
@@ -410,15 +476,18 @@ class Processor:
     def _batch(self, pack, views):
         ints = lambda arrays: torch.from_numpy(np.concatenate([[], *arrays]).astype(np.int64))  # noqa: E731
         truth = torch.tensor(pack.truths, dtype=torch.float32).reshape(-1, 2, 3)
-        ids, patches, weights = self._region_pairs(pack.regions)
+        cells = [np.flatnonzero(weights) for *_, weights in pack.regions]
+        pairs = list(zip(cells, pack.regions, strict=True))
         return Batch(
-            input_ids=ints(pack.ids), position_ids=torch.from_numpy(np.concatenate(pack.positions, 1)),
-            segments=pack.segments, pixel_values=self._pixel_values(views) if views else None,
+            input_ids=ints(pack.ids), segments=pack.segments,
+            position_ids=torch.from_numpy(np.concatenate([np.empty((3, 0), np.int64), *pack.positions], 1)),
+            pixel_values=self._pixel_values(views) if views else None,
             image_grid_thw=torch.tensor([(1, *view.grid) for view in views]) if views else None,
             image_rows=ints(pack.rows), points=point_rows(views),
             region_token=ints([[at] for at, *_ in pack.regions]),
-            region_id=ints(ids), region_patch=ints(patches),
-            region_weight=torch.from_numpy(np.concatenate([[], *weights]).astype(np.float32)),
+            region_id=ints([np.full(len(c), k) for k, c in enumerate(cells)]),
+            region_patch=ints([c + start for c, (_, start, _) in pairs]),
+            region_weight=torch.from_numpy(np.concatenate([[], *(w[c] for c, (*_, w) in pairs)])).float(),
             centres=truth[:, 0], sizes=truth[:, 1], predict_from=ints(pack.predict_from),
             targets=ints(pack.targets), cu_targets=ints([pack.ends]), last=ints([pack.last]),
             next_position=ints([pack.next]),
@@ -429,18 +498,12 @@ class Processor:
         patches = torch.from_numpy(np.concatenate([view.patches for view in views]))
         return patches.expand(-1, -1, self.images.temporal_patch_size, -1).flatten(1)
 
-    def _region_pairs(self, regions):
-        """The sparse (R, P) matrix of area weights, by region -> region numbers, packed patches, weights."""
-        merge = self.images.merge_size
-        weights = [blocks(region_weights(region, v.size, v.grid), merge) for *_, v, region in regions]
-        cells = [np.flatnonzero(w) for w in weights]
-        ids = [np.full(len(c), k) for k, c in enumerate(cells)]
-        patches = [c + start for c, (_, start, _, _) in zip(cells, regions, strict=True)]
-        return ids, patches, [w[c] for w, c in zip(weights, cells, strict=True)]
-
     def save(self, directory) -> None:
         """The tokenizer with <mask>, and the source's files but for weights; max_pixels where it was set."""
         copy_files(self.files, Path(directory))
         self.tokenizer.save_pretrained(directory)
-        if self.resized:
-            self.images.save_pretrained(directory)
+        least, most = self.images.size.values()
+        for path, content, settings in image_settings(Path(directory)) if self.resized else ():
+            older = {"min_pixels": least, "max_pixels": most}  # where they stand, they win over `size`
+            settings.update({k: v for k, v in older.items() if settings.get(k)}, size=dict(self.images.size))
+            path.write_text(json.dumps(content, indent=2) + "\n")

@@ -74,8 +74,8 @@ class Sizes:
         head_dim = text.head_dim if qwen3 else text.hidden_size // text.num_attention_heads
         return cls(
             text.vocab_size, text.hidden_size, text.intermediate_size, text.num_hidden_layers,
-            text.num_attention_heads, text.num_key_value_heads, head_dim, text.rms_norm_eps, rope["rope_theta"],
-            tuple(rope["mrope_section"]), qwen3, config.tie_word_embeddings,
+            text.num_attention_heads, text.num_key_value_heads, head_dim, text.rms_norm_eps,
+            rope["rope_theta"], tuple(rope["mrope_section"]), qwen3, config.tie_word_embeddings,
         )  # fmt: skip
 
 
@@ -192,10 +192,11 @@ class QwenVL(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str, device=None, dtype: torch.dtype | None = None) -> "QwenVL":
-        """A directory or hub id of a Qwen2-VL, Qwen2.5-VL or dense Qwen3-VL checkpoint; dtype None keeps the
-        checkpoint's.
+        """A directory or hub id of a Qwen2-VL, Qwen2.5-VL or dense Qwen3-VL checkpoint.
 
-        Raises CheckpointError (a ValueError, one line) for what can't be loaded.
+        dtype None: the decoder's on disk, for the whole model. The extra weights (spatial.safetensors) are
+        cast to it too: they come back to the bit where they were saved in that dtype. Raises CheckpointError
+        (a ValueError, one line) for what can't be loaded.
         """
         from model.checkpoint import load
 
@@ -301,9 +302,9 @@ class QwenVL(nn.Module):
         none = packed.new_zeros(0)
         batch = Batch(
             packed, torch.cat(positions, 1).to(packed.device), segments, pixel_values, image_grid_thw,
-            image_rows=torch.arange(int(is_image.sum()), device=packed.device), points=None, region_token=none,
-            region_id=none, region_patch=none, region_weight=none, centres=none, sizes=none, predict_from=none,
-            targets=none, cu_targets=none, last=none, next_position=none,
+            image_rows=torch.arange(int(is_image.sum()), device=packed.device), points=None,
+            region_token=none, region_id=none, region_patch=none, region_weight=none, centres=none,
+            sizes=none, predict_from=none, targets=none, cu_targets=none, last=none, next_position=none,
         )  # fmt: skip
         out = torch.zeros(*input_ids.shape, self.decoder.sizes.vocab, dtype=self.dtype, device=packed.device)
         out[keep] = F.linear(self.hidden(batch), self.head_weight)

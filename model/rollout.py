@@ -88,7 +88,7 @@ class Cache:
 @torch.no_grad()
 def generate(
     model, processor, examples: list[Example], n: int = 1, max_new_tokens: int = 256,
-    temperature: float = 1.0, top_p: float = 1.0, seed: int = 0, progress: Callable[[int], None] | None = None,
+    temperature: float = 1.0, top_p: float = 1.0, seed: int = 0, progress: Callable | None = None,
 ) -> list[list[Rollout]]:  # fmt: skip
     """n completions per example, in the examples' order; temperature 0 is greedy. `progress` hears of
     finished ones.
@@ -119,7 +119,7 @@ def _wave(model, processor, examples, n, max_new_tokens, temperature, top_p, see
         n, 0
     )  # (B n, H): all samples of a prompt start from its last token
     for step in range(max_new_tokens):
-        logits = F.linear(hidden, model.head_weight)  # (B n, V)
+        logits = fp32_logits(hidden, model.head_weight)  # (B n, V)
         row_keys = keys[live].flatten()
         positions = torch.full_like(row_keys, step)
         chosen, logprob = sample(logits, row_keys, positions, temperature, top_p, banned)
@@ -137,6 +137,17 @@ def _wave(model, processor, examples, n, max_new_tokens, temperature, top_p, see
         hidden = model.decode(chosen, positions, cache.attend)
         cache.used += 1
     return _collect(processor, tokens, logprobs, lengths, done)
+
+
+def fp32_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden (N, H) @ weight (V, H).T in fp32, as the trainer's log-probs take them: rounding logits to bf16
+    moves a
+    log-prob by up to 0.09."""
+    if hidden.dtype == torch.float32:
+        return F.linear(hidden, weight)
+    if hidden.is_cuda:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return torch.cat([F.linear(hidden.float(), rows.float()) for rows in weight.split(16384)], 1)
 
 
 def _unpack(packed: list[tuple[Tensor, Tensor]], segments) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:

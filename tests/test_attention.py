@@ -14,7 +14,8 @@ def plain(q, k, v, visible):
 
 
 def random(*shape, seed):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_()
 
 
 @pytest.mark.parametrize(("heads", "kv"), [(4, 4), (4, 2), (7, 1)])

@@ -8,8 +8,9 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_tiny import checkpoint
 from tiny_models import FAMILIES, inputs, make, reference_logits
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 from model.checkpoint import CheckpointError, load, rename
 from model.qwen_vl import QwenVL, rope_axes
@@ -24,28 +25,33 @@ def published() -> dict[str, dict]:
     rope = {"type": "mrope", "mrope_section": [16, 24, 24]}
 
     def qwen2(hidden, inner, layers, heads, kv, vocab, tied):
-        return dict(hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-                    num_key_value_heads=kv, vocab_size=vocab, tie_word_embeddings=tied, rope_scaling=rope, rope_theta=1e6,
-                    rms_norm_eps=1e-6, use_sliding_window=False, **IDS)  # fmt: skip
+        return dict(hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+                    num_attention_heads=heads, num_key_value_heads=kv, vocab_size=vocab,
+                    tie_word_embeddings=tied, rope_scaling=rope, rope_theta=1e6, rms_norm_eps=1e-6,
+                    use_sliding_window=False, **IDS)  # fmt: skip
 
     def vision2(hidden):
-        return dict(depth=32, embed_dim=1280, mlp_ratio=4, num_heads=16, in_chans=3, hidden_size=hidden, patch_size=14,
-                    spatial_merge_size=2, spatial_patch_size=14, temporal_patch_size=2)  # fmt: skip
+        return dict(depth=32, embed_dim=1280, mlp_ratio=4, num_heads=16, in_chans=3, hidden_size=hidden,
+                    patch_size=14, spatial_merge_size=2, spatial_patch_size=14,
+                    temporal_patch_size=2)  # fmt: skip
 
     def vision25(out):
-        return dict(depth=32, hidden_act="silu", hidden_size=1280, intermediate_size=3420, num_heads=16, in_chans=3,
-                    out_hidden_size=out, patch_size=14, spatial_merge_size=2, window_size=112,
-                    fullatt_block_indexes=[7, 15, 23, 31], tokens_per_second=2, temporal_patch_size=2)  # fmt: skip
+        return dict(depth=32, hidden_act="silu", hidden_size=1280, intermediate_size=3420, num_heads=16,
+                    in_chans=3, out_hidden_size=out, patch_size=14, spatial_merge_size=2, window_size=112,
+                    fullatt_block_indexes=[7, 15, 23, 31], tokens_per_second=2,
+                    temporal_patch_size=2)  # fmt: skip
 
     def qwen3(hidden, inner, layers, heads, tied, vision):
-        text = dict(model_type="qwen3_vl_text", hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
-                    num_attention_heads=heads, num_key_value_heads=8, head_dim=128, vocab_size=151936, rms_norm_eps=1e-6,
-                    rope_theta=5e6, rope_scaling=dict(mrope_interleaved=True, mrope_section=[24, 20, 20], rope_type="default"),
+        rope = dict(mrope_interleaved=True, mrope_section=[24, 20, 20], rope_type="default")
+        text = dict(model_type="qwen3_vl_text", hidden_size=hidden, intermediate_size=inner,
+                    num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=8, head_dim=128,
+                    vocab_size=151936, rms_norm_eps=1e-6, rope_theta=5e6, rope_scaling=rope,
                     attention_bias=False, tie_word_embeddings=tied)  # fmt: skip
         depth, width, mlp, deep = vision
-        tower = dict(model_type="qwen3_vl", depth=depth, hidden_size=width, intermediate_size=mlp, num_heads=16, patch_size=16,
-                     hidden_act="gelu_pytorch_tanh", out_hidden_size=hidden, deepstack_visual_indexes=deep,
-                     num_position_embeddings=2304, spatial_merge_size=2, temporal_patch_size=2)  # fmt: skip
+        tower = dict(model_type="qwen3_vl", depth=depth, hidden_size=width, intermediate_size=mlp,
+                     num_heads=16, patch_size=16, hidden_act="gelu_pytorch_tanh", out_hidden_size=hidden,
+                     deepstack_visual_indexes=deep, num_position_embeddings=2304, spatial_merge_size=2,
+                     temporal_patch_size=2)  # fmt: skip
         return dict(
             model_type="qwen3_vl", text_config=text, vision_config=tower, tie_word_embeddings=tied, **IDS
         )
@@ -181,6 +187,78 @@ def test_saving_replaces_whole_or_not_at_all(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]  # nothing left aside
 
 
+def test_a_failed_or_killed_save_leaves_nothing_aside(tmp_path, monkeypatch):
+    make("qwen2_vl").save_pretrained(tmp_path / "a")
+    model, dead = load(str(tmp_path / "a")), tmp_path / ".b.99999999.tmp"
+    kept = [tmp_path / ".b.notes.tmp", tmp_path / ".c.99999999.tmp"]
+    for folder in (dead, *kept):
+        folder.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("model.checkpoint.save_file", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model.save_pretrained(tmp_path / "b")
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "a", *kept])
+
+
+def test_saving_keeps_what_others_put_there_and_refuses_other_directories(tmp_path, monkeypatch):
+    make("qwen2_vl").save_pretrained(tmp_path / "a")
+    model, b = load(str(tmp_path / "a")), tmp_path / "b"
+    monkeypatch.setattr("model.checkpoint.SHARD_BYTES", 100_000)
+    model.save_pretrained(b)
+    (b / "logs" / "deep").mkdir(parents=True)
+    (b / "logs" / "deep" / "loss.txt").write_text("1.5")
+    (b / "notes.md").write_text("mine")
+    (b / "latest").symlink_to("logs")
+    (b / "dangling").symlink_to("nowhere")
+    (b / "processor_config.json").write_text("{}")  # of an older save: must not outlive it
+    monkeypatch.undo()
+    (tmp_path / "link").symlink_to("b")
+    model.save_pretrained(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (b / "latest").is_symlink()
+    assert (b / "notes.md").read_text() == "mine" and (b / "latest/deep/loss.txt").read_text() == "1.5"
+    ours = {p.name for p in b.iterdir()} - {"logs", "notes.md", "latest", "dangling"}
+    model.save_pretrained(tmp_path / "fresh")
+    assert ours == {p.name for p in (tmp_path / "fresh").iterdir()} and "model.safetensors" in ours
+    load(str(b))
+    for other in (b / "logs", b / "notes.md"):
+        with pytest.raises(CheckpointError, match=r"holds no checkpoint[^\n]*$"):
+            model.save_pretrained(other)
+    assert (b / "logs/deep/loss.txt").read_text() == "1.5"
+    (tmp_path / "empty").mkdir()
+    model.save_pretrained(tmp_path / "empty")
+
+
+def test_saving_without_a_whole_processor_copies_the_files(tmp_path):
+    for case in ("no preprocessor_config.json", "no room for <mask>", "no template"):
+        a, out = tmp_path / case, tmp_path / f"{case}, saved"
+        shutil.copytree(checkpoint("qwen2_vl"), a)
+        if case.startswith("no pre"):
+            (a / "preprocessor_config.json").unlink()
+        elif case.endswith("template"):
+            (a / "chat_template.jinja").unlink()
+        else:
+            rows = json.loads((a / "config.json").read_text())["text_config"]["vocab_size"]
+            tokenizer = AutoTokenizer.from_pretrained(a)
+            tokenizer.add_tokens([f"<x{i}>" for i in range(rows)])
+            tokenizer.save_pretrained(a)
+        load(str(a)).save_pretrained(out)
+        assert {p.name for p in a.iterdir()} == {p.name for p in out.iterdir()}
+        assert (a / "tokenizer.json").read_bytes() == (out / "tokenizer.json").read_bytes()
+        load(str(out))
+
+
+def test_saving_when_the_source_has_gone_says_so_and_writes_nothing(tmp_path, monkeypatch):
+    make("qwen2_vl").save_pretrained(tmp_path / "a")
+    monkeypatch.chdir(tmp_path)
+    model = load("a")
+    monkeypatch.chdir("/")
+    model.save_pretrained(tmp_path / "b")  # a relative source is found from anywhere
+    (tmp_path / "a").rename(tmp_path / "c")
+    with pytest.raises(CheckpointError, match=r"a: gone since it was loaded[^\n]*$"):
+        model.save_pretrained(tmp_path / "d")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b", "c"]
+
+
 def test_errors_are_one_line_and_name_the_culprit(tmp_path):
     make("qwen3_vl").save_pretrained(tmp_path / "a", max_shard_size="100KB")
 
@@ -212,6 +290,17 @@ def test_errors_are_one_line_and_name_the_culprit(tmp_path):
         lambda path: edit(path, **{"extra.weight": torch.zeros(2)})
     )
     assert ours in broken(lambda path: edit(path, **{first: torch.zeros(2, 2)}))
+    norm, index = "model.language_model.norm.weight", "model.safetensors.index.json"
+    places = json.loads((tmp_path / "a" / index).read_text())["weight_map"]
+
+    def without_norm(path):
+        weights = load_file(path / places[norm])
+        del weights[norm]
+        save_file(weights, path / places[norm])
+
+    assert "lacks decoder.norm.weight" in broken(without_norm)
+    for text in ("", '{"weight_map": {"a', "[]", "{}", '{"weight_map": null}', '{"weight_map": []}'):
+        assert index in broken(lambda path, text=text: (path / index).write_text(text))
     assert "llama" in broken(lambda path: (path / "config.json").write_text('{"model_type": "llama"}'))
     assert "config.json" in broken(lambda path: (path / "config.json").unlink())
     with pytest.raises(CheckpointError, match="no such directory"):

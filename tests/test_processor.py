@@ -2,7 +2,9 @@
 geometry, and, for packing, the plain concatenation of what each example gives alone."""
 
 import json
+import os
 import shutil
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +17,8 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from model import tiny
-from model.processor import Processor, blocks, object_of, point_grid, region_weights
+from model.checkpoint import CheckpointError
+from model.processor import Processor, Recent, blocks, object_of, point_grid, region_weights
 from srreal import Example, prompt, target
 
 RNG = np.random.default_rng(0)
@@ -114,7 +117,9 @@ def test_images_may_be_paths_16_bit_or_anything_that_converts(tmp_path):
         assert torch.equal(p([example([other])]).pixel_values, want)
     grey = np.asarray(image.convert("L"))
     deep = Image.fromarray(grey.astype(np.uint16) << 8)
-    assert torch.equal(p([example([deep])]).pixel_values, p([example([Image.fromarray(grey)])]).pixel_values)
+    want = p([example([Image.fromarray(grey)])]).pixel_values
+    for wide in (deep, deep.convert("I"), Image.fromarray(grey.astype(np.int32))):
+        assert torch.equal(p([example([wide])]).pixel_values, want)
 
 
 def test_a_bad_image_names_the_row_and_the_file(tmp_path):
@@ -126,14 +131,49 @@ def test_a_bad_image_names_the_row_and_the_file(tmp_path):
             processor()([example([tmp_path / name])])
 
 
-def test_each_distinct_image_is_listed_once_and_the_cache_is_bounded():
+def test_each_distinct_image_is_listed_once_and_the_cache_is_bounded(tmp_path):
     p, a, b = processor(), picture(64, 48, 1), picture(48, 64, 2)
     batch = p([example([a, b]), example([b]), example([a])])
     assert batch.image_grid_thw.tolist() == [[1, 6, 8], [1, 8, 6]] and len(batch.pixel_values) == 96
     assert batch.image_rows.tolist() == [*range(24), *range(12, 24), *range(12)]
     p.views.room = 1
-    p([example([picture(64, 48, seed)]) for seed in range(5)])
+    paths = [tmp_path / f"{seed}.png" for seed in range(5)]
+    for seed, path in enumerate(paths):
+        picture(64, 48, seed).save(path)
+    assert len(p([example([path]) for path in paths]).image_grid_thw) == 5
     assert len(p.views.items) == 1
+
+
+def test_what_has_changed_is_read_again(tmp_path):
+    p, path, image, depth = processor(), tmp_path / "a.png", picture(64, 48, 1), np.ones((48, 64), np.float32)
+    image.save(path)
+    old = p([example([str(path)])]).pixel_values
+    assert p([example([path])]).pixel_values.equal(old) and len(p.views.items) == 1
+    picture(64, 48, 2).save(path)
+    os.utime(path, ns=(0, 1))
+    assert not p([example([path])]).pixel_values.equal(old)
+    e = example([image], depths=[depth], intrinsics=[CAMERA])
+    before = p([e, e])
+    assert len(before.image_grid_thw) == 1  # within a call an object is one image
+    image.putpixel((0, 0), tuple(255 - v for v in image.getpixel((0, 0))))
+    depth += 1
+    after = p([e])
+    assert not after.pixel_values.equal(before.pixel_values) and not after.points.equal(before.points)
+
+
+def test_threads_share_the_memory_and_its_count_stays_exact():
+    recent = Recent(50, lambda item: 1)
+
+    def work():
+        for k in range(20_000):
+            assert recent.get(k * 7919 % 200, lambda: "x") == "x"
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert recent.used == len(recent.items) == 50
 
 
 # ---- positions ----
@@ -243,6 +283,21 @@ def test_banned_and_end_ids(tmp_path):
     none = edited(tmp_path / "none", "generation_config.json", lambda old: {})
     assert Processor.from_pretrained(one).end_ids == [5] and Processor.from_pretrained(one).end_id == 5
     assert Processor.from_pretrained(none).end_ids == [vocab["<|im_end|>"]]
+    zero = edited(tmp_path / "zero", "generation_config.json", lambda old: {"eos_token_id": 0})
+    assert Processor.from_pretrained(zero).end_ids == [0]
+
+
+def test_a_missing_file_is_named_in_one_line(tmp_path):
+    names = ("config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
+    for name in (*names, "chat_template.jinja"):
+        folder = edited(tmp_path / name, "x.json", lambda old: {})
+        (folder / name).unlink()
+        with pytest.raises(CheckpointError, match=rf"no {name}[^\n]*$"):
+            Processor.from_pretrained(folder)
+    folder = edited(tmp_path / "cut", "x.json", lambda old: {})
+    (folder / "preprocessor_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"preprocessor_config.json: not the JSON[^\n]*$"):
+        Processor.from_pretrained(folder)
 
 
 def test_the_published_layout_of_vocab_merges_and_chat_template_json(tmp_path):
@@ -296,6 +351,26 @@ def test_save_keeps_every_file_but_weights_and_writes_max_pixels(tmp_path):
     image = picture(256, 192)
     again = Processor.from_pretrained(tmp_path / "out")([example([image])])
     assert torch.equal(again.pixel_values, p([example([image])]).pixel_values)
+
+
+def test_max_pixels_are_saved_in_every_form_and_nothing_else_changes(tmp_path):
+    published = {"min_pixels": 3136, "max_pixels": 12845056, "processor_class": "Qwen2VLProcessor"}
+
+    def older(old):
+        return {k: v for k, v in old.items() if k != "size"} | published
+
+    def newer(old):
+        return {"processor_class": "Qwen3VLProcessor", "image_processor": {"size": None, **images}}
+
+    images = json.loads((checkpoint("qwen3_vl") / "preprocessor_config.json").read_text())
+    for name, change in (("preprocessor_config.json", older), ("processor_config.json", newer)):
+        source = edited(tmp_path / "in" / name, name, change)
+        Processor.from_pretrained(source, max_pixels=3000).save(tmp_path / name)
+        assert Processor.from_pretrained(tmp_path / name).max_pixels == 3000
+        theirs = Qwen2VLImageProcessorPil.from_pretrained(tmp_path / name)
+        assert dict(theirs.size)["longest_edge"] == 3000
+        old, new = (json.loads((folder / name).read_text()) for folder in (source, tmp_path / name))
+        assert old["processor_class"] == new["processor_class"] and new.keys() - old.keys() <= {"size"}
 
 
 # ---- regions ----
@@ -383,8 +458,25 @@ def test_the_mask_count_must_equal_the_regions():
             processor()([example([image], question, regions=regions)])
     with pytest.raises(ValueError, match="row 7: a region lies on an image"):
         processor()([example([image], "<mask>", regions=[(1, (1, 1, 9, 9))])])
+    for bad in ((70, 0, 80, 8), np.zeros((48, 64), bool), [[True], [True, False]], (1, 2, 3), None):
+        for regions in ("token", "text"):
+            with pytest.raises(ValueError, match="row 7: region 0: "):
+                processor(regions=regions)([example([image], "<mask>", regions=[(0, bad)])])
     with pytest.raises(ValueError, match="row 7: .* in the target"):
         processor().target_ids(example(path="direct", answer="the <mask>"))
+
+
+def test_a_mask_may_be_a_tensor_or_nested_lists():
+    mask = np.zeros((48, 64), bool)
+    mask[5:30, 10:41] = True
+    for p in (processor(), processor(regions="text")):
+        want, *others = [
+            p([example([picture(64, 48)], "a <mask>", regions=[(0, form)])])
+            for form in (mask, torch.from_numpy(mask), mask.tolist(), mask.astype(np.uint8) * 255)
+        ]
+        for got in others:
+            assert torch.equal(got.region_weight, want.region_weight)
+            assert torch.equal(got.input_ids, want.input_ids)
 
 
 @pytest.mark.parametrize(
@@ -410,6 +502,9 @@ def test_regions_as_text_in_the_familys_own_convention(family, text):
         batch = p([e])
         assert len(batch.region_token) == len(batch.region_id) == len(batch.centres) == 0
         assert p.mask_id not in batch.input_ids
+    e.regions = [(0, (-9, 64, 128, 500))]  # cut off at the image, as a region token's weights are
+    p1 = processor("qwen3_vl", regions="text")
+    assert '{"bbox_2d": [0, 333, 500, 1000]}' in p1.tokenizer.decode(p1.prompt_ids(e))
     two = replace(e, images=[picture(9, 9), picture(256, 192)], regions=[(1, (32, 32, 96, 96))])
     assert text.replace("red ", "red image 1 ") in p.tokenizer.decode(p.prompt_ids(two))
 
@@ -420,6 +515,10 @@ def test_truth_belongs_to_the_mention_right_before_the_mask():
     assert object_of("the chair (RED bbox) ", objects) == "red bbox"
     assert object_of("blue point", objects) == "Blue Point" and object_of("bored bbox!", objects) is None
     assert object_of("red bbox or", objects) is None and object_of("", objects) is None
+    words = {"chair": 0, "椅子": 1, "стол": 2}
+    assert object_of("红色椅子 ", words) == object_of("看1椅子（", words) == "椅子"
+    assert [object_of(t, words) for t in ("arm-chair", "my_chair", "armchair", "подстол")] == [None] * 4
+    assert object_of("a/chair", words) == object_of("(chair", words) == "chair"
     p, images, box = processor(), [picture(64, 48, 1), picture(64, 48, 2)], (3, 3, 9, 9)
     batch = p(
         [
@@ -633,3 +732,12 @@ def test_batch_moves_and_survives_examples_without_anything():
     assert batch.pixel_values is None and batch.image_grid_thw is None and batch.points is None
     assert batch.centres.shape == batch.sizes.shape == (0, 3) and batch.image_rows.dtype == torch.int64
     assert batch.region_weight.dtype == torch.float32 and batch.region_token.shape == (0,)
+
+
+def test_no_examples_make_an_empty_batch():
+    p = processor()
+    for batch in (p([]), p([], [])):
+        assert batch.position_ids.shape == (3, 0) and batch.input_ids.shape == batch.last.shape == (0,)
+        assert batch.segments == [] and batch.cu_targets.tolist() == [0] and batch.pixel_values is None
+    with pytest.raises(ValueError):
+        p([example()], [])

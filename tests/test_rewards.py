@@ -45,7 +45,7 @@ def pack(groups):
         n[name].append(0)
     for example, responses in groups:
         several = srreal.several_views(example) and bool(example.objects)
-        mentions = {m.lower(): i for i, m in enumerate(example.objects)}
+        mentions = {m.lower(): i for i, m in enumerate(example.objects)}  # by text: "Sofa" and "sofa" are one
         for response in responses:
             parsed = srreal.parse(response, example.path)
             kind, right, x, truth = read(parsed.answer, example.answer)
@@ -63,10 +63,10 @@ def pack(groups):
         n["truth"].append(truth)
         n["objects"].append(len(example.objects) if example.path == "dtr" else 0)
         n["wanted_frame"].append(ANY_FRAME if example.frame is None or not several else example.frame)
-        for i, centre in enumerate(example.objects.values()):
+        for mention, centre in example.objects.items():
             for k, xyz in centre.items() if several else [(ANY_FRAME, centre)]:
                 n["true_centre"].append(xyz)
-                n["true_mention"].append(i)
+                n["true_mention"].append(mentions[mention.lower()])
                 n["true_frame"].append(k)
         n["true_start"].append(len(n["true_mention"]))
     dtypes = {
@@ -244,6 +244,14 @@ def test_centres_on_the_grid_around_every_step():
                 )
     got = compare([(Example("e", "dtr", [None], "?", "A", objects={"m": truth}), responses)])
     assert set(got.detect.tolist()) == {0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0}
+
+
+def test_mentions_that_differ_in_case_only_share_a_box():
+    objects = {"Sofa": (1.0, 0.0, 2.0), "chair": (0.0, 0.0, 1.0), "sofa": (1.0, 0.0, 2.5)}
+    head, tail = "<detect>Find 1 relevant objects:\n", "</detect><think>t</think><answer>A</answer>"
+    boxes = [f'{head}<3d_box center="1.0,0.0,{z}">a (SOFA)</3d_box>{tail}' for z in ("2.0", "2.5", "9")]
+    got = compare([(Example("e", "dtr", [None], "?", "A", objects=objects), boxes)])
+    assert got.detect.tolist() == pytest.approx([1.2 / 3, 1.2 / 3, 0])
 
 
 def test_group_advantages():

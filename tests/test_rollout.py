@@ -1,4 +1,4 @@
-"""Sampling against transformers' generate, and what DESIGN promises: groups, batches and seeds change nothing else."""
+"""Sampling against transformers' generate, and what it promises: groups, batches and order change nothing."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ from srreal import Example
 
 @pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def tiny(request, tmp_path_factory):
-    """A tiny checkpoint of each family: our model, its processor, and transformers' model of the same weights."""
+    """A tiny checkpoint of each family: our model, its processor, and the directory."""
     path = tmp_path_factory.mktemp(request.param)
     write(request.param, str(path), seed=1)
     return QwenVL.from_pretrained(str(path)), Processor.from_pretrained(str(path)), path
@@ -29,12 +29,12 @@ def picture(width: int, height: int, seed: int) -> Image.Image:
 
 
 def examples() -> list[Example]:
-    """Two images, one image with a region and depth, text only, and a long prompt: all of different lengths."""
+    """Two images, one image with a region and depth, text only, a long prompt: all of different lengths."""
     depth = np.full((96, 128), 2.5, np.float32)
     return [
         Example("two", "lor", [picture(128, 96, 0), picture(64, 96, 1)], "Which of the two is closer?", "A"),
         Example("one", "dtr", [picture(128, 96, 2)], "How far is the box (red bbox <mask>)?", "2.5",
-                depths=[depth], intrinsics=[(100.0, 100.0, 63.5, 47.5)], regions=[(0, (10, 20, 60, 70))]),  # fmt: skip
+                depths=[depth], intrinsics=[(100.0, 100.0, 63.5, 47.5)], regions=[(0, (10, 20, 60, 70))]),
         Example("text", "direct", [], "Say something about chairs.", "chair"),
         Example("long", "lor", [picture(96, 128, 3)], "Is it so? " * 30, "B"),
     ]  # fmt: skip
@@ -59,7 +59,7 @@ def test_greedy_equals_transformers(tiny):
 
 
 def test_logprobs_are_the_trainers(tiny):
-    """Sampled log-probs equal a teacher-forced forward (ours, packed with the shared prompt, and transformers')."""
+    """Sampled log-probs equal a teacher-forced forward: ours, packed behind one prompt, and transformers'."""
     model, processor, path = tiny
     batch_of = examples()
     rollouts = generate(model, processor, batch_of, n=3, max_new_tokens=20, temperature=0.7, seed=5)

@@ -1,5 +1,7 @@
 """sample: draws follow the softmax, noise depends on (key, position, token) only, bans and top-p hold."""
 
+import math
+
 import pytest
 import torch
 
@@ -115,6 +117,18 @@ def test_banned_ids_are_never_sampled_even_with_all_the_mass():
         assert (tokens != 4).all() and (logprobs == -500).all()
         kept = {0, 1, 2, 3, 5} if top_p == 1 else {0, 1, 2}
         assert set(tokens.tolist()) == kept
+
+
+def test_the_largest_hash_is_a_finite_time_and_never_lets_a_banned_id_win():
+    """The 31 bits of this key, position and token round up to 2^31 in fp32."""
+    keys, positions = keys_of(1), torch.tensor([36_509_606])
+    assert race_times(keys, positions, 2)[0, 1].item() == pytest.approx(24 * math.log(2))
+    logits, banned = torch.tensor([[0.0, 0.0]]), torch.tensor([True, False])
+    if torch.cuda.is_available():
+        keys, positions, logits, banned = (x.cuda() for x in (keys, positions, logits, banned))
+    for f in (sample, reference_sample):
+        for gap in (0.0, 200.0):  # exp(-200) is 0 in fp32
+            assert f(logits - torch.tensor([0.0, gap]).to(logits), keys, positions, 1.0, 1.0, banned)[0] == 1
 
 
 def test_top_p_keeps_the_smallest_set():
