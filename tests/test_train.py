@@ -1,0 +1,430 @@
+"""Both training scripts, end to end on a tiny model: resuming, two ranks, what learns, what is refused."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import data
+import train_rl
+import train_sft
+import trainer
+from model.qwen_vl import QwenVL
+from optim import AdamW
+from srreal import Example, Scores
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = {"sft": train_sft, "rl": train_rl}
+ONE = {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These models are too small for two; and another number of threads adds in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def python(*command, **environment):
+    command, environment = [sys.executable, *map(str, command)], os.environ | ONE | environment
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, one_thread):
+    """A tiny checkpoint stored in bf16 (so that the masters matter on resuming), and scenes."""
+    home = tmp_path_factory.mktemp("home")
+    for command in (
+        ("-m", "model.tiny", "--family", "qwen3_vl", "--out", home / "tiny", "--seed", "0"),
+        ("-m", "data.scenes", "--out", home / "scenes", "--n", "6", "--seed", "1", "--size", "128", "96"),
+    ):
+        made = python(*command)
+        assert made.returncode == 0, made.stderr
+    weights = load_file(home / "tiny" / "model.safetensors")
+    save_file(
+        {k: v.bfloat16() for k, v in weights.items()}, home / "tiny" / "model.safetensors", {"format": "pt"}
+    )
+    return home
+
+
+def config(home, script, out, **options):
+    common = {
+        "model": str(home / "tiny"),
+        "data": (str(home / "scenes"),),
+        "out": str(out),
+        "steps": 4,
+        "save_every": 2,
+    }
+    own = {"sft": {"batch": 6, "lr": 1e-3, "warmup": 2},
+           "rl": {"prompts": 4, "group": 3, "max_new_tokens": 6, "lr": 1e-3, "kl": 0.05}}[script]  # fmt: skip
+    return SCRIPTS[script].Config(**{**common, **own, **options})
+
+
+def fake_score(text, example, rules):
+    """A random model never earns anything; this pays for the parity of the text, so that groups differ."""
+    good = float(sum(text.encode()) % 2)
+    return Scores(0.8 * good + 0.1 * (len(text) % 3), good, 0.0, 0.0)
+
+
+@pytest.fixture(autouse=True)
+def pay(monkeypatch):
+    monkeypatch.setattr(train_rl, "score", fake_score)
+
+
+def rows(out, drop=("second", "mib")):
+    lines = (Path(out) / "metrics.jsonl").read_text().splitlines()
+    parsed = [
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} in metrics.jsonl"))
+        for line in lines
+    ]
+    return [{k: v for k, v in row.items() if not any(part in k for part in drop)} for row in parsed]
+
+
+def tensors(step):
+    files = sorted(Path(step).rglob("*.safetensors"))
+    return {f"{path.relative_to(step)}:{k}": v for path in files for k, v in load_file(path).items()}
+
+
+def assert_same_run(a, b, step="step-000004"):
+    assert rows(a) == rows(b)
+    first, second = tensors(Path(a) / step), tensors(Path(b) / step)
+    assert first.keys() == second.keys() and len(first) > 100
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture(scope="module")
+def whole(home):
+    """An uninterrupted run of each script: the oracle of most tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_rl, "score", fake_score)
+        for script, module in SCRIPTS.items():
+            module.main(config(home, script, home / f"whole-{script}"))
+    return {script: home / f"whole-{script}" for script in SCRIPTS}
+
+
+def test_a_run_directory(whole, home):
+    for out in whole.values():
+        assert {p.name for p in out.iterdir()} == {
+            "config.json",
+            "metrics.jsonl",
+            "step-000002",
+            "step-000004",
+        }
+        table = rows(out, drop=())
+        assert [row["step"] for row in table] == [1, 2, 3, 4]
+        assert all(
+            row["seconds"] > 0 and math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in table
+        )
+        assert json.loads((out / "config.json").read_text())["save_every"] == 2
+        folder = out / "step-000004"
+        assert {p.suffix for p in (folder / "trainer").iterdir()} == {".safetensors", ".json"}  # no pickle
+        assert load_file(folder / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16  # as it came
+        assert load_file(folder / "trainer" / "master.safetensors")["lm_head.weight"].dtype == torch.float32
+        QwenVL.from_pretrained(str(folder))
+    assert rows(whole["sft"])[-1]["loss"] < rows(whole["sft"])[0]["loss"]
+
+
+def test_rl_metrics_say_what_happened(whole):
+    for row in rows(whole["rl"]):
+        assert {
+            f"{path}_{name}"
+            for path in ("lor", "dtr")
+            for name in (
+                "reward",
+                "accuracy",
+                "format",
+                "detect",
+                "length",
+                "truncated",
+                "kept",
+                "entropy",
+                "kl",
+            )
+        } <= row.keys()
+        assert row["reward"] == pytest.approx((row["lor_reward"] + row["dtr_reward"]) / 2)
+        assert 0 < row["kept"] <= 1 and row["tokens"] <= row["sampled_tokens"] <= 4 * 3 * 6
+        # One update a rollout: the policy is still the one that sampled.
+        assert row["ratio_max"] == 1 and row["clip_low"] == row["clip_high"] == 0
+        assert row["mismatch_max"] < 1e-4 and row["mismatch_kl"] < 1e-6
+    first, last = rows(whole["rl"])[0], rows(whole["rl"])[-1]
+    assert first["kl"] < 1e-9 < last["kl"]  # the reference is where the run began, and stays there
+
+
+def test_what_learns(home, whole):
+    start = dict(QwenVL.from_pretrained(str(home / "tiny"), dtype=torch.float32).named_parameters())
+    for script, prefixes in (("sft", trainer.TRAIN["all"]), ("rl", trainer.TRAIN["lm"])):
+        end = dict(
+            QwenVL.from_pretrained(str(whole[script] / "step-000004"), dtype=torch.float32).named_parameters()
+        )
+        changed = {name for name in start if not torch.equal(start[name], end[name])}
+        assert changed and all(name.startswith(prefixes) for name in changed)
+        for prefix in ("decoder.layers.0.", "decoder.embed_tokens.", "lm_head."):
+            assert any(name.startswith(prefix) for name in changed)
+    assert any(name.startswith("head3d.") for name in start)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_resume_is_the_run_that_never_stopped(home, whole, tmp_path, monkeypatch, script):
+    class Killed(Exception):
+        pass
+
+    def stop(optimizer, lr, clip_norm, loss, name, go_on=AdamW.step):
+        if name == "step 4":  # after the checkpoint of step 2 and the row of step 3
+            raise Killed
+        return go_on(optimizer, lr, clip_norm, loss, name)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(AdamW, "step", stop)
+        SCRIPTS[script].main(
+            config(home, script, tmp_path, resume=True)
+        )  # --resume without a checkpoint: from 0
+    assert len(rows(tmp_path)) == 3
+    SCRIPTS[script].main(config(home, script, tmp_path, resume=True))
+    assert_same_run(tmp_path, whole[script])
+
+
+def test_resume_after_sigkill(home, whole, tmp_path):
+    flags = ["--model", home / "tiny", "--data", home / "scenes", "--out", tmp_path, "--batch", 6,
+             "--lr", 1e-3, "--warmup", 2, "--steps", 4, "--save-every", 2]  # fmt: skip
+    command = [sys.executable, "train_sft.py", *map(str, flags)]
+    run = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | ONE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.time() + 120
+    while (
+        not list(tmp_path.glob("step-000002*")) and time.time() < deadline
+    ):  # perhaps while it is being written
+        time.sleep(0.005)
+    run.send_signal(signal.SIGKILL)
+    run.communicate()
+    shutil.rmtree(tmp_path / "step-000004", ignore_errors=True)
+    resumed = python("train_sft.py", *flags, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_run(tmp_path, whole["sft"])
+
+
+def test_resume_refuses_another_run(home, whole, tmp_path):
+    out = shutil.copytree(whole["sft"], tmp_path / "run")
+    with pytest.raises(trainer.Stop, match="--resume"):
+        train_sft.main(config(home, "sft", out))
+    with pytest.raises(trainer.Stop, match="--train all"):
+        train_sft.main(config(home, "sft", out, resume=True, train="lm"))
+    lines = (home / "scenes" / "rows.jsonl").read_text().splitlines()
+    (home / "scenes" / "fewer.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    with pytest.raises(trainer.Stop, match="rows, sha256"):
+        train_sft.main(config(home, "sft", out, resume=True, data=(str(home / "scenes" / "fewer.jsonl"),)))
+
+
+# ---- Two ranks: the same numbers as one
+
+
+def text_rows():
+    return [Example(f"t{i}", "direct", [], f"How much is {i} and one?", str(i + 1)) for i in range(8)]
+
+
+def pay_dtr(text, example, rules):
+    scores = fake_score(text, example, rules)
+    return scores if example.path == "dtr" else Scores(0.0, 0.0, 0.0, 0.0)
+
+
+def runs(home, out):
+    """(script, config, what to patch) of each run that one and two ranks must agree on."""
+    base = {"steps": 3, "save_every": 3}
+
+    def half_text(cfg):
+        """Step 1: three scene rows a rank. Step 2: text alone on the first rank, step 3: on the second."""
+        scenes, text = data.load(cfg.data), text_rows()
+        wanted = scenes[:6] + text[:3] + scenes[6:12] + text[3:6]
+        places = trainer.Order(range(18), cfg.seed).rows(0, 18)
+        return [wanted[places.index(i)] for i in range(18)], scenes[:5]
+
+    # Three rows a rank and step; the cut makes one, two or three micro-batches of them.
+    yield "sft", config(home, "sft", out / "text", micro_tokens=300, **base), {
+        (trainer, "load_data"): half_text, (trainer, "images_key"): id}  # fmt: skip
+    # A turn is one dtr and one lor prompt, a rank each: the second rank's groups are all filtered out.
+    # cispo: the value of the other losses is about 0 while the ratio is 1 and the lengths are equal.
+    yield (
+        "rl",
+        config(home, "rl", out / "filtered", prompts=2, group=4, loss="cispo", **base),
+        {(train_rl, "score"): pay_dtr},
+    )
+    more = dict(prompts=5, updates=2, train="all", micro_tokens=200, loss="grpo", eval_limit=3, **base)
+    more["eval_data"] = (str(home / "scenes"),)
+    yield "rl", config(home, "rl", out / "all", **more), {(train_rl, "score"): fake_score}
+
+
+def run_all(home, out):
+    for script, cfg, patches in runs(home, out):
+        with pytest.MonkeyPatch.context() as patch:
+            for (module, name), value in patches.items():
+                patch.setattr(module, name, value)
+            SCRIPTS[script].main(cfg)
+
+
+def test_two_ranks_equal_one(home, tmp_path):
+    ranks = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, home,
+                   tmp_path / "two", PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")  # fmt: skip
+    assert ranks.returncode == 0, ranks.stderr[-3000:]
+    run_all(home, tmp_path / "one")
+    for name in ("text", "filtered", "all"):
+        one, two = rows(tmp_path / "one" / name), rows(tmp_path / "two" / name)
+        assert len(one) == len(two) == 3  # only rank 0 writes
+        for a, b in zip(one, two, strict=True):
+            assert a.keys() == b.keys()
+            for key in ("loss", "grad_norm", "tokens"):
+                rel = 1e-5 if key != "grad_norm" or a["step"] == 1 else 1e-4  # AdamW makes much of little
+                assert b[key] == pytest.approx(a[key], rel=rel, abs=2e-6), (name, a["step"], key)
+        first, second = (
+            tensors(tmp_path / "one" / name / "step-000003"),
+            tensors(tmp_path / "two" / name / "step-000003"),
+        )
+        assert first.keys() == second.keys()
+        for key in (key for key in first if "master" in key):
+            torch.testing.assert_close(first[key], second[key], rtol=1e-3, atol=2e-3)
+    cfg = config(home, "sft", tmp_path / "two" / "text", steps=4, resume=True)  # on another number of ranks
+    with pytest.MonkeyPatch.context() as patch:
+        for (module, name), value in next(runs(home, tmp_path))[2].items():
+            patch.setattr(module, name, value)
+        train_sft.main(cfg)
+    assert len(rows(tmp_path / "two" / "text")) == 4
+
+
+# ---- The parts of GRPO
+
+
+def group(accuracies, totals):
+    return train_rl.Group(
+        None, 0, [], [Scores(t, a, 1.0, 0.0) for a, t in zip(accuracies, totals, strict=True)]
+    )
+
+
+def test_advantages_and_filter():
+    advantages = group([1, 0, 0, 1], [1.0, 0.2, 0.2, 1.0]).advantages()
+    std = math.sqrt(4 * 0.4**2 / 3)  # unbiased
+    assert advantages == pytest.approx([x / (std + 1e-6) for x in (0.4, -0.4, -0.4, 0.4)])
+    assert group([1], [0.7]).advantages() == [0.0] and group([1, 1], [0.7, 0.7]).advantages() == [0.0, 0.0]
+    assert group([1, 0], [1, 0]).differs()
+    assert not group([1, 1], [1.0, 0.9]).differs()  # the boxes differ, the answers don't: nothing to learn
+    assert not group([0.5, 0.5 + 1e-7], [0, 0]).differs()
+
+
+def test_prompts_alternate_between_the_paths():
+    examples = [Example(f"{path}{i}", path, [], "?", "A") for i in range(10) for path in ("lor", "dtr")]
+    prompts = train_rl.Prompts(examples, 0)
+    chosen = [prompts[i] for i in range(40)]
+    assert [e.path for _, e in chosen] == ["dtr", "lor"] * 20 and [turn for turn, _ in chosen[:6]] == [
+        0,
+        0,
+        1,
+        1,
+        2,
+        2,
+    ]
+    for epoch in (chosen[:20], chosen[20:]):
+        assert len({e.id for _, e in epoch}) == 20
+    assert train_rl.Prompts(examples, 0)[33] == chosen[33]
+    alone = train_rl.Prompts(examples[::2], 0)
+    assert {alone[i][1].path for i in range(5)} == {"lor"}
+
+
+def test_no_kept_group_means_no_update(home, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        train_rl, "score", lambda text, example, rules: Scores(0.1 * (len(text) % 5), 1.0, 0.0, 0.0)
+    )
+    train_rl.main(config(home, "rl", tmp_path, steps=2))
+    assert [(row["loss"], row["kept"], row["tokens"], row["grad_norm"]) for row in rows(tmp_path)] == [
+        (0, 0, 0, 0)
+    ] * 2
+    assert "no update" in capsys.readouterr().out
+    before, after = (
+        load_file(home / "tiny" / "model.safetensors"),
+        load_file(tmp_path / "step-000002" / "model.safetensors"),
+    )
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("loss", ["dapo", "grpo", "dr_grpo", "gspo", "cispo"])
+def test_the_cut_into_micro_batches_changes_nothing(home, tmp_path, loss):
+    for budget in (30, 100_000):  # 30: even a group is split, its prompt repeated
+        few = {"steps": 1, "prompts": 2, "max_new_tokens": 4, "micro_tokens": budget}
+        train_rl.main(config(home, "rl", tmp_path / str(budget), loss=loss, **few))
+    (small,), (large,) = (rows(tmp_path / str(budget)) for budget in (30, 100_000))
+    for key in ("loss", "grad_norm", "tokens", "entropy", "lor_entropy"):
+        assert small[key] == pytest.approx(large[key], rel=1e-5, abs=1e-6), key
+
+
+def test_an_update_makes_good_completions_likelier(home, tmp_path, monkeypatch):
+    cfg = config(home, "rl", tmp_path, steps=1, kl=0.0, group=8, lr=3e-4)
+    seen = []
+
+    def remember(micros, spare, go_on=trainer.even):
+        seen.extend(one for one in micros if isinstance(one, train_rl.Micro))
+        return go_on(micros, spare)
+
+    monkeypatch.setattr(trainer, "even", remember)
+    train_rl.main(cfg)
+    model = QwenVL.from_pretrained(str(tmp_path / "step-000001"), dtype=torch.float32)
+    with torch.no_grad():
+        gains = [train_rl.forward(model, one, 1.0)[0] - one.old for one in seen]
+    owners = [one.advantage.repeat_interleave(one.cu.diff()) for one in seen]
+    assert seen and sum((a * gain).sum() for a, gain in zip(owners, gains, strict=True)) > 0
+
+
+def test_several_updates_move_the_ratio(home, tmp_path):
+    train_rl.main(config(home, "rl", tmp_path, steps=1, updates=2, lr=1e-2, filter="none"))
+    (row,) = rows(tmp_path)
+    assert row["ratio_max"] > 1.001  # the second update is off-policy, and `old` is from before the first
+
+
+# ---- What is refused
+
+
+def test_a_loss_that_explodes_stops_the_run(home, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"step \d+: the loss is"):
+        train_sft.main(
+            config(home, "sft", tmp_path, lr=1e20, clip_norm=1e30, warmup=0, steps=9, save_every=1)
+        )
+    last = sorted(tmp_path.glob("step-*"))[-1]
+    assert trainer.newest(tmp_path) == last and len(rows(tmp_path)) == int(last.name[-6:])
+
+
+def test_rows_without_a_target_are_refused_or_counted(home, tmp_path, capsys):
+    lines = [json.loads(line) for line in (home / "scenes" / "rows.jsonl").read_text().splitlines()[:12]]
+    lines[3].pop("rationale")
+    (home / "scenes" / "bad.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = {"data": (str(home / "scenes" / "bad.jsonl"),), "steps": 1}
+    with pytest.raises(data.BadRows) as bad:
+        train_sft.main(config(home, "sft", tmp_path, **options))
+    assert len(bad.value.rows) == 1 and lines[3]["id"] in bad.value.rows[0]
+    train_sft.main(config(home, "sft", tmp_path, skip_bad_rows=True, **options))
+    assert "skipped 1 of 12" in capsys.readouterr().out
+
+
+def test_the_command_line_in_words_and_exit_codes(home, tmp_path):
+    (home / "scenes" / "broken.jsonl").write_text('{"id": "a"\n{"id": "b", "path": "lor"}\n')
+    good = {"--model": home / "tiny", "--data": home / "scenes", "--out": tmp_path / "out", "--steps": 1}
+    broken = home / "scenes" / "broken.jsonl"
+    for script, change, word in (("train_sft.py", {"--data": broken}, "broken.jsonl"),
+                                 ("train_rl.py", {"--model": tmp_path / "nowhere"}, "nowhere"),
+                                 ("train_rl.py", {"--kll": 0.1}, "--kl")):  # fmt: skip
+        run = python(script, *(str(x) for pair in (good | change).items() for x in pair))
+        assert run.returncode == 2 and word in run.stderr + run.stdout and "Traceback" not in run.stderr, (
+            run.stderr
+        )
+
+
+if __name__ == "__main__":
+    run_all(*map(Path, sys.argv[1:]))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,365 @@
+"""What train_sft.py and train_rl.py share: command line, ranks, sharding, data order, checkpoints, log.
+
+Nothing here knows a loss. In the order of a run:
+
+    launch         flags -> Config -> main; what a user can mend ends in one line, not in a traceback
+    begin          the run's directory, and the checkpoint that --resume starts from
+    setup          torchrun's environment -> rank, world, device (a plain `python` run needs none)
+    load, shard    checkpoint -> QwenVL; FSDP2 with several ranks, and the plain copy that rollouts read
+    Order          which rows a step takes: a pure function of (seed, position), whatever the number of ranks
+    save, restore  step-000123/: a checkpoint, plus trainer/ with all that the run needs to go on to the bit
+    Log            metrics.jsonl, one printed line a step, progress bar
+
+Several ranks give the numbers of one: losses are divided by global counts, gradients summed, not averaged.
+All ranks run the same passes over the same parameters (`even`, `pad`): to skip a collective is to hang them
+all."""
+
+import copy
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import tyro
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from tqdm import tqdm
+
+import data
+from model import checkpoint as huggingface
+from model.processor import Processor
+from model.qwen_vl import QwenVL
+from optim import KINDS, AdamW
+from srreal import Example
+
+# --train: prefixes of the parameters that learn. RL's default is lm (the paper froze the rest), SFT's is all.
+TRAIN = {"all": ("",), "lm": ("decoder.", "lm_head."), "spatial": ("region.", "points.", "head3d.")}
+FIRST = int(os.environ.get("RANK", 0)) == 0  # the rank that prints and writes
+MEMORY = ("micro_tokens", "max_pixels")  # flags that bound it
+
+
+class Stop(Exception):
+    """Ends the run with one line for the user, who has to change something."""
+
+
+def launch(main: Callable, config: type) -> None:
+    """Runs main(Config) from the command line. The one handler for errors that a user can mend."""
+    name = Path(sys.argv[0]).name
+    cfg = tyro.cli(config, prog=name, description=sys.modules[main.__module__].__doc__.split("\n\n")[0])
+    try:
+        main(cfg)
+    except data.BadRows as bad:
+        end(f"{name}: {bad}\n(--skip-bad-rows goes on without them)", 2)
+    except Stop as stop:
+        end(f"{name}: {stop}", 2)
+    except KeyboardInterrupt:
+        tail = f"; --resume goes on from the newest checkpoint in {cfg.out}" if "resume" in vars(cfg) else ""
+        end(f"{name}: interrupted{tail}", 130)
+    except FloatingPointError as error:
+        kept = newest(Path(cfg.out), named=False)
+        kept = f"{kept} is whole, and --resume goes on from it" if kept else "no checkpoint was saved before"
+        end(f"{name}: {error}; nothing was updated; {kept} (with a lower --lr?)", 1)
+    except (RuntimeError, MemoryError) as error:
+        cuda, host = isinstance(error, torch.OutOfMemoryError), isinstance(error, MemoryError)
+        if not (cuda or host or "can't allocate memory" in str(error)):
+            raise
+        flags = [f"--{k.replace('_', '-')} (now {v})" for k, v in vars(cfg).items() if k in MEMORY]
+        end(f"{name}: out of memory; turn down {' or '.join(flags)}", 1)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def end(message: str, code: int) -> None:
+    """At once: other ranks and background threads may hang in what this rank will not take part in."""
+    if FIRST or code == 1:
+        print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def mendable(call: Callable, *args, **options):
+    """call(...), with its complaint about a file, a checkpoint or a source of data as the run's last line."""
+    try:
+        return call(*args, **options)
+    except data.BadRows:
+        raise
+    except (ValueError, OSError) as error:
+        raise Stop(str(error)) from error
+
+
+def say(text: str) -> None:
+    """A line of one rank, above the progress bars."""
+    if FIRST:
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+# ---- Ranks and model
+
+
+def setup() -> tuple[int, int, torch.device]:
+    """(rank, world, device). gloo on CPU, NCCL on CUDA; host tensors always travel by gloo."""
+    names, cuda = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)), torch.cuda.is_available()
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in names)
+    if cuda:
+        torch.cuda.set_device(local)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    return rank, world, torch.device("cuda", local) if cuda else torch.device("cpu")
+
+
+def reduce(values: list[float], op: str = "SUM") -> list[float]:
+    """The SUM (or MAX) of each value over the ranks."""
+    if not dist.is_initialized():
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor, getattr(dist.ReduceOp, op))
+    return tensor.tolist()
+
+
+def mine(count: int, rank: int, world: int) -> slice:
+    """This rank's contiguous share of `count` rows."""
+    return slice(count * rank // world, count * (rank + 1) // world)
+
+
+def load(source: str, device: torch.device, train: str | None = None) -> QwenVL:
+    """fp32 on a CPU; bf16 on CUDA, where the optimiser keeps fp32 masters. train None: nothing learns."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = mendable(QwenVL.from_pretrained, source, device, dtype)
+    for name, p in model.named_parameters():
+        p.requires_grad_(train is not None and name.startswith(TRAIN[train]))
+    return model
+
+
+def load_processor(source: str, cfg) -> Processor:
+    return mendable(Processor.from_pretrained, source, max_pixels=cfg.max_pixels, regions=cfg.regions)
+
+
+def shard(model: QwenVL, world: int) -> QwenVL:
+    """Cuts what learns over the ranks, layer by layer; returns the plain copy that rollouts and `save` read.
+
+    Frozen parameters stay whole on each rank and are the copy's too, so that a rank without images may skip a
+    frozen tower. With one rank nothing is cut, and the copy is the model itself.
+    """
+    if world == 1:
+        return model
+    frozen = {p for p in model.parameters() if not p.requires_grad}
+    plain = copy.deepcopy(model, {id(p): p for p in frozen})
+    options = {"ignored_params": frozen, "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
+    for block in [*model.decoder.layers, *model.vision.blocks, model]:
+        if any(p.requires_grad for p in block.parameters()):
+            fully_shard(block, **options)
+            block.set_gradient_divide_factor(1.0)  # the loss is divided by global counts already
+            block.set_force_sum_reduction_for_comms(True)  # gloo can't scale while it sums
+    return plain
+
+
+@torch.no_grad()
+def gather(model: QwenVL, plain: QwenVL) -> None:
+    """Brings the plain copy up to date with the shards. Collective."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # a forward without a backward leaves the root whole
+    for p, whole in zip(model.parameters(), plain.parameters(), strict=True):
+        if p is not whole:
+            whole.copy_(p.full_tensor())
+
+
+# ---- Data
+
+
+def load_data(cfg) -> tuple[list[Example], list[Example]]:
+    """The examples of --data and of --eval-data."""
+    skip = cfg.skip_bad_rows
+    return tuple(mendable(data.load, s, skip_bad_rows=skip) if s else [] for s in (cfg.data, cfg.eval_data))
+
+
+class Order:
+    """An endless shuffled order of rows. Epoch e is drawn from (seed, e), so a place is one number.
+
+    Rows of one key (the questions of one image) come in runs of at most `run`, to share the image's encoding;
+    each row once an epoch. Unique keys give a plain shuffle.
+    """
+
+    def __init__(self, keys: Iterable, seed, run: int = 1):
+        groups: dict = {}
+        for row, key in enumerate(keys):
+            groups.setdefault(key, []).append(row)
+        self.groups, self.seed, self.run, self.epochs = list(groups.values()), seed, run, {}
+        self.count = sum(map(len, self.groups))
+
+    def epoch(self, number: int) -> list[int]:
+        if number not in self.epochs:
+            rng, runs = random.Random(f"{self.seed} {number}"), []
+            for rows in self.groups:
+                rows = rng.sample(rows, len(rows))
+                runs += [rows[i : i + self.run] for i in range(0, len(rows), self.run)]
+            rng.shuffle(runs)
+            kept = {k: v for k, v in self.epochs.items() if k == number - 1}  # a batch may straddle two
+            self.epochs = kept | {number: [row for run in runs for row in run]}
+        return self.epochs[number]
+
+    def rows(self, start: int, count: int) -> list[int]:
+        """Rows [start, start + count) of the endless order."""
+        return [self.epoch(i // self.count)[i % self.count] for i in range(start, start + count)]
+
+
+def images_key(example: Example) -> tuple:
+    return tuple(str(image) if isinstance(image, (str, Path)) else id(image) for image in example.images)
+
+
+def fingerprint(examples: list[Example]) -> str:
+    """What a checkpoint keeps of the data set, to refuse to resume on another."""
+    text = "\n".join(f"{example.id} {example.path}" for example in examples)
+    return f"{len(examples)} rows, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def cut(lengths: list[int], budget: int) -> list[slice]:
+    """Consecutive items in micro-batches of at most `budget` tokens (or of one item that alone is longer)."""
+    starts, used = [], 0
+    for i, length in enumerate(lengths):
+        if not starts or used + length > budget:
+            starts, used = [*starts, i], 0
+        used += length
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(lengths)], strict=True)] if starts else []
+
+
+def even(batches: list, spare: Callable) -> list:
+    """The batches, and spare() for as long as another rank still has some: each pass is a collective."""
+    longest = int(reduce([len(batches)], "MAX")[0])
+    return [*batches, *(spare() for _ in range(longest - len(batches)))]
+
+
+def filler() -> Example:
+    """A tiny example that touches every parameter: image, depth, region. It gets no weight in any loss."""
+    return Example(
+        "filler", "direct", [Image.new("RGB", (64, 64))], "What is it <mask>?", "A",
+        depths=[np.ones((64, 64), np.float32)], intrinsics=[(64, 64, 32, 32)], regions=[(0, (8, 8, 56, 56))],
+    )  # fmt: skip
+
+
+def pad(examples: list[Example], world: int) -> list[Example]:
+    """Appends the filler where a pass might leave out parameters whose gradients other ranks reduce."""
+    whole = any(e.images and e.regions and any(d is not None for d in e.depths or ()) for e in examples)
+    return examples if world == 1 or whole else [*examples, filler()]
+
+
+# ---- Checkpoints
+
+
+def begin(cfg) -> tuple[Path | None, int]:
+    """(checkpoint to go on from or None, steps done). Writes config.json; won't mix a new run with an old."""
+    torch.manual_seed(cfg.seed)  # nothing here draws from it; a fork's dropout would
+    out, old = Path(cfg.out), sorted(Path(cfg.out).glob("step-*[0-9]"))
+    if old and not cfg.resume:
+        raise Stop(f"{out} holds a run ({old[-1].name}) already: --resume it, or choose another --out")
+    found = newest(out) if cfg.resume else None
+    if cfg.resume:
+        say(f"going on from {found}" if found else f"no whole checkpoint in {out}: starting at step 0")
+    if FIRST:
+        out.mkdir(parents=True, exist_ok=True)
+        config = {"script": Path(sys.argv[0]).stem, **asdict(cfg)}
+        (out / "config.json").write_text(json.dumps(config, indent=1, allow_nan=False) + "\n")
+    return found, record(found)["step"] if found else 0
+
+
+def save(cfg, step: int, model: QwenVL, plain: QwenVL, processor, optimizer: AdamW, **same) -> None:
+    """Writes out/step-000123 aside, then renames it. Rank 0 writes, but gathering is collective."""
+    final = Path(cfg.out) / f"step-{step:06d}"
+    aside = final.with_suffix(".partial")
+    gather(model, plain)
+    if FIRST:
+        shutil.rmtree(aside, ignore_errors=True)
+        (aside / "trainer").mkdir(parents=True)
+        huggingface.write(plain, aside, processor)
+    for kind in KINDS:
+        state = {name: whole.cpu() for name, whole in optimizer.state(kind) if FIRST}
+        if FIRST:
+            save_file(state, aside / "trainer" / f"{kind}.safetensors")
+    if FIRST:
+        save_file({"torch": torch.get_rng_state()}, aside / "trainer" / "random.safetensors")
+        files = {str(p.relative_to(aside)): p.stat().st_size for p in aside.rglob("*") if p.is_file()}
+        state = {"step": step, "updates": optimizer.updates, "same": same, "files": files}
+        (aside / "trainer" / "state.json").write_text(json.dumps(state, indent=1, allow_nan=False))
+        huggingface.replace(aside, final)
+    reduce([0.0])  # nobody goes on before it is there
+
+
+def restore(checkpoint: Path | None, optimizer: AdamW, **same) -> None:
+    """Optimiser, masters, random states. `same` must equal what `save` was given (the data's fingerprint)."""
+    if checkpoint is None:
+        return
+    state, folder = record(checkpoint), checkpoint / "trainer"
+    for key, now in same.items():
+        if state["same"][key] != now:
+            raise Stop(f"{checkpoint}: the run had {key} {state['same'][key]}, now it is {now}")
+    try:
+        files = {kind: safe_open(folder / f"{kind}.safetensors", "pt") for kind in KINDS}
+        optimizer.load(lambda kind, name: files[kind].get_tensor(name), state["updates"])
+        torch.set_rng_state(safe_open(folder / "random.safetensors", "pt").get_tensor("torch"))
+    except SafetensorError as error:
+        raise Stop(f"{folder}: {error}") from error
+
+
+def record(checkpoint: Path) -> dict:
+    return json.loads((checkpoint / "trainer" / "state.json").read_text())
+
+
+def missing(checkpoint: Path) -> str | None:
+    """What a checkpoint lacks to resume from, or None: its files and their sizes are on record in it."""
+    try:
+        files = record(checkpoint)["files"].items()
+        return next((name for name, size in files if (checkpoint / name).stat().st_size != size), None)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return getattr(error, "filename", None) or "trainer/state.json"
+
+
+def newest(out: Path, named: bool = True) -> Path | None:
+    """The newest whole checkpoint of a run."""
+    for step in sorted(out.glob("step-*"), key=lambda path: path.name, reverse=True):
+        if not (lack := missing(step)) and not step.suffix:
+            return step
+        if named:
+            say(f"skipping the incomplete checkpoint {step}: {lack or 'never renamed'}")
+    return None
+
+
+# ---- Log
+
+
+class Log:
+    """metrics.jsonl, a printed line a step, and a bar with the time left on a terminal. Rank 0 only."""
+
+    def __init__(self, cfg, done: int, columns: dict[str, str]):
+        self.columns = columns
+        self.bar = tqdm(total=cfg.steps, initial=done, unit="step", disable=None if FIRST else True)
+        if FIRST:  # row k is step k: on resuming, what is behind the checkpoint's goes, a torn line too
+            path, aside = Path(cfg.out) / "metrics.jsonl", Path(cfg.out) / "metrics.partial"
+            aside.write_text("".join(path.read_text().splitlines(keepends=True)[:done] if done else []))
+            os.replace(aside, path)
+            self.file = path.open("a")
+
+    def __call__(self, row: dict) -> None:
+        self.bar.update()
+        if FIRST:
+            self.file.write(json.dumps(row, allow_nan=False) + "\n")
+            self.file.flush()
+            say("  ".join(f"{name} {row[name]:{form}}" for name, form in self.columns.items()))
+
+
+def peak_memory(device: torch.device) -> float:
+    """MiB: of the GPU on CUDA, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
