@@ -126,7 +126,7 @@ SECTIONS = {  # tag -> (what the prompt shows, the function that writes it in a 
 N = "([0-9]{1,4})"  # not \d, which takes the digits of every script
 HEADER = re.compile(f"(?:Find|After aligning to the reference frame {N}, find) {N} relevant objects:")
 DECIMAL = r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
-BOX_OPEN, BOX_CLOSE = '<3d_box center="', "</3d_box>"
+BOX_OPEN, BOX_CLOSE, BOX = '<3d_box center="', "</3d_box>", re.compile("<3d_box|</3d_box>")
 
 @dataclass
 class Parsed:
@@ -178,7 +178,7 @@ def read_box(line: str) -> tuple[str, str, tuple[float, float, float]] | None:
         return None
     centre, _, text = line[len(BOX_OPEN):-len(BOX_CLOSE)].partition('">')
     xyz = centre.split(",")
-    if len(xyz) != 3 or "<" in text or not all(len(v) <= 20 and re.fullmatch(DECIMAL, v) for v in xyz):
+    if len(xyz) != 3 or BOX.search(text) or not all(len(v) <= 20 and re.fullmatch(DECIMAL, v) for v in xyz):
         return None
     mention, name = split_mention(text.strip())
     return (mention, name, tuple(map(float, xyz))) if mention and name else None

@@ -5,7 +5,7 @@ kind `scenes`, our own format. A new kind is one file with a generator and one l
 image root or None) it yields (file, row number, Example or list of (field, reason)).
 
 Our own format: a folder with rows.jsonl, or a .jsonl file; one JSON object a line, paths relative to it:
-    id, path    text, unique over all sources; "lor" | "dtr" | "direct"
+    id, path    text, and "lor" | "dtr" | "direct"; no two rows of all sources have both in common
     images      ["images/a.png", ...], at least one
     question    text with a <mask> a region, behind its mention; <image> once an image, or nowhere
     answer      text: an option's letter, a number, a camera motion, or other text
@@ -15,10 +15,12 @@ and, where known (else null or absent):
     regions     [[image index, [x0, y0, x1, y1]], ...] in pixels inside the image, one a <mask>
     objects     {mention: [x, y, z]} metres, camera frame; of several views {mention: {"0": [x, y, z], ...}}
     names {mention: name}, sizes {mention: [w, h, l]}, frame (index of the view asked for), task, rationale
+SFT needs a rationale in each lor and dtr row; RL and eval need none, so here a row without is a good one.
 """
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -79,13 +81,15 @@ FIELDS = REQUIRED | {  # a tuple is a JSON list of just these
     "names": dict[str, str], "sizes": dict[str, XYZ]}
 
 def matches(value, hint) -> bool:
-    if hint in (str, int, float, NoneType):
-        return type(value) is hint and value != "" or hint is float and type(value) is int
+    if hint is str:                                           # half a surrogate pair can't be encoded again
+        return type(value) is str and value != "" and not re.search("[\ud800-\udfff]", value)
+    if hint in (int, float, NoneType):                        # an int may be too large for a float
+        return type(value) is hint or hint is float and type(value) is int and abs(value) < 1e18
     if isinstance(hint, UnionType):
         return any(matches(value, one) for one in hint.__args__)
     kind, inner = hint.__origin__, hint.__args__
     if kind is dict:
-        return isinstance(value, dict) and all(matches(v, inner[1]) for v in value.values())
+        return isinstance(value, dict) and all(matches([*pair], tuple[inner]) for pair in value.items())
     inner = inner * len(value) if kind is list and isinstance(value, list) else inner   # JSON has no tuples
     return isinstance(value, list) and len(value) == len(inner) and all(map(matches, value, inner))
 
@@ -97,7 +101,7 @@ def own_rows(path: Path, root: str | None) -> Iterator:
         for number, line in enumerate(lines, 1):
             try:
                 yield str(file), number, own_row(json.loads(line), os.path.abspath(root or file.parent))
-            except ValueError as error:                       # no JSON, no UTF-8, or a view that is no number
+            except (ValueError, OverflowError, RecursionError) as error:    # no JSON, no UTF-8, or too deep
                 yield str(file), number, [("row", f"unreadable: {error}")]
     if not number:
         yield str(file), 0, [("row", "empty file")]
@@ -107,17 +111,19 @@ def own_row(row, base: str) -> Example | list:
         return [("row", f"wrong type: {row!r:.60} is no JSON object")]
     row, what = {k: v for k, v in row.items() if v is not None}, {"answer": "unknown answer kind"}
     bad = [(name, "missing") for name in REQUIRED if name not in row]
-    bad += [(name, "unknown field") for name in row if name not in FIELDS]
+    bad += [(ascii(name)[1:-1], "unknown field") for name in row if name not in FIELDS]
     wrong = [name for name in FIELDS if name in row and not matches(row[name], FIELDS[name])]
-    bad += [(name, f"{what.get(name, 'wrong type')}: {row[name]!r:.50} not {FIELDS[name]}") for name in wrong]
+    bad += [(name, f"{what.get(name, 'wrong type or value')}: {row[name]!r:.50} not {FIELDS[name]}")
+            for name in wrong]
     if bad:
         return bad
     row["images"] = [os.path.join(base, file) for file in row["images"]]
     row["depths"] = [file and os.path.join(base, file) for file in row.get("depths", ())] or None
     row["intrinsics"] = [k and tuple(k) for k in row.get("intrinsics", ())] or None
     row["regions"] = [(image, tuple(box)) for image, box in row.get("regions", ())]
+    views = {str(k): k for k in range(len(row["images"]))}    # another key stays as it is, for check to name
     for mention, truth in row.get("objects", {}).items():
-        by_view = isinstance(truth, dict) and {int(view): tuple(xyz) for view, xyz in truth.items()}
+        by_view = isinstance(truth, dict) and {views.get(k, k): tuple(xyz) for k, xyz in truth.items()}
         row["objects"][mention] = by_view or tuple(truth)
     return Example(**row)
 
@@ -126,17 +132,19 @@ SOURCES = {"scenes": own_rows}
 # ---- what every Example has to hold, whatever its source
 def size_of(image, sizes: dict) -> tuple | str:
     if isinstance(image, str):
-        return sizes[image]
+        return sizes[image] if isinstance(sizes[image], str) else sizes[image][:2]
     return image.shape[::-1] if isinstance(image, np.ndarray) else image.size
 
 def check(e: Example, sizes: dict, ids: set) -> list:
-    """(field, reason) of all that makes it unusable. sizes: file -> (W, H), or what is wrong with it."""
+    """(field, reason) of all that makes it unusable. sizes: file -> (W, H, mode), or what is wrong."""
     shapes = [size_of(image, sizes) for image in e.images]
     depths = [(size_of(depth, sizes), size) for depth, size in zip(e.depths or (), shapes, strict=False)
               if depth is not None]
+    modes = [sizes[depth][2] for depth in e.depths or ()
+             if isinstance(depth, str) and not isinstance(sizes[depth], str)]
     count, masks, places = len(shapes), e.question.count("<mask>"), e.question.count("<image>")
     rules = [
-        (e.id in ids, "id", f"duplicate: {e.id}"),
+        ((e.id, e.path) in ids, "id", f"duplicate: {e.id} on path {e.path}"),
         (e.path not in PATHS, "path", f"unknown path: {e.path!r}, not one of {', '.join(PATHS)}"),
         (not e.answer.strip(), "answer", f"unknown answer kind: {e.answer!r}"),
         (not shapes, "images", "no image"),
@@ -144,19 +152,28 @@ def check(e: Example, sizes: dict, ids: set) -> list:
         *((isinstance(found, str), "depths", found) for found, _ in depths),
         *((found != size, "depths", f"wrong size: {found}, not {size}")
           for found, size in depths if not isinstance(found, str) and not isinstance(size, str)),
+        *((not mode.startswith("I"), "depths", f"wrong mode: {mode}, not a 16-bit PNG") for mode in modes),
         (masks != len(e.regions), "regions", f"<mask> count: {masks} for {len(e.regions)} regions"),
         (places not in (0, count), "question", f"<image> count: {places} for {count} images"),
         *((len(v) != count, name, f"wrong count: {len(v)} for {count} images")
           for name, v in (("depths", e.depths), ("intrinsics", e.intrinsics)) if v is not None),
         *((not (all(map(math.isfinite, k)) and min(k[:2]) > 0), "intrinsics", f"not finite and positive: {k}")
           for k in e.intrinsics or () if k is not None),
+        *((not (all(map(math.isfinite, size)) and min(size) > 0), "sizes",
+           f"not finite and positive: {name}: {size}") for name, size in (e.sizes or {}).items() if size),
         (e.frame is not None and not 0 <= e.frame < count, "frame", f"no such view: {e.frame} of {count}")]
+    by_view = [truth for truth in e.objects.values() if isinstance(truth, dict)]
+    plain, dtr = len(by_view) < len(e.objects), e.path == "dtr"
+    rules += [(plain and by_view, "objects", "some by view, some not"),
+              (dtr and plain and count > 1 and e.frame is None, "objects", f"in which of {count} views?"),
+              (dtr and by_view and e.frame is not None and not any(e.frame in views for views in by_view),
+               "objects", f"none has a centre in the view asked for: {e.frame}")]
     for mention, truth in e.objects.items():
         views = truth if isinstance(truth, dict) else {0: truth}
         finite = all(len(xyz) == 3 and all(map(math.isfinite, xyz)) for xyz in views.values())
         rules += [(not finite, "objects", f"not finite: {mention}: {truth}"),
-                  (not all(0 <= k < count for k in views), "objects", f"no such view: {mention}: {truth}")]
-    ids.add(e.id)
+                  (not all(k in range(count) for k in views), "objects", f"no such view: {mention}: {truth}")]
+    ids.add((e.id, e.path))
     regions = [wrong_region(region, shapes[k] if 0 <= k < count else k) for k, region in e.regions]
     return [rule[1:] for rule in rules if rule[0]] + [("regions", reason) for reason in regions if reason]
 
@@ -176,16 +193,24 @@ def probe(file: str, decode: bool) -> tuple | str:
         with Image.open(file) as image:
             if decode:
                 image.load()
-            return image.size
+            return *image.size, image.mode
     except FileNotFoundError:
         return f"missing file: {file}"
     except Exception as error:                                # Pillow raises all sorts on bad bytes
         return f"corrupt file: {file}: {error}"
 
+def remembered(cache: Path) -> dict:
+    """file -> [bytes, time, W, H, mode]; nothing where the cache is damaged, or of another version."""
+    with suppress(OSError, ValueError, RecursionError):
+        known = json.loads(cache.read_text())
+        if matches(known, dict[str, tuple[int, int, int, int, str]]):
+            return known
+    return {}
+
 def measure(files: list, decoded: int = 20_000) -> dict:
-    """file -> (W, H), or what is wrong with it. Decodes the first new ones, and remembers the sound ones."""
+    """file -> (W, H, mode), or what is wrong with it. Decodes the first new ones, remembers the sound."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "sr-real", "images.json")
-    known = json.loads(cache.read_text()) if cache.is_file() else {}
+    known = remembered(cache)
     stamps = {file: [(s := os.stat(file)).st_size, s.st_mtime_ns] for file in files if os.path.isfile(file)}
     sizes = {file: tuple(known[file][2:]) for file in stamps if known.get(file, [])[:2] == stamps[file]}
     fresh = [file for file in files if file not in sizes]

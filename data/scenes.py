@@ -10,6 +10,7 @@ occlusion could flip is not asked; DTR's rationale works with the rounded centre
 import json
 import math
 import os
+import sys
 from collections import Counter, namedtuple
 from dataclasses import dataclass
 from functools import partial
@@ -39,7 +40,8 @@ KINDS = {  # smallest and largest (w, h, l) in metres; parts: shape, centre and 
     "barrel": ((.4, .5, .4), (.6, 1.1, .6), [(ROD, *ALL)]),
     "cone": ((.4, .5, .4), (.7, 1.1, .7), [(CONE, *ALL)]),
     "cabinet": ((.6, .9, .4), (1, 1.6, .6), [(BOX, *ALL), (BOX, (0, 0, 0), (.88, .9, 1.03), 1)]),
-    "table": ((.8, .5, .7), (1.4, .8, 1), [(BOX, (0, -.9, 0), (1, .1, 1), 0), *FEET[.1]]),
+    "table": ((.8, .5, .7), (1.4, .8, 1), [(BOX, (0, -.9, 0), (1, .1, 1), 0), *FEET[.1],
+              (BOX, (0, 0, 0), (.85, .04, .85), 1)]),         # a shelf, or one would see through its centre
     "chair": ((.4, .8, .4), (.6, 1.1, .6),
               [(BOX, (0, 0, 0), (1, .08, 1), 0), (BOX, (0, -.5, .9), (.97, .5, .07), 0), *FEET[.5]]),
     "lamp": ((.4, 1.1, .4), (.6, 1.7, .6), [(SHADE, (0, -.7, 0), (1, .3, 1), 0),
@@ -158,7 +160,7 @@ def furnish(rng, size):
     return room, camera, things[:7]
 
 def draw(rng, things, cameras, view, drawing, colours, marked):
-    """Marks things of a view that are whole, mostly seen and not marked yet: -> image, list of Mark."""
+    """Marks what is whole, mostly seen, seen at its centre and not marked yet: -> image, list of Mark."""
     rgb, _, owner, alone = drawing
     image, marks, size = Image.fromarray(rgb), [], cameras[view].size
     pen, radius, width = ImageDraw.Draw(image), round(size[0] / 32), max(1, round(size[0] / 128))
@@ -167,7 +169,7 @@ def draw(rng, things, cameras, view, drawing, colours, marked):
     seen = [np.argwhere(owner == i)[:, ::-1] for i in range(len(things))]   # (pixels, 2): u, v
     free = [i for i in rng.permutation(len(things)) if all(mark.thing is not things[i] for mark in marked)
             and len(seen[i]) > max(.6 * alone[i].sum(), .003 * owner.size)
-            and alone[i].sum() == alone[i, 1:-1, 1:-1].sum() and owner[*middle[i, ::-1]] in (-1, i)]
+            and alone[i].sum() == alone[i, 1:-1, 1:-1].sum() and owner[*middle[i, ::-1]] == i]
     for colour, i in zip(colours, free, strict=False):
         pixel = seen[i][((seen[i] - middle[i]) ** 2).sum(1).argmin()]       # its own, closest to its centre
         if len(seen[i]) > 9 * radius ** 2 and rng.random() < .35:
@@ -235,7 +237,8 @@ def versus(rng, origin, name, a, b, p, q, working):
 def depth_order(rng, view, a, b):
     p, q = a.near[view][2], b.near[view][2]
     working = f"The depth z of {a.colour} is {p}, of {b.colour} {q}"
-    return versus(rng, "the camera", "the camera", a, b, p, q, working)
+    if (p - q) * (math.hypot(*a.at[view]) - math.hypot(*b.at[view])) > 0:   # by z and by distance alike
+        return versus(rng, "the camera", "the camera", a, b, p, q, working)
 
 def nearest(rng, view, a, b, c):
     to_a, to_b = hop(view, c, a), hop(view, c, b)
@@ -348,6 +351,12 @@ def make(config, index):
 
 def main(config: Config):
     """Renders a set. rows.jsonl appears last: a set that was cut off has none."""
+    sound = {"--size": min(config.size) >= 32, "--seed": 0 <= config.seed < 2 ** 32,
+             "--workers": config.workers >= 1, "--n": config.n >= 1}
+    if not all(sound.values()):
+        wrong = " ".join(flag for flag in sound if not sound[flag])
+        print(f"scenes: {wrong}: size >= 32, 0 <= seed < 2^32, workers >= 1 and n >= 1", file=sys.stderr)
+        sys.exit(2)
     for folder in ("images", "depth"):
         (config.out / folder).mkdir(parents=True, exist_ok=True)
     (config.out / "rows.jsonl").unlink(missing_ok=True)

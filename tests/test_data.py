@@ -17,9 +17,11 @@ GOOD = {"id": "a", "path": "dtr", "images": ["a.png"], "question": "How far is t
         "answer": "2.1", "depths": ["d.png"], "intrinsics": [[50, 50, 15.5, 11.5]],
         "regions": [[0, [1, 2, 30, 20]]], "objects": {"red bbox": [0.1, 0.2, 2.1]}, "task": "depth",
         "rationale": "z is 2.1", "names": {"red bbox": "box"}, "sizes": {"red bbox": [0.5, 0.4, 0.3]}}
+VIEWS = {"red bbox": {"0": [0, 0, 2], "1": [1, 0, 2]}}
 TWO = GOOD | {"id": "b", "images": ["a.png", "b.png"], "depths": ["d.png", None], "frame": 1,
               "intrinsics": [[50, 50, 15.5, 11.5], None],
-              "objects": {"red bbox": {"0": [0, 0, 2], "1": [1, 0, 2]}}}
+              "objects": VIEWS}
+PAIR = {"images": ["a.png", "b.png"], "depths": None, "intrinsics": None}
 VIEW = {"red bbox": {"0": [0, 0, 2], "2": [1, 0, 2]}}
 BAD = {  # kind: (changes to GOOD, the field it is reported at, how its reason begins)
     "no image file": ({"images": ["none.png"], "depths": None}, "images", "missing file"),
@@ -28,6 +30,8 @@ BAD = {  # kind: (changes to GOOD, the field it is reported at, how its reason b
     "no image at all": ({"images": [], "depths": None, "intrinsics": None, "regions": [], "question": "?",
                          "objects": None}, "images", "no image"),
     "no depth file": ({"depths": ["none.png"]}, "depths", "missing file"),
+    "depth of 8 bits": ({"depths": ["grey.png"]}, "depths", "wrong mode: L"),
+    "image as depth": ({"depths": ["a.png"]}, "depths", "wrong mode: RGB"),
     "depth of another size": ({"depths": ["small.png"]}, "depths", "wrong size"),
     "too many depths": ({"depths": ["d.png", "d.png"]}, "depths", "wrong count"),
     "region outside": ({"regions": [[0, [1, 2, 33, 20]]]}, "regions", "outside its image"),
@@ -48,6 +52,20 @@ BAD = {  # kind: (changes to GOOD, the field it is reported at, how its reason b
     "no question": ({"question": None}, "question", "missing"),
     "centre nan": ({"objects": {"red bbox": [0, 0, float("nan")]}}, "objects", "not finite"),
     "centre of two": ({"objects": {"red bbox": [0, 0]}}, "objects", "wrong type"),
+    "centre too large": ({"objects": {"red bbox": [0, 0, 10 ** 400]}}, "objects", "wrong type or value"),
+    "camera too large": ({"intrinsics": [[10 ** 400, 50, 15, 11]]}, "intrinsics", "wrong type or value"),
+    "centre infinite": ({"objects": {"red bbox": [0, 0, float("inf")]}}, "objects", "not finite"),
+    "half a character": ({"question": "\ud83d <mask>"}, "question", "wrong type or value"),
+    "half a character in a mention": ({"names": {"\udc00": "box"}}, "names", "wrong type or value"),
+    "half a character in a field": ({"\udc00": 1}, "\\udc00", "unknown field"),
+    "size zero": ({"sizes": {"red bbox": [0.5, 0, 0.3]}}, "sizes", "not finite and positive"),
+    "size nan": ({"sizes": {"red bbox": [0.5, float("nan"), 0.3]}}, "sizes", "not finite and positive"),
+    "size infinite": ({"sizes": {"red bbox": [float("inf"), 1, 0.3]}}, "sizes", "not finite and positive"),
+    "view that is no number": ({"objects": {"red bbox": {"x": [0, 0, 1]}}}, "objects", "no such view"),
+    "view in other digits": ({"objects": {"red bbox": {"00": [0, 0, 1]}}}, "objects", "no such view"),
+    "in one of two views": (PAIR, "objects", "in which of 2 views"),
+    "frame that sees nothing": (PAIR | {"frame": 1, "objects": {"red bbox": {"0": [0, 0, 1]}}}, "objects",
+                                "none has a centre in the view asked for"),
     "object without views": ({"objects": {"red bbox": {}}}, "objects", "not finite"),
     "view out of range": ({"objects": VIEW}, "objects", "no such view"),
     "frame out of range": ({"frame": 1}, "frame", "no such view"),
@@ -64,6 +82,7 @@ def folder(tmp_path):
     whole = (tmp_path / "cut.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[:len(whole) // 2])
     (tmp_path / "text.png").write_text("not an image")
+    Image.new("L", (32, 24), 2).save(tmp_path / "grey.png")
     Image.fromarray(np.full((24, 32), 2100, np.uint16)).save(tmp_path / "d.png")
     Image.fromarray(np.full((12, 16), 2100, np.uint16)).save(tmp_path / "small.png")
     return tmp_path
@@ -87,8 +106,7 @@ def test_good_rows_come_back_whole(folder):
 
 def test_every_kind_of_bad_row_in_one_list(folder):
     rows = [GOOD] + [GOOD | {"id": kind} | change for kind, (change, _, _) in BAD.items()]
-    view = GOOD | {"id": "v", "objects": {"red bbox": {"x": [0, 0, 1]}}}
-    rows += ["{not json", "[1, 2]", "", view]
+    rows += ["{not json", "[1, 2]", "", "[" * 200_000, '{"a": 1' + "0" * 5000 + "}"]
     file = write(folder, rows)
     with pytest.raises(data.BadRows) as error:
         data.load([str(folder)])
@@ -97,9 +115,27 @@ def test_every_kind_of_bad_row_in_one_list(folder):
     for (_, row, field, reason), (_, row_, field_, start) in zip(found, want, strict=False):
         assert (row, field) == (row_, field_) and reason.startswith(start), (rows[row - 1], reason)
     rest = [(row, field) for _, row, field, _ in found[len(want):]]
-    assert rest == [(len(BAD) + k, "row") for k in (2, 3, 4, 5)]
+    assert rest == [(len(BAD) + k, "row") for k in (2, 3, 4, 5, 6)]
     assert len(str(error.value).splitlines()) == 1 + len(found)
     assert all(f"{file}:{row}: {field}: {reason}" in str(error.value) for _, row, field, reason in found)
+
+
+def test_one_triple_of_several_views_lies_in_the_frame_asked_for(folder):
+    found = [PAIR | {"id": "c", "frame": 1}, PAIR | {"id": "d", "path": "lor"}]
+    half = {"red bbox": {"0": [0, 0, 1]}, "b": {"1": [0, 0, 1]}}     # detection counts what the frame lacks
+    found.append(PAIR | {"id": "e", "objects": half, "frame": 1})
+    found.append({"id": "f", "rationale": None})             # RL needs none
+    write(folder, [GOOD | change for change in found])
+    assert len(data.load([folder])) == 4
+    mixed = data.load([folder])[2]
+    mixed.objects["b"] = (0.0, 0.0, 1.0)                     # no row of our format can, a generator can
+    sizes = dict.fromkeys(mixed.images, (32, 24, "RGB"))
+    assert ("objects", "some by view, some not") in data.check(mixed, sizes, set())
+
+
+def test_a_question_s_rows_of_two_paths_may_share_an_id(folder):
+    write(folder, [GOOD, GOOD | {"path": "lor"}])
+    assert [(e.id, e.path) for e in data.load([folder])] == [("a", "dtr"), ("a", "lor")]
 
 
 def test_all_reasons_of_one_row(folder):
@@ -154,8 +190,25 @@ def test_cache_notices_a_new_file(folder):
         data.load([folder])
 
 
+@pytest.mark.parametrize("text", [
+    b"", b"{", b"[1]", b"\xff\xfe", b"[" * 200_000, b'{"a.png": 1}', b'{"FILE": [1, 2, 3]}', b'{"FILE": 0}',
+    b'{"FILE": [SIZE, TIME, 32, 24]}', b'{"FILE": [SIZE, TIME, "x", null, 3]}', b'{"FILE": {"0": 1}}'])
+def test_a_damaged_cache_is_ignored_and_mended(folder, tmp_path_factory, monkeypatch, text):
+    home, file = tmp_path_factory.mktemp("home"), folder / "a.png"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    cache, stat = home / "sr-real" / "images.json", file.stat()
+    cache.parent.mkdir()
+    for name, value in ((b"FILE", file), (b"SIZE", stat.st_size), (b"TIME", stat.st_mtime_ns)):
+        text = text.replace(name, str(value).encode())
+    cache.write_bytes(text)
+    assert data.measure([str(file)]) == {str(file): (32, 24, "RGB")}
+    assert list(json.loads(cache.read_text())) == [str(file)]
+    monkeypatch.setattr(data, "probe", None)                 # and now it is read from there
+    assert data.measure([str(file)]) == {str(file): (32, 24, "RGB")}
+
+
 def test_beyond_the_first_files_only_headers_are_read(folder):
     files = [str(folder / name) for name in ("a.png", "cut.png")]
-    assert data.measure(files, decoded=1)[files[1]] == (32, 24)
+    assert data.measure(files, decoded=1)[files[1]] == (32, 24, "RGB")
     assert data.measure(files)[files[1]].startswith("corrupt file")
-    assert data.measure(files)[files[0]] == (32, 24)
+    assert data.measure(files)[files[0]] == (32, 24, "RGB")

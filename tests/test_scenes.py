@@ -213,6 +213,28 @@ def test_points_of_the_region_lie_in_the_object_s_box(examples):
         assert (np.linalg.norm(points - centre, axis=1) < 1.03 * reach + .01).mean() > .15
 
 
+def test_every_kind_of_thing_is_seen_at_its_centre(examples):
+    named = [name for e in examples for name in e.names.values()]
+    assert min(named.count(kind) for kind in scenes.KINDS) > len(named) / 100
+    for kind in scenes.KINDS:
+        low, _, _ = scenes.KINDS[kind]
+        half = np.array(low) / 2
+        camera = scenes.look((257, 193), 240.0, np.array([.3, -1.6, .3]), np.array([0, -half[1], 3.5]))
+        one = thing(kind, (0, -half[1], 3.5), half, .5)
+        _, depth, owner, _ = scenes.render(room(), [one], camera)
+        assert owner[96, 128] == 0, kind                     # or the depth there would be the wall's
+
+
+@pytest.mark.parametrize("change", [dict(n=0), dict(seed=-1), dict(seed=2 ** 32), dict(workers=0),
+                                    dict(size=(31, 64)), dict(size=(64, 0))])
+def test_what_cannot_be_rendered_ends_in_one_line(change, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        scenes.main(scenes.Config(**dict(out=tmp_path / "set", workers=1) | change))
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1 and f"--{next(iter(change))}" in said
+    assert not (tmp_path / "set").exists()
+
+
 def test_point_region_is_clipped_like_the_paper_s():
     camera = level(size=(641, 481), focal=500.0)              # its middle is the pixel (320, 240)
     edge = thing("ball", (0, -1, 4), (.4, .4, .4))
@@ -289,6 +311,7 @@ def test_close_calls_are_not_asked(examples):
         at = [np.array(v[view] if view is not None else v) for v in e.objects.values()]
         if e.task == "depth_order":
             assert abs(at[0][2] - at[1][2]) > .24
+            assert (at[0][2] < at[1][2]) == (np.linalg.norm(at[0]) < np.linalg.norm(at[1]))
         if e.task in ("depth", "distance"):
             exact = at[0][2] if e.task == "depth" else np.linalg.norm(at[0] - at[1])
             assert abs(exact - float(e.answer)) < .0441

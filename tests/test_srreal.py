@@ -120,7 +120,7 @@ def test_target_picks_the_frame():
 @pytest.mark.parametrize("change", [
     dict(rationale=None), dict(rationale=" \n"), dict(objects={}), dict(rationale="see </think>"),
     dict(answer=""),
-    dict(names={"red bbox": "a\nb"}), dict(names={"red bbox": "<b>"}), dict(rationale="a <detect> b"),
+    dict(names={"red bbox": "a\nb"}), dict(names={"red bbox": "<3d_box"}), dict(rationale="a <detect> b"),
     dict(objects={"red bbox": (math.nan, 0, 0)}), dict(objects={"red bbox": (math.inf, 0, 0)}),
     dict(objects={"red bbox": (1e17, 0.0, 0.0)}), dict(objects={"red bbox": (1.0, 2.0)}),
     dict(objects={"": (1, 2, 3)}),
@@ -170,7 +170,7 @@ def test_round_trip_earns_everything(path, several):
 
 NUM = r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 SP = r"[^\S\n]*"
-LINE = rf'{SP}<3d_box center="({NUM}),({NUM}),({NUM})">([^<\n]+)</3d_box>{SP}'
+LINE = rf'{SP}<3d_box center="({NUM}),({NUM}),({NUM})">((?:(?!</?3d_box)[^\n]|</3d_box(?!>))+)</3d_box>{SP}'
 HEAD = r"(?:Find|After aligning to the reference frame [0-9]{1,4}, find) ([0-9]{1,4}) relevant objects:"
 TAIL = r"\s*<think>(?P<t>.*)</think>\s*<answer>(?P<a>.*)</answer>\s*"
 
@@ -209,6 +209,7 @@ GOOD = [
         answer='<3d_box center="'),
     dtr('Find 1 relevant objects:\n<3d_box center="1,2,3">chair</3d_box>'),
     dtr('Find 1 relevant objects:\n<3d_box center="1,2,3">a "big">chair( x )</3d_box>'),
+    dtr('Find 1 relevant objects:\n<3d_box center="1,2,3">a <b> (TV < 3 m)</3d_box>'),
 ]
 D = "Find 1 relevant objects:\n"
 BAD_BLOCKS = {
@@ -236,7 +237,8 @@ BAD_CENTRES = ["1,2", "1,2,3,4", "", ",,", "1,,3", "1, 2,3", " 1,2,3", "1,2,3 ",
                "1_0,2,3", "1,2,\u0663", "--1,2,3", "+-1,2,3", "1,2,.", "1,2,+", "1.2.3,2,3", "1;2;3",
                "1,2,3m",
                "1,2," + "3" * 21, "1,2,-" + "0" * 20, "1,2,3\n", "(1,2,3)", "1\u00a0,2,3"]
-BAD_NAMES = ["", " ", "()", "( )", "chair ()", "chair ( )", "(red bbox)", " (red bbox) ", "a <b (red bbox)",
+BAD_NAMES = ["", " ", "()", "( )", "chair ()", "chair ( )", "(red bbox)", " (red bbox) ",
+             "a <3d_box (red bbox)", "a (b)</3d_box> c (d)",
              "chair (red bbox)</3d_box>", "chair\n(red bbox)"]
 BAD_LINES = ["<3d_box  center=\"1,2,3\">a</3d_box>", "<3d_box center='1,2,3'>a</3d_box>",
              '<3D_box center="1,2,3">a</3D_box>',
