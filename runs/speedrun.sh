@@ -24,7 +24,7 @@ stage "2/6 a tiny random Qwen3-VL checkpoint"
 stage "3/6 cold start: SFT on both paths"
 "$PYTHON" train_sft.py --model "$OUT/tiny" --data "$OUT/scenes/train" --out "$OUT/sft" --steps "$SFT_STEPS" \
     --batch 16 --questions-per-image 6 --optimizer muon --lr 2e-3 --beta2 0.98 --schedule linear --warmup 50 \
-    --head-weight 0.5 --drop-depth 0.1 --save-every 600 --seed "$SEED" --resume
+    --head-weight 0.5 --drop-depth 0.05 --save-every 600 --seed "$SEED" --resume
 SFT=$OUT/sft/step-$(printf %06d "$SFT_STEPS")
 
 stage "4/6 test it: without images, with them, and sampled"
