@@ -6,7 +6,7 @@ Things are unions of boxes and solids of revolution, each met in closed form by 
 rectangle. World: metres, x right, y down (the floor is y = 0), z into the room. Camera: OpenCV, pixel centres
 at integers, depth is z. Marks are drawn once a scene, so its questions share its image. What rounding or
 occlusion could flip is not asked; DTR's rationale works with the rounded centres of its own detect block.
-Options stand in alphabetical order: shuffled, a tiny model found 97 % of the right words, but not their letters.
+Options stand in alphabetical order: shuffled, a tiny model found the right words, but not their letters.
 """
 import json
 import math
