@@ -237,7 +237,8 @@ def versus(rng, origin, name, a, b, p, q, working):
 
 def depth_order(rng, view, a, b):
     p, q = a.near[view][2], b.near[view][2]
-    working = f"The depth z of {a.colour} is {p}, of {b.colour} {q}"
+    working = (f"The depth z of {a.colour} is {p}, of {b.colour} {q}, so {a.colour} is {r(abs(p - q))} m "
+               f"{'nearer' if p < q else 'farther'}")
     if (p - q) * (math.hypot(*a.at[view]) - math.hypot(*b.at[view])) > 0:   # by z and by distance alike
         return versus(rng, "the camera", "the camera", a, b, p, q, working)
 
@@ -266,9 +267,11 @@ def relation(rng, view, a, b):
     if abs(p - q) > .25 and seen * (p - q) > .02:             # the image has to say so, too
         answer, wrong, sign = (low, high, "<") if p < q else (high, low, ">")
         end = f"so {a.colour} is {answer} {b.colour}"
+        way = (("left", "up"), ("right", "down"))[p > q][axis]
         return (f"{rng.choice(['Seen from', 'From'])} the camera, is {a.text} {low} or {high} {b.text}?",
                 answer, wrong, f"{hop(view, b, a).words}, {end}",
-                f"The {'xy'[axis]} of {a.colour} is {p}, of {b.colour} {q}. {p} {sign} {q}, {end}")
+                f"The {'xy'[axis]} of {a.colour} is {p}, of {b.colour} {q}, so {a.colour} is "
+                f"{r(abs(p - q))} m {way}. {p} {sign} {q}, {end}")
 
 def perspective(rng, view, a, b, c):
     """Standing at a, facing b, where is c? By the sign of a product, in the camera's x-z plane."""

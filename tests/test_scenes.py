@@ -334,6 +334,13 @@ def test_dtr_reasons_with_its_own_boxes(examples):
                 assert float(x) == round(boxes[name][0] - boxes[start][0], 2)
                 assert float(z) == round(boxes[name][2] - boxes[start][2], 2)
                 known |= {float(x), float(z), -float(x)}
+        apart = rf"([xyz]) of (\w+) is ({NUMBER}), of (\w+) ({NUMBER}), so \w+ is ({NUMBER}) m (\w+)"
+        for axis, a, p, b, q, by, way in re.findall(apart, text):
+            i = "xyz".index(axis)
+            assert (float(p), float(q)) == (boxes[a][i], boxes[b][i])
+            assert float(by) == round(abs(float(p) - float(q)), 2)
+            assert (way in ("right", "down", "farther")) == (float(p) > float(q))
+            known.add(float(by))
         sums = rf"squares ({NUMBER}) \+ ({NUMBER}) \+ ({NUMBER}) = ({NUMBER}), root ({NUMBER})"
         for *squares, total, root in re.findall(sums, text):
             assert sum(map(float, squares)) == pytest.approx(float(total), abs=1e-6)
