@@ -3,12 +3,10 @@
 The decoder is the one that everybody knows: RMSNorm, grouped-query attention with rotary positions, SwiGLU,
 residuals. What is Qwen-VL's own:
 
-    mRoPE      a token has three positions (time, row, column), equal for text; each rotary frequency listens
-    to one of them:
-               in blocks (Qwen2, 2.5) or interleaved (Qwen3)
+    mRoPE      a token has three positions (time, row, column), equal for text; each rotary frequency
+               listens to one of them: in blocks (Qwen2, 2.5) or interleaved (Qwen3)
     biases     on q, k, v (Qwen2, 2.5), or an RMSNorm on every query and key head instead (Qwen3)
-    deepstack  Qwen3-VL adds features of early vision blocks to the image tokens after the first decoder
-    layers
+    deepstack  Qwen3-VL adds features of early vision blocks to the image tokens after the first layers
 
 What is ours: `<mask>` tokens become region tokens (region.py), depth enters and 3D centres leave (head3d.py),
 and the attention is handed in as a function, `attend(layer, q, k, v)`: the same layers train on packed
