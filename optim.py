@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.adamw import adamw
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
+BUCKET = 2**24  # gradients of replicas are summed so many elements at a time
 
 
 # Muon (Jordan et al., 2024) for the matrices of attention and MLP; everything else stays with AdamW.
@@ -57,6 +58,19 @@ def part_of(whole: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to_local()
 
 
+def sum_replicas(tensors: list[Tensor]) -> None:
+    """Sums each tensor over the ranks, in place, and to the same bits on all."""
+    bucket, size = [], 0
+    for i, tensor in enumerate(tensors):
+        bucket, size = [*bucket, tensor], size + tensor.numel()
+        if size >= BUCKET or i + 1 == len(tensors):
+            flat = torch.cat([t.flatten() for t in bucket])
+            dist.all_reduce(flat)
+            for t, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+                t.copy_(part.view_as(t))
+            bucket, size = [], 0
+
+
 class AdamW:
     """The state of some named parameters. Only matrices (and larger) decay: not biases, not norms."""
 
@@ -70,6 +84,9 @@ class AdamW:
         self.exp_avg = {name: torch.zeros_like(m) for name, m in self.master.items()}
         self.exp_avg_sq = {name: torch.zeros_like(m) for name, m in self.master.items()}
         self.grads: dict[str, Tensor] = {}
+        sharded = any(isinstance(p, DTensor) for p in self.params.values())
+        self.sharded, replicated = sharded, dist.is_initialized() and not sharded
+        self.rank, self.replicas = (dist.get_rank(), dist.get_world_size()) if replicated else (0, 1)
 
     def step(self, lr: float, clip_norm: float, loss: float, name: str) -> float:
         """Norm, finite check, clip, update; returns the norm before the clip.
@@ -88,8 +105,10 @@ class AdamW:
         for name, p in self.params.items():
             part = self.master[name]
             self.grads[name] = torch.zeros_like(part) if p.grad is None else local(p.grad).float()
+        if self.replicas > 1:
+            sum_replicas(list(self.grads.values()))
         square = torch.stack(torch._foreach_norm(list(self.grads.values()))).double().square().sum()
-        if any(isinstance(p, DTensor) for p in self.params.values()):
+        if self.sharded:
             dist.all_reduce(square)
         return math.sqrt(square.item())
 
@@ -102,8 +121,7 @@ class AdamW:
             names = [n for n, p in self.params.items() if (p.ndim >= 2) == decays and self.master[n].numel()]
             if names := [n for n in names if n not in self.muon]:
                 self._adamw(names, lr, self.weight_decay if decays else 0.0)
-        for name in self.muon:
-            self._muon(name, lr)
+        self._muon(lr)
         self.updates += 1
         for name, p in self.params.items():
             if p.dtype != torch.float32:
@@ -120,13 +138,24 @@ class AdamW:
             amsgrad=False, maximize=False,
         )  # fmt: skip
 
-    def _muon(self, name: str, lr: float) -> None:
-        """Nesterov momentum, made orthogonal: all directions of a matrix move alike, not just the loud."""
-        p, grad, average = self.params[name], self.grads[name], self.exp_avg[name]
-        average.lerp_(grad, 1 - MUON_MOMENTUM)
-        whole = orthogonal(full(grad.lerp(average, MUON_MOMENTUM), p))
-        self.master[name].mul_(1 - lr * self.weight_decay)
-        self.master[name].add_(part_of(whole, p), alpha=-lr * MUON_RATE * max(whole.shape) ** 0.5)
+    def _muon(self, lr: float) -> None:
+        """Nesterov momentum, made orthogonal: all directions of a matrix move alike, not just the loud.
+
+        Replicas deal the matrices among themselves, and add up what each has done."""
+        moves = {}
+        for i, name in enumerate(self.muon):
+            grad, average = self.grads[name], self.exp_avg[name]
+            average.lerp_(grad, 1 - MUON_MOMENTUM)
+            if i % self.replicas == self.rank:
+                moves[name] = orthogonal(full(grad.lerp_(average, MUON_MOMENTUM), self.params[name]))
+            else:
+                moves[name] = grad.zero_()
+        if self.replicas > 1:
+            sum_replicas(list(moves.values()))
+        for name, whole in moves.items():
+            self.master[name].mul_(1 - lr * self.weight_decay)
+            size = MUON_RATE * max(whole.shape) ** 0.5
+            self.master[name].add_(part_of(whole, self.params[name]), alpha=-lr * size)
 
     def clear(self) -> None:
         self.grads = {}

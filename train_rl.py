@@ -34,9 +34,9 @@ Departures from the paper and the official code:
 
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Literal
 
 import torch
@@ -45,6 +45,7 @@ from tqdm import tqdm
 
 import trainer
 from kernels.policy_loss import policy_loss
+from kernels.rewards import group_advantages
 from model.processor import Batch, Processor
 from model.rollout import Rollout, generate
 from optim import AdamW, learning_rate
@@ -79,6 +80,7 @@ class Config:
     train: Literal["lm", "all", "spatial"] = "lm"  # which parameters learn (trainer.TRAIN)
     regions: Literal["token", "text"] = "token"  # as the model was trained to read a region
     max_pixels: int | None = None  # image size limit; None: the checkpoint's own
+    shard: Literal["auto", "always", "never"] = "auto"  # over the ranks (FSDP2); auto: if one can't hold it
     micro_tokens: int = 16384  # tokens of a forward pass of a rank; turn it down if memory runs out
     eval_data: tuple[str, ...] = ()  # data sets for validation, greedy, by the same rules
     eval_every: int = 0  # steps between validations; 0: at the start and at the end
@@ -119,16 +121,9 @@ class Group:
     example: Example
     turn: int
     rollouts: list[Rollout]
-    scores: list[Scores]
-
-    def advantages(self) -> list[float]:
-        totals = [s.total for s in self.scores]
-        spread = stdev(totals) if len(totals) > 1 else 0.0
-        return [(total - fmean(totals)) / (spread + 1e-6) for total in totals]
-
-    def differs(self) -> bool:
-        accuracies = [s.accuracy for s in self.scores]
-        return max(accuracies) - min(accuracies) > 1e-6
+    scores: list[Scores] = field(default_factory=list)
+    advantages: list[float] = field(default_factory=list)
+    differs: bool = False  # in accuracy
 
 
 def roll_out(model, processor: Processor, prompts, cfg: Config, seed: int, greedy=False) -> list[Group]:
@@ -139,7 +134,7 @@ def roll_out(model, processor: Processor, prompts, cfg: Config, seed: int, greed
             generate, model, processor, [e for _, e in prompts], n=n, max_new_tokens=cfg.max_new_tokens,
             temperature=temperature, seed=seed, progress=bar.update,
         )  # fmt: skip
-    return [Group(example, turn, own, []) for (turn, example), own in zip(prompts, rollouts, strict=True)]
+    return [Group(example, turn, own) for (turn, example), own in zip(prompts, rollouts, strict=True)]
 
 
 def means(sums: dict[str, Counter], names: dict[str, str | None]) -> dict[str, float]:
@@ -153,15 +148,20 @@ def means(sums: dict[str, Counter], names: dict[str, str | None]) -> dict[str, f
 
 
 def grade(groups: list[Group], paths: list[str], rules: str) -> dict[str, float]:
-    """Scores the groups, and says how they did."""
+    """Scores the groups, fills in their advantages, and says how they did."""
     sums = {path: Counter() for path in paths}
     for group in groups:
-        own = sums[group.example.path]
         group.scores = [score(r.text, group.example, rules) for r in group.rollouts]
+    parts = torch.tensor([(s.total, s.accuracy) for g in groups for s in g.scores], dtype=torch.float64)
+    starts = torch.tensor([0, *(len(g.scores) for g in groups)]).cumsum(0)
+    advantages, differs = group_advantages(*parts.view(-1, 2).T, starts)
+    for i, group in enumerate(groups):
+        group.advantages, group.differs = advantages[starts[i] : starts[i + 1]].tolist(), bool(differs[i])
+        own = sums[group.example.path]
         for r, s in zip(group.rollouts, group.scores, strict=True):
             own.update(completions=1, reward=s.total, accuracy=s.accuracy, format=s.format, detect=s.detect)
             own.update(length=len(r.tokens), sampled_tokens=len(r.tokens), truncated=not r.finished)
-        own.update(groups=1, kept=group.differs())
+        own.update(groups=1, kept=group.differs)
     return means(sums, GRADES)
 
 
@@ -185,7 +185,7 @@ def pack(groups: list[Group], processor: Processor, paths: list[str], cfg: Confi
     for group in groups:
         prompt, own = len(processor.prompt_ids(group.example)), [len(r.tokens) for r in group.rollouts]
         for part in trainer.cut(own, cfg.micro_tokens - prompt):
-            pieces.append((group.example, group.rollouts[part], group.advantages()[part]))
+            pieces.append((group.example, group.rollouts[part], group.advantages[part]))
             lengths.append(prompt + sum(own[part]))
     parts = [pieces[part] for part in trainer.cut(lengths, cfg.micro_tokens)]
     return trainer.even([micro(part, processor, paths, world, device) for part in parts],
@@ -234,7 +234,7 @@ def main(cfg: Config) -> None:
 
     processor = trainer.load_processor(str(checkpoint or cfg.model), cfg)
     model = trainer.load(str(checkpoint or cfg.model), device, cfg.train)
-    plain = trainer.shard(model, world)  # what samples: the model itself, or a whole copy beside the shards
+    plain = trainer.shard(model, world, cfg.shard)  # what samples: the model, or a whole copy of it
     reference = trainer.load(cfg.model, device) if cfg.kl > 0 else None
     optimizer = AdamW(model.named_parameters(), cfg.weight_decay, (0.9, cfg.beta2))
     same = {"data": trainer.fingerprint(examples), "--train": cfg.train}
@@ -256,7 +256,7 @@ def main(cfg: Config) -> None:
         groups = roll_out(plain, processor, [prompts[i] for i in share], cfg, cfg.seed * 1_000_003 + step)
         clock.append(time.perf_counter())
         row = grade(groups, paths, cfg.rules)
-        kept = [group for group in groups if group.differs() or cfg.filter == "none"]
+        kept = [group for group in groups if group.differs or cfg.filter == "none"]
         clock.append(time.perf_counter())
 
         # Pack. Log-probs of the reference, and, if there are several updates, of the policy before the first.

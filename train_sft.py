@@ -61,6 +61,7 @@ class Config:
     regions: Literal["token", "text"] = "token"  # a region is read as its token, or as its box in text
     max_pixels: int | None = None  # image size limit; None: the checkpoint's own
     train: Literal["all", "lm", "spatial"] = "all"  # which parameters learn (trainer.TRAIN)
+    shard: Literal["auto", "always", "never"] = "auto"  # over the ranks (FSDP2); auto: if one can't hold it
     micro_tokens: int = 16384  # tokens of a forward pass of a rank; turn it down if memory runs out
     eval_data: tuple[str, ...] = ()  # data sets for val_loss
     eval_every: int = 0  # steps between validations; 0: only at the end
@@ -128,7 +129,7 @@ def main(cfg: Config) -> None:
 
     processor = trainer.load_processor(str(checkpoint or cfg.model), cfg)
     model = trainer.load(str(checkpoint or cfg.model), device, cfg.train)
-    plain = trainer.shard(model, world)
+    plain = trainer.shard(model, world, cfg.shard)
     muon = cfg.optimizer == "muon"
     optimizer = AdamW(model.named_parameters(), cfg.weight_decay, (0.9, cfg.beta2), muon=muon)
     same = {"data": trainer.fingerprint(examples), "--train": cfg.train, "--optimizer": cfg.optimizer}

@@ -5,7 +5,7 @@ Nothing here knows a loss. In the order of a run:
     launch         flags -> Config -> main; what a user can mend ends in one line, not in a traceback
     begin          the run's directory, and the checkpoint that --resume starts from
     setup          torchrun's environment -> rank, world, device (a plain `python` run needs none)
-    load, shard    checkpoint -> QwenVL; FSDP2 with several ranks, and the plain copy that rollouts read
+    load, shard    checkpoint -> QwenVL; FSDP2 where one rank can't hold it, and the plain copy for rollouts
     Order          which rows a step takes: a pure function of (seed, position), whatever the number of ranks
     save, restore  step-000123/: a checkpoint, plus trainer/ with all that the run needs to go on to the bit
     Log            metrics.jsonl, one printed line a step, progress bar
@@ -146,13 +146,23 @@ def load_processor(source: str, cfg) -> Processor:
     return mendable(Processor.from_pretrained, source, max_pixels=cfg.max_pixels, regions=cfg.regions)
 
 
-def shard(model: QwenVL, world: int) -> QwenVL:
+def fits(model: QwenVL, world: int, device: torch.device) -> bool:
+    """Whether weights, gradients and optimiser (16 bytes a parameter) take at most half a rank's memory."""
+    if device.type == "cuda":
+        memory = torch.cuda.mem_get_info(device)[1]
+    else:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / world
+    return 16 * sum(p.numel() for p in model.parameters()) <= memory / 2
+
+
+def shard(model: QwenVL, world: int, when: str) -> QwenVL:
     """Cuts what learns over the ranks, layer by layer; returns the plain copy that rollouts and `save` read.
 
-    Frozen parameters stay whole on each rank and are the copy's too, so that a rank without images may skip a
-    frozen tower. With one rank nothing is cut, and the copy is the model itself.
+    `when` is --shard. With one rank, or where each rank can hold all of it (auto), nothing is cut: the copy
+    is the model itself, and the optimiser sums the gradients. Frozen parameters stay whole on each rank and
+    are the copy's too, so that a rank without images may skip a frozen tower.
     """
-    if world == 1:
+    if world == 1 or when == "never" or (when == "auto" and fits(model, world, model.device)):
         return model
     frozen = {p for p in model.parameters() if not p.requires_grad}
     plain = copy.deepcopy(model, {id(p): p for p in frozen})

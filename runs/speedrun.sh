@@ -1,14 +1,16 @@
 #!/bin/sh
 # From an empty directory to an RL-trained dual-path model, on a CPU or a GPU: `make speedrun` runs this.
 # Interrupted, it goes on where it stopped; `rm -rf out/speedrun` starts over.
-#   OUT=out/speedrun  SEED=0  SFT_STEPS=1800  RL_STEPS=60
+#   OUT=out/speedrun  SEED=0  SFT_STEPS=1800  RL_STEPS=60  RANKS=GPUs, or cores (at most 4)
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python} OUT=${OUT:-out/speedrun} SEED=${SEED:-0}
 SFT_STEPS=${SFT_STEPS:-1800} RL_STEPS=${RL_STEPS:-60}
+RANKS=${RANKS:-$("$PYTHON" -c 'import os, torch; print(torch.cuda.device_count() or min(os.cpu_count(), 4))')}
 # Idle threads sleep instead of spinning: on a busy machine spinning costs more than it saves.
-export OMP_WAIT_POLICY=passive TRANSFORMERS_VERBOSITY=error
+export OMP_WAIT_POLICY=passive OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TRANSFORMERS_VERBOSITY=error
 
+ranks() { "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$RANKS" "$@"; }
 stage() { printf '\n== %s\n' "$*"; }
 scenes() { [ -f "$OUT/scenes/$1/rows.jsonl" ] || "$PYTHON" -m data.scenes --out "$OUT/scenes/$1" --n "$2" --seed "$3"; }
 ask() { [ -f "$OUT/$1/summary.json" ] || "$PYTHON" eval.py --data "$OUT/scenes/test" --max-new-tokens 320 --out "$OUT/$@"; }
@@ -22,7 +24,7 @@ stage "2/6 a tiny random Qwen3-VL checkpoint"
 [ -f "$OUT/tiny/spatial.safetensors" ] || "$PYTHON" -m model.tiny --family qwen3_vl --out "$OUT/tiny" --seed "$SEED"
 
 stage "3/6 cold start: SFT on both paths"
-"$PYTHON" train_sft.py --model "$OUT/tiny" --data "$OUT/scenes/train" --out "$OUT/sft" --steps "$SFT_STEPS" \
+ranks train_sft.py --model "$OUT/tiny" --data "$OUT/scenes/train" --out "$OUT/sft" --steps "$SFT_STEPS" \
     --batch 16 --questions-per-image 6 --optimizer muon --lr 2e-3 --beta2 0.98 --schedule linear --warmup 50 \
     --head-weight 0.5 --drop-depth 0.05 --save-every 600 --seed "$SEED" --resume
 SFT=$OUT/sft/step-$(printf %06d "$SFT_STEPS")
@@ -33,7 +35,7 @@ ask eval-sft --model "$SFT"
 ask eval-sft-sampled --model "$SFT" --temperature 1
 
 stage "5/6 GRPO on both paths"
-"$PYTHON" train_rl.py --model "$SFT" --data "$OUT/scenes/rl" --out "$OUT/rl" --steps "$RL_STEPS" \
+ranks train_rl.py --model "$SFT" --data "$OUT/scenes/rl" --out "$OUT/rl" --steps "$RL_STEPS" \
     --prompts 32 --group 8 --lr 2e-4 --max-new-tokens 256 --save-every 30 --seed "$SEED" --resume
 
 stage "6/6 test it again, on the same questions"

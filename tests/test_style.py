@@ -11,10 +11,10 @@ ROOT = Path(__file__).parent.parent
 # shapes and seven families; the three kernels have their Triton side, reference and bench in one file.
 # Raised once more: checkpoint (310) keeps what others put into a directory that it replaces and names torn
 # files; processor (510) names missing files, keeps max_pixels in every form, sees files change, takes masks
-# in any form.
+# in any form. optim (195): replicas sum their gradients and deal Muon's matrices.
 BUDGETS = {
     "srreal.py": 330, "train_sft.py": 200, "train_rl.py": 330, "eval.py": 260, "trainer.py": 400,
-    "optim.py": 165, "report.py": 465, "model/qwen_vl.py": 360, "model/vision.py": 250, "model/region.py": 90,
+    "optim.py": 195, "report.py": 465, "model/qwen_vl.py": 360, "model/vision.py": 250, "model/region.py": 90,
     "model/head3d.py": 155, "model/checkpoint.py": 310, "model/processor.py": 510, "model/rollout.py": 420,
     "model/tiny.py": 150, "kernels/linear_logprob.py": 380, "kernels/policy_loss.py": 265,
     "kernels/rewards.py": 230, "kernels/attention.py": 360, "kernels/sample.py": 200, "data/__init__.py": 225,
@@ -36,12 +36,12 @@ MAY_IMPORT = {
 FLAGS = {  # of the command lines, frozen: scripts of other people call them
     "train_sft.py":
         "model data out steps batch lr schedule warmup optimizer weight_decay beta2 clip_norm "
-        "head_weight drop_depth questions_per_image regions max_pixels train micro_tokens eval_data "
+        "head_weight drop_depth questions_per_image regions max_pixels train shard micro_tokens eval_data "
         "eval_every seed save_every resume skip_bad_rows",
     "train_rl.py":
         "model data out steps prompts group updates max_new_tokens temperature rules filter loss kl "
         "clip_low clip_high dual_clip rollout_cap lr schedule warmup weight_decay beta2 clip_norm "
-        "train regions max_pixels micro_tokens eval_data eval_every eval_limit seed save_every "
+        "train regions max_pixels shard micro_tokens eval_data eval_every eval_limit seed save_every "
         "resume skip_bad_rows",
     "eval.py":
         "model data benchmark path limit max_new_tokens temperature out seed regions max_pixels "

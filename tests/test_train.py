@@ -19,6 +19,7 @@ import train_rl
 import train_sft
 import trainer
 from model.qwen_vl import QwenVL
+from model.rollout import Rollout
 from optim import AdamW
 from srreal import Example, Scores
 
@@ -240,7 +241,7 @@ def pay_dtr(text, example, rules):
 
 def runs(home, out):
     """(script, config, what to patch) of each run that one and two ranks must agree on."""
-    base = {"steps": 3, "save_every": 3}
+    base = {"steps": 3, "save_every": 3, "shard": "always"}
 
     def half_text(cfg):
         """Step 1: three scene rows a rank. Step 2: text alone on the first rank, step 3: on the second."""
@@ -262,6 +263,10 @@ def runs(home, out):
     more = dict(prompts=5, updates=2, train="all", micro_tokens=200, loss="grpo", eval_limit=3, **base)
     more["eval_data"] = (str(home / "scenes"),)
     yield "rl", config(home, "rl", out / "all", **more), {(train_rl, "score"): fake_score}
+    whole = base | {"shard": "never"}  # each rank holds all of it, and its share of the data
+    yield "sft", config(home, "sft", out / "replicas", optimizer="muon", **whole), {}
+    whole = dict(prompts=5, updates=2, train="all", micro_tokens=200, **whole)
+    yield "rl", config(home, "rl", out / "replicas-rl", **whole), {(train_rl, "score"): fake_score}
 
 
 def run_all(home, out):
@@ -277,7 +282,7 @@ def test_two_ranks_equal_one(home, tmp_path):
                    tmp_path / "two", PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")  # fmt: skip
     assert ranks.returncode == 0, ranks.stderr[-3000:]
     run_all(home, tmp_path / "one")
-    for name in ("text", "filtered", "all"):
+    for name in ("text", "filtered", "all", "replicas", "replicas-rl"):
         one, two = rows(tmp_path / "one" / name), rows(tmp_path / "two" / name)
         assert len(one) == len(two) == 3  # only rank 0 writes
         for a, b in zip(one, two, strict=True):
@@ -303,20 +308,28 @@ def test_two_ranks_equal_one(home, tmp_path):
 # ---- The parts of GRPO
 
 
-def group(accuracies, totals):
-    return train_rl.Group(
-        None, 0, [], [Scores(t, a, 1.0, 0.0) for a, t in zip(accuracies, totals, strict=True)]
-    )
+def graded(monkeypatch, *groups):
+    """Groups of given (accuracy, total), through train_rl.grade."""
+    answers = iter([Scores(total, accuracy, 1.0, 0.0) for group in groups for accuracy, total in group])
+    monkeypatch.setattr(train_rl, "score", lambda *_: next(answers))
+    example, rollout = Example("a", "lor", [], "?", "A"), Rollout("", [1], [0.0], True)
+    out = [train_rl.Group(example, 0, [rollout] * len(group)) for group in groups]
+    row = train_rl.grade(out, ["lor"], "strict")
+    return out, row
 
 
-def test_advantages_and_filter():
-    advantages = group([1, 0, 0, 1], [1.0, 0.2, 0.2, 1.0]).advantages()
+def test_advantages_and_filter(monkeypatch):
+    (split, alone, equal, near, boxes), row = graded(
+        monkeypatch, [(1, 1.0), (0, 0.2), (0, 0.2), (1, 1.0)], [(1, 0.7)], [(1, 0.7), (1, 0.7)],
+        [(0.5, 0), (0.5 + 1e-7, 0)], [(1, 1.0), (1, 0.9)],
+    )  # fmt: skip
     std = math.sqrt(4 * 0.4**2 / 3)  # unbiased
-    assert advantages == pytest.approx([x / (std + 1e-6) for x in (0.4, -0.4, -0.4, 0.4)])
-    assert group([1], [0.7]).advantages() == [0.0] and group([1, 1], [0.7, 0.7]).advantages() == [0.0, 0.0]
-    assert group([1, 0], [1, 0]).differs()
-    assert not group([1, 1], [1.0, 0.9]).differs()  # the boxes differ, the answers don't: nothing to learn
-    assert not group([0.5, 0.5 + 1e-7], [0, 0]).differs()
+    assert split.advantages == pytest.approx([x / (std + 1e-6) for x in (0.4, -0.4, -0.4, 0.4)])
+    assert alone.advantages == [0.0] and equal.advantages == [0.0, 0.0]
+    assert [g.differs for g in (split, alone, equal, near)] == [True, False, False, False]
+    assert not boxes.differs  # the boxes differ, the answers don't: nothing to learn
+    assert row["kept"] == 0.2 and row["reward"] == pytest.approx(6.4 / 11)
+    assert train_rl.grade([], ["lor"], "strict")["kept"] == 0.0
 
 
 def test_prompts_alternate_between_the_paths():
