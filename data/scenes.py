@@ -207,14 +207,12 @@ def r(value):
     return round(value, 2) + 0.                               # as the detect block writes it; never -0.0
 
 def hop(view, a, b):
-    x, y, z = steps = [r(q - p) for p, q in zip(a.near[view], b.near[view], strict=True)]
-    xx, yy, zz = squares = [r(step * step) for step in steps]
-    total, root = r(sum(squares)), r(r(sum(squares)) ** .5)
+    """The way between two marks, both by their rounded centres: of one decimal, and its length by that."""
+    steps = [round(q - p, 1) + 0. for p, q in zip(a.near[view], b.near[view], strict=True)]
     start, ways = f"From {a.colour} to {b.colour}", (("left", "right"), ("up", "down"), ("nearer", "farther"))
-    far = [f"{abs(step):.1f} m {names[step > 0]}" for step, names in zip(steps, ways, strict=True)]
-    return Hop(steps, math.dist(a.at[view], b.at[view]), root,
-               f"{start} it is about {far[0]}, {far[1]} and {far[2]}",
-               f"{start}: dx {x}, dy {y}, dz {z}, squares {xx} + {yy} + {zz} = {total}, root {root}")
+    far = [f"{abs(step)} m {names[step > 0]}" for step, names in zip(steps, ways, strict=True)]
+    return Hop(steps, math.dist(a.at[view], b.at[view]), math.hypot(*steps),
+               f"{start} it is about {far[0]}, {far[1]} and {far[2]}", f"{start}: {', '.join(far)}")
 
 def fill(question, exact, worked, lor, dtr):
     """A number of one decimal, where the exact and the worked value agree on it with a margin."""
@@ -228,24 +226,24 @@ def versus(rng, origin, name, a, b, p, q, working):
         (win, lose), word = ((a, b), "closer to") if p < q else ((b, a), "closer to")
         if rng.random() < .5:
             win, lose, word = lose, win, "farther from"
-        than, sign = ("less", "<") if p < q else ("more", ">")
-        end = f"so {word.split()[0]} is {win.colour}"
+        than, end = "less" if p < q else "more", f"so {word.split()[0]} is {win.colour}"
         ask = f"{rng.choice(['Which is', 'Tell me what is'])} {word} {origin}: {a.text} or {b.text}?"
         lor = f"From {name} it is about {p:.1f} m to {a.colour} and about {q:.1f} m to {b.colour}."
         return (ask, win.colour, lose.colour, f"{lor} {p:.1f} is {than} than {q:.1f}, {end}",
-                f"{working}. {p} {sign} {q}, {end}")
+                f"{working}, {end}")
 
 def depth_order(rng, view, a, b):
     p, q = a.near[view][2], b.near[view][2]
-    working = (f"The depth z of {a.colour} is {p}, of {b.colour} {q}, so {a.colour} is {r(abs(p - q))} m "
+    working = (f"The depth z of {a.colour} is {p}, of {b.colour} {q}: {a.colour} is {abs(p - q):.1f} m "
                f"{'nearer' if p < q else 'farther'}")
     if (p - q) * (math.hypot(*a.at[view]) - math.hypot(*b.at[view])) > 0:   # by z and by distance alike
         return versus(rng, "the camera", "the camera", a, b, p, q, working)
 
 def nearest(rng, view, a, b, c):
     to_a, to_b = hop(view, c, a), hop(view, c, b)
-    working = f"{to_a.working}. {to_b.working}"
-    return versus(rng, c.text, c.colour, a, b, to_a.worked, to_b.worked, working)
+    p, q = to_a.worked, to_b.worked
+    working = f"{to_a.working}, in all {p:.1f} m. {to_b.working}, in all {q:.1f} m"
+    return versus(rng, c.text, c.colour, a, b, p, q, f"{working}. {p:.1f} {'<' if p < q else '>'} {q:.1f}")
 
 def depth(rng, view, a):
     z, near = a.at[view][2], a.near[view][2]
@@ -265,13 +263,11 @@ def relation(rng, view, a, b):
     p, q = a.near[view][axis], b.near[view][axis]
     seen = a.at[view][axis] / a.at[view][2] - b.at[view][axis] / b.at[view][2]
     if abs(p - q) > .25 and seen * (p - q) > .02:             # the image has to say so, too
-        answer, wrong, sign = (low, high, "<") if p < q else (high, low, ">")
-        end = f"so {a.colour} is {answer} {b.colour}"
-        way = (("left", "up"), ("right", "down"))[p > q][axis]
+        answer, wrong = (low, high) if p < q else (high, low)
         return (f"{rng.choice(['Seen from', 'From'])} the camera, is {a.text} {low} or {high} {b.text}?",
-                answer, wrong, f"{hop(view, b, a).words}, {end}",
+                answer, wrong, f"{hop(view, b, a).words}, so {a.colour} is {answer} {b.colour}",
                 f"The {'xy'[axis]} of {a.colour} is {p}, of {b.colour} {q}, so {a.colour} is "
-                f"{r(abs(p - q))} m {way}. {p} {sign} {q}, {end}")
+                f"{abs(p - q):.1f} m {answer} {b.colour}")
 
 def perspective(rng, view, a, b, c):
     """Standing at a, facing b, where is c? By the sign of a product, in the camera's x-z plane."""
@@ -280,15 +276,16 @@ def perspective(rng, view, a, b, c):
     (gx, _, gz), (hx, _, hz) = b.thing.centre - a.thing.centre, c.thing.centre - a.thing.centre
     i, j, truth, low, high = fx, fz, gx * hx + gz * hz, "behind", "in front"
     if rng.random() < .5:
-        i, j, truth, low, high = fz, r(-fx), gz * hx - gx * hz, "to the left", "to the right"
-    total, size = r(r(i * tx) + r(j * tz)), math.hypot(fx, fz) * math.hypot(tx, tz)
+        i, j, truth, low, high = fz, -fx + 0., gz * hx - gx * hz, "to the left", "to the right"
+    u, v = round(i * tx, 1) + 0., round(j * tz, 1) + 0.
+    total, size = round(u + v, 1) + 0., math.hypot(fx, fz) * math.hypot(tx, tz)
     if size > .3 and abs(total) > .3 * size and total * truth > 0:
         answer, wrong, sign = (low, high, "<") if total < 0 else (high, low, ">")
         stand, end = rng.choice(["facing", "looking at"]), f"so facing {b.colour}, {c.colour} is {answer}"
         return (f"Standing at {a.text} and {stand} {b.text}, is {c.text} {low} or {high}?", answer, wrong,
                 f"{ahead.words}. {there.words}, {end}",
                 f"From {a.colour}, {b.colour} is dx {fx}, dz {fz} away, {c.colour} dx {tx}, dz {tz}. "
-                f"{i} * {tx} + {j} * {tz} = {r(i * tx)} + {r(j * tz)} = {total} {sign} 0, {end}")
+                f"{i} * {tx} + {j} * {tz} = {u} + {v} = {total} {sign} 0, {end}")
 
 def two_view(rng, view, a, b):
     asked = (depth_order, relation)[rng.integers(2)](rng, view, a, b)
