@@ -91,6 +91,9 @@ COLUMNS = {"step": "6d", "loss": "7.4f", "loss_head": "7.4f", "head_error_metres
            "grad_norm": "7.3f", "lr": "8.1e", "tokens_per_second": "6.0f", "seconds": "6.2f"}  # fmt: skip
 
 
+WHOLE = 200  # what a question costs beside its target, in the target's characters
+
+
 def drop_depths(examples: list[Example], probability: float, seed: str) -> list[Example]:
     """Questions of one image lose their depth together: drawn from (seed, image)."""
     drops = {}
@@ -136,7 +139,7 @@ def main(cfg: Config) -> None:
     trainer.restore(checkpoint, optimizer, **same)
 
     def batches_of(rows: list[Example]) -> list[tuple[Batch, int]]:
-        own = rows[trainer.mine(len(rows), rank, world)]  # an image that can't be decoded says whose it is
+        own = rows[trainer.evenly([WHOLE + len(target(e)) for e in rows], rank, world)]
         return trainer.mendable(micro_batches, own, processor, cfg.micro_tokens, world)
 
     def prepare(step: int) -> list[tuple[Batch, int]]:

@@ -209,10 +209,11 @@ def r(value):
 def hop(view, a, b):
     """The way between two marks, both by their rounded centres: of one decimal, and its length by that."""
     steps = [round(q - p, 1) + 0. for p, q in zip(a.near[view], b.near[view], strict=True)]
-    start, ways = f"From {a.colour} to {b.colour}", (("left", "right"), ("up", "down"), ("nearer", "farther"))
-    far = [f"{abs(step)} m {names[step > 0]}" for step, names in zip(steps, ways, strict=True)]
-    return Hop(steps, math.dist(a.at[view], b.at[view]), math.hypot(*steps),
-               f"{start} it is about {far[0]}, {far[1]} and {far[2]}", f"{start}: {', '.join(far)}")
+    start, ways = f"From {a.colour} to {b.colour} it is", ("left right", "up down", "nearer farther")
+    far = [f"{abs(step)} m {names.split()[step > 0]}" for step, names in zip(steps, ways, strict=True)]
+    way = f"{far[0]}, {far[1]} and {far[2]}"
+    return Hop(steps, math.dist(a.at[view], b.at[view]), math.hypot(*steps), f"{start} about {way}",
+               f"{start} {way}")
 
 def fill(question, exact, worked, lor, dtr):
     """A number of one decimal, where the exact and the worked value agree on it with a margin."""
@@ -220,7 +221,7 @@ def fill(question, exact, worked, lor, dtr):
     if max(abs(exact - float(answer)), abs(worked - float(answer))) < .044:
         return question, answer, None, *(f"{thought}, so the answer is {answer}" for thought in (lor, dtr))
 
-def versus(rng, origin, name, a, b, p, q, working):
+def versus(rng, origin, a, b, p, q, *thoughts):
     """Which of a and b, at distances p and q, is closer to the origin, or farther from it?"""
     if abs(p - q) > .25:
         (win, lose), word = ((a, b), "closer to") if p < q else ((b, a), "closer to")
@@ -228,22 +229,23 @@ def versus(rng, origin, name, a, b, p, q, working):
             win, lose, word = lose, win, "farther from"
         than, end = "less" if p < q else "more", f"so {word.split()[0]} is {win.colour}"
         ask = f"{rng.choice(['Which is', 'Tell me what is'])} {word} {origin}: {a.text} or {b.text}?"
-        lor = f"From {name} it is about {p:.1f} m to {a.colour} and about {q:.1f} m to {b.colour}."
-        return (ask, win.colour, lose.colour, f"{lor} {p:.1f} is {than} than {q:.1f}, {end}",
-                f"{working}, {end}")
+        end = f"{p:.1f} is {than} than {q:.1f}, {end}"
+        return ask, win.colour, lose.colour, *(f"{thought}. {end}" for thought in thoughts)
+
+def direct(name, a, b, p, q):
+    return f"From {name} it is about {p:.1f} m to {a.colour} and about {q:.1f} m to {b.colour}"
 
 def depth_order(rng, view, a, b):
     p, q = a.near[view][2], b.near[view][2]
-    working = (f"The depth z of {a.colour} is {p}, of {b.colour} {q}: {a.colour} is {abs(p - q):.1f} m "
-               f"{'nearer' if p < q else 'farther'}")
     if (p - q) * (math.hypot(*a.at[view]) - math.hypot(*b.at[view])) > 0:   # by z and by distance alike
-        return versus(rng, "the camera", "the camera", a, b, p, q, working)
+        return versus(rng, "the camera", a, b, p, q, direct("the camera", a, b, p, q),
+                      f"By their z it is {p:.1f} m to {a.colour} and {q:.1f} m to {b.colour}")
 
 def nearest(rng, view, a, b, c):
     to_a, to_b = hop(view, c, a), hop(view, c, b)
     p, q = to_a.worked, to_b.worked
-    working = f"{to_a.working}, in all {p:.1f} m. {to_b.working}, in all {q:.1f} m"
-    return versus(rng, c.text, c.colour, a, b, p, q, f"{working}. {p:.1f} {'<' if p < q else '>'} {q:.1f}")
+    return versus(rng, c.text, a, b, p, q, direct(c.colour, a, b, p, q),
+                  f"{to_a.working}, {p:.1f} m in all. {to_b.working}, {q:.1f} m in all")
 
 def depth(rng, view, a):
     z, near = a.at[view][2], a.near[view][2]
@@ -251,11 +253,13 @@ def depth(rng, view, a):
     ask = rng.choice(["What is the depth of", "How deep in the view is"])
     return fill(f"{ask} {a.text}, in metres?", z, near,
                 f"The {a.thing.name} is {between} away. Its centre is about {z:.1f} m deep",
-                f"The depth of {a.colour} is its z, {near}, {between}")
+                f"The depth of {a.colour} is its z, {near}")
 
 def distance(rng, view, a, b):
     way, ask = hop(view, a, b), rng.choice(["How far is it", "What is the distance"])
-    return fill(f"{ask} from {a.text} to {b.text}, in metres?", way.exact, way.worked, way.words, way.working)
+    return fill(f"{ask} from {a.text} to {b.text}, in metres?", way.exact, way.worked,
+                f"From {a.colour} it is about {way.worked:.1f} m to {b.colour}",
+                f"{way.working}, {way.worked:.1f} m in all")
 
 def relation(rng, view, a, b):
     axis = int(rng.random() < .35)
@@ -264,28 +268,25 @@ def relation(rng, view, a, b):
     seen = a.at[view][axis] / a.at[view][2] - b.at[view][axis] / b.at[view][2]
     if abs(p - q) > .25 and seen * (p - q) > .02:             # the image has to say so, too
         answer, wrong = (low, high) if p < q else (high, low)
+        way, end = hop(view, b, a), f"so {a.colour} is {answer} {b.colour}"
         return (f"{rng.choice(['Seen from', 'From'])} the camera, is {a.text} {low} or {high} {b.text}?",
-                answer, wrong, f"{hop(view, b, a).words}, so {a.colour} is {answer} {b.colour}",
-                f"The {'xy'[axis]} of {a.colour} is {p}, of {b.colour} {q}, so {a.colour} is "
-                f"{abs(p - q):.1f} m {answer} {b.colour}")
+                answer, wrong, f"{way.words}, {end}", f"{way.working}, {end}")
 
 def perspective(rng, view, a, b, c):
-    """Standing at a, facing b, where is c? By the sign of a product, in the camera's x-z plane."""
+    """Standing at a, facing b, where is c? By the sign of a product of steps in the camera's x-z plane."""
     ahead, there = hop(view, a, b), hop(view, a, c)
     (fx, _, fz), (tx, _, tz) = ahead.steps, there.steps
     (gx, _, gz), (hx, _, hz) = b.thing.centre - a.thing.centre, c.thing.centre - a.thing.centre
     i, j, truth, low, high = fx, fz, gx * hx + gz * hz, "behind", "in front"
     if rng.random() < .5:
-        i, j, truth, low, high = fz, -fx + 0., gz * hx - gx * hz, "to the left", "to the right"
-    u, v = round(i * tx, 1) + 0., round(j * tz, 1) + 0.
-    total, size = round(u + v, 1) + 0., math.hypot(fx, fz) * math.hypot(tx, tz)
+        i, j, truth, low, high = fz, -fx, gz * hx - gx * hz, "to the left", "to the right"
+    total, size = i * tx + j * tz, math.hypot(fx, fz) * math.hypot(tx, tz)
     if size > .3 and abs(total) > .3 * size and total * truth > 0:
-        answer, wrong, sign = (low, high, "<") if total < 0 else (high, low, ">")
+        answer, wrong = (low, high) if total < 0 else (high, low)
         stand, end = rng.choice(["facing", "looking at"]), f"so facing {b.colour}, {c.colour} is {answer}"
         return (f"Standing at {a.text} and {stand} {b.text}, is {c.text} {low} or {high}?", answer, wrong,
                 f"{ahead.words}. {there.words}, {end}",
-                f"From {a.colour}, {b.colour} is dx {fx}, dz {fz} away, {c.colour} dx {tx}, dz {tz}. "
-                f"{i} * {tx} + {j} * {tz} = {u} + {v} = {total} {sign} 0, {end}")
+                f"{ahead.working}. {there.working}, {end}")
 
 def two_view(rng, view, a, b):
     asked = (depth_order, relation)[rng.integers(2)](rng, view, a, b)

@@ -34,6 +34,11 @@ def test_shares_tile_and_cuts_obey_the_budget():
         for world in (1, 2, 3, 8):
             rows = [i for rank in range(world) for i in range(count)[trainer.mine(count, rank, world)]]
             assert rows == list(range(count))
+            weights = [1 + 7 * i % 5 for i in range(count)]
+            shares = [range(count)[trainer.evenly(weights, rank, world)] for rank in range(world)]
+            assert [row for share in shares for row in share] == list(range(count))
+            heavy = [sum(weights[row] for row in share) for share in shares]
+            assert max(heavy) <= sum(weights) / world + max(weights, default=0)
     lengths = [5, 5, 5, 30, 1, 1, 9]
     cuts = [lengths[part] for part in trainer.cut(lengths, 11)]
     assert cuts == [[5, 5], [5], [30], [1, 1, 9]] and trainer.cut([], 11) == []
