@@ -14,18 +14,16 @@ products are accumulated in fp32.
 
 Two backends behind one call: tiles (a cuBLAS matmul a tile, then Triton; on the CPU torch ops instead) and,
 forward only, fused (one Triton kernel, the tile stays in registers). FUSED_ROWS chooses. What they reach on a
-GPU is not measured yet. On one CPU core (fp32, N = 1024, V = 50,000, H = 512, both outputs, forward and
-backward) tiles took 2.4 s and eager PyTorch 3.4 s, and 37 MB for 938 MB: the bench below prints it.
+GPU is not measured yet (`python -m bench.kernels --only linear_logprob`). On two busy CPU cores (fp32,
+N = 4096, V = 151,936, H = 512, both outputs, forward and backward) tiles took 21 and 31 s, eager PyTorch 58
+and 51 s; beyond inputs and gradients 48 MB, eager 14.6 GB.
 
 Shapes: N tokens, H width, V vocabulary; a tile is R rows (tokens) x C columns (of the vocabulary); x_RC.
 A row's state, folded tile by tile: m = max z, s = sum e^(z-m), x = sum e^(z-m) (z-m), t = z of the target.
 All relative to the max: logits of +-1e4 cost no digits, and as t <= m and s >= 1 no log-prob is positive.
 """
 
-import argparse
 import os
-import resource
-import time
 
 import torch
 import triton
@@ -36,7 +34,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 WORKSPACE = 64 << 20  # bytes: the tile, its copy in the matmul's dtype, a chunk of hidden and of dhidden
 MIN = torch.finfo(torch.float32).min / 2  # the max of nothing, finite so that MIN - m is too
 MIN_ = tl.constexpr(MIN)
-FUSED_ROWS = 256  # up to so many rows the fused forward, beyond it tiles: a guess (launches), not measured
+# Up to width H: up to so many rows the fused forward, else tiles. A GUESS (launches), not measured on any
+# GPU: `python -m bench.kernels --only linear_logprob` prints what should stand here.
+FUSED_ROWS = {2048: 256, 3584: 256, 4096: 256, 8192: 256}
 FUSED = dict(BM=128, BN=128, BK=64, num_warps=8, num_stages=4)  # 128 x 256 spills with the entropy's sums
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -273,8 +273,9 @@ def _forward_fused(hidden, weight, targets, temperature):
 def _fused_fits(hidden, weight):
     """Few rows, of 16-bit numbers (fp32 is cuBLAS's), at addresses that the copy engine takes."""
     on_triton, aligned = hidden.is_cuda or INTERPRET, hidden.shape[1] * hidden.element_size() % 16 == 0
-    small = len(hidden) <= FUSED_ROWS and hidden.dtype in (torch.bfloat16, torch.float16)
-    return on_triton and small and aligned and weight.data_ptr() % 16 == 0 and len(hidden) > 0
+    rows = next((rows for width, rows in FUSED_ROWS.items() if hidden.shape[1] <= width), 0)
+    small = 0 < len(hidden) <= rows and hidden.dtype in (torch.bfloat16, torch.float16)
+    return on_triton and small and aligned and weight.data_ptr() % 16 == 0
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -318,38 +319,3 @@ def linear_logprob(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Te
         i = int(bad.nonzero()[0])
         raise IndexError(f"targets[{i}] = {int(targets[i])} is outside of the vocabulary 0..{v - 1}")
     return _LinearLogprob.apply(hidden, weight, targets.long().contiguous(), float(temperature))
-
-
-def _bench(call, rows, vocab, width, device, dtype):
-    """Best of three, forward and backward through both outputs: seconds, and peak MB beyond the operands."""
-    torch.manual_seed(0)
-    hidden = torch.randn(rows, width, device=device, dtype=dtype, requires_grad=True)
-    weight = (torch.randn(vocab, width, device=device) * 0.05).to(dtype).requires_grad_()
-    targets, cuda = torch.randint(vocab, (rows,), device=device), device == "cuda"
-    resident = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10  # noqa: E731
-    peak = torch.cuda.max_memory_allocated if cuda else resident
-    before, best = peak(), float("inf")
-    for _ in range(3):
-        hidden.grad = weight.grad = None
-        start = time.perf_counter()
-        logprob, entropy = call(hidden, weight, targets)
-        (logprob.mean() + 0.1 * entropy.mean()).backward()
-        torch.cuda.synchronize() if cuda else None
-        best = min(best, time.perf_counter() - start)
-    return best, (peak() - before) / 1e6
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Time linear_logprob or its reference, both ways.")
-    parser.add_argument("--call", choices=("tiles", "reference"), default="tiles", help="one a process")
-    parser.add_argument("--rows", type=int, default=1024, help="tokens, N")
-    parser.add_argument("--vocab", type=int, default=50_000, help="V")
-    parser.add_argument("--width", type=int, default=512, help="H")
-    options = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    call = linear_logprob if options.call == "tiles" else reference_linear_logprob
-    seconds, megabytes = _bench(call, options.rows, options.vocab, options.width, device,
-                                torch.bfloat16 if device == "cuda" else torch.float32)
-    flops = 8 * options.rows * options.vocab * options.width
-    print(f"{options.call} on {device}: {seconds:.3f} s, {flops / seconds / 1e12:.2f} TFLOP/s of 8NHV, "
-          f"peak +{megabytes:.0f} MB")

@@ -16,18 +16,17 @@ token's gradient nan. nan itself is passed on, for the training script to stop a
 Why fuse: 24 bytes a token, so 32,768 tokens are under 1 MB and all the time is launches. Eager PyTorch makes
 about sixty, forward and backward; here it is a token kernel, which also yields dlogprob, and a one-block
 finaliser (gspo: a pass over sequences before). No atomics: sums have one order, every run the same bits.
-Time on a GPU: not measured yet.
+Time on a GPU: not measured yet
+(`python -m bench.kernels --only policy_loss`).
 
 Shapes: T tokens of all completions, one after the other; S sequences; cu_seqlens[s] is where s starts.
 """
 
-import argparse
 import os
 
 import torch
 import triton
 import triton.language as tl
-from torch.utils.benchmark import Timer
 
 KINDS = ("dapo", "grpo", "dr_grpo", "gspo", "cispo")
 CAP = 80.0
@@ -248,16 +247,3 @@ def policy_loss(logprob: torch.Tensor, old_logprob: torch.Tensor, advantage: tor
     names = "kl", "clip_low", "clip_high", "mismatch_kl", "ratio_max", "tokens"
     loss = total / _denominator(kind, len(logprob), len(advantage), max_tokens, denominator)
     return loss, dict(zip(names, out[1:].unbind(), strict=True))
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Time policy_loss and its reference, forward and backward.")
-    parser.add_argument("--tokens", type=int, default=32_768, help="T")
-    parser.add_argument("--sequences", type=int, default=128, help="S")
-    options, device = parser.parse_args(), "cuda" if torch.cuda.is_available() else "cpu"
-    new, old = torch.randn(2, options.tokens, device=device).sub_(3)
-    cu = torch.linspace(0, options.tokens, options.sequences + 1, device=device).long()
-    inputs = new.requires_grad_(), old, torch.randn(options.sequences, device=device), cu
-    for f in (policy_loss, reference_policy_loss):
-        timer = Timer("f(*inputs)[0].backward()", globals=dict(f=f, inputs=inputs))
-        print(f"{f.__name__} on {device}: {timer.blocked_autorange().median * 1e6:.0f} us")

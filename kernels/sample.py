@@ -12,12 +12,12 @@ top_p keeps the smallest set of tokens, by falling probability (ties: lower id f
 the allowed tokens' mass; it needs a sort, which is left to torch, also on a GPU.
 
 Why fuse: eager PyTorch reads or writes B x V about thirty times, this reads it once (256 x 151,936 in bf16:
-78 MB) and keeps a max, a sum and a best token for each part of a row. What it reaches is not measured yet.
+78 MB) and keeps a max, a sum and a best token for each part of a row. What it reaches on a GPU is not
+measured yet (`python -m bench.kernels --only sample`).
 
 Shapes: B sequences, V vocabulary.
 """
 
-import argparse
 import functools
 import hashlib
 import os
@@ -25,7 +25,6 @@ import os
 import torch
 import triton
 import triton.language as tl
-from torch.utils.benchmark import Timer
 
 MIX32 = 0x21F0AAAD, 0xD35A2D97  # multipliers of a 32-bit mixer with low bias
 MIX64 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -155,7 +154,7 @@ def _row_kernel(logits, floats, ids, tokens, logprobs, parts, stride, temperatur
 
 
 def _sample_triton(logits, keys, positions, temperature, banned):
-    (b, v), block = logits.shape, 32 if INTERPRET else 2048
+    (b, v), block = logits.shape, 512 if INTERPRET else 2048
     columns, scale = 8 * block, temperature or 1.0  # not by B: the sum's order, so the log-prob, would change
     parts = triton.cdiv(v, columns)
     floats, logprobs = (logits.new_empty(shape, dtype=torch.float32) for shape in ((b, parts, 3), (b,)))
@@ -183,15 +182,3 @@ def sample(logits: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor, te
     parts = [reference_sample(logits[i : i + rows], keys[i : i + rows], positions[i : i + rows], temperature,
                               top_p, banned) for i in range(0, max(b, 1), rows)]
     return torch.cat([token for token, _ in parts]), torch.cat([logprob for _, logprob in parts])
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Time sample and its reference.")
-    parser.add_argument("--rows", type=int, default=64, help="sequences, B")
-    parser.add_argument("--vocab", type=int, default=151_936, help="V")
-    options, device = parser.parse_args(), "cuda" if torch.cuda.is_available() else "cpu"
-    inputs = (torch.randn(options.rows, options.vocab, device=device),
-              *torch.randint(1 << 40, (2, options.rows), device=device))
-    for f in (sample, reference_sample):
-        seconds = Timer("f(*inputs)", globals=dict(f=f, inputs=inputs)).blocked_autorange().median
-        print(f"{f.__name__}, {device}: {seconds * 1e3:.1f} ms, {inputs[0].nbytes / seconds / 1e9:.0f} GB/s")

@@ -26,11 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.attention import prefix_attention
+from kernels.layers import add_rms_norm, qk_norm_rope
 from kernels.linear_logprob import linear_logprob
 from model.head3d import Head3D, PointEmbedding
 from model.processor import Batch, rope_positions
 from model.region import RegionToken
-from model.vision import RMSNorm, SwiGLU, VisionTower, rotate
+from model.vision import RMSNorm, SwiGLU, VisionTower
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q (T,A,D), k (T,K,D), v) -> (T,A,D)
@@ -92,9 +93,9 @@ class Attention(nn.Module):
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if self.norms:
-            q, k = self.q_norm(q), self.k_norm(k)
-        out = attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)  # (T, A, D)
+        norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps) if self.norms else ()
+        q, k = qk_norm_rope(q, k, cos, sin, *norms)
+        out = attend(self.layer, q, k, v)  # (T, A, D)
         return self.o_proj(out.flatten(-2))
 
 
@@ -109,8 +110,10 @@ class Layer(nn.Module):
         )
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        norm = self.post_attention_layernorm
+        x, normed = add_rms_norm(x, attended, norm.weight, norm.eps)
+        return x + self.mlp(normed)
 
 
 class Decoder(nn.Module):

@@ -21,9 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.layers import rms_norm, swiglu
+
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis; the statistic in fp32, as transformers does."""
+    """x / rms(x) * weight over the last axis."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -31,11 +33,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float32:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        # transformers rounds to the weights' dtype before the product with the weight; F.rms_norm after it.
-        wide = x.float()
-        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class GeluMLP(nn.Module):
@@ -62,7 +60,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 def activate(x: Tensor, act: str) -> Tensor:

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from kernels import linear_logprob, policy_loss, rewards, sample
+from kernels import layers, linear_logprob, policy_loss, rewards, sample
 
 ROOT = Path(__file__).parent.parent
 INTERPRETED = [  # all of what runs on Triton, at sizes that an interpreter of about 1 ms a program can do
@@ -27,6 +27,7 @@ INTERPRETED = [  # all of what runs on Triton, at sizes that an interpreter of a
     ("test_policy_loss.py", "fp32 or huge or nothing or constants"),
     ("test_rewards.py", ""),
     ("test_sample.py", "triton or greedy or bad_input"),
+    ("test_layers.py", "not float64 and not dtype2"),
 ]
 
 
@@ -59,6 +60,27 @@ def token_kernel(kind, extra, block=256):
         dict(KIND=kind, BLOCK=block, **constants),
         {},
     )
+
+
+def layer_kernels(width, head=128):
+    """At a model's width: a bf16 tile a program, as shipped."""
+    bf16 = lambda names: pointers(names, " ".join(["bf16"] * len(names.split())))  # noqa: E731
+    rows, warps = dict(rows="i32", width="i32", eps="fp32"), dict(num_warps=8)
+    half = dict(ROWS=layers.TILE // (head // 2), HALF=head // 2)
+    strides = "tokens q_heads k_heads out_token out_head out_place half"
+    rope = bf16("q k v cos sin q_weight k_weight q_out k_out v_out") | dict(at="*i64", eps="fp32")
+    rope |= dict.fromkeys(strides.split(), "i32")
+    return {
+        f"norm-{width}": (
+            layers._norm_kernel, bf16("x delta weight summed out") | rows, layers._tile(width), warps),
+        f"norm-grad-{width}": (
+            layers._norm_grad_kernel, bf16("h weight d_out d_summed d_h") | dict(partial="*fp32") | rows,
+            layers._tile(width), warps),
+        f"rope-write-{head}": (layers._rope_kernel, rope, half, warps),
+        f"rope-{head}": (
+            layers._rope_kernel, rope,
+            half | dict.fromkeys(("v", "v_out", "at", "q_weight", "k_weight")), warps),
+    }  # fmt: skip
 
 
 FUSED = dict(linear_logprob.FUSED)
@@ -131,6 +153,18 @@ KERNELS = {  # name: kernel, signature, constants, options
         dict(PARTS=16),
         dict(num_warps=1),
     ),
+    **layer_kernels(2048),
+    **layer_kernels(3584),
+    **layer_kernels(8192),
+    **{
+        f"swiglu-{name}": (
+            layers._swiglu_kernel,
+            pointers("gate up out d_gate d_up", "bf16 bf16 bf16 bf16 bf16") | dict(size="i64"),
+            dict(BACKWARD=backward, BLOCK=layers.TILE, **({} if backward else dict(d_gate=None, d_up=None))),
+            {},
+        )
+        for name, backward in (("forward", False), ("backward", True))
+    },
 }
 
 
@@ -198,11 +232,14 @@ def test_no_compiler_is_needed_on_a_cpu():
         import torch, triton
         triton.JITFunction.run = lambda *a, **k: 1 / 0
         from kernels.linear_logprob import linear_logprob
+        from kernels.layers import add_rms_norm, qk_norm_rope, swiglu
         from kernels.policy_loss import policy_loss
         from kernels.sample import sample
         linear_logprob(torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 4]))
         policy_loss(torch.zeros(3), torch.zeros(3), torch.zeros(1), torch.tensor([0, 3]))
-        sample(torch.randn(2, 5), torch.tensor([1, 2]), torch.tensor([0, 0]))"""
+        sample(torch.randn(2, 5), torch.tensor([1, 2]), torch.tensor([0, 0]))
+        x, weight = torch.randn(3, 4), torch.ones(4)
+        swiglu(*add_rms_norm(x, x, weight)), qk_norm_rope(x[:, None], x[:, None], x, x, weight, weight)"""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
         "CUDA_VISIBLE_DEVICES": "",
         "PATH": "",

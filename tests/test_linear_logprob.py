@@ -72,7 +72,7 @@ def test_default_tiles_and_several_chunks():
 @needs_triton
 @pytest.mark.parametrize("n, v, h", [(1, 2, 8), (16, 32, 16), (29, 300, 64), (5, 97, 24)])
 def test_fused_forward_equals_truth(n, v, h, monkeypatch):
-    monkeypatch.setattr(module, "FUSED_ROWS", 1 << 20)
+    monkeypatch.setattr(module, "FUSED_ROWS", {64: 1 << 20})
     inputs = make(n, v, h, torch.bfloat16, scale=4.0)
     assert module._fused_fits(*inputs[:2])
     check_against_truth(inputs, temperature=0.7)
@@ -81,12 +81,16 @@ def test_fused_forward_equals_truth(n, v, h, monkeypatch):
     torch.testing.assert_close(fused[1:], tiles[1:], rtol=1e-4, atol=1e-4)
 
 
-def test_backends_are_chosen_by_shape():
+def test_backends_are_chosen_by_shape(monkeypatch):
     hidden, weight, _ = make(8, 40, 12, torch.bfloat16)
     on_triton = CUDA or INTERPRET
     assert not module._fused_fits(hidden, weight)  # rows of 24 bytes
     assert module._fused_fits(*make(8, 40, 16, torch.bfloat16)[:2]) == on_triton
     assert not module._fused_fits(*make(300, 40, 16, torch.bfloat16)[:2])
+    monkeypatch.setattr(module, "FUSED_ROWS", {16: 2, 32: 8})
+    fits = {(n, h): module._fused_fits(*make(n, 40, h, torch.bfloat16)[:2])
+            for n in (2, 8) for h in (16, 24, 64)}  # fmt: skip
+    assert fits == {k: on_triton and k in ((2, 16), (2, 24), (8, 24)) for k in fits}  # 64: beyond the table
     assert not module._fused_fits(*make(8, 40, 16, torch.float32)[:2])
 
 
