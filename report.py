@@ -289,7 +289,7 @@ def top_view(image: Image.Image, example: Example, points: list, view: int) -> s
     depth, parts = example.depths[view] if example.depths else None, []
     far = max([3.0] + [centre[2] for kind, _, centre in points if kind == "truth"])
     if depth is not None:
-        depth = np.asarray(Image.open(depth)) / 1000 if isinstance(depth, str | Path) else depth  # mm
+        depth = np.asarray(Image.open(depth)) / 1000 if isinstance(depth, str | Path) else np.asarray(depth)
         known = depth[(depth > 0) & (depth < np.inf)]
         parts = [from_above(image, depth, camera)]
         far = max(far, np.quantile(known, 0.98)) if len(known) else far

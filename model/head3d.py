@@ -38,6 +38,7 @@ def read_depth(depth, shape) -> np.ndarray:
             if not picture.mode.startswith("I"):
                 raise ValueError(f"depth of mode {picture.mode}; a 16-bit PNG in millimetres is wanted")
             depth = np.asarray(picture).astype(np.float32) / 1000
+    depth = np.asarray(depth)
     if depth.shape != shape:
         raise ValueError(f"depth of (height, width) {depth.shape}, image of {shape}")
     return depth

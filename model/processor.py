@@ -36,6 +36,7 @@ BOXES = {  # a family's 2D box in a text, and its unit: 1/1000 of the image, or 
     "qwen2_5_vl": ('{{"bbox_2d": [{}, {}, {}, {}]}}', None),
     "qwen3_vl": ('{{"bbox_2d": [{}, {}, {}, {}]}}', 1000),
 }
+BOX_2D = re.compile(r"<2d_box>((?:[0-9.]+,){3}[0-9.]+)</2d_box>")  # in an answer: pixels of the first image
 
 
 @dataclass
@@ -332,6 +333,9 @@ class Processor:
 
     def target_ids(self, example: Example) -> list[int]:
         text = target(example)
+        if BOX_2D.search(text):
+            view = self._view(example, 0, {})
+            text = BOX_2D.sub(lambda match: self._box(map(float, match[1].split(",")), view), text)
         self._check(example, text, "target", masks=0)
         return [*self.encode(text).tolist(), self.end_id]
 
@@ -389,17 +393,22 @@ class Processor:
 
     def _write_boxes(self, example, text, views):
         """Each <mask> as a 2D box in the family's convention; of several images, behind its number."""
-        (form, scale), pieces = BOXES[self.config.model_type], text.split("<mask>")
+        pieces = text.split("<mask>")
         for k, (index, region) in enumerate(example.regions):
             if np.ndim(region := plain(region)) == 2:
                 ys, xs = np.nonzero(region)
                 region = xs.min(), ys.min(), xs.max() + 1, ys.max() + 1
-            (rows, columns), (width, height), p = views[index].grid, views[index].size, self.images.patch_size
-            units = ((scale or columns * p) / width, (scale or rows * p) / height) * 2
-            box = np.clip([float(v) for v in region], 0, (width, height) * 2) * units
-            box = form.format(*(round(v) for v in box.tolist()))
+            box = self._box(region, views[index])
             pieces[k] += f"image {index} {box}" if len(views) > 1 else box
         return "".join(pieces)
+
+    def _box(self, box, view):
+        """(x0, y0, x1, y1) original pixels as the family writes a box: in 1/1000, or in resized pixels."""
+        (form, scale), p = BOXES[self.config.model_type], self.images.patch_size
+        (rows, columns), (width, height) = view.grid, view.size
+        units = ((scale or columns * p) / width, (scale or rows * p) / height) * 2
+        box = np.clip([float(v) for v in box], 0, (width, height) * 2) * units
+        return form.format(*(round(v) for v in box.tolist()))
 
     # ---- images ----
 
