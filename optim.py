@@ -25,7 +25,7 @@ BUCKET = 2**24  # gradients of replicas are summed so many elements at a time
 
 # Muon (Jordan et al., 2024) for the matrices of attention and MLP; everything else stays with AdamW.
 BLOCK_MATRIX = re.compile(r"\.(layers|blocks)\.\d+\.")
-MUON_MOMENTUM, MUON_RATE = 0.95, 0.2  # the rate is in units of lr * sqrt(longer side)
+MUON_MOMENTUM, MUON_RATE = 0.95, 0.3  # the rate is in units of lr * sqrt(longer side)
 
 
 def orthogonal(matrix: Tensor) -> Tensor:

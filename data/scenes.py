@@ -6,7 +6,8 @@ Things are unions of boxes and solids of revolution, each met in closed form by 
 rectangle. World: metres, x right, y down (the floor is y = 0), z into the room. Camera: OpenCV, pixel centres
 at integers, depth is z. Marks are drawn once a scene, so its questions share its image. What rounding or
 occlusion could flip is not asked; DTR's rationale works with the rounded centres of its own detect block.
-Options stand in alphabetical order: shuffled, a tiny model found the right words, but not their letters.
+Options stand in alphabetical order (shuffled, a tiny model found the right words, but not their letters), and
+of two things the closer one is asked for (of "closer" and "farther" in turns it took the one for the other).
 """
 import json
 import math
@@ -173,7 +174,7 @@ def draw(rng, things, cameras, view, drawing, colours, marked):
             and alone[i].sum() == alone[i, 1:-1, 1:-1].sum() and owner[*middle[i, ::-1]] == i]
     for colour, i in zip(colours, free, strict=False):
         pixel = seen[i][((seen[i] - middle[i]) ** 2).sum(1).argmin()]       # its own, closest to its centre
-        if len(seen[i]) > 9 * radius ** 2 and rng.random() < .35:
+        if len(seen[i]) > 9 * radius ** 2 and rng.random() < .5:
             kind, mid = "point", pixel * 1000 // size         # 50 of 1000 wide, clipped as the paper does
             box = np.stack([(mid - 25).clip(0), np.where(mid > 975, 999, mid + 25)]) * size // 1000
             pen.ellipse((*(pixel - radius), *(pixel + radius)), fill=MARKS[colour])
@@ -222,14 +223,11 @@ def fill(question, exact, worked, lor, dtr):
         return question, answer, None, *(f"{thought}, so the answer is {answer}" for thought in (lor, dtr))
 
 def versus(rng, origin, a, b, p, q, *thoughts):
-    """Which of a and b, at distances p and q, is closer to the origin, or farther from it?"""
+    """Which of a and b, at distances p and q, is closer to the origin?"""
     if abs(p - q) > .25:
-        (win, lose), word = ((a, b), "closer to") if p < q else ((b, a), "closer to")
-        if rng.random() < .5:
-            win, lose, word = lose, win, "farther from"
-        than, end = "less" if p < q else "more", f"so {word.split()[0]} is {win.colour}"
-        ask = f"{rng.choice(['Which is', 'Tell me what is'])} {word} {origin}: {a.text} or {b.text}?"
-        end = f"{p:.1f} is {than} than {q:.1f}, {end}"
+        (win, lose), than = ((a, b), "less") if p < q else ((b, a), "more")
+        ask = f"{rng.choice(['Which is', 'Tell me what is'])} closer to {origin}: {a.text} or {b.text}?"
+        end = f"{p:.1f} is {than} than {q:.1f}, so closer is {win.colour}"
         return ask, win.colour, lose.colour, *(f"{thought}. {end}" for thought in thoughts)
 
 def direct(name, a, b, p, q):

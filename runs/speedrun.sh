@@ -1,11 +1,11 @@
 #!/bin/sh
 # From an empty directory to an RL-trained dual-path model, on a CPU or a GPU: `make speedrun` runs this.
 # Interrupted, it goes on where it stopped; `rm -rf out/speedrun` starts over.
-#   OUT=out/speedrun  SEED=0  SFT_STEPS=1800  RL_STEPS=60  RANKS=GPUs, or cores (at most 4)
+#   OUT=out/speedrun  SEED=0  SFT_STEPS=3000  RL_STEPS=60  RANKS=GPUs, or cores (at most 4)
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python} OUT=${OUT:-out/speedrun} SEED=${SEED:-0}
-SFT_STEPS=${SFT_STEPS:-1800} RL_STEPS=${RL_STEPS:-60}
+SFT_STEPS=${SFT_STEPS:-3000} RL_STEPS=${RL_STEPS:-60}
 RANKS=${RANKS:-$("$PYTHON" -c 'import os, torch; print(torch.cuda.device_count() or min(os.cpu_count(), 4))')}
 # Idle threads sleep instead of spinning: on a busy machine spinning costs more than it saves.
 export OMP_WAIT_POLICY=passive OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TRANSFORMERS_VERBOSITY=error
@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY=passive OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TRANSFORMER
 ranks() { "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$RANKS" "$@"; }
 stage() { printf '\n== %s\n' "$*"; }
 scenes() { [ -f "$OUT/scenes/$1/rows.jsonl" ] || "$PYTHON" -m data.scenes --out "$OUT/scenes/$1" --n "$2" --seed "$3"; }
-ask() { [ -f "$OUT/$1/summary.json" ] || "$PYTHON" eval.py --data "$OUT/scenes/test" --max-new-tokens 320 --out "$OUT/$@"; }
+ask() { [ -f "$OUT/$1/summary.json" ] || ranks eval.py --data "$OUT/scenes/test" --max-new-tokens 320 --out "$OUT/$@"; }
 
 stage "1/6 render rooms: train, RL and test share no scene"
 scenes train 4000 $((SEED + 1000))
