@@ -4,18 +4,30 @@
 
 `prefix_attention` is the trainer's: packed segments, each with at most one earlier segment as its prefix. G
 completions of a prompt cost P + G R tokens instead of G (P + R), and the questions of one image share that
-image. `decode_attention` is the sampler's: one new query a sample; the prompt's keys are stored, and read,
-once for its n samples. Why that pays: at P = 700, R = 300, G = 8 the packed form has 2.58 times fewer tokens,
-and a decode step of 8 samples reads 700 + 8 r keys instead of 8 (700 + r).
+image. `decode_attention` is the sampler's: one new query a slot; a prompt's keys are stored, and read, once
+for all slots that hold its samples. Why that pays: at P = 700, R = 300, G = 8 the packed form has 2.58 times
+fewer tokens, and a decode step of 8 samples reads 700 + 8 r keys instead of 8 (700 + r).
 
-T packed tokens; B prompts, n samples each; A query heads, K key-value heads (A a multiple of K), D head
-width.
+Decoding computes the two parts, and splits of them, on their own and merges by log-sum-exp:
+
+    out = sum_i w_i out_i,    w_i = exp(lse_i - lse),    lse = log sum_i exp(lse_i)
+
+T packed tokens; S slots, B prompts with at most n slots each; A query heads, K key-value heads (A a multiple
+of K), D head width; P and R: room of a prefix and of a suffix.
 """
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+HIDDEN = -1e30  # added to a score: it leaves exactly nothing, and unlike -inf no NaN where all are hidden
 Segment = tuple[int, int, int, int]  # start, end, prefix_start, prefix_end
 
 
@@ -41,31 +53,156 @@ def reference_prefix_attention(q: Tensor, k: Tensor, v: Tensor, segments: list[S
     return torch.cat(out, 1).transpose(0, 1) if out else q
 
 
-def reference_decode_attention(
-    q: Tensor, prefix_k: Tensor, prefix_v: Tensor, prefix_lengths: Tensor, suffix_k: Tensor, suffix_v: Tensor
-) -> Tensor:
-    """One step of B prompts with n samples each.
+@dataclass
+class Table:
+    """Which slots share which prompt, and how full the caches are: the same for all layers of a step."""
 
-    q (B, n, A, D); prefix_k, prefix_v (B, K, P, D), of which prompt b has prefix_lengths[b]; suffix_k,
-    suffix_v (B, n, K, r, D), the samples' own tokens up to and with this one. Returns (B, n, A, D).
-    """
-    b, n, heads, d = q.shape
-    kv_heads, p = prefix_k.shape[1:3]
-    group = heads // kv_heads
-    q = q.view(b, n, kv_heads, group, d) * d**-0.5
-    shared = q.transpose(1, 2).reshape(b, kv_heads, n * group, d) @ prefix_k.transpose(2, 3)  # (B, K, n g, P)
-    unseen = torch.arange(p, device=q.device) >= prefix_lengths[:, None]
-    shared = (
-        shared.masked_fill(unseen[:, None, None, :], float("-inf"))
-        .view(b, kv_heads, n, group, p)
-        .transpose(1, 2)
-    )
-    own = q @ suffix_k.transpose(3, 4)  # (B, n, K, g, r)
-    weights = torch.cat((shared, own), -1).softmax(-1, dtype=torch.float32).to(q.dtype)
-    shared = weights[..., :p].transpose(1, 2).reshape(b, kv_heads, n * group, p) @ prefix_v
-    shared = shared.view(b, kv_heads, n, group, d).transpose(1, 2)
-    return (shared + weights[..., p:] @ suffix_v).reshape(b, n, heads, d)
+    prefix_lengths: Tensor  # (B,) int64
+    suffix_lengths: Tensor  # (S,) int64, with the token of this step
+    members: Tensor  # (B, n) int64: the slots of each prompt, -1 where there is none; no slot twice
+    home: Tensor  # (S,) int64: where a slot stands in members.flatten(); any place for a slot without prompt
+
+    @cached_property
+    def readers(self) -> Tensor:
+        return self.members.flatten().clamp(min=0)
+
+    def mask(self, lengths: Tensor, like: Tensor) -> Tensor:
+        """0 for the keys of `like` (X, K, Y, D) that exist, HIDDEN for those behind them: (X, 1, 1, Y)."""
+        behind = torch.arange(like.shape[2], device=like.device) >= lengths[:, None, None, None]
+        return torch.zeros(behind.shape, dtype=like.dtype, device=like.device).masked_fill_(behind, HIDDEN)
+
+    def masks(self, prefix: Tensor, suffix: Tensor) -> tuple[Tensor, Tensor]:
+        if "_masks" not in vars(self):
+            own = self.mask(self.suffix_lengths, suffix)[:, 0]
+            own = own.repeat_interleave(suffix.shape[1], 0)  # (S K, 1, R)
+            self._masks = self.mask(self.prefix_lengths, prefix), own
+        return self._masks
+
+
+def reference_decode_attention(
+    q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k: Tensor, suffix_v: Tensor, table: Table
+) -> Tensor:
+    """q (S, A, D); prefix_k, prefix_v (B, K, P, D); suffix_k, suffix_v (S, K, R, D), whose entries behind the
+    table's lengths are finite. Returns (S, A, D); rows of slots without a prompt mean nothing."""
+    prompt = table.home // table.members.shape[1]  # (S,)
+    k, v = torch.cat((prefix_k[prompt], suffix_k), 2), torch.cat((prefix_v[prompt], suffix_v), 2)
+    masks = table.mask(table.prefix_lengths, prefix_k)[prompt], table.mask(table.suffix_lengths, suffix_k)
+    q = q.unflatten(1, (k.shape[1], -1)) * q.shape[-1] ** -0.5  # (S, K, A / K, D)
+    weights = (q @ k.transpose(2, 3) + torch.cat(masks, 3)).softmax(-1, dtype=torch.float32)
+    return (weights.to(v.dtype) @ v).flatten(1, 2)
+
+
+def _decode_cpu(q, prefix_k, prefix_v, suffix_k, suffix_v, table):
+    """The prompts by PyTorch's flash attention, which gives the log-sum-exp too; the suffixes, with the few
+    queries of one slot each, by plain products."""
+    (b, kv_heads), d = prefix_k.shape[:2], q.shape[-1]
+    prefix_mask, suffix_mask = table.masks(prefix_k, suffix_k)
+    grouped = q.unflatten(1, (kv_heads, -1))  # (S, K, A / K, D)
+    # All heads and samples that read a prompt's keys are the rows of one matrix product: (B, K, n A / K, D).
+    rows = grouped.flatten(2).transpose(0, 1).index_select(1, table.readers).view(kv_heads, b, -1, d)
+    shared, shared_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        rows.transpose(0, 1), prefix_k, prefix_v, attn_mask=prefix_mask)
+    places = b * table.members.shape[1]
+    back = lambda t: t.transpose(1, 2).reshape(places, -1, *t.shape[1:2], *t.shape[3:])  # noqa: E731
+    shared, shared_lse = (back(t).index_select(0, table.home).transpose(1, 2) for t in (shared, shared_lse))
+    k, v, each = suffix_k.flatten(0, 1), suffix_v.flatten(0, 1), grouped.flatten(0, 1)  # (S K, ...)
+    weights = torch.baddbmm(suffix_mask, each, k.transpose(1, 2), alpha=d**-0.5).to(shared_lse.dtype)
+    peak = weights.amax(-1, keepdim=True)
+    total = weights.sub_(peak).exp_().sum(-1, keepdim=True)
+    own, own_lse = torch.bmm(weights.to(v.dtype), v) / total, (peak + total.log()).view_as(shared_lse)
+    weight = torch.sigmoid(shared_lse - own_lse).to(q.dtype)  # (S, K, A / K)
+    return torch.lerp(own.to(q.dtype).view_as(grouped), shared, weight[..., None]).flatten(1, 2)
+
+
+@triton.jit
+def _split_kernel(q, k, v, lengths, members, out, lse, scale, first, splits, chunk, k_row, k_head, v_row,
+                  v_head, q_heads: tl.constexpr, kv_heads: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+                  WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr):
+    """One split of one row's keys, read once by the queries of its N slots: program (row * K + head, split,
+    block of queries). Writes the part's output and log-sum-exp for each slot."""
+    row, head = (tl.program_id(0) // kv_heads).to(tl.int64), tl.program_id(0) % kv_heads
+    group: tl.constexpr = q_heads // kv_heads
+    i = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    d, d_mask = tl.arange(0, WIDE), tl.arange(0, WIDE) < D
+    slot = row + tl.zeros([ROWS], tl.int64)
+    if members is not None:
+        slot = tl.load(members + row * N + i // group, mask=i < N * group, other=-1)
+    asked = (i < N * group) & (slot >= 0)
+    at = slot * q_heads + head * group + i % group  # (ROWS,) of S * A
+    query = tl.load(q + at[:, None] * D + d[None, :], mask=asked[:, None] & d_mask[None, :], other=0.0)
+    query = query.to(tl.float32) if UPCAST else query
+    begin = tl.program_id(1) * chunk
+    end = tl.minimum(tl.load(lengths + row).to(tl.int32), begin + chunk)
+    peak, total = tl.full([ROWS], -1e38, tl.float32), tl.zeros([ROWS], tl.float32)
+    summed = tl.zeros([ROWS, WIDE], tl.float32)
+    for start in range(begin, end, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        mask = (j < end)[:, None] & d_mask[None, :]
+        key = tl.load(k + row * k_row + head * k_head + j[:, None] * D + d[None, :], mask=mask, other=0.0)
+        value = tl.load(v + row * v_row + head * v_head + j[:, None] * D + d[None, :], mask=mask, other=0.0)
+        if UPCAST:
+            key, value = key.to(tl.float32), value.to(tl.float32)
+        score = tl.dot(query, key.trans(), input_precision="ieee") * scale
+        score = tl.where((j < end)[None, :], score, -float("inf"))
+        higher = tl.maximum(peak, tl.max(score, 1))
+        weight, shrink = tl.exp(score - higher[:, None]), tl.exp(peak - higher)
+        total = total * shrink + tl.sum(weight, 1)
+        summed = summed * shrink[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
+        peak = higher
+    part = at * splits + first + tl.program_id(1)
+    some = tl.where(total > 0, total, 1.0)
+    tl.store(lse + part, tl.where(total > 0, peak + tl.log(some), -float("inf")), mask=asked)
+    summed = summed / some[:, None]
+    tl.store(out + part[:, None] * D + d[None, :], summed, mask=asked[:, None] & d_mask[None, :])
+
+
+@triton.jit
+def _merge_kernel(parts, lse, out, splits, D: tl.constexpr, WIDE: tl.constexpr, SPLITS: tl.constexpr):
+    """A program a slot and query head: its parts, weighted by exp(lse)."""
+    at, i, d = tl.program_id(0).to(tl.int64), tl.arange(0, SPLITS), tl.arange(0, WIDE)
+    score = tl.load(lse + at * splits + i, mask=i < splits, other=-float("inf"))
+    peak = tl.maximum(tl.max(score, 0), -1e38)
+    weight = tl.exp(score - peak)
+    mask = (weight > 0)[:, None] & (d < D)[None, :]  # what nobody wrote has no weight, and isn't read
+    part = tl.load(parts + (at * splits + i)[:, None] * D + d[None, :], mask=mask, other=0.0)
+    merged = tl.sum(part * weight[:, None], 0) / tl.maximum(tl.sum(weight, 0), 1e-38)
+    tl.store(out + at * D + d, merged, mask=d < D)
+
+
+def _decode_triton(q, prefix_k, prefix_v, suffix_k, suffix_v, table):
+    (s, q_heads, d), kv_heads, n = q.shape, prefix_k.shape[1], table.members.shape[1]
+    block, chunk = (16, 16) if INTERPRET else (64, 256)
+    prefix_splits, suffix_splits = (max(triton.cdiv(k.shape[2], chunk), 1) for k in (prefix_k, suffix_k))
+    splits = prefix_splits + suffix_splits
+    parts = q.new_empty(s, q_heads, splits, d, dtype=torch.float32)
+    lse = torch.full_like(parts[..., 0], -torch.inf)  # a slot without a prompt has no part of a prefix
+    sizes = dict(q_heads=q_heads, kv_heads=kv_heads, D=d, WIDE=max(triton.next_power_of_2(d), 16),
+                 BLOCK=block, UPCAST=INTERPRET and q.dtype != torch.float32)
+    q = q.contiguous()
+
+    def run(k, v, lengths, members, slots, first, count):
+        queries = slots * q_heads // kv_heads
+        rows = triton.next_power_of_2(min(max(queries, 16), 32 if INTERPRET else 64))
+        strides = *k.stride()[:2], *v.stride()[:2]
+        _split_kernel[len(k) * kv_heads, count, triton.cdiv(queries, rows)](
+            q, k, v, lengths, members, parts, lse, d**-0.5, first, splits, chunk, *strides, N=slots,
+            ROWS=rows, **sizes, num_warps=4)
+
+    run(prefix_k, prefix_v, table.prefix_lengths, table.members, n, 0, prefix_splits)
+    run(suffix_k, suffix_v, table.suffix_lengths, None, 1, prefix_splits, suffix_splits)
+    out = torch.empty_like(q)
+    _merge_kernel[(s * q_heads,)](parts, lse, out, splits, D=d, WIDE=sizes["WIDE"],
+                                  SPLITS=triton.next_power_of_2(splits), num_warps=4)
+    return out
+
+
+def decode_attention(
+    q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k: Tensor, suffix_v: Tensor, table: Table
+) -> Tensor:
+    """One step of S slots; arguments as for `reference_decode_attention`. The last two axes of the keys and
+    values, (room, D), must be contiguous. No gradients."""
+    decode = _decode_triton if q.is_cuda or INTERPRET else _decode_cpu
+    return decode(q, prefix_k, prefix_v, suffix_k, suffix_v, table)
 
 
 prefix_attention = reference_prefix_attention
-decode_attention = reference_decode_attention

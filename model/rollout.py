@@ -1,36 +1,50 @@
-"""Sampling on the training weights: prefill each prompt once, decode its n samples together.
+"""Sampling on the training weights: a fixed number of slots, each with one live sample, refilled as they end.
 
-    1. prefill   the prompts of a wave are packed into one forward; images are encoded, and keys and values
-    computed, once per example
-    2. step      one token for every live sample: append its key and value, attend to the shared prompt and
-    the own tokens, sample
-    3. compact   when enough prompts have finished all their samples, their rows are dropped from the step
-    4. collect   Rollouts in the order of the examples
+    1. prefill   the next prompts, packed up to a budget of tokens, go through the model once; their keys and
+                 values fill prompt rows, which all n samples of a prompt read
+    2. load      the next samples take the free slots: the prompt's last hidden state, a noise key
+    3. step      one token for every slot: logits, sample, record; its key and value join the slot's own
+                 suffix; attention to the shared prompt and to that suffix gives the next hidden state
+    4. collect   samples that have ended leave their slots; the last of a prompt frees its row. Back to 1
+                 until no sample waits; Rollouts come out in the order of the examples
+
+All buffers are static. On CUDA the whole step, sampling included, is one graph over all slots, and the host
+looks at the flags of ended samples only every few steps, without waiting. On a CPU a step takes only the rows
+in use, so the last, long samples do not pay for empty slots.
 
 The noise of a token is a hash of (seed, example id, path, sample index, position, token id): never of the
 slot, the batch or the rank, so in fp32 a sample does not depend on what it is batched with. The log-prob kept
 is the trainer's: log softmax of all logits at the sampling temperature (at temperature 0, greedy, that at 1).
 Banned ids (vision markers, `<mask>`, rows without a token) are never sampled; the ban does not enter the
-log-probs.
+log-probs. A sample without an end token after max_new_tokens is cut, and marked by `finished`.
 
-B prompts of a wave, n samples each, P longest prompt, r tokens sampled so far, K key-value heads, D head
-width, V vocabulary rows.
+S slots, n samples a prompt, B prompt rows, M = max_new_tokens; P longest prompt, A query heads, K key-value
+heads, D head width, H hidden width, V vocabulary rows.
 """
 
+import math
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from kernels.attention import decode_attention
+from kernels.attention import Table, decode_attention
 from kernels.sample import sample, sequence_key
 from srreal import Example
 
-ROWS = 128  # live samples of a wave: enough to fill matrix products, few enough for the cache of a CPU
-BLOCK = 64  # the suffix cache grows by so many tokens
+SLOTS = 256  # at most: more live samples hardly raise the throughput, neither of a GPU nor of a CPU
+KV_BYTES, KV_SHARE = 2**31, 0.4  # of keys and values: on a CPU; on CUDA the share of what is free
+PREFILL = {"cpu": 4096, "cuda": 16384}  # tokens a packed forward; one longer prompt goes alone
+POLL = 8  # steps between two looks at the flags on CUDA: an ended sample idles for 4 + 8 steps in the mean
+PAD = 256  # prompt rows have room for a multiple of so many tokens
+ODD = 8  # more places than needed: slots at powers of two apart would share the sets of a CPU's caches
+CENTRES = 128  # examples a forward of predict_centres
+CLOSE = 0.75  # on a CPU: gaps between live slots are closed when fewer than this share of the rows is live
 
 
 @dataclass
@@ -45,132 +59,350 @@ class Rollout:
     finished: bool  # False: cut at max_new_tokens
 
 
-@dataclass
-class Cache:
-    """Keys and values of a wave: per layer the prompts', (B, K, P, D), and the samples' own, (B, n, K,
-    capacity, D).
-    """
-
-    prefix: list[tuple[Tensor, Tensor]]
-    lengths: Tensor  # (B,) prompt lengths
-    suffix: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    used: int = 0
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Appends k, v (B n, K, D) of this step and attends: q, out (B n, A, D)."""
-        prefix_k, prefix_v = self.prefix[layer]
-        b, n = len(prefix_k), len(q) // len(prefix_k)
-        if layer == len(self.suffix):
-            self.suffix.append(tuple(k.new_empty(b, n, k.shape[1], BLOCK, k.shape[2]) for _ in range(2)))
-        elif self.used == self.suffix[layer][0].shape[3]:
-            self.suffix[layer] = tuple(F.pad(old, (0, 0, 0, BLOCK)) for old in self.suffix[layer])
-        own_k, own_v = self.suffix[layer]
-        own_k[:, :, :, self.used], own_v[:, :, :, self.used] = k.unflatten(0, (b, n)), v.unflatten(0, (b, n))
-        upto = self.used + 1
-        out = decode_attention(
-            q.unflatten(0, (b, n)),
-            prefix_k,
-            prefix_v,
-            self.lengths,
-            own_k[:, :, :, :upto],
-            own_v[:, :, :, :upto],
-        )
-        return out.flatten(0, 1)
-
-    def keep(self, prompts: Tensor) -> None:
-        """Drops the rows of all other prompts."""
-        longest = int(self.lengths[prompts].max())
-        self.prefix = [(k[prompts, :, :longest], v[prompts, :, :longest]) for k, v in self.prefix]
-        self.suffix = [(k[prompts], v[prompts]) for k, v in self.suffix]
-        self.lengths = self.lengths[prompts]
-
-
 @torch.no_grad()
 def generate(
     model, processor, examples: list[Example], n: int = 1, max_new_tokens: int = 256,
     temperature: float = 1.0, top_p: float = 1.0, seed: int = 0, progress: Callable | None = None,
+    slots: int | None = None, enough: Callable[[list[Rollout]], bool] | None = None,
 ) -> list[list[Rollout]]:  # fmt: skip
-    """n completions per example, in the examples' order; temperature 0 is greedy. `progress` hears of
-    finished ones.
+    """n completions per example, in the examples' order; temperature 0 is greedy.
+
+    `progress` hears how many samples have ended. `slots`: live samples, None: see `default_slots`. `enough`
+    hears every example's rollouts, in the order of the examples and never in that of finishing, which would
+    prefer short ones; once it returns True the result ends there, and what runs behind it is thrown away.
     """
-    out, width = [], max(1, ROWS // n)
-    for start in range(0, len(examples), width):
-        wave = examples[start : start + width]
-        out += _wave(model, processor, wave, n, max_new_tokens, temperature, top_p, seed)
-        if progress:
-            progress(len(wave) * n)
-    return out
+    if not (examples and n and max_new_tokens):
+        return [[Rollout("", [], [], False) for _ in range(n)] for _ in examples]
+    if model.device.type == "cpu":
+        slots = min(slots or default_slots(model, n, max_new_tokens), len(examples) * n)
+    make = _kept if model.device.type == "cuda" else Slots
+    engine = make(model, n, max_new_tokens, temperature, top_p, slots)
+    engine.begin(processor, len(examples) * n)
+    waiting, left = deque(range(len(examples) * n)), [n] * len(examples)  # sample i n + j is example i's j-th
+    rows, encoded, whole, out = {}, 0, 0, []  # prompt rows in use; examples prefilled; examples done in order
+    while whole < len(examples):
+        jobs = []
+        while waiting and engine.free:
+            i, j = divmod(waiting[0], n)
+            if i == encoded and engine.free_rows:
+                taken = engine.prefill(processor, examples[encoded:])
+                rows |= enumerate(taken, encoded)
+                encoded += len(taken)
+            if i not in rows:
+                break
+            key = sequence_key(seed, examples[i].id, examples[i].path, j)
+            jobs.append((engine.free.pop(), waiting.popleft(), rows[i], key))
+        engine.load(jobs)
+        engine.step()
+        ended = engine.collect()
+        if progress and ended:
+            progress(len(ended))
+        for i in (number // n for number in ended):
+            left[i] -= 1
+            if left[i] == 0:
+                engine.free_rows.append(rows.pop(i))
+        if not waiting:
+            engine.close_gaps()
+        while whole < len(examples) and left[whole] == 0:
+            whole += 1
+            if enough:
+                out += engine.read(processor, whole - 1, whole)
+                if enough(out[-1]):
+                    return out
+    return out or engine.read(processor, 0, len(examples))
 
 
-def _wave(model, processor, examples, n, max_new_tokens, temperature, top_p, seed) -> list[list[Rollout]]:
-    device = model.device
-    batch = processor(examples).to(device)
-    hidden, packed = model.prefill(batch)
-    cache = Cache(*_unpack(packed, batch.segments))
-    keys = [[sequence_key(seed, e.id, e.path, i) for i in range(n)] for e in examples]
-    keys = torch.tensor(keys, dtype=torch.int64, device=device)  # (B, n)
-    banned, ends = processor.banned.to(device), torch.tensor(processor.end_ids, device=device)
-    live = torch.arange(len(examples), device=device)  # prompts still decoding
-    done = torch.zeros(len(examples), n, dtype=torch.bool, device=device)
-    tokens = torch.zeros(len(examples), n, max_new_tokens, dtype=torch.int64, device=device)
-    logprobs = torch.zeros(len(examples), n, max_new_tokens, device=device)
-    lengths = torch.full((len(examples), n), max_new_tokens, device=device)
-    hidden = hidden[batch.last].repeat_interleave(
-        n, 0
-    )  # (B n, H): all samples of a prompt start from its last token
-    for step in range(max_new_tokens):
-        logits = fp32_logits(hidden, model.head_weight)  # (B n, V)
-        row_keys = keys[live].flatten()
-        positions = torch.full_like(row_keys, step)
-        chosen, logprob = sample(logits, row_keys, positions, temperature, top_p, banned)
-        tokens[live, :, step], logprobs[live, :, step] = chosen.view(-1, n), logprob.view(-1, n).float()
-        ended = torch.isin(tokens[:, :, step], ends) & ~done
-        lengths[ended], done = step + 1, done | ended
-        going = ~done[live].all(1)  # (live prompts,)
-        if not going.any() or step + 1 == max_new_tokens:
-            break
-        if going.sum() <= 0.75 * len(live):  # copying the cache pays once a quarter of the rows is idle
-            kept = going.nonzero()[:, 0]
-            cache.keep(kept)
-            chosen, live = chosen.view(-1, n)[kept].flatten(), live[kept]
-        positions = (batch.next_position[live] + step).repeat_interleave(n)
-        hidden = model.decode(chosen, positions, cache.attend)
-        cache.used += 1
-    return _collect(processor, tokens, logprobs, lengths, done)
+def default_slots(model, n: int, max_new_tokens: int, prompt: int = 1024) -> int:
+    """As many as fit with their keys and values and prompts of `prompt` tokens: on a CPU from shapes alone,
+    on CUDA from the memory that is free now.
+    """
+    s, cuda = model.decoder.sizes, model.device.type == "cuda"
+    token = 2 * s.layers * s.kv_heads * s.head_dim * model.dtype.itemsize
+    room = KV_SHARE * torch.cuda.mem_get_info(model.device)[0] if cuda else KV_BYTES
+    return int(max(1, min(SLOTS, room // (token * (max_new_tokens + 2 * prompt / n)))))
+
+
+@dataclass
+class Job:
+    """What a slot is busy with."""
+
+    number: int  # of the sample
+    row: int  # of its prompt
+    began: int  # the step
+
+
+class Slots:
+    """The buffers of S slots and B prompt rows, and the step over them."""
+
+    def __init__(self, model, n: int, max_new_tokens: int, temperature: float, top_p: float, slots=None):
+        self.model, self.n, self.room, self.sampling = model, n, max_new_tokens, (temperature, top_p)
+        self.count = slots or default_slots(model, n, max_new_tokens)
+        s, self.device = model.decoder.sizes, model.device
+        self.sizes, self.graph, self.longest = s, None, 1
+        b = 2 * -(-self.count // n)  # the prompts of the samples in the slots, and as many for stragglers
+        zeros = lambda *shape, dtype=torch.int64: blank(shape, dtype, self.device)  # noqa: E731
+        wide = lambda *shape: zeros(*shape, dtype=model.dtype)  # noqa: E731
+        cache = lambda *room: [wide(*room, s.head_dim) for _ in range(2 * s.layers)]  # noqa: E731
+        # Of a prompt: keys (2 i) and values (2 i + 1) of layer i, last hidden state, position behind it.
+        self.prefix, self.last, self.after = cache(b, s.kv_heads, PAD), wide(b, s.hidden), zeros(b)
+        self.prefix_length, self.members = zeros(b), zeros(b, n)
+        # Of a slot; in the last column of tokens and logprobs lands what a slot without a sample says.
+        self.suffix, self.hidden = cache(self.count, s.kv_heads, self.room + ODD), wide(self.count, s.hidden)
+        self.key, self.start, self.length, self.home = (zeros(self.count) for _ in range(4))
+        self.ended, self.tokens = zeros(self.count, dtype=torch.bool), zeros(self.count, self.room + 1)
+        self.logprobs = zeros(self.count, self.room + 1, dtype=torch.float32)
+        self.banned, self.is_end = (zeros(s.vocab, dtype=torch.bool) for _ in range(2))
+        # Text has one position on all three axes of mRoPE, which then is the plain rotary embedding.
+        self.inv_freq = s.theta ** -(torch.arange(0, s.head_dim, 2, device=self.device) / s.head_dim)
+        if self.device.type == "cuda":
+            self.flags = torch.zeros(self.count, dtype=torch.bool).pin_memory()
+            self.copied = torch.cuda.Event()
+
+    def begin(self, processor, samples: int) -> None:
+        """Empties the slots for a call of `samples` samples, with the weights as they are now."""
+        self.rows = min(self.count, samples) if self.device.type == "cpu" else self.count
+        self.jobs, self.free = [None] * self.rows, list(range(self.rows))[::-1]
+        self.lengths, self.free_rows = [0] * len(self.after), list(range(len(self.after)))
+        self.clock, self.looked, self.since = 0, 0, 0
+        self.ended.fill_(True)
+        self.length.fill_(1)
+        self.members.fill_(-1)
+        self.banned.copy_(processor.banned)
+        self.is_end.zero_()[processor.end_ids] = True
+        self.results = [t.new_zeros(samples, self.room + 1) for t in (self.tokens, self.logprobs)]
+        self.results.append(self.length.new_zeros(samples))
+        layers = self.model.decoder.layers
+        self.qkv = [joined(a.q_proj, a.k_proj, a.v_proj) for a in (layer.self_attn for layer in layers)]
+        self.gate_up = [joined(layer.mlp.gate_proj, layer.mlp.up_proj) for layer in layers]
+        if self.device.type == "cuda":
+            self.flags.zero_()
+            with torch.cuda.stream(torch.cuda.Stream()):  # compiles the kernels; no slot is live yet
+                self._step(*self._whole())
+            torch.cuda.synchronize()
+
+    # ---- 1. prefill ----
+
+    def prefill(self, processor, examples: list[Example]) -> list[int]:
+        """Encodes the first of the examples, as many as the budget and the free rows hold; their rows."""
+        budget = PREFILL[self.device.type]
+        examples = examples[: min(len(self.free_rows), max(budget // self.longest, 1))]
+        batch = processor(examples)
+        while len(examples) > 1 and len(batch.input_ids) > budget:
+            examples = examples[: len(examples) // 2]
+            batch = processor(examples)
+        lengths = [end - start for start, end, *_ in batch.segments]
+        self.longest = max(self.longest, *lengths)
+        self._make_room(self.longest)
+        self.free_rows.sort()
+        rows, self.free_rows = self.free_rows[: len(examples)], self.free_rows[len(examples) :]
+        for row, length in zip(rows, lengths, strict=True):
+            self.lengths[row] = length
+        batch, at = batch.to(self.device), torch.tensor(rows, device=self.device)
+        hidden, cache = self.model.prefill(batch)
+        self.last[at], self.after[at] = hidden[batch.last], batch.next_position
+        self.prefix_length[at] = torch.tensor(lengths, device=self.device)
+        # (T, K, D) packed -> (rows, K, P, D): behind its end a prompt repeats its last token, unseen.
+        index = torch.tensor([start for start, *_ in batch.segments])[:, None] + torch.minimum(
+            torch.arange(max(lengths)), torch.tensor(lengths)[:, None] - 1)  # fmt: skip
+        index = index.to(self.device)
+        for room, packed in zip(self.prefix, (t for layer in cache for t in layer), strict=True):
+            room[at, :, : max(lengths)] = packed[index].transpose(1, 2)
+        return rows
+
+    def _make_room(self, length: int) -> None:
+        """For prompts of `length` tokens. New addresses: the graph is recorded again."""
+        if length > self.prefix[0].shape[2]:
+            used = 1 + max(set(range(len(self.after))) - set(self.free_rows), default=-1)
+            room = -(-length // PAD) * PAD
+            for i, old in enumerate(self.prefix):
+                self.prefix[i] = blank((*old.shape[:2], room, old.shape[3]), old.dtype, self.device)
+                self.prefix[i][:used, :, : old.shape[2]] = old[:used]
+            self.graph = None
+
+    # ---- 2. load ----
+
+    def load(self, jobs: list[tuple[int, int, int, int]]) -> None:
+        """Puts samples into slots: (slot, number of the sample, prompt row, noise key) each."""
+        if jobs:
+            for slot, number, row, _ in jobs:
+                self.jobs[slot] = Job(number, row, self.clock)
+            at, _, rows, self.key[at] = torch.tensor(jobs, device=self.device).T
+            self.hidden[at], self.start[at] = self.last[rows], self.after[rows]
+            self.length[at], self.ended[at] = 0, False
+            self._link()
+
+    def _link(self) -> None:
+        """Writes down who reads which prompt, and how far the live rows of the buffers reach."""
+        members, home = [[-1] * self.n for _ in self.lengths], [0] * self.rows
+        filled = [0] * len(self.lengths)
+        live = [(slot, job) for slot, job in enumerate(self.jobs) if job]
+        for slot, job in live:
+            members[job.row][filled[job.row]] = slot
+            home[slot] = job.row * self.n + filled[job.row]
+            filled[job.row] += 1
+        self.members.copy_(torch.tensor(members))
+        self.home[: self.rows] = torch.tensor(home, device=self.device)
+        self.since = min(job.began for _, job in live)
+        self.prompts = 1 + max(job.row for _, job in live)
+        self.reach = max(self.lengths[job.row] for _, job in live)
+
+    # ---- 3. step ----
+
+    def step(self) -> None:
+        if self.device.type == "cpu":
+            self._step(self.rows, self.prompts, self.reach, self.clock - self.since + 1)
+        else:
+            self.graph = self.graph or self._record()
+            self.graph.replay()
+        self.clock += 1
+
+    def _record(self):
+        """The step over all slots and the whole of the buffers, as a CUDA graph."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step(*self._whole())
+        return graph
+
+    def _whole(self) -> tuple[int, int, int, int]:
+        return self.count, len(self.after), self.prefix[0].shape[2], self.room
+
+    def _step(self, rows: int, prompts: int, reach: int, own: int) -> None:
+        """A token for the first `rows` slots; no host synchronisation. Prompts are read up to `reach`, the
+        slots' own tokens up to `own`.
+        """
+        ended, length, key, hidden = (t[:rows] for t in (self.ended, self.length, self.key, self.hidden))
+        logits = fp32_logits(hidden, self.model.head_weight)  # (rows, V)
+        chosen, logprob = sample(logits, key, length, *self.sampling, self.banned)
+        column = torch.where(ended, self.room, length)[:, None]
+        self.tokens[:rows].scatter_(1, column, chosen[:, None])
+        self.logprobs[:rows].scatter_(1, column, logprob[:, None])
+        length += ~ended
+        ended |= self.is_end[chosen] | (length == self.room)
+        table = Table(self.prefix_length[:prompts], length, self.members[:prompts], self.home[:rows])
+        prefix = [t[:prompts, :, :reach] for t in self.prefix]
+        hidden.copy_(self._decode(chosen, table, prefix, [t[:rows, :, :own] for t in self.suffix]))
+
+    def _decode(self, chosen: Tensor, table: Table, prefix: list[Tensor], suffix: list[Tensor]) -> Tensor:
+        """The decoder on one text token a slot, (rows,), with fewer and larger operations than in training:
+        (rows, H).
+        """
+        decoder, heads, at = self.model.decoder, self.sizes.heads, table.suffix_lengths - 1
+        slot = torch.arange(len(chosen), device=self.device)
+        x = decoder.embed_tokens(chosen)
+        angles = (self.start[: len(chosen)] + at)[:, None].float() * self.inv_freq  # (rows, D / 2)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        cos, sin = torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]  # (rows, 1, D)
+        for i, layer in enumerate(decoder.layers):
+            attn, k, v = layer.self_attn, suffix[2 * i], suffix[2 * i + 1]
+            qkv = self.qkv[i](layer.input_layernorm(x)).unflatten(-1, (-1, self.sizes.head_dim))
+            qk, v[slot, :, at] = qkv[:, : -k.shape[1]], qkv[:, -k.shape[1] :]
+            if attn.norms:
+                qk = torch.cat((attn.q_norm(qk[:, :heads]), attn.k_norm(qk[:, heads:])), 1)
+            qk = torch.addcmul(qk * cos, qk.roll(self.sizes.head_dim // 2, -1), sin)
+            k[slot, :, at] = qk[:, heads:]
+            out = decode_attention(qk[:, :heads], prefix[2 * i], prefix[2 * i + 1], k, v, table)
+            x = x + attn.o_proj(out.flatten(1))
+            gate, up = self.gate_up[i](layer.post_attention_layernorm(x)).chunk(2, -1)
+            x = x + layer.mlp.down_proj(F.silu(gate) * up)
+        return decoder.norm(x)
+
+    # ---- 4. collect ----
+
+    def collect(self) -> list[int]:
+        """Takes the samples that have ended out of their slots; their numbers."""
+        flags, when = self._flags()
+        slots = [s for s, job in enumerate(self.jobs) if job and flags[s] and job.began < when]
+        numbers = [self.jobs[slot].number for slot in slots]
+        if slots:
+            at, to = torch.tensor(slots, device=self.device), torch.tensor(numbers, device=self.device)
+            for result, t in zip(self.results, (self.tokens, self.logprobs, self.length), strict=True):
+                result[to] = t[at]
+            self.length[at] = 1  # an idle slot must not lie behind the reach of the live ones
+        for slot in slots:
+            self.jobs[slot] = None
+        self.free += slots[::-1]
+        return numbers
+
+    def _flags(self) -> tuple[list[bool], int]:
+        """Which slots had ended after how many steps: on CUDA at the last look but one, so nobody waits."""
+        if self.device.type == "cpu":
+            return self.ended[: self.rows].tolist(), self.clock
+        if self.clock % POLL:
+            return [], 0
+        self.copied.synchronize()
+        seen, self.looked = (self.flags.tolist(), self.looked), self.clock
+        self.flags.copy_(self.ended, non_blocking=True)
+        self.copied.record()
+        return seen
+
+    def close_gaps(self) -> None:
+        """On a CPU, when no sample waits any more: moves live slots and prompts down into the gaps once a
+        quarter of the rows is idle, so that the work of a step falls with the number of live samples.
+        """
+        live = [slot for slot, job in enumerate(self.jobs) if job]
+        if self.device.type != "cpu" or not live or len(live) > CLOSE * self.rows:
+            return
+        state = (self.hidden, self.key, self.start, self.length, self.ended, self.tokens, self.logprobs)
+        for slot, gap in moved(live, *state, *self.suffix).items():
+            self.jobs[gap] = self.jobs[slot]
+        self.rows, self.jobs = len(live), self.jobs[: len(live)]
+        place = moved(sorted({job.row for job in self.jobs}), self.prefix_length, *self.prefix)
+        for row, gap in place.items():
+            self.lengths[gap] = self.lengths[row]
+        for job in self.jobs:
+            job.row = place.get(job.row, job.row)
+        self._link()
+
+    def read(self, processor, first: int, stop: int) -> list[list[Rollout]]:
+        """The groups of examples first .. stop - 1."""
+        tokens, logprobs, lengths = (t[first * self.n : stop * self.n].tolist() for t in self.results)
+        own = zip(tokens, logprobs, lengths, strict=True)
+        ends = processor.end_ids
+        out = [Rollout(processor.decode(t[:k]), t[:k], p[:k], t[k - 1] in ends) for t, p, k in own]
+        return [out[i : i + self.n] for i in range(0, len(out), self.n)]
+
+
+_kept = lru_cache(maxsize=1)(Slots)  # on CUDA: buffers and graph outlive a call, and optimiser steps
+
+
+def joined(*layers) -> Callable[[Tensor], Tensor]:
+    """x -> the outputs of linear layers side by side. On a CPU by one matrix product with a copy of their
+    weights; one by one where there are adapters, and on CUDA, where a copy would take gigabytes.
+    """
+    if layers[0].weight.is_cuda or any(type(layer) is not nn.Linear for layer in layers):
+        return lambda x: torch.cat([layer(x) for layer in layers], -1)
+    weight = torch.cat([layer.weight for layer in layers])
+    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+    return lambda x: F.linear(x, weight, bias)
+
+
+def blank(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on a CPU pages that the system hands out when they are first touched."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+
+
+def moved(live: list[int], *tensors: Tensor) -> dict[int, int]:
+    """Copies the live rows of the tensors into the gaps below them, so that they become the first: row ->
+    gap.
+    """
+    gaps = sorted(set(range(len(live))) - set(live))
+    above = [row for row in live if row >= len(live)]
+    for t in tensors:
+        t[gaps] = t[above]
+    return dict(zip(above, gaps, strict=True))
 
 
 def fp32_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """hidden (N, H) @ weight (V, H).T in fp32, as the trainer's log-probs take them: rounding logits to bf16
-    moves a
-    log-prob by up to 0.09."""
+    moves a log-prob by up to 0.09.
+    """
     if hidden.dtype == torch.float32:
         return F.linear(hidden, weight)
     if hidden.is_cuda:
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
     return torch.cat([F.linear(hidden.float(), rows.float()) for rows in weight.split(16384)], 1)
-
-
-def _unpack(packed: list[tuple[Tensor, Tensor]], segments) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """Packed keys and values (T, K, D) of every layer -> (B, K, P, D), padded at the end, and the lengths
-    (B,).
-    """
-    starts = torch.tensor([start for start, *_ in segments])
-    lengths = torch.tensor([end - start for start, end, *_ in segments])
-    index = starts[:, None] + torch.minimum(torch.arange(int(lengths.max())), lengths[:, None] - 1)  # (B, P)
-    index, lengths = index.to(packed[0][0].device), lengths.to(packed[0][0].device)
-    return [tuple(t[index].transpose(1, 2).contiguous() for t in layer) for layer in packed], lengths
-
-
-def _collect(
-    processor, tokens: Tensor, logprobs: Tensor, lengths: Tensor, done: Tensor
-) -> list[list[Rollout]]:
-    out = []
-    for row in zip(tokens.tolist(), logprobs.tolist(), lengths.tolist(), done.tolist(), strict=True):
-        group = []
-        for ids, values, length, finished in zip(*row, strict=True):
-            group.append(Rollout(processor.decode(ids[:length]), ids[:length], values[:length], finished))
-        out.append(group)
-    return out
 
 
 @torch.no_grad()
@@ -179,12 +411,10 @@ def predict_centres(model, processor, examples: list[Example]) -> list[np.ndarra
     own image.
     """
     out = []
-    for start in range(0, len(examples), ROWS):
-        wave = examples[start : start + ROWS]
-        batch = processor(wave).to(model.device)
+    for start in range(0, len(examples), CENTRES):
+        batch = processor(examples[start : start + CENTRES]).to(model.device)
         centres = model.head3d(model.hidden(batch)[batch.region_token])[0].cpu().numpy()
-        at = np.searchsorted(
-            [end for _, end, *_ in batch.segments], batch.region_token.cpu().numpy(), side="right"
-        )
-        out += [centres[at == i] for i in range(len(wave))]
+        ends = [end for _, end, *_ in batch.segments]
+        at = np.searchsorted(ends, batch.region_token.cpu().numpy(), side="right")
+        out += [centres[at == i] for i in range(len(ends))]
     return out

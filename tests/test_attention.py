@@ -1,9 +1,9 @@
-"""Packed attention with shared prefixes, and one decode step, against a plain masked softmax in fp64."""
+"""Packed attention with shared prefixes, and a decode step over slots, against a plain softmax in fp64."""
 
 import pytest
 import torch
 
-from kernels.attention import decode_attention, prefix_attention
+from kernels.attention import Table, decode_attention, prefix_attention, reference_decode_attention
 
 
 def plain(q, k, v, visible):
@@ -33,17 +33,56 @@ def test_prefix_attention(heads, kv):
     assert all((a - b).abs().max() < 1e-12 for a, b in zip(*gradients, strict=True))
 
 
-@pytest.mark.parametrize(("heads", "kv"), [(4, 4), (4, 2), (7, 1)])
-def test_decode_attention(heads, kv):
-    lengths, n, r, d = torch.tensor([3, 7, 1]), 2, 4, 6
-    q = random(3, n, heads, d, seed=0)
-    prefix_k, prefix_v = random(3, kv, 7, d, seed=1), random(3, kv, 7, d, seed=2)
-    suffix_k, suffix_v = random(3, n, kv, r, d, seed=3), random(3, n, kv, r, d, seed=4)
-    out = decode_attention(q, prefix_k, prefix_v, lengths, suffix_k, suffix_v)
-    for b in range(3):
-        for i in range(n):
-            k = torch.cat((prefix_k[b, :, : lengths[b]], suffix_k[b, i]), 1).transpose(0, 1)
-            v = torch.cat((prefix_v[b, :, : lengths[b]], suffix_v[b, i]), 1).transpose(0, 1)
-            truth = plain(q[b, i][None], k, v, torch.ones(1, len(k), dtype=torch.bool))
-            # the softmax runs in fp32, as the model's does
-            assert (out[b, i] - truth[0]).abs().max() < 1e-6
+def step_of(heads, kv, n, d=6, dtype=torch.float32, seed=0):
+    """Arguments of decode_attention: 7 slots in any order in the places of 3 prompts, one of them empty, one
+    slot without a prompt, one with an empty suffix; odd lengths. And the slots that have a prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    room, own, live = 19, 37, torch.randperm(7, generator=generator)[:6]
+    places = torch.cat((torch.randperm(2 * n, generator=generator)[: min(6, 2 * n)], torch.tensor([2 * n])))
+    live = live[: len(places)]
+    places = places[: len(live)]
+    members, home = torch.full((3 * n,), -1), torch.zeros(7, dtype=torch.int64)
+    members[places], home[live] = live, places
+    lengths = torch.randint(1, own + 1, (7,), generator=generator)
+    lengths[live[0]] = 0
+    table = Table(torch.tensor([room, 5, 1]), lengths, members.view(3, n), home)
+    shapes = (7, heads, d), (3, kv, room, d), (3, kv, room, d), (7, kv, own, d), (7, kv, own, d)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes], table, live
+
+
+def decode_truth(q, prefix_k, prefix_v, suffix_k, suffix_v, table, slot):
+    """One slot's output in fp64, from its own keys alone."""
+    b, own = int(table.home[slot]) // table.members.shape[1], int(table.suffix_lengths[slot])
+    length = int(table.prefix_lengths[b])
+    k = torch.cat((prefix_k[b, :, :length], suffix_k[slot, :, :own]), 1).transpose(0, 1).double()
+    v = torch.cat((prefix_v[b, :, :length], suffix_v[slot, :, :own]), 1).transpose(0, 1).double()
+    return plain(q[slot][None].double(), k, v, torch.ones(1, len(k), dtype=torch.bool))[0]
+
+
+@pytest.mark.parametrize(("heads", "kv"), [(2, 2), (4, 2), (4, 1), (7, 1), (8, 1)])
+@pytest.mark.parametrize("decode", [decode_attention, reference_decode_attention])
+def test_decode_attention(heads, kv, decode):
+    """GQA of 1, 2, 4, 7, 8. Under TRITON_INTERPRET=1 the call is the Triton kernel."""
+    for n in (1, 4):
+        inputs, table, live = step_of(heads, kv, n, seed=n)
+        out = decode(*inputs, table)
+        assert torch.isfinite(out).all()
+        for slot in live.tolist():
+            assert (out[slot] - decode_truth(*inputs, table, slot)).abs().max() < 1e-6
+
+
+def test_decode_attention_in_bf16():
+    inputs, table, live = step_of(8, 2, 3, d=32, dtype=torch.bfloat16)
+    out, eager = decode_attention(*inputs, table), reference_decode_attention(*inputs, table)
+    truth = torch.stack([decode_truth(*inputs, table, slot) for slot in live.tolist()])
+    assert (out[live] - truth).abs().max() <= (eager[live] - truth).abs().max() + 2**-8
+
+
+def test_decode_attention_reads_nothing_behind_the_lengths():
+    inputs, table, live = step_of(4, 2, 3)
+    before = decode_attention(*inputs, table)
+    lengths_of = [table.prefix_lengths] * 2 + [table.suffix_lengths] * 2
+    for t, lengths in zip(inputs[1:], lengths_of, strict=True):
+        for row, length in enumerate(lengths.tolist()):
+            t[row, :, length:] = 1e4
+    assert torch.equal(before[live], decode_attention(*inputs, table)[live])

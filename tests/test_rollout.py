@@ -79,14 +79,13 @@ def test_logprobs_are_the_trainers(tiny):
     assert (torch.tensor(rollout.logprobs) - truth).abs().max() < 1e-4
 
 
-def test_a_sample_depends_on_nothing_but_its_key(tiny, monkeypatch):
+def test_a_sample_depends_on_nothing_but_its_key(tiny):
     model, processor, _ = tiny
     all_of = examples()
     together = generate(model, processor, all_of, n=4, max_new_tokens=12, seed=3)
     backwards = generate(model, processor, all_of[::-1], n=4, max_new_tokens=12, seed=3)[::-1]
     fewer = [generate(model, processor, [e], n=2, max_new_tokens=12, seed=3)[0] for e in all_of]
-    monkeypatch.setattr("model.rollout.ROWS", 4)  # several waves
-    waves = generate(model, processor, all_of, n=4, max_new_tokens=12, seed=3)
+    waves = generate(model, processor, all_of, n=4, max_new_tokens=12, seed=3, slots=4)
     tokens = [[r.tokens for r in group] for group in together]
     assert tokens == [[r.tokens for r in group] for group in backwards]
     assert tokens == [[r.tokens for r in group] for group in waves]
@@ -132,6 +131,58 @@ def test_edges(tiny):
     heard = []
     generate(model, processor, examples(), n=2, max_new_tokens=2, progress=heard.append)
     assert sum(heard) == 8
+
+
+def tokens_of(groups):
+    return [[r.tokens for r in group] for group in groups]
+
+
+def test_slots_prefill_budget_and_refills_change_nothing(tiny, monkeypatch):
+    """Samples of geometric lengths, in fewer slots than a group has, in more than there is work, prompt by
+    prompt."""
+    model, processor, _ = tiny
+    allowed = (~processor.banned).nonzero()[:, 0].tolist()
+    monkeypatch.setattr(processor, "end_ids", allowed[::7])
+    whole = generate(model, processor, examples(), n=3, max_new_tokens=20, seed=1, slots=12)
+    lengths = {len(r.tokens) for group in whole for r in group}
+    assert len(lengths) > 5  # so slots are refilled at different times
+    for slots in (2, 5, 1000):
+        again = generate(model, processor, examples(), n=3, max_new_tokens=20, seed=1, slots=slots)
+        assert tokens_of(again) == tokens_of(whole)
+    monkeypatch.setattr("model.rollout.PREFILL", {"cpu": 8})  # every prompt is longer
+    monkeypatch.setattr("model.rollout.PAD", 8)  # so that the room for prompts grows while samples are live
+    small = generate(model, processor, examples(), n=3, max_new_tokens=20, seed=1, slots=5)
+    assert tokens_of(small) == tokens_of(whole)
+
+
+def test_enough_takes_groups_in_the_order_of_the_prompts(tiny, monkeypatch):
+    """The first groups with signal, not the first to finish: those would be the short ones."""
+    model, processor, _ = tiny
+    allowed = (~processor.banned).nonzero()[:, 0].tolist()
+    monkeypatch.setattr(processor, "end_ids", allowed[::30])
+    many = [dataclasses.replace(e, id=f"{e.id} {i}") for i in range(3) for e in examples()]
+    whole = generate(model, processor, many, n=2, max_new_tokens=40, seed=2, slots=24)
+    signal = lambda group: (group[0].tokens[0] + group[1].tokens[0]) % 2 == 0  # noqa: E731
+    wanted, heard = 3, []
+
+    def enough(group):
+        heard.append(group)
+        return sum(map(signal, heard)) == wanted
+
+    got = generate(model, processor, many, n=2, max_new_tokens=40, seed=2, slots=24, enough=enough)
+    assert tokens_of(got) == tokens_of(whole)[: len(got)] == tokens_of(heard)
+    assert sum(map(signal, got)) == wanted and signal(got[-1]) and len(got) < len(many)
+    longest = [max(len(r.tokens) for r in group) for group in whole]
+    in_order, by_time = range(len(got)), sorted(range(len(many)), key=longest.__getitem__)
+    # What taking them in the order of finishing would do:
+    assert sum(longest[i] for i in by_time[: len(got)]) < sum(longest[i] for i in in_order)
+
+
+def test_nothing_to_sample(tiny):
+    model, processor, _ = tiny
+    (group,) = generate(model, processor, examples()[:1], n=2, max_new_tokens=0)
+    assert [(r.tokens, r.text, r.finished) for r in group] == [([], "", False)] * 2
+    assert generate(model, processor, examples()[:2], n=0) == [[], []]
 
 
 def test_predict_centres(tiny):
