@@ -1,10 +1,10 @@
 """Where Examples come from: `load(sources)` reads and checks them, or lists every row that cannot be used.
 
-A source is a path, `kind:path`, or `kind:path@image_root` where the images lie elsewhere; a plain path is of
-kind `scenes`, our own format. A new kind is one file with a generator and one line in SOURCES: from (path,
-image root or None) it yields (file, row number, Example or list of (field, reason)).
+A source is a path, `kind:path`, or `kind:path@image_root` where the images lie elsewhere. SOURCES has the
+kinds, each read by one file here; where none is said, the files tell. A share of a source, and the .toml file
+that mixes several, are in data/mixture.py: `kind:path,weight=.1,cap=1000,seed=1,path=dtr`.
 
-Our own format: a folder with rows.jsonl, or a .jsonl file; one JSON object a line, paths relative to it:
+Our own format (`scenes`): a folder with rows.jsonl, or a .jsonl file; an object a line, paths relative to it:
     id, path    text, and "lor" | "dtr" | "direct"; no two rows of all sources have both in common
     images      ["images/a.png", ...], at least one
     question    text with a <mask> a region, behind its mention; <image> once an image, or nowhere
@@ -20,17 +20,22 @@ SFT needs a rationale in each lor and dtr row; RL and eval need none, so here a 
 import json
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from types import NoneType, UnionType
 
 import numpy as np
 from PIL import Image
 
+from data.grounding import ca1m_rows, omni3d_rows, refcoco_rows
+from data.llava import llava_rows, srreal_rows
+from data.marks import DepthMap, Marked
+from data.mixture import parts
+from data.rows import Bad, Row, broken, estimated, first_byte, matches, records
+from data.spar import spar_rows
+from data.spatialrgpt import spatialrgpt_rows
 from srreal import PATHS, Example
 
 
@@ -45,32 +50,75 @@ class BadRows(ValueError):
 def load(sources: Iterable, skip_bad_rows: bool = False) -> list[Example]:
     """The Examples of all sources, in order. Bad rows raise BadRows, or are counted, printed and left out."""
     sources = [sources] if isinstance(sources, (str, Path)) else sources
-    read = [item for source in sources for item in open_source(str(source))]
-    files = (file for *_, e in read if isinstance(e, Example) for file in (*e.images, *(e.depths or ())))
-    sizes = measure([file for file in dict.fromkeys(files) if isinstance(file, str)])
-    good, bad, ids = [], [], set()
-    for file, row, item in read:
-        reasons = item if isinstance(item, list) else check(item, sizes, ids)
-        bad += [(file, row, *reason) for reason in reasons]
-        good += [] if reasons else [item]
+    wanted = [part for source in sources for part in parts(str(source))]
+    taken = [(part, row) for part in wanted for row in part.share(open_source(part.source))]
+    sizes = measure(list(dict.fromkeys(file for _, row in taken for file in row.files)))
+    good, bad, ids, used = [], [], set(), {part.source: 0 for part in wanted}
+    with ThreadPoolExecutor() as pool:                        # for what is looked up in depth maps
+        made = pool.map(lambda pair: examples_of(*pair, sizes), taken)
+        for (part, row), (examples, reasons) in zip(taken, made, strict=True):
+            reasons = reasons + [reason for e in examples for reason in check(e, sizes, ids)]
+            bad += [(row.file, row.number, *reason) for reason in dict.fromkeys(reasons)]
+            good += [] if reasons else examples
+            used[part.source] += len(examples) + len(reasons)
+    for part, notes in {id(row.notes): (part, row.notes) for part, row in taken if row.notes}.values():
+        print(f"{part.source}: " + ", ".join(f"{count} {note}" for note, count in notes.most_common()))
+    if unused := [source for source, count in used.items() if not count]:
+        print(f"nothing was taken of {', '.join(unused)}")
     if bad and not (skip_bad_rows and good):
         raise BadRows(bad)
     if bad:
         kinds = Counter(f"{field}: {reason.partition(':')[0]}" for *_, field, reason in bad).most_common()
         why = "; ".join(f"{count} x {kind}" for kind, count in kinds)
-        print(f"skipped {len(read) - len(good)} of {len(read)} rows: {why}")
+        print(f"skipped {len({row[:2] for row in bad})} of {len(taken)} rows: {why}")
     return good
 
-def open_source(source: str) -> Iterator:
+def examples_of(part, row: Row, sizes: dict) -> tuple[list[Example], list]:
+    """(the Examples on the path that is wanted, why there are none)."""
+    try:
+        return [e for e in row.make(sizes) if (part.path or row.path) in (None, e.path)], []
+    except Bad as error:
+        return [], error.args[0]
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+        return [], [("row", f"not in the set's schema: {type(error).__name__}: {error}")]
+
+def open_source(source: str) -> Iterator[Row]:
     kind, colon, path = source.partition(":")
     if not colon or os.path.exists(source):                   # what exists as a path is not taken apart
-        kind, path = "scenes", source
-    if kind not in SOURCES:
+        kind, path = None, source
+    elif kind not in SOURCES:
         raise ValueError(f"unknown kind {kind!r} in {source!r}: one of {', '.join(SOURCES)}")
     file, _, root = path.rpartition("@") if "@" in path and not os.path.exists(path) else (path, "", None)
     if not os.path.exists(file):
         raise FileNotFoundError(f"no such file or folder: {file} (of source {source!r})")
-    return SOURCES[kind](Path(file), root)
+    if root is not None and not os.path.isdir(root):
+        raise FileNotFoundError(f"no such folder of images: {root} (what stands behind the @ of {source!r})")
+    return SOURCES[kind or recognise(Path(file))](Path(file), root)
+
+def recognise(path: Path) -> str:
+    """The kind of a path that says none, by its files' names and the first row's fields."""
+    if path.is_dir():
+        marks = {"rows.jsonl": "scenes", "qa_jsonl": "spar", "**/qa_jsonl": "spar", "**/*.wide": "ca1m",
+                 "**/*.parquet": "refcoco"}
+        if kind := next((kind for mark, kind in marks.items() if any(path.glob(mark))), None):
+            return kind
+        path = next((file for file in sorted(path.rglob("*.json*")) if file.is_file()), path)
+    if path.suffix == ".parquet":
+        return "refcoco"
+    if path.suffix not in (".json", ".jsonl"):
+        raise FileNotFoundError(
+            f"{path}: neither a folder with rows.jsonl (a whole set) nor a .json or .jsonl file")
+    if path.suffix == ".json" and first_byte(path) == b"{":
+        with open(path, errors="replace") as file:
+            start = file.read(4096)
+        if '"conversations"' not in start:                    # else it is a single row
+            return "spar" if '"annotation"' in start else "omni3d"
+    row = next((row for _, row in records(path) if isinstance(row, dict)), {})
+    return next((kind for kind, fields in FIELDS_OF.items() if fields <= row.keys()), "scenes")
+
+FIELDS_OF = {  # the first that the row has
+    "spatialrgpt": {"filename", "conversations"}, "srreal": {"conversations", "3d_pos"},
+    "spar": {"conversations", "type", "image"}, "llava": {"conversations"}, "refcoco": {"bbox", "answer"}}
 
 # ---- our own format
 XYZ, FOUR = tuple[float, float, float], tuple[float, float, float, float]
@@ -80,35 +128,21 @@ FIELDS = REQUIRED | {  # a tuple is a JSON list of just these
     "objects": dict[str, XYZ] | dict[str, dict[str, XYZ]], "frame": int, "task": str, "rationale": str,
     "names": dict[str, str], "sizes": dict[str, XYZ]}
 
-def matches(value, hint) -> bool:
-    if hint is str:                                           # half a surrogate pair can't be encoded again
-        return type(value) is str and value != "" and not re.search("[\ud800-\udfff]", value)
-    if hint in (int, float, NoneType):                        # an int may be too large for a float
-        return type(value) is hint or hint is float and type(value) is int and abs(value) < 1e18
-    if isinstance(hint, UnionType):
-        return any(matches(value, one) for one in hint.__args__)
-    kind, inner = hint.__origin__, hint.__args__
-    if kind is dict:
-        return isinstance(value, dict) and all(matches([*pair], tuple[inner]) for pair in value.items())
-    inner = inner * len(value) if kind is list and isinstance(value, list) else inner   # JSON has no tuples
-    return isinstance(value, list) and len(value) == len(inner) and all(map(matches, value, inner))
-
-def own_rows(path: Path, root: str | None) -> Iterator:
-    file, number = path / "rows.jsonl" if path.is_dir() else path, 0
+def own_rows(path: Path, root: str | None) -> Iterator[Row]:
+    file = path / "rows.jsonl" if path.is_dir() else path
     if file.suffix != ".jsonl" or not file.is_file():
         raise FileNotFoundError(f"{path}: neither a folder with rows.jsonl (a whole set) nor a .jsonl file")
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                yield str(file), number, own_row(json.loads(line), os.path.abspath(root or file.parent))
-            except (ValueError, OverflowError, RecursionError) as error:    # no JSON, no UTF-8, or too deep
-                yield str(file), number, [("row", f"unreadable: {error}")]
-    if not number:
-        yield str(file), 0, [("row", "empty file")]
+    for number, row in records(file):
+        try:
+            if isinstance(row, Bad):
+                raise row
+            e = own_row(row, os.path.abspath(root or file.parent))
+            files = tuple(f for f in (*e.images, *(e.depths or ())) if f)
+            yield Row(str(file), number, e.id, lambda sizes, e=e: [e], files)
+        except Bad as error:
+            yield broken(file, number, error)
 
-def own_row(row, base: str) -> Example | list:
-    if not isinstance(row, dict):
-        return [("row", f"wrong type: {row!r:.60} is no JSON object")]
+def own_row(row: dict, base: str) -> Example:
     row, what = {k: v for k, v in row.items() if v is not None}, {"answer": "unknown answer kind"}
     bad = [(name, "missing") for name in REQUIRED if name not in row]
     bad += [(ascii(name)[1:-1], "unknown field") for name in row if name not in FIELDS]
@@ -116,9 +150,11 @@ def own_row(row, base: str) -> Example | list:
     bad += [(name, f"{what.get(name, 'wrong type or value')}: {row[name]!r:.50} not {FIELDS[name]}")
             for name in wrong]
     if bad:
-        return bad
+        raise Bad(bad)
     row["images"] = [os.path.join(base, file) for file in row["images"]]
-    row["depths"] = [file and os.path.join(base, file) for file in row.get("depths", ())] or None
+    depths = [file and os.path.join(base, file) for file in row.get("depths", ())]
+    depths = depths or [estimated(image) for image in row["images"]]
+    row["depths"] = depths if any(depths) else None
     row["intrinsics"] = [k and tuple(k) for k in row.get("intrinsics", ())] or None
     row["regions"] = [(image, tuple(box)) for image, box in row.get("regions", ())]
     views = {str(k): k for k in range(len(row["images"]))}    # another key stays as it is, for check to name
@@ -127,12 +163,15 @@ def own_row(row, base: str) -> Example | list:
         row["objects"][mention] = by_view or tuple(truth)
     return Example(**row)
 
-SOURCES = {"scenes": own_rows}
+SOURCES = {"scenes": own_rows, "srreal": srreal_rows, "spar": spar_rows, "spatialrgpt": spatialrgpt_rows,
+           "omni3d": omni3d_rows, "ca1m": ca1m_rows, "refcoco": refcoco_rows, "llava": llava_rows}
 
 # ---- what every Example has to hold, whatever its source
 def size_of(image, sizes: dict) -> tuple | str:
-    if isinstance(image, str):
-        return sizes[image] if isinstance(sizes[image], str) else sizes[image][:2]
+    """(W, H), or what is wrong with its file. A DepthMap has its image's size."""
+    file = image.source if isinstance(image, Marked | DepthMap) else image
+    if isinstance(file, str) and (isinstance(sizes[file], str) or not isinstance(image, DepthMap)):
+        return sizes[file] if isinstance(sizes[file], str) else sizes[file][:2]
     return image.shape[::-1] if isinstance(image, np.ndarray) else image.size
 
 def check(e: Example, sizes: dict, ids: set) -> list:
@@ -140,8 +179,8 @@ def check(e: Example, sizes: dict, ids: set) -> list:
     shapes = [size_of(image, sizes) for image in e.images]
     depths = [(size_of(depth, sizes), size) for depth, size in zip(e.depths or (), shapes, strict=False)
               if depth is not None]
-    modes = [sizes[depth][2] for depth in e.depths or ()
-             if isinstance(depth, str) and not isinstance(sizes[depth], str)]
+    files = [depth.source if isinstance(depth, DepthMap) else depth for depth in e.depths or ()]
+    modes = [sizes[f][2] for f in files if isinstance(f, str) and not isinstance(sizes[f], str)]
     count, masks, places = len(shapes), e.question.count("<mask>"), e.question.count("<image>")
     rules = [
         ((e.id, e.path) in ids, "id", f"duplicate: {e.id} on path {e.path}"),
@@ -172,6 +211,8 @@ def check(e: Example, sizes: dict, ids: set) -> list:
         views = truth if isinstance(truth, dict) else {0: truth}
         finite = all(len(xyz) == 3 and all(map(math.isfinite, xyz)) for xyz in views.values())
         rules += [(not finite, "objects", f"not finite: {mention}: {truth}"),
+                  (finite and any(abs(v) > 1000 for xyz in views.values() for v in xyz), "objects",
+                   f"farther than 1000 m, so in millimetres?: {mention}: {truth}"),
                   (not all(k in range(count) for k in views), "objects", f"no such view: {mention}: {truth}")]
     ids.add((e.id, e.path))
     regions = [wrong_region(region, shapes[k] if 0 <= k < count else k) for k, region in e.regions]
@@ -185,17 +226,23 @@ def wrong_region(region, size) -> str | None:
     x0, y0, x1, y1 = region
     if not (x0 < x1 and y0 < y1):                             # so is nan
         return f"empty: {region}"
-    inside = min(x0, y0) >= 0 and x1 <= size[0] and y1 <= size[1]
-    return None if inside else f"outside its image: {region}, of {size}"
+    if max(region) <= 1 < min(size):
+        return f"in fractions of the image, not pixels?: {region}"
+    if min(x0, y0) >= 0 and x1 <= size[0] and y1 <= size[1]:
+        return None
+    maybe = " (or in 1/1000 of it, not pixels?)" if 0 <= min(region) and max(region) <= 1000 else ""
+    return f"outside its image: {region}, of {size}{maybe}"
 
 def probe(file: str, decode: bool) -> tuple | str:
     try:
         with Image.open(file) as image:
             if decode:
                 image.load()
+            if decode and image.mode.startswith("I") and 0 < image.getextrema()[1] < 100:
+                return f"depth in metres, not millimetres?: {file}: at most {image.getextrema()[1]}"
             return *image.size, image.mode
     except FileNotFoundError:
-        return f"missing file: {file}"
+        return f"missing file: {file} (kind:path@image_root says where the images of a set lie)"
     except Exception as error:                                # Pillow raises all sorts on bad bytes
         return f"corrupt file: {file}: {error}"
 

@@ -38,6 +38,10 @@ BAD = {  # kind: (changes to GOOD, the field it is reported at, how its reason b
     "region left of it": ({"regions": [[0, [-1, 2, 30, 20]]]}, "regions", "outside its image"),
     "region empty": ({"regions": [[0, [5, 2, 5, 20]]]}, "regions", "empty"),
     "region nan": ({"regions": [[0, [5, float("nan"), 9, 20]]]}, "regions", "empty"),
+    "region in fractions": ({"regions": [[0, [.1, .2, .5, 1]]]}, "regions", "in fractions of the image"),
+    "region in 1/1000": ({"regions": [[0, [100, 200, 500, 900]]]}, "regions", "outside its image"),
+    "depth in metres": ({"depths": ["metres.png"]}, "depths", "depth in metres, not millimetres?"),
+    "centre in millimetres": ({"objects": {"red bbox": [100, 200, 2100]}}, "objects", "farther than 1000 m"),
     "region of no image": ({"regions": [[1, [1, 2, 30, 20]]]}, "regions", "no such image"),
     "mask without region": ({"regions": []}, "regions", "<mask> count"),
     "region without mask": ({"question": "How far is the box?"}, "regions", "<mask> count"),
@@ -85,6 +89,7 @@ def folder(tmp_path):
     Image.new("L", (32, 24), 2).save(tmp_path / "grey.png")
     Image.fromarray(np.full((24, 32), 2100, np.uint16)).save(tmp_path / "d.png")
     Image.fromarray(np.full((12, 16), 2100, np.uint16)).save(tmp_path / "small.png")
+    Image.fromarray(np.full((24, 32), 2, np.uint16)).save(tmp_path / "metres.png")
     return tmp_path
 
 
@@ -212,3 +217,60 @@ def test_beyond_the_first_files_only_headers_are_read(folder):
     assert data.measure(files, decoded=1)[files[1]] == (32, 24, "RGB")
     assert data.measure(files)[files[1]].startswith("corrupt file")
     assert data.measure(files)[files[0]] == (32, 24, "RGB")
+
+
+def test_depth_beside_an_image_is_picked_up(folder):
+    write(folder, [GOOD | {"depths": None}])
+    assert data.load([folder])[0].depths is None
+    Image.fromarray(np.full((24, 32), 2100, np.uint16)).save(folder / "a.depth.png")
+    assert data.load([folder])[0].depths == [str(folder / "a.depth.png")]
+
+
+def test_a_missing_image_says_where_it_was_looked_for(folder):
+    write(folder, [GOOD])
+    (folder / "elsewhere").mkdir()
+    with pytest.raises(data.BadRows) as error:
+        data.load([f"scenes:{folder}@{folder}/elsewhere"])
+    assert f"missing file: {folder}/elsewhere/a.png (kind:path@image_root" in str(error.value)
+    with pytest.raises(FileNotFoundError, match="no such folder of images: .*nowhere"):
+        data.load([f"scenes:{folder}@{folder}/nowhere"])
+
+
+def test_what_a_source_takes_of_no_row_is_said(folder, capsys):
+    write(folder, [GOOD])
+    assert data.load([f"{folder},path=lor"]) == [] and "nothing was taken of" in capsys.readouterr().out
+    assert data.load([f"{folder},weight=1e-9"]) == [] and "nothing was taken of" in capsys.readouterr().out
+    write(folder, [GOOD | {"path": "lor"}, GOOD | {"answer": " "}], "mixed.jsonl")
+    read = data.load([f"{folder},weight=1e-9", folder / "mixed.jsonl"], skip_bad_rows=True)
+    said = capsys.readouterr().out                           # also beside a bad row of another source
+    assert len(read) == 1 and f"nothing was taken of {folder}\n" in said and "skipped 1 of 2" in said
+
+
+LLAVA = {"image": "a.png", "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "1"}]}
+
+
+@pytest.mark.parametrize("kind, row", [
+    ("llava", LLAVA), ("srreal", LLAVA | {"3d_pos": {}}), ("spar", LLAVA | {"type": "t", "image": ["a.png"]}),
+    ("spatialrgpt", {"filename": "a.png", "conversations": LLAVA["conversations"]}), ("scenes", GOOD),
+    ("refcoco", {"file_name": "a.png", "answer": ["x"], "bbox": [1, 2, 3, 4]})])
+def test_kinds_are_recognised_by_the_first_row(folder, kind, row):
+    for name in ("x.jsonl", "x.json"):
+        (folder / name).write_text(json.dumps(row) if name == "x.jsonl" else json.dumps([row]))
+        if (kind, name) != ("scenes", "x.json"):
+            assert data.recognise(folder / name) == kind
+    if kind not in ("scenes", "spar"):                        # SPAR's images lie in a folder of that name
+        assert len(data.load([folder / "x.json"])) == 1
+
+
+def test_a_marked_image_survives_pickling_and_leaves_its_source_alone():
+    import pickle
+
+    from data.marks import Marked
+    from data.spar import draw_marks
+
+    blank = Image.new("RGB", (100, 100))
+    image = Marked(blank, draw_marks, (("marks", (("red", "point", (500, 500)),)), ("radius", 5)))
+    assert image.convert("RGB").getpixel((50, 50)) == (255, 0, 0) and image.size == (100, 100)
+    assert blank.getbbox() is None
+    again = pickle.loads(pickle.dumps(Marked("a.png", draw_marks, (("marks", ()),))))
+    assert again == Marked("a.png", draw_marks, (("marks", ()),)) and hash(again)

@@ -1,0 +1,231 @@
+"""What the readers of other people's files share: raw rows in bounded memory, their types, names of files.
+
+A reader is a generator: from (path, image root or None) it yields a `Row` for each row of its files, cheaply
+and without opening an image. What the row says is worked out by `make`, after the mixture has taken its share
+and the headers of all images have been read in a pool; it returns Examples, or raises `Bad` with what is
+wrong."""
+import json
+import os
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from types import NoneType, UnionType
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from data.marks import DepthMap
+
+
+class Bad(ValueError):
+    """A row that cannot be used: Bad(field, reason), or Bad([(field, reason), ...])."""
+    def __init__(self, name, reason: str = ""):
+        super().__init__([(name, reason)] if isinstance(name, str) else name)
+
+class Notes(Counter):
+    """What a source counts while its rows are made, in several threads."""
+    def add(self, note: str, count: int = 1) -> None:
+        with LOCK:
+            self[note] += count
+
+LOCK = threading.Lock()
+
+@dataclass
+class Row:
+    file: str
+    number: int  # from 1; 0: the whole file
+    id: str  # its hash decides whether a mixture takes the row
+    make: Callable  # {file: (W, H, mode) or what is wrong with it} -> list of Examples; raises Bad
+    files: tuple = ()  # images and depth maps whose sizes `make` and `check` want to know
+    path: str | None = None  # only Examples on this path are taken, unless the mixture says one; None: all
+    notes: Notes = field(default_factory=Notes)  # a source's own; printed
+
+def broken(file, number: int, error: Bad) -> Row:
+    def fail(sizes):
+        raise error
+    return Row(str(file), number, f"{file}#{number}", fail)
+
+# ---- files of rows
+def each(path: Path, suffixes: tuple, build: Callable) -> Iterator[Row]:
+    """The Rows that build(file, number, row) yields for every row of a file, or of all files in a folder."""
+    for file in files_of(path, suffixes):
+        for number, row in records(file):
+            try:
+                yield from [broken(file, number, row)] if isinstance(row, Bad) else build(file, number, row)
+            except Bad as error:
+                yield broken(file, number, error)
+
+def files_of(path: Path, suffixes: tuple) -> list[Path]:
+    """The file itself, or all in a folder, in order of their names."""
+    found = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in suffixes)
+    if not found:
+        raise FileNotFoundError(f"{path}: no {' or '.join(suffixes)} in this folder")
+    return found
+
+def records(file: Path) -> Iterator[tuple[int, dict | Bad]]:
+    """(number from 1, row or what is wrong with it): of JSON lines, an object, or an array of any size."""
+    number, read = 0, elements if first_byte(file) == b"[" else one if file.suffix == ".json" else lines
+    try:
+        for number, row in enumerate(read(file), 1):
+            good = isinstance(row, dict | Bad)
+            yield number, row if good else Bad("row", f"wrong type: {row!r:.60} is no JSON object")
+    except ValueError as error:                               # behind it nothing can be told apart
+        yield number + 1, Bad("row", f"unreadable: {error}")
+    else:
+        if not number:
+            yield 0, Bad("row", "empty file")
+
+def first_byte(file: Path) -> bytes:
+    with open(file, "rb") as stream:
+        return stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+
+def lines(file: Path) -> Iterator:
+    with open(file, "rb") as stream:
+        for line in stream:
+            try:
+                yield json.loads(line)
+            except (ValueError, OverflowError, RecursionError) as error:      # no JSON, no UTF-8, or too deep
+                yield Bad("row", f"unreadable: {error}")
+
+def one(file: Path) -> Iterator:
+    """An object over several lines, as in unpacked WebDatasets; or lines after all."""
+    try:
+        yield json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        yield from lines(file)
+
+def elements(file: Path, prefix: str = "item") -> Iterator:
+    """The elements of an array, read as they come: tens of GB pass through a few MB."""
+    import ijson  # only such files need it
+    with open(file, "rb") as stream:
+        try:
+            yield from ijson.items(stream, prefix, use_float=True)
+        except ijson.JSONError as error:
+            raise ValueError(error) from error
+
+# ---- types
+def matches(value, hint) -> bool:
+    if hint is str:                                           # half a surrogate pair can't be encoded again
+        return type(value) is str and value != "" and not re.search("[\ud800-\udfff]", value)
+    if hint in (int, float, bool, NoneType):                      # an int may be too large for a float
+        return type(value) is hint or hint is float and type(value) is int and abs(value) < 1e18
+    if isinstance(hint, UnionType):
+        return any(matches(value, one) for one in hint.__args__)
+    if hint is dict:
+        return isinstance(value, dict)
+    kind, inner = hint.__origin__, hint.__args__
+    if kind is dict:
+        return isinstance(value, dict) and all(matches([*pair], tuple[inner]) for pair in value.items())
+    inner = inner * len(value) if kind is list and isinstance(value, list) else inner   # JSON has no tuples
+    return isinstance(value, list) and len(value) == len(inner) and all(map(matches, value, inner))
+
+def typed(row: dict, required: dict, optional: dict) -> dict:
+    """The row without its nulls; Bad with every field that is missing or of another type."""
+    if not isinstance(row, dict):
+        raise Bad("row", f"wrong type: {row!r:.60} is no JSON object")
+    row = {name: value for name, value in row.items() if value is not None}
+    bad = [(name, "missing") for name in required if name not in row]
+    bad += [(name, f"wrong type or value: {row[name]!r:.50} not {hint}")
+            for name, hint in (required | optional).items() if name in row and not matches(row[name], hint)]
+    if bad:
+        raise Bad(bad)
+    return row
+
+# ---- conversations, images, depth maps
+def turns(row: dict) -> list[tuple[str, str]]:
+    """(question, answer) of every turn. Where all image tokens lead, they go: images come first anyway."""
+    said = [(part.get("from"), part.get("value", "").strip()) for part in row["conversations"]]
+    human, model = said[::2], said[1::2]
+    odd = len(human) != len(model) or any(who in ("gpt", "assistant") for who, _ in human)
+    odd = odd or any(who in ("human", "user") for who, _ in model)
+    if odd or not said or not all(text for _, text in said):
+        raise Bad("conversations", "wrong order or blank: questions and answers have to take turns")
+    bare = [re.sub(r"^(?:<image>\s*)+", "", question) for _, question in human]
+    return [(question if "<image>" in plain else plain, answer)
+            for (_, question), plain, (_, answer) in zip(human, bare, model, strict=True)]
+
+def estimated(image: str) -> str | None:
+    """The depth that `python -m data.depth` wrote for an image, beside it: a/b.jpg -> a/b.depth.png."""
+    file = f"{os.path.splitext(image)[0]}.depth.png"
+    return file if os.path.isfile(file) else None
+
+def size(file: str, sizes: dict, name: str = "image") -> tuple[int, int]:
+    """(width, height) from the header; Bad where there is none to be read."""
+    if isinstance(sizes[file], str):
+        raise Bad(name, sizes[file])
+    return sizes[file][:2]
+
+def maps_of(named: list, images: list[str]) -> list:
+    """A depth file an image: the one that the row names, else the estimated one, or None."""
+    if len(named or images) != len(images):
+        raise Bad("depth", f"wrong count: {len(named)} for {len(images)} images")
+    named = named or [None] * len(images)
+    return [found or estimated(image) for found, image in zip(named, images, strict=True)]
+
+def depth_map(file: str | None, image: tuple[int, int], sizes: dict):
+    """A depth file for an image of that size: its path; of another resolution and equal shape a DepthMap."""
+    if file is None or isinstance(sizes[file], str) or sizes[file][:2] == image:
+        return file
+    (width, height), stretch = sizes[file][:2], image[0] / image[1]
+    if not abs(width / height / stretch - 1) < .02:
+        raise Bad("depth", f"wrong shape: {width} x {height} for an image of {image[0]} x {image[1]}")
+    return DepthMap(file, image)
+
+@lru_cache(4096)
+def matrix(file: Path) -> list | None:
+    """A 3x3 or 4x4 matrix from a text file, None where there is no such file."""
+    if not file.is_file():
+        return None
+    try:
+        found = np.loadtxt(file, ndmin=2)
+    except ValueError as error:
+        raise Bad("image", f"no matrix in {file}: {error}") from error
+    if found.shape not in ((3, 3), (4, 4)) or not np.isfinite(found).all():
+        raise Bad("image", f"no matrix in {file}: its shape is {found.shape}, or it isn't finite")
+    return found.tolist()
+
+def pinhole(matrix, image: tuple[int, int]) -> tuple[float, ...]:
+    """(fx, fy, cx, cy) of a 3x3 or 4x4 matrix for an image of that size. ScanNet's colour camera is written
+    down for 1296 x 968 whatever the images are: where the principal point is off the middle by a tenth, all
+    is scaled."""
+    (fx, _, cx), (_, fy, cy) = (list(map(float, line[:3])) for line in matrix[:2])
+    scale = [side / (2 * centre) if centre > 0 else 1. for side, centre in zip(image, (cx, cy), strict=True)]
+    x, y = scale if abs(scale[0] - 1) > .1 else (1., 1.)
+    return fx * x, fy * y, cx * x, cy * y
+
+# ---- regions, as sets write them, for an image of (width, height)
+def polygons(outlines: list, shape: tuple[int, int]) -> np.ndarray:
+    """COCO's polygons [[x, y, x, y, ...], ...] -> (H, W) bool."""
+    mask = Image.new("1", shape)
+    for outline in outlines:
+        if len(outline) < 6 or len(outline) % 2:
+            raise Bad("segmentation", f"no polygon: {len(outline)} numbers")
+        ImageDraw.Draw(mask).polygon(outline, fill=1)
+    return np.asarray(mask)
+
+def rle(code: dict, shape: tuple[int, int]) -> np.ndarray:
+    """COCO's run lengths -> (H, W) bool: down the columns, from a run of zeros on. A string holds each number
+    in groups of 5 bits from the lowest, + 48, bit 6 saying that more follow; from the fourth on it is the
+    difference to the last but one."""
+    counts = code.get("counts")
+    if isinstance(counts, str):
+        text, counts, value, shift = counts, [], 0, 0
+        for character in text:
+            bits = ord(character) - 48
+            value |= (bits & 31) << shift
+            shift += 5
+            if not bits & 32:
+                value -= (bits & 16) and 1 << shift           # its sign
+                counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+                value, shift = 0, 0
+    whole = counts and min(counts) >= 0 and sum(counts) == shape[0] * shape[1]
+    if code.get("size") != [shape[1], shape[0]] or not whole:
+        raise Bad("rle", f"wrong size or counts: {code.get('size')} for an image of {shape[1]} x {shape[0]}")
+    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(shape).T
+
+# In this order of preference: a box is four numbers, a mask an array that stays in memory.
+REGIONS = {"bbox": lambda box, shape: tuple(box), "rle": rle, "segmentation": polygons}

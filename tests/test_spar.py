@@ -1,0 +1,274 @@
+"""SPAR-7M's reader: a rendered room in the published layout comes back, every mark on its object and view."""
+
+import json
+
+import numpy as np
+import pytest
+import rooms
+from PIL import Image
+
+import data
+from data.spar import COLOURS, Mark, draw_marks, insert_masks, marks_of
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="module")
+def three():
+    return rooms.rich(3, 4)
+
+
+def point(room, thing, view):
+    return [[round(float(v)) for v in room.pixel(thing, view) / rooms.SIZE * 1000]]
+
+
+def box(room, thing, view):
+    return [[round(float(v)) for v in room.box(thing, view)]]
+
+
+def load_one(*sources, **options):
+    (example,) = data.load(list(sources), **options)
+    return example
+
+
+def test_a_row_arrives_whole(tmp_path, three):
+    room, (a, b, *_) = three
+    images, depths = rooms.spar_images(room, tmp_path)
+    row = rooms.spar_row(
+        "depth_prediction_oo", images[:1],
+        "The counter (red point) is 1.6 m deep, how deep is the box (blue bbox)?",
+        "1.5", depth=list(depths[:1]), red_point=point(room, a, 0), blue_bbox=box(room, b, 0),
+    )  # fmt: skip
+    rooms.spar_file(tmp_path, "depth_prediction_oo", [row])
+    e = load_one(f"spar:{tmp_path}/spar")
+    asked = "The counter (red point <mask>) is 1.6 m deep, how deep is the box (blue bbox <mask>)?"
+    assert e.question == asked
+    assert (e.path, e.answer, e.task, e.frame) == ("lor", "1.5", "depth_prediction_oo", None)
+    assert e.id == f"depth_prediction_oo/fill/{rooms.SCENE}_16#1" and not e.objects and e.rationale is None
+    camera = room.cameras[0]
+    assert e.intrinsics == [(camera.focal, camera.focal, (rooms.SIZE[0] - 1) / 2, (rooms.SIZE[1] - 1) / 2)]
+    with Image.open(e.depths[0]) as depth:
+        assert np.array_equal(np.asarray(depth), room.depths[0])
+    for (view, (x0, y0, x1, y1)), thing in zip(e.regions, (a, b), strict=True):    # each on the right thing
+        assert view == 0
+        inside = room.owners[0][int(y0) : int(y1), int(x0) : int(x1)]
+        assert np.bincount(inside[inside >= 0]).argmax() == thing
+    u, v = np.array(point(room, a, 0)[0]) * rooms.SIZE // 1000
+    width, height = np.array([50, 50]) * rooms.SIZE / 1000
+    around = [u - width / 2, v - height / 2, u + width / 2, v + height / 2]
+    assert np.allclose(e.regions[0][1], around, atol=1.1)
+    image = e.images[0]
+    assert image.size == rooms.SIZE
+    drawn = np.asarray(image.convert("RGB"))
+    assert tuple(drawn[v, u]) == COLOURS["red"]
+    same = (drawn == np.asarray(room.images[0])).all(-1)
+    assert 0.3 < same.mean() < 0.99                                           # only the marks differ
+    assert np.asarray(image.convert("L")).shape == rooms.SIZE[::-1]
+
+
+def test_boxes_and_points_are_drawn_as_by_the_set_s_tool():
+    blank = Image.new("RGB", (1000, 1000))
+    drawn = np.asarray(draw_marks(blank, (("blue", "bbox", (400, 500, 600, 700)),)))[..., 2] > 0
+    rows, columns = np.flatnonzero(drawn.any(1)), np.flatnonzero(drawn.any(0))
+    assert abs(rows[0] - (500 - 17.5)) <= 1 and abs(rows[-1] - (700 + 17.5)) <= 1
+    assert abs(columns[0] - (400 - 17.5)) <= 1 and abs(columns[-1] - (600 + 17.5)) <= 1
+    assert drawn[600, columns[0] : columns[0] + 20].all()
+    assert not drawn[600, columns[0] + 20 : columns[-1] - 20].any()
+    blank = Image.new("RGB", (1000, 500))
+    drawn = np.asarray(draw_marks(blank, (("green", "point", (300, 400)),)))[..., 1] > 0
+    v, u = np.nonzero(drawn)
+    assert (u.mean().round(), v.mean().round()) == (300, 200) and np.hypot(u - 300, v - 200).max() <= 20.8
+    assert abs(drawn.sum() - np.pi * 20.5**2) < 30
+    blank = Image.new("RGB", (1000, 1000))
+    thin = np.asarray(draw_marks(blank, (("red", "bbox", (400, 500, 600, 700)),), 5, 0))[..., 0] > 0
+    assert np.flatnonzero(thin.any(0))[[0, -1]].tolist() == [400, 600]
+    assert thin[600, 400:405].all() and not thin[600, 405]
+    both = ("red", "point", (500, 500)), ("blue", "point", (500, 500))
+    assert draw_marks(Image.new("RGB", (99, 99)), both).getpixel((49, 49)) == COLOURS["blue"]
+
+
+# Task: keys as stored (in an order that misleads), the views of img_idx, and where each colour has to be.
+ORDERS = {
+    "depth_prediction_oc_mv": (["blue", "red"], [2, 0], {"red": 2, "blue": 0}),
+    "depth_prediction_oo_mv": (["green", "blue", "red"], [1, 0, 2], {"red": 1, "blue": 0, "green": 2}),
+    "distance_prediction_oc_mv": (["red"], [2], {"red": 2}),
+    "distance_prediction_oo_mv": (["blue", "red"], [1, 2], {"red": 1, "blue": 2}),
+    "distance_infer_center_oo_mv": (["red", "blue", "green"], [2, 0, 1], {"red": 2, "green": 0, "blue": 1}),
+    "spatial_imagination_oc_mv": (["red", "blue", "green"], [0, 2, 1], {"green": 0, "blue": 2, "red": 1}),
+    "spatial_imagination_oo_mv": (["red", "blue", "green", "yellow"], [3, 2, 1, 0],
+                                  {"green": 3, "blue": 2, "red": 1, "yellow": 0}),
+    "obj_spatial_relation_oc_mv": (["red", "blue"], [2, 1], {"red": 2, "blue": 2}),
+    "obj_spatial_relation_oo_mv": (["blue", "red"], [1, 0], {"red": 1, "blue": 0}),
+    "position_matching": (["red"], [2], {"red": 0}),
+    "view_change_infer": (["red"], [1], {}),
+    "camera_motion_infer": (["red"], [1], {}),
+    "distance_infer_center_oc_mv": (["red"], [1], {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", ORDERS)
+@pytest.mark.parametrize("kind", ["bbox", "point"])
+def test_colours_go_to_the_views_that_the_task_says(task, kind):
+    keys, index, wanted = ORDERS[task]
+    at = [[100, 100, 300, 300]] if kind == "bbox" else [[200, 200]]
+    row = {"type": task, "image": ["a"] * 4, f"{kind}_img_idx": [index]} | {f"{c}_{kind}": at for c in keys}
+    assert {mark.colour: mark.view for mark in marks_of(row)} == wanted
+    assert {mark.mention for mark in marks_of(row)} == {f"{colour} {kind}" for colour in wanted}
+
+
+def test_a_missing_colour_takes_no_view():
+    row = {"type": "obj_spatial_relation_oo_mv", "image": ["a"] * 3, "bbox_img_idx": [[2, 1]]}
+    boxes = {"red_bbox": [None], "green_bbox": [[1, 2, 3, 4]], "blue_bbox": [[5, 6, 7, 8]]}
+    assert {m.colour: m.view for m in marks_of(row | boxes)} == {"blue": 2, "green": 1}
+
+
+def test_several_views_are_marked_where_their_things_are(tmp_path, three):
+    room, things = three
+    images, depths = rooms.spar_images(room, tmp_path)
+    views = {"red": 2, "green": 0, "blue": 1}                                 # distance_infer_center_oo_mv
+    row = rooms.spar_row(
+        "distance_infer_center_oo_mv", images,
+        "In the first image: is the box (red bbox) nearer to (green bbox) or (blue bbox)? Or (red bbox)?",
+        "B", depth=list(depths), bbox_img_idx=[[2, 0, 1]],
+        **{f"{c}_bbox": box(room, things[k], views[c]) for k, c in enumerate(("red", "blue", "green"))},
+    )  # fmt: skip
+    e = load_one(rooms.spar_file(tmp_path, "distance_infer_center_oo_mv", [row], "select"))
+    assert e.question.count("<mask>") == 3 and e.question.endswith("Or (red bbox)?") and e.frame == 0
+    assert [view for view, _ in e.regions] == [2, 0, 1]
+    for (view, (x0, y0, x1, y1)), k in zip(e.regions, (0, 2, 1), strict=True):
+        inside = room.owners[view][int(y0) : int(y1), int(x0) : int(x1)]
+        assert np.bincount(inside[inside >= 0]).argmax() == things[k]
+    for view, colour in enumerate(("green", "blue", "red")):
+        changed = (np.asarray(e.images[view].convert("RGB")) != np.asarray(room.images[view])).any(-1)
+        assert {tuple(c) for c in np.asarray(e.images[view].convert("RGB"))[changed]} == {COLOURS[colour]}
+
+
+def test_masks_are_inserted_by_the_paper_s_rules():
+    red, blue = Mark("red", "bbox", 0, (0, 0, 9, 9)), Mark("blue", "point", 0, (5, 5))
+    text = "a (blue point), b (red bbox), a (blue point), c (green bbox), red bboxes"
+    one = "a (blue point <mask>), b (red bbox <mask>), a (blue point <mask>), c (green bbox), red bboxes"
+    assert insert_masks(text, [red, blue], False) == (one, [blue, red, blue])
+    several = "a (blue point <mask>), b (red bbox <mask>), a (blue point), c (green bbox), red bboxes"
+    assert insert_masks(text, [red, blue], True) == (several, [blue, red])
+    lone = "the bbox of the chair, or the other bbox"
+    assert insert_masks(lone, [red], True) == ("the bbox <mask> of the chair, or the other bbox", [red])
+    assert insert_masks(lone, [red], False) == insert_masks(lone, [red, blue], True) == (lone, [])
+
+
+def test_a_point_s_region_stays_inside():
+    assert Mark("red", "point", 0, (10, 990)).box() == (0, 965, 35, 999)
+    assert Mark("red", "point", 0, (975, 500)).box() == (950, 475, 1000, 525)
+    assert Mark("red", "bbox", 0, (333, 0, 1000, 999)).pixels((640, 480)) == (213, 0, 640, 479)
+
+
+def test_a_folder_is_read_for_fill_and_select_and_an_index_for_what_it_names(tmp_path, three):
+    room, (a, *_) = three
+    images, _ = rooms.spar_images(room, tmp_path)
+    row = rooms.spar_row("depth_prediction_oc", images[:1], "How deep is (red point)?", "2",
+                         red_point=point(room, a, 0))
+    for form in ("fill", "select", "sentence"):
+        rooms.spar_file(tmp_path, "depth_prediction_oc", [row], form)
+    rooms.spar_file(tmp_path, "obj_count", [row | {"type": "obj_count"}])
+    read = data.load([f"{tmp_path}/spar"])                                    # recognised by its folders
+    assert [e.id.split("/")[1] for e in read] == ["fill", "select"] and read[0].depths is None
+    index = tmp_path / "data_jsons" / "all.json"
+    index.parent.mkdir()
+    file = "spar/scannet/qa_jsonl/train/depth_prediction_oc/sentence/sentence_1.jsonl"
+    entry = {"root": "spar/scannet/images", "annotation": file, "repeat_time": 1, "length": 1}
+    index.write_text(json.dumps({"scannet_depth_prediction_oc_sentence": entry}))
+    assert load_one(index).images[0].source == str(tmp_path / "spar/scannet/images" / images[0])
+    index.write_text(json.dumps({"gone": entry | {"annotation": "nowhere.jsonl"}}))
+    with pytest.raises(FileNotFoundError, match="nowhere.jsonl"):
+        data.load([index])
+    for text in ("[]", "{", '{"a": 1}', '{"a": {"root": "x"}}'):
+        index.write_text(text)
+        with pytest.raises(ValueError, match="all.json: no index"):
+            data.load([f"spar:{index}"])
+    with pytest.raises(FileNotFoundError, match="no fill/.*nor select/"):     # not silently nothing
+        data.load([f"spar:{tmp_path}/spar/scannet/qa_jsonl/train/depth_prediction_oc/sentence"])
+
+
+def test_images_elsewhere_without_depth_or_with_a_coarser_one(tmp_path, three):
+    room, (a, *_) = three
+    rooms.spar_images(room, tmp_path)
+    rooms.save(room.images[0], tmp_path / "other" / "s" / "image_color" / "0.jpg")
+    row = rooms.spar_row("depth_prediction_oc", ["s/image_color/0.jpg"], "(red point)?", "2",
+                         red_point=point(room, a, 0), depth=["s/image_depth/0.png"])
+    file = rooms.jsonl(tmp_path / "elsewhere" / "fill_1.jsonl", [row])
+    e = load_one(f"spar:{file}@{tmp_path}/other")
+    assert e.depths is None and e.intrinsics is None
+    coarse = Image.fromarray(room.depths[0]).resize((160, 120), Image.Resampling.NEAREST)
+    rooms.save(coarse, tmp_path / "other" / "s" / "image_depth" / "0.png")
+    depth = load_one(f"spar:{file}@{tmp_path}/other").depths[0]
+    assert depth.shape == rooms.SIZE[::-1] and np.asarray(depth).dtype == np.float32
+    assert np.array_equal(np.asarray(depth)[::2, ::2], np.asarray(coarse).astype(np.float32) / 1000)
+    with pytest.raises(FileNotFoundError, match="nowhere.*behind the @"):
+        data.load([f"spar:{file}@nowhere"])
+
+
+def test_a_camera_written_for_another_resolution_is_scaled(tmp_path, three):
+    room, (a, *_) = three
+    images, _ = rooms.spar_images(room, tmp_path)
+    file = tmp_path / "spar/scannet/images" / rooms.SCENE / "intrinsic" / "intrinsic_color.txt"
+    np.savetxt(file, rooms.matrix(room.cameras[0]) * np.array([[4], [4], [1]]))
+    row = rooms.spar_row("depth_prediction_oc", images[:1], "(red point)?", "2", red_point=point(room, a, 0))
+    rooms.spar_file(tmp_path, "depth_prediction_oc", [row])
+    (found,) = load_one(f"spar:{tmp_path}/spar").intrinsics
+    assert np.allclose(found[:2], room.cameras[0].focal, rtol=.005)
+    assert np.allclose(found[2:], (160, 120), atol=.6)
+
+
+BAD = {
+    "pixels": ({"red_point": [[1296, 400]]}, "red_point", "outside 0..1000, so in pixels?"),
+    "negative": ({"red_point": [[-1, 400]]}, "red_point", "outside 0..1000"),
+    "nan": ({"red_point": [[5, float("nan")]]}, "red_point", "outside 0..1000"),
+    "a point of four": ({"red_point": [[1, 2, 3, 4]]}, "red_point", "wrong type"),
+    "an inverted box": ({"red_bbox": [[300, 300, 200, 400]]}, "red_bbox", "wrong type or value"),
+    "text as point": ({"red_point": "1,2"}, "red_point", "wrong type"),
+    "no images": ({"image": None}, "image", "missing"),
+    "no such view": ({"image": ["I", "I"], "point_img_idx": [[7]]}, "point_img_idx", "no such view: 7 of 2"),
+    "a missing image": ({"image": ["gone.jpg"]}, "image", "missing file: FOLDER/images/gone.jpg"),
+    "three parts": ({"conversations": [{"from": "human", "value": "?"}] * 3}, "conversations", "wrong order"),
+    "two questions": ({"conversations": [{"from": "human", "value": "?"}] * 2}, "conversations",
+                      "wrong order"),
+    "two turns": ({"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "2"}] * 2},
+                  "conversations", "wrong count: 2 turns"),
+    "no answer": ({"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": ""}]},
+                  "conversations", "wrong type"),
+    "a video": ({"type": "room_size"}, "type", "a question about a video"),
+    "too many depths": ({"depth": ["I", "I"]}, "depth", "wrong count"),
+    "a depth of another shape": ({"depth": ["square.png"]}, "depth", "wrong shape"),
+    "a depth in metres": ({"depth": ["metres.png"]}, "depths", "depth in metres, not millimetres?"),
+    "a depth of 8 bits": ({"depth": ["grey.png"]}, "depths", "wrong mode: L"),
+}  # fmt: skip
+
+
+def test_every_bad_row_is_named(tmp_path, three):
+    room, (a, *_) = three
+    images = tmp_path / "scannet" / "images"
+    rooms.save(room.images[0], images / "a.jpg")
+    rooms.save(Image.fromarray(np.full((64, 64), 2000, np.uint16)), images / "square.png")
+    rooms.save(Image.fromarray((room.depths[0] / 1000).round().astype(np.uint16)), images / "metres.png")
+    rooms.save(Image.new("L", rooms.SIZE), images / "grey.png")
+    good = rooms.spar_row("depth_prediction_oc", ["a.jpg"], "(red point)?", "2", red_point=point(room, a, 0))
+    name = {"I": "a.jpg"}
+    rows = [good] + [{k: [name.get(f, f) for f in v] if k in ("image", "depth") and v else v
+                      for k, v in (good | change).items()} for change, *_ in BAD.values()]
+    file = tmp_path / "scannet" / "qa_jsonl" / "train" / "depth_prediction_oc" / "fill" / "fill_1.jsonl"
+    rooms.jsonl(file, rows)
+    with open(file, "a") as more:
+        more.write("{torn\n[1]\n")
+    with pytest.raises(data.BadRows) as error:
+        data.load([f"spar:{file}"])
+    found = error.value.rows
+    assert [row for _, row, *_ in found] == list(range(2, len(BAD) + 4))
+    assert {file for file, *_ in found} == {str(file)}
+    for (_, _, field, reason), (kind, (_, wanted, start)) in zip(found, BAD.items(), strict=False):
+        start = start.replace("FOLDER/images", str(images))
+        assert field == wanted and reason.startswith(start), (kind, field, reason)
+    last = [(field, reason[:10]) for *_, field, reason in found[-2:]]
+    assert last == [("row", "unreadable"), ("row", "wrong type")]
+    assert len(data.load([f"spar:{file}"], skip_bad_rows=True)) == 1
