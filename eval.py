@@ -2,6 +2,7 @@
 
     python eval.py --model out/rl/step-000150 --data out/scenes/test --out out/eval-rl
     python eval.py --model Qwen/Qwen3-VL-8B-Instruct --benchmark cv-bench --path direct --out out/cv-bench
+    torchrun --nproc_per_node 8 eval.py --model DIR --benchmark spar-bench --data /sets/SPAR-Bench
 
 A question is asked in each path by its own row, or by a copy of the row there is. How a number is computed:
 
@@ -17,23 +18,35 @@ A question is asked in each path by its own row, or by a copy of the row there i
   unparsed    no answer could be read. truncated: no end token within --max-new-tokens. tokens: mean length.
   (no depth)  the same of --again questions, asked once more without depth: predictions-no-depth.jsonl.
 
+A benchmark also gets its own table, by its published scorer and by ours (data/scorers.py), in per cent; the
+last column is somebody else's figure. Its --data is where it was downloaded to.
+
+Several ranks share the questions and give the numbers of one. Interrupted, the same command goes on behind
+the answers in predictions.jsonl; after a finished eval, or with other settings, it starts again.
+
 `--no-depth` withholds the depth. `--blind` also greys the image and makes each region the whole image, so no
 position leaks: what the model scores then, it has from the wording.
 """
 import hashlib
 import json
 import math
+import os
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
 import data as datasets
 import trainer
+from data import benchmarks
+from data.marks import Marked
+from data.scorers import JUDGED
 from model.processor import object_of, truths
 from model.rollout import generate, predict_centres
 from srreal import Example, answer_score, parse, score
@@ -48,8 +61,8 @@ CHUNK = 512  # answers between two writes
 @dataclass
 class Config:
     model: str  # checkpoint directory or hub id
-    data: tuple[str, ...] = ()  # data sets (path or kind:path); with --benchmark: where it was downloaded to
-    benchmark: str | None = None  # a name of data/benchmarks.py, in place of --data
+    data: tuple[str, ...] = ()  # data sets (path or kind:path); of a benchmark: its directory or hub id
+    benchmark: str | None = None  # a name of data/benchmarks.py, or one task of it: blink/Relative_Depth
     path: Literal["lor", "dtr", "both", "direct"] = "both"  # how to ask
     limit: int | None = None  # at most so many questions (>= 1), the same ones for every model
     max_new_tokens: int = 1024  # a longer answer is cut and counted as truncated
@@ -155,10 +168,18 @@ def distances(centres: dict, truth: dict) -> dict[str, float]:
     return {name: math.dist(centres[name], truth[name]) for name in truth if name in centres}
 
 
+def image_name(image) -> str | None:
+    """What two questions about the same image have in common: its path, or its file's hash."""
+    source = image.source if isinstance(image, Marked) else image
+    if isinstance(source, bytes):
+        return f"sha1 {hashlib.sha1(source).hexdigest()}"
+    return str(source) if isinstance(source, str | Path) else None
+
+
 def answer_row(example: Example, rollout, head, constant: tuple) -> dict:
     """A line of predictions.jsonl. head (k, 3): the 3D head's centres, each in its region's image's frame."""
     parsed, scores = parse(rollout.text, example.path), score(rollout.text, example)
-    images = [str(image) if isinstance(image, str | Path) else None for image in example.images]
+    images = [image_name(image) for image in example.images]
     boxes = {mention.lower(): centre for mention, _, centre in reversed(parsed.boxes)}  # the first counts
     usual = true_centres(example, example.frame or 0)
     regions = {k: centre for k, (centre, _) in enumerate(truths(example)) if np.isfinite(centre).all()}
@@ -178,20 +199,91 @@ def answer_row(example: Example, rollout, head, constant: tuple) -> dict:
         chance_errors=distances(dict.fromkeys(usual, constant[1]), usual))
 
 
-def answer_all(config: Config, examples: list[Example], model, processor, name: str) -> list[dict]:
-    constants, rows = best_constants(examples), []
-    with (tqdm(total=len(examples), desc="eval", unit="answer", smoothing=0.05) as bar,
-          open(Path(config.out) / name, "w") as file):
-        for start in range(0, len(examples), CHUNK):
-            asked = examples[start:start + CHUNK]
+def begin(config: Config, asked: dict[str, list[Example]]) -> dict[str, dict]:
+    """File -> (id, path) -> row, of what an interrupted eval has answered. Rank 0's view of --out."""
+    out, checkpoint = Path(config.out), sorted(Path(config.model).glob("*.safetensors"))
+    out.mkdir(parents=True, exist_ok=True)
+    settings = asdict(replace(config, out="")) | {"checkpoint": [
+        (file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint]}
+    settings, old, done = json.loads(json.dumps(settings)), None, {name: {} for name in asked}
+    with suppress(OSError, ValueError):
+        old = json.loads((out / "settings.json").read_text())
+    if old == settings:
+        done = {name: answered(out, name, examples) for name, examples in asked.items()}
+        if (out / "summary.json").exists() and all(len(done[name]) == len(asked[name]) for name in asked):
+            done = {name: {} for name in asked}  # it had finished
+    (out / "summary.json").unlink(missing_ok=True)
+    for name in asked:
+        write_rows(out, name, done[name].values())
+    (out / "settings.json").write_text(json.dumps(settings, indent=1))
+    return done
+
+
+def answered(out: Path, name: str, examples: list[Example]) -> dict[tuple, dict]:
+    """The rows, of all ranks' files, that still answer one of the examples."""
+    texts = {(e.id, e.path): (e.question, e.answer) for e in examples}
+    rows = {}
+    for line in (line for file in out.glob(f"{name}*") for line in file.read_text().splitlines()):
+        with suppress(ValueError, KeyError, TypeError):  # a torn line
+            row = json.loads(line)
+            if texts.get((row["id"], row["path"])) == (row["question"], row["truth"]):
+                rows[row["id"], row["path"]] = row
+    return rows
+
+
+def write_rows(out: Path, name: str, rows) -> None:
+    """All of them, into one file, in place of the ranks' own."""
+    aside = out / f"{name}.partial"
+    aside.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+    os.replace(aside, out / name)
+    for part in out.glob(f"{name}.*"):
+        part.unlink()
+
+
+def answer_all(config: Config, examples: list[Example], model, processor, name: str, done: dict) -> list:
+    """The rows of all examples, in their order; [] on all ranks but 0. Each rank answers its share of what
+    rank 0 has not done."""
+    (rank, world, _), out, rows = trainer.setup(), Path(config.out), []
+    known, constants = set(share([*done])), best_constants(examples)
+    mine = [example for example in examples if (example.id, example.path) not in known][rank::world]
+    out.mkdir(parents=True, exist_ok=True)
+    with (tqdm(total=len(mine), desc="eval", unit="answer", smoothing=0.05, disable=rank > 0) as bar,
+          open(out / (f"{name}.{rank}" if rank else name), "a") as file):
+        for start in range(0, len(mine), CHUNK):
+            asked = mine[start:start + CHUNK]
             shown = [seen(example, config) for example in asked]
-            heads = predict_centres(model, processor, shown)
+            marked = [example for example in shown if example.regions]
+            heads = iter(predict_centres(model, processor, marked) if marked else [])
             answers = generate(model, processor, shown, max_new_tokens=config.max_new_tokens,
                                temperature=config.temperature, seed=config.seed, progress=bar.update)
-            rows += [answer_row(example, answer, head, constants[example.task])
-                     for example, (answer,), head in zip(asked, answers, heads, strict=True)]
-            file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows[start:])
+            for example, (answer,) in zip(asked, answers, strict=True):
+                head = next(heads) if example.regions else []
+                rows.append(answer_row(example, answer, head, constants[example.task]))
+            file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows[-len(asked):])
+            file.flush()
+    found = done | {(row["id"], row["path"]): row for row in gathered(rows)}
+    if rank:
+        return []
+    rows = [found[example.id, example.path] for example in examples]
+    write_rows(out, name, rows)
     return rows
+
+
+def share(value):
+    """Rank 0's value, on every rank."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def gathered(rows: list) -> list:
+    """All ranks' rows, on rank 0."""
+    if not dist.is_initialized():
+        return rows
+    parts = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(rows, parts)
+    return [row for part in parts or [] for row in part]
 
 
 def show(number: dict | None, digits: int) -> str:
@@ -212,17 +304,25 @@ def print_table(results: dict) -> None:
               + f"{row['unparsed']:>10}{row['truncated']:>11}")
 
 
-def benchmarks():
-    try:
-        from data import benchmarks  # here, because only --benchmark needs what it needs (pyarrow, the hub)
-    except ImportError as error:
-        raise trainer.Stop(f"--benchmark needs data/benchmarks.py ({error}); --data does not") from None
-    return benchmarks
+def print_benchmark(name: str, path: str, scores: dict[str, dict]) -> None:
+    """Per cent by both scorers, beside somebody else's figure of somebody else's model."""
+    name = name.partition("/")[0]
+    model, source, figures = benchmarks.BENCHMARKS[name].others
+    print(f"\n{name + ' ' + path:34}{'official':>10}{'robust':>10}    {model} ({source})")
+    for key, value in scores["official"].items():
+        other = f"{figures[key]:>14.1f}" if key in figures else ""
+        print(f"  {key:32}{value:>10.1f}{scores['robust'][key]:>10.1f}{other}")
+    if name in JUDGED:
+        print(f"  ({JUDGED[name]})")
 
 
-def main(config: Config) -> dict:
+def questions(config: Config) -> list[Example]:
     if config.benchmark:
-        examples = benchmarks().load(config.benchmark, root=config.data[0] if config.data else None)
+        root = config.data[0] if config.data else None
+        try:
+            examples = trainer.mendable(benchmarks.load, config.benchmark, root, config.path)
+        except datasets.BadRows as bad:
+            raise trainer.Stop(f"{bad}\n(a benchmark is read whole, or not at all)") from None
     else:
         examples = trainer.mendable(datasets.load, config.data, skip_bad_rows=config.skip_bad_rows)
     if config.limit is not None and config.limit < 1 or config.again < 0:
@@ -230,29 +330,42 @@ def main(config: Config) -> dict:
     examples = select(examples, config.path, config.limit)
     if not examples:
         raise trainer.Stop("there is nothing to ask: give --data or --benchmark")
-    Path(config.out).mkdir(parents=True, exist_ok=True)
-    processor = trainer.load_processor(config.model, config)
-    model = trainer.load(config.model, trainer.setup()[2])
-    rows, groups = answer_all(config, examples, model, processor, "predictions.jsonl"), {}
-    for row in rows:  # groups: path -> task | "all" -> rows
+    return examples
+
+
+def main(config: Config) -> dict | None:
+    """The summary; on the other ranks None."""
+    examples = questions(config)
+    processor, (rank, _, device) = trainer.load_processor(config.model, config), trainer.setup()
+    model, runs = trainer.load(config.model, device), {"predictions.jsonl": (config, examples)}
+    deep = [example for example in examples if any(depth is not None for depth in example.depths or ())]
+    if deep and config.again and config.depth and not config.blind:
+        bare = replace(config, depth=False), select(deep, config.path, config.again)
+        runs["predictions-no-depth.jsonl"] = bare
+    asked = {name: wanted for name, (_, wanted) in runs.items()}
+    done = begin(config, asked) if rank == 0 else {name: {} for name in asked}
+    rows = {name: answer_all(how, wanted, model, processor, name, done[name])
+            for name, (how, wanted) in runs.items()}
+    if rank:
+        return None
+    groups = {}  # path -> task | "all" -> rows
+    for row in rows["predictions.jsonl"]:
         for task in {"all", row["task"] or "all"}:
             groups.setdefault(row["path"], {}).setdefault(task, []).append(row)
     results = {path: {task: summarise(by_task[task]) for task in sorted(by_task)}
                for path, by_task in groups.items()}
-    deep = [example for example in examples if any(depth is not None for depth in example.depths or ())]
-    if deep and config.again and config.depth and not config.blind:
-        asked = select(deep, config.path, config.again)
-        bare = answer_all(replace(config, depth=False), asked, model, processor, "predictions-no-depth.jsonl")
-        for path in dict.fromkeys(row["path"] for row in bare):
-            results[path]["no depth"] = summarise([row for row in bare if row["path"] == path])
+    bare = rows.get("predictions-no-depth.jsonl", [])
+    for path in dict.fromkeys(row["path"] for row in bare):
+        results[path]["no depth"] = summarise([row for row in bare if row["path"] == path])
     summary = dict(config=asdict(config), results=results)
-    if config.benchmark:
-        pairs = [(example, row["text"]) for example, row in zip(examples, rows, strict=True)]
-        score_as = benchmarks().score
-        summary["benchmark"] = {s: score_as(config.benchmark, pairs, s) for s in ("official", "robust")}
-        print(json.dumps(summary["benchmark"], indent=1))
-    (Path(config.out) / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False))
     print_table(results)
+    for path in results if config.benchmark else ():
+        answers = zip(examples, rows["predictions.jsonl"], strict=True)
+        pairs = [(example, row["text"]) for example, row in answers if example.path == path]
+        marks = {s: benchmarks.score(config.benchmark, pairs, s) for s in ("official", "robust")}
+        summary.setdefault("benchmark", {})[path] = marks
+        print_benchmark(config.benchmark, path, marks)
+    (Path(config.out) / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False))
     return summary
 
 

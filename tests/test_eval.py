@@ -270,3 +270,16 @@ def test_bad_input_ends_in_one_message(tmp_path):
         evaluation.main(Config("./no/model", (write_set(tmp_path / "set", 1),), out=str(tmp_path / "out")))
     with pytest.raises(trainer.Stop, match="/no/set"):
         evaluation.main(Config("m", ("/no/set",)))
+
+
+def test_the_head_is_asked_where_there_is_a_region(tmp_path, monkeypatch):
+    """A forward of all prompts would be wasted on benchmarks without regions."""
+    stand_in(monkeypatch, lambda e: e.answer)
+    seen, heads = [], evaluation.predict_centres
+    monkeypatch.setattr(evaluation, "predict_centres", lambda *args: seen.extend(args[2]) or heads(*args))
+    plain = example("plain", "direct", question="How far?", regions=[], objects={})
+    monkeypatch.setattr(evaluation.datasets, "load", lambda *args, **options: [plain, example("q", "direct")])
+    evaluation.main(Config("m", ("x",), path="direct", out=str(tmp_path)))
+    assert [e.id for e in seen] == ["q-direct"]
+    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert rows[0]["head_centres"] == [] and len(rows[1]["head_centres"]) == 2

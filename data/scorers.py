@@ -1,0 +1,327 @@
+"""What an answer to a benchmark earns, by two scorers, and the aggregates that the benchmark publishes.
+
+official  the published rule, bugs included, on the first <answer> block (without one: on the whole response)
+    spar-bench  numbers: MRA of the first number (single view) or the last (several), unsigned; ties fall as
+                numpy's floats do. Options: equal, or a substring of the truth (so the empty answer is right),
+                or the first character. Camera motion: mean MRA over five axes with truth and answer swapped:
+                the error is divided by the answer. All compared as they are, not stripped.
+    embspatial  the first standalone A to D of the upper-cased text: the article "a" is option A
+    cv-bench    the first letter of the text: "The answer is B" is T
+    sat, erqa, realworldqa, blink    equal but for case, ( ) . and blanks
+    spatialrgpt-bench    the first yes or no, region, clock hour or length in the text; a length is right
+                within 25 %, a direction within an hour
+robust    reads one answer or none, and none is wrong: in <answer> only the forms that srreal.answer_score
+    takes, or an option's text; without <answer> also the last "answer is X", else the only letter (number) in
+    the text. Signed numbers with units; MRA with exact ties, and truth and answer in their places.
+
+Where the published scorer is a language model (JUDGED), `official` is a rule without it. `unparsed`: the
+share of responses in which the robust scorer reads no answer, given with both.
+"""
+import math
+import re
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from srreal import CHOICE, DECIMAL, QUANTITY, UNITS, Example, answer_score, motion, number
+
+JUDGED = {"blink": "official is its exact match; the published one asks GPT-3.5 to match what is left",
+          "spatialrgpt-bench": "official is a rule; the published one is GPT-4 as a judge"}
+KINDS = ("oc", "oo", "oc_mv", "oo_mv")  # object to camera, object to object; _mv: several views
+LOW = [f"{what}_prediction_{kind}" for what in ("depth", "distance") for kind in KINDS]
+MIDDLE = ["view_change_infer", "position_matching", "camera_motion_infer"]
+HIGH = ["obj_spatial_relation_oo", "obj_spatial_relation_oc_mv", "obj_spatial_relation_oo_mv",
+        *(f"spatial_imagination_{kind}" for kind in KINDS),
+        "distance_infer_center_oo", "distance_infer_center_oo_mv"]
+LEVELS = {"Low": LOW, "Middle": MIDDLE, "High": HIGH}
+SEVERAL = {*MIDDLE, *(task for task in LOW + HIGH if task.endswith("_mv"))}  # asked with several views
+COLUMNS = {  # of SpatialRGPT-Bench's table -> the words in its categories
+    "below/above": ("below", "above"), "left/right": ("left", "right"), "big/small": ("big", "small"),
+    "tall/short": ("tall", "short"), "wide/thin": ("wide", "thin"), "behind/front": ("behind", "front"),
+    "direct": ("distance",), "horizontal": ("horizontal",), "vertical": ("vertical",), "width": ("width",),
+    "height": ("height",), "direction": ("direction",)}
+
+
+def answer_block(response: str) -> str | None:
+    inside, closed, _ = response.partition("<answer>")[2].partition("</answer>")
+    return inside if closed else None
+
+
+# ---- Mean relative accuracy, and camera motions
+
+THRESHOLDS = np.linspace(0.5, 0.95, 10)
+
+
+def mra(value: float, true: float, slack: float = 0.0) -> float:
+    """The share of the thresholds t with |value - true| / |true| <= 1 - t (true = 0: the absolute error)."""
+    error = abs(value - true) if true == 0 else abs((value - true) / true)
+    return float((error <= 1 - THRESHOLDS + slack).mean())
+
+
+def official_motion(text: str) -> list[float]:
+    """Five signed axes. Unknown keys count for nothing, of a repeated one the last is taken."""
+    moves = {key: float(value) for key, value in (item.split(":") for item in text.split(","))}
+    pairs = ["move_right move_left", "move_up move_down", "move_forward move_backward",
+             "rotate_right rotate_left", "rotate_up rotate_down"]
+    return [moves.get(plus, 0) - moves.get(minus, 0) for plus, minus in map(str.split, pairs)]
+
+
+# ---- Official rules: (text of the answer, Example) -> score
+
+
+def spar_official(text: str, example: Example) -> float:
+    try:
+        if example.task == "view_change_infer":
+            pairs = zip(official_motion(text), official_motion(example.answer), strict=True)
+            return float(np.mean([mra(true, value) for value, true in pairs]))  # swapped, as published
+        if example.task in LOW:
+            found = re.findall(r"(?<!\^)\d+\.\d+|(?<!\^)\d+", text)
+            return mra(float(found[-1 if example.task.endswith("_mv") else 0]), float(example.answer))
+    except (ValueError, IndexError):
+        return 0.0
+    said, true = text.lower(), example.answer.lower()
+    return float(said in true or said[0] == true)
+
+
+def embspatial_official(text: str, example: Example) -> float:
+    found = re.search(r"\b([A-D])\b", text.upper())
+    return float(bool(found) and found[1] == example.answer)
+
+
+def first_letter_official(text: str, example: Example) -> float:
+    found = re.match(r"[(\s]*([A-Z])", text.strip(), re.I)
+    return float(bool(found) and found[1].upper() == example.answer)
+
+
+def equal_official(text: str, example: Example) -> float:
+    said, true = (t.lower().translate(dict.fromkeys(map(ord, "(). "))) for t in (text, example.answer))
+    return float(said == true)
+
+
+# ---- SpatialRGPT-Bench: what a judge would read off free text. Here truths are free text, too
+
+YES = re.compile(r"\b(?:(yes|correct|indeed|true)|(no|not|incorrect|false|wrong|isn't))\b", re.I)
+HOUR = re.compile(r"\b([0-9]{1,2})(?::[0-9]{2})?\s*o'?\s?clock", re.I)
+LENGTH = re.compile(rf"(?<![\w.]){DECIMAL}\s*(?ai:{'|'.join(UNITS)})(?!\w|\s+the\b)")  # not "2 in the"
+
+
+def lengths(text: str) -> list[float]:
+    """Metres; a bare number is no length."""
+    return [number(found[0]) for found in LENGTH.finditer(text)]
+
+
+def verdicts(text: str) -> list[bool]:
+    return [bool(found[1]) for found in YES.finditer(text)]
+
+
+def regions_named(text: str) -> list[int]:
+    return [int(k) for k in re.findall(r"region\s*\[?([0-9]{1,2})\b", text, re.I)]
+
+
+def hours(text: str) -> list[int]:
+    return [int(hour) % 12 for hour in HOUR.findall(text)]
+
+
+def read_judged(example: Example) -> Callable[[str], list]:
+    """What to look for in truth and response of a category."""
+    task = example.task
+    if task.endswith("_predicate"):
+        return verdicts
+    return regions_named if task.endswith("_choice") else hours if "direction" in task else lengths
+
+
+def judged_score(said, example: Example) -> float:
+    read = read_judged(example)
+    true = (read(example.answer) or [True])[0]  # "Region [0] is behind it": an affirmative sentence
+    if read is hours:
+        return float(min(abs(said - true), 12 - abs(said - true)) <= 1)
+    return float(0.75 * true <= said <= 1.25 * true if read is lengths else said == true)
+
+
+def judged_official(text: str, example: Example) -> float:
+    found = read_judged(example)(text)
+    return judged_score(found[0], example) if found else 0.0
+
+
+def judged_robust(response: str, example: Example) -> float | None:
+    """One distinct thing said, in <answer> where there is one; a verdict is the sentence's first word."""
+    block, read = answer_block(response), read_judged(example)
+    text = (response if block is None else block).strip()
+    if read is verdicts:
+        first = YES.match(text)
+        found = {bool(first[1])} if first else set(verdicts(text))
+    elif read is lengths:
+        bare = QUANTITY.fullmatch(text)  # in <answer>, as everywhere else, a number without unit is in metres
+        found = {number(text)} if bare else set(lengths(text))
+    else:
+        found = {int(text)} if re.fullmatch("[0-9]{1,2}", text) else set(read(text))
+    return judged_score(found.pop(), example) if len(found) == 1 else None
+
+
+# ---- The robust scorer
+
+LETTERS = "ABCDEFGH"
+EXPLICIT = re.compile(r"\b[Aa]nswer(?:\s+is\b\s*:?|\s*:)[\s*_\"'`(\[{]*(?:[Oo]ption\s+)?([A-H])(?![\w'’-])")
+SOLE = re.compile(r"(?<![\w'’-])(A(?!\s+(?!or\b|and\b)[a-z])|[B-H])(?![\w'’-])")  # "A chair": an article
+OPTION = re.compile(r"^\s*\(?([A-H])[).:]\s*(.+?)\s*$", re.M)
+SAID_NUMBER = re.compile(r"\b[Aa]nswer(?:\s+is\b\s*:?|\s*:)\s*" + QUANTITY.pattern + r"(?![\w.]*\w)")
+ANY_NUMBER = re.compile(rf"(?<![\w.,^+-]){QUANTITY.pattern}(?![\w^]|[.,][0-9])")
+ASKED_UNIT = re.compile(rf"\bin ({'|'.join(UNITS)})\b", re.I)
+
+
+def plain(text: str) -> str:
+    return " ".join(text.lower().split()).removesuffix(".")
+
+
+def read_choice(response: str, question: str) -> str | None:
+    """The letter that a response chooses, or None."""
+    block = answer_block(response)
+    text = (response if block is None else block).strip()
+    forms = [letter for letter in LETTERS if re.fullmatch(CHOICE.replace("L", letter), text, re.I | re.S)]
+    worded = [letter for letter, option in OPTION.findall(question) if plain(option) == plain(text)]
+    if forms or worded or block is not None:
+        return [*forms, *worded, None][0]
+    explicit, alone = EXPLICIT.findall(text), set(SOLE.findall(text))
+    return explicit[-1] if explicit else alone.pop() if len(alone) == 1 else None
+
+
+def read_number(response: str, question: str) -> float | None:
+    """The number that a response states, in the unit that the question asks for, else in metres."""
+    block = answer_block(response)
+    text = (response if block is None else block).strip()
+    found = QUANTITY.fullmatch(text)
+    if not found and block is None:
+        explicit, every = [*SAID_NUMBER.finditer(text)], [*ANY_NUMBER.finditer(text)]
+        several = len({number(one[0]) for one in every}) != 1
+        found = explicit[-1] if explicit else None if several else every[0]
+    if not found:
+        return None
+    asked, (value, unit) = ASKED_UNIT.search(question), found.groups()
+    stated = number(f"{value} {unit or 'm'}")
+    return stated / number(f"1 {asked[1]}") if unit and asked else stated
+
+
+def read_text(response: str) -> str | None:
+    block = answer_block(response)
+    return plain(response if block is None else block) or None
+
+
+def robust(response: str, example: Example) -> float | None:
+    """1 or 0, or None where no answer can be read. SPAR's numbers and camera motions earn MRA."""
+    if example.answer.strip() in tuple(LETTERS):
+        letter = read_choice(response, example.question)
+        return letter and float(letter == example.answer.strip())
+    if example.task == "view_change_infer":
+        axes, true = motion(read_text(response) or ""), motion(example.answer)
+        pairs = list(zip(axes, true, strict=True))
+        return float(np.mean([mra(*p, 1e-9) for p in pairs])) if all(map(math.isfinite, axes)) else None
+    if math.isfinite(true := number(example.answer)):
+        value = read_number(response, example.question)
+        exact = value is not None and math.isclose(value, true, abs_tol=1e-9)
+        return value if value is None else mra(value, true, 1e-9) if example.task in LOW else float(exact)
+    said = read_text(response)
+    return said and answer_score(said, example.answer)
+
+
+# ---- Aggregates: pairs of (Example, score in 0..100) -> key -> mean
+
+
+def means(pairs: Iterable, key: Callable) -> dict[str, float]:
+    """The mean score of each key(example); None is left out."""
+    groups: dict[str, list[float]] = {}
+    for example, value in pairs:
+        groups.setdefault(key(example), []).append(value)
+    return {name: float(np.mean(values)) for name, values in groups.items() if name is not None}
+
+
+def averages(table: dict[str, float], groups: dict[str, Iterable[str]]) -> dict[str, float]:
+    """The mean of each group's entries; a group without any is left out (a part of a benchmark was asked)."""
+    found = {name: [table[key] for key in keys if key in table] for name, keys in groups.items()}
+    return {name: float(np.mean(values)) for name, values in found.items() if values}
+
+
+def by_sample(pairs: list) -> dict[str, float]:
+    return means(pairs, lambda e: "overall") | means(pairs, lambda e: e.task or None)
+
+
+def spar(pairs: list) -> dict[str, float]:
+    """Task means, as SPAR publishes them; `_samples` and the splits weigh by sample, as SR-REAL does."""
+    tasks = means(pairs, lambda e: e.task)
+    level = {task: name for name, members in LEVELS.items() for task in members}
+    views, form = {True: "multi", False: "single"}, {True: "fill", False: "select"}
+    fill = {*LOW, "view_change_infer"}
+    split = lambda e: f"{views[e.task in SEVERAL]}_{form[e.task in fill]}"  # noqa: E731
+    out = {"overall": float(np.mean(list(tasks.values())))}
+    out |= averages(tasks, LEVELS)
+    out |= {f"{name}_samples": mean for name, mean in means(pairs, lambda e: level[e.task]).items()}
+    return out | {"overall_samples": float(np.mean([v for _, v in pairs]))} | means(pairs, split) | tasks
+
+
+def source(example: Example) -> str:
+    """The part of an id before its first _: where the image is from."""
+    return example.id.partition("_")[0]
+
+
+def embspatial(pairs: list) -> dict[str, float]:
+    return by_sample(pairs) | means(pairs, source)
+
+
+def sat(pairs: list) -> dict[str, float]:
+    """Every question stands there in two orders of its options; `circular`: right in both."""
+    both: dict[str, list[float]] = {}
+    for example, value in pairs:
+        both.setdefault(example.id.rpartition("-")[0], []).append(value)
+    return by_sample(pairs) | {"circular": float(np.mean([min(values) for values in both.values()]))}
+
+
+def cv_bench(pairs: list) -> dict[str, float]:
+    """2D is the mean of ADE20K and COCO, 3D is Omni3D, overall the mean of both; `_samples`: of the rows."""
+    table = means(pairs, source)
+    halves = averages(table, {"2D": ("ADE20K", "COCO"), "3D": ("Omni3D",)})
+    rows = by_sample(pairs)
+    overall = float(np.mean(list(halves.values()))) if halves else rows["overall"]
+    return rows | table | halves | {"overall": overall, "overall_samples": rows["overall"]}
+
+
+def blink(pairs: list) -> dict[str, float]:
+    tasks, rows = means(pairs, lambda e: e.task), by_sample(pairs)
+    return rows | {"overall": float(np.mean(list(tasks.values()))), "overall_samples": rows["overall"]}
+
+
+def spatialrgpt_column(task: str) -> str | None:
+    words = set(task.split("_"))
+    order = ["horizontal", "vertical", *COLUMNS]  # horizontal_distance_data also holds the word distance
+    return next((name for name in order if words.intersection(COLUMNS[name])), None)
+
+
+def spatialrgpt(pairs: list) -> dict[str, float]:
+    """Success by column of the published table; qualitative and quantitative are the means of six each."""
+    table = means(pairs, lambda e: spatialrgpt_column(e.task))
+    parts = averages(table, {"qualitative": list(COLUMNS)[:6], "quantitative": list(COLUMNS)[6:]})
+    return {"overall": float(np.mean([value for _, value in pairs]))} | parts | table
+
+
+OFFICIAL = {  # benchmark -> (official rule, robust rule, aggregates)
+    "spar-bench": (spar_official, robust, spar), "spar-bench-tiny": (spar_official, robust, spar),
+    "embspatial": (embspatial_official, robust, embspatial), "sat": (equal_official, robust, sat),
+    "cv-bench": (first_letter_official, robust, cv_bench), "blink": (equal_official, robust, blink),
+    "realworldqa": (equal_official, robust, by_sample), "erqa": (equal_official, robust, by_sample),
+    "spatialrgpt-bench": (judged_official, judged_robust, spatialrgpt)}
+
+
+def score(name: str, pairs: Iterable[tuple[Example, str]], scorer: str = "official") -> dict[str, float]:
+    """Per cent: `overall`, every published breakdown by its published name, and `unparsed`. ValueError for an
+    unknown benchmark or scorer, and without pairs."""
+    name, pairs = name.partition("/")[0], list(pairs)
+    if name not in OFFICIAL or scorer not in ("official", "robust") or not pairs:
+        raise ValueError(f"{name!r} by scorer {scorer!r}, {len(pairs)} answers: wanted one of "
+                         f"{', '.join(OFFICIAL)}, official or robust, and an answer")
+    published, strict, aggregate = OFFICIAL[name]
+    read = [strict(response, example) for example, response in pairs]
+    if scorer == "official":
+        texts = [response if (block := answer_block(response)) is None else block for _, response in pairs]
+        scores = [published(text, example) for text, (example, _) in zip(texts, pairs, strict=True)]
+    else:
+        scores = [value or 0.0 for value in read]
+    rows = [(example, 100 * value) for (example, _), value in zip(pairs, scores, strict=True)]
+    return aggregate(rows) | {"unparsed": 100 * sum(value is None for value in read) / len(read)}

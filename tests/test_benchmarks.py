@@ -1,0 +1,773 @@
+"""Benchmarks: every set from a fixture in its published schema; scorers against hand-computed values; eval on
+1 and 2 ranks, and interrupted."""
+
+import base64
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from test_eval import stand_in
+
+import eval as evaluation
+import trainer
+from data import BadRows, benchmarks, scorers
+from data.scenes import furnish, render, scene
+from model import tiny
+from srreal import Example
+
+ROOT = Path(__file__).parent.parent
+PICTURES = [scene(7, k, (96, 72))[1][0] for k in range(4)]
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def png(k: int) -> bytes:
+    out = io.BytesIO()
+    PICTURES[k].save(out, "PNG")
+    return out.getvalue()
+
+
+def image(k: int) -> dict:
+    return {"bytes": png(k), "path": f"{k}.png"}
+
+
+def write(path: Path, rows: list[dict], **types) -> str:
+    """A parquet file; types of the columns that pyarrow would guess otherwise. Returns the set's folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    guessed = pa.Table.from_pylist([{k: v for k, v in row.items() if k not in types} for row in rows])
+    columns = {name: guessed[name] for name in guessed.column_names}
+    columns |= {name: pa.array([row[name] for row in rows], kind) for name, kind in types.items()}
+    pq.write_table(pa.table({name: columns[name] for name in rows[0]}), path)
+    return str(path.parent)
+
+
+@pytest.fixture(autouse=True)
+def small():
+    """The fixtures are small, and that is said: one test looks for it."""
+    with pytest.warns(UserWarning):
+        benchmarks.warnings.warn("small", stacklevel=1)
+        yield
+
+
+def pixels(picture) -> list:
+    return np.asarray(picture.convert("RGB")).tolist()
+
+
+# ---- Each set in its published schema
+
+SPAR = [
+    ("depth_prediction_oo", "fill", "How deep is the towel?", "0.9", 1),
+    ("position_matching", "select", "Which box?\nA. [1,2,3,4]\nB. [2,3,4,5]", "B", 2),
+    ("view_change_infer", "fill", "How did the camera move?", "move_right:0.4,rotate_right:60", 2),
+    (
+        "distance_infer_center_oo",
+        "select",
+        "Nearest?\nA. the chair (red bbox)\nB. the lamp (blue bbox)",
+        "A",
+        1,
+    ),
+]
+
+
+def spar_bench(folder: Path) -> str:
+    rows = [dict(id=k + 10, img_type="multi_view" if n > 1 else "single_view", format_type=form, task=task,
+                 source="scannet", image=[image(j) for j in range(n)], question=question, answer=answer)
+            for k, (task, form, question, answer, n) in enumerate(SPAR)]  # fmt: skip
+    write(folder / "data" / "test-00000-of-00001.parquet", rows, image=pa.list_(IMAGE))
+    return str(folder)
+
+
+def test_spar_bench(tmp_path):
+    for name in ("spar-bench", "spar-bench-tiny"):
+        got = benchmarks.load(name, spar_bench(tmp_path))
+        assert [(e.task, e.question, e.answer, len(e.images)) for e in got] == [
+            (task, question, answer, n) for task, _, question, answer, n in SPAR
+        ]
+        assert {e.path for e in got} == {"lor"} and got[1].id == "11" and not got[1].regions
+        assert pixels(got[1].images[1]) == pixels(PICTURES[1]) and got[1].images[1].size == (96, 72)
+    number, choice, motion, _ = benchmarks.load("spar-bench", str(tmp_path), "direct")
+    assert number.question == f"\n{SPAR[0][2]}\nPlease answer the question using a single word or phrase."
+    assert choice.question.startswith(f"\n{SPAR[1][2]}\nThe values represent the bounding box coordinates")
+    assert choice.question.endswith(
+        "image.\nAnswer with the option's letter from the given choices directly."
+    )
+    assert motion.question == f"\n{SPAR[2][2]}\n\n" and motion.path == "direct"
+    assert [e.task for e in benchmarks.load("spar-bench/position_matching", str(tmp_path))] == [SPAR[1][0]]
+
+
+def test_spar_bench_region_prompts(tmp_path):
+    """DTR has its own text and regions, in the order of the masks, where there is a region prompt."""
+    one = SPAR[3][2].replace("red bbox", "red bbox <mask>").replace("blue bbox", "blue bbox <mask>")
+    two = "Which box (red bbox <mask>) is it, seen from (blue point <mask>)?"
+    prompts = {
+        "13": dict(question_region=one, visual_prompt=["red bbox", "blue bbox"],
+                   bbox=[[1, 2, 30, 40], [5, 6, 70, 71]], mask_idx=2),
+        "11": dict(question_region=two, visual_prompt=["red bbox", "blue point"],
+                   bbox={"0": [[9, 9, 20, 20]], "1": [[1, 1, 8, 8]]}, mask_idx={"0": [1, 0], "1": [0, 0]}),
+        "10": dict(question_region="", visual_prompt=[], bbox=[], mask_idx=0)}  # fmt: skip
+    root = spar_bench(tmp_path / "set")
+    (Path(root) / "sparbench_region_prompts.json").write_text(json.dumps(prompts))
+    got = benchmarks.load("spar-bench", root)
+    assert [(e.id, e.path) for e in got] == [
+        ("10", "lor"),
+        ("11", "lor"),
+        ("11", "dtr"),
+        ("12", "lor"),
+        ("13", "lor"),
+        ("13", "dtr"),
+    ]
+    assert got[2].question == two and got[2].regions == [(1, (1, 1, 8, 8)), (0, (9, 9, 20, 20))]
+    assert got[5].question == one and got[5].regions == [(0, (1, 2, 30, 40)), (0, (5, 6, 70, 71))]
+    assert got[4].question == SPAR[3][2] and not got[4].regions
+    asked = evaluation.select(got, "both", None)  # a row without a region prompt is asked in DTR as it is
+    assert [len(e.regions) for e in asked if e.path == "dtr"] == [0, 2, 0, 2]
+    prompts["13"]["bbox"][0][2] = 97
+    (tmp_path / "other").mkdir()
+    root = spar_bench(tmp_path / "other")
+    (Path(root) / "sparbench_region_prompts.json").write_text(json.dumps(prompts))
+    with pytest.raises(BadRows, match=r":4: regions: outside of image 0: \(1, 2, 97, 40\)"):
+        benchmarks.load("spar-bench", root)
+
+
+def drawn(size, *marks, quality=75) -> bytes:
+    """A JPEG of a room with marks as SPAR draws them: discs of radius 20, strokes of 20 that lie outside but
+    for 2.5."""
+    room, camera, things = furnish(np.random.default_rng(5), size)
+    picture = Image.fromarray(render(room, things, camera)[0])
+    pen = ImageDraw.Draw(picture)
+    for colour, box in marks:
+        if len(box) == 2:
+            pen.ellipse([box[0] - 20, box[1] - 20, box[0] + 20, box[1] + 20], fill=colour)
+        else:
+            outside = [box[0] - 17.5, box[1] - 17.5, box[2] + 17.5, box[3] + 17.5]
+            pen.rectangle(outside, outline=colour, width=20)
+    picture.save(out := io.BytesIO(), "JPEG", quality=quality)
+    return out.getvalue()
+
+
+def test_spar_bench_regions_from_the_marks_in_its_images(tmp_path):
+    """Without region prompts: each colour in the view that has it; one that isn't found loses all."""
+    size, red, blue, green = (640, 480), (100, 120, 260, 300), (400, 200), (300, 100, 630, 420)  # cut
+    reds, blues, greens = ((255, 0, 0), red), ((0, 0, 255), blue), ((0, 255, 0), green)
+    both, views = drawn(size, reds, blues), [drawn(size, greens), drawn(size, blues, reds)]
+    cases = [
+        ("depth_prediction_oo", "From (red bbox) to lamp (blue point), or red bbox?", [both]),
+        ("spatial_imagination_oo_mv", "table (green bbox), (red bbox), (blue point), red bbox", views),
+        ("distance_infer_center_oo", "chair (red bbox) or (green bbox)?", [both]),
+        ("view_change_infer", "How did the camera move?", views),
+    ]
+    rows = [dict(id=k, task=task, question=question, answer="1",
+                 image=[{"bytes": file, "path": None} for file in files])
+            for k, (task, question, files) in enumerate(cases)]  # fmt: skip
+    root = write(tmp_path / "data" / "test-0.parquet", rows, image=pa.list_(IMAGE))
+    got = {e.id: e for e in benchmarks.load("spar-bench", root) if e.path == "dtr"}
+    assert set(got) == {"0", "1"}
+    each = "From (red bbox <mask>) to lamp (blue point <mask>), or red bbox <mask>?"  # as in training
+    first = "table (green bbox <mask>), (red bbox <mask>), (blue point <mask>), red bbox"  # of several views
+    assert (got["0"].question, got["1"].question) == (each, first)
+    point = (400 - 16, 200 - 12, 400 + 16, 200 + 12)  # a square of 50/1000 of the image
+    wanted = {"0": [(0, red), (0, point), (0, red)], "1": [(0, green), (1, red), (1, point)]}
+    for e, want in ((got[name], wanted[name]) for name in got):
+        assert [view for view, _ in e.regions] == [view for view, _ in want]
+        apart = np.subtract([box for _, box in e.regions], [box for _, box in want])
+        assert abs(apart).max() <= 3, apart
+    with pytest.warns(UserWarning, match="no region for the marks of 1 rows"):
+        assert [len(e.regions) for e in benchmarks.load("spar-bench", root, "dtr")] == [3, 3, 0, 0]
+    assert not any(e.regions for e in benchmarks.load("spar-bench", root, "lor"))
+
+
+EMBSPATIAL = dict(
+    data_source="mp3d",
+    scene_id="YVUC",
+    question_id="mp3d_57",
+    relation="close",
+    answer=2,
+    question="Which object is at the shortest distance?",
+    answer_options=["door", "cabinet", "table", "cart"],
+    objects=[{"name": "door", "bbox": [4, 0, 50, 25]}, {"name": "table", "bbox": [60, 30, 36, 42]}],
+)
+
+
+def test_embspatial(tmp_path):
+    """JSON with base64, and the parquet copy. One box leaves its image (below: the official check sees x)."""
+    text = base64.b64encode(png(0)).decode()
+    below = dict(EMBSPATIAL, question_id="57", answer=0, objects=[{"name": "door", "bbox": [4, 50, 50, 23]}])
+    (tmp_path / "embspatial_bench.json").write_text(
+        json.dumps([dict(EMBSPATIAL, image=text), dict(below, image=text, data_source="ai2thor")])
+    )
+    lor, dtr, outside = benchmarks.load("embspatial", tmp_path)
+    options = "\n(A) door\n(B) cabinet\n(C) table\n(D) cart"
+    question = f"{EMBSPATIAL['question']} Select from the following choices.{options}"
+    assert (lor.path, lor.question, lor.answer, lor.task) == ("lor", question, "C", "close")
+    assert (lor.regions, lor.id, dtr.path, dtr.id) == ([], "mp3d_57", "dtr", "mp3d_57")
+    assert dtr.question == f"{question}\nRelevant objects: door <mask>, table <mask>."
+    assert dtr.regions == [(0, (4, 0, 54, 25)), (0, (60, 30, 96, 72))]
+    assert (outside.path, outside.regions, outside.id) == ("lor", [], "ai2thor_57")
+    assert pixels(dtr.images[0]) == pixels(PICTURES[0])
+    direct = benchmarks.load("embspatial", tmp_path, "direct")[0].question
+    assert direct == "Note: You only need to respond with A, B, C, D without providing any additional " \
+        f"information.\n{EMBSPATIAL['question']}\nA) door\nB) cabinet\nC) table\nD) cart"  # fmt: skip
+    root = write(tmp_path / "flageval" / "data" / "test-00000-of-00001.parquet",
+                 [dict(EMBSPATIAL, image=image(0))], image=IMAGE)  # fmt: skip
+    assert [e.regions for e in benchmarks.load("embspatial", root)] == [[], dtr.regions]
+
+
+def sat_rows(n: int = 6) -> list[dict]:
+    return [dict(image_bytes=[png(k % 4)] * (1 + k % 2), question=f"Which way, {k}?",
+                 answers=["left", " right "], correct_answer=("left", "right")[k % 2],
+                 question_type="ego_movement" if k < 3 else "perspective") for k in range(n)]  # fmt: skip
+
+
+def test_sat(tmp_path):
+    """Raw bytes. Both orders of the options; the first one is drawn from the row's number."""
+    write(tmp_path / "SAT_test.parquet", sat_rows(), image_bytes=pa.list_(pa.binary()))
+    write(tmp_path / "SAT_train.parquet", sat_rows(2), image_bytes=pa.list_(pa.binary()))
+    got = benchmarks.load("sat", tmp_path)
+    assert len(got) == 12 and len({e.id for e in got}) == 12
+    for k in range(6):
+        first, second = got[2 * k : 2 * k + 2]
+        assert {first.answer, second.answer} == {"A", "B"} and len(first.images) == 1 + k % 2
+        for e in (first, second):
+            head, *options = e.question.split("\n")[:1] + e.question.split("\n")[2:]
+            assert head == f"Which way, {k}?" and sorted(o[3:] for o in options) == ["left", "right"]
+            assert options["AB".index(e.answer)] == f"{e.answer}. {('left', 'right')[k % 2]}"
+    assert len({e.question.split("\n")[2] for e in got[::2]}) == 2  # the first order is not always the same
+    assert [e.question for e in benchmarks.load("sat", tmp_path)] == [e.question for e in got]
+    rows = [dict(sat_rows(1)[0], correct_answer="up")]
+    write(tmp_path / "b" / "SAT_test.parquet", rows, image_bytes=pa.list_(pa.binary()))
+    with pytest.raises(BadRows, match=r"SAT_test.parquet:1: correct_answer: 'up' is none of \['"):
+        benchmarks.load("sat", tmp_path / "b")
+
+
+CV = [
+    ("2D", "Count", "ADE20K", "B"),
+    ("2D", "Relation", "COCO", "A"),
+    ("2D", "Count", "COCO", "F"),
+    ("3D", "Depth", "Omni3D", "A"),
+    ("3D", "Distance", "Omni3D", "B"),
+]
+
+
+def cv_bench(folder: Path) -> str:
+    rows = [dict(idx=k, type=half, task=task, image=image(k % 4), question="How many?",
+                 choices=[str(i) for i in range(6 if answer == "F" else 2)], answer=f"({answer})",
+                 prompt="How many? Select from the following choices.\n(A) 0\n(B) 1", filename=f"{k}.png",
+                 source=source, source_dataset=f"{source} val", source_filename="x.jpg", target_class="chair",
+                 target_size=1.0, bbox=[[0.1, 0.2, 0.3, 0.4]])
+            for k, (half, task, source, answer) in enumerate(CV)]  # fmt: skip
+    write(folder / "test_2d.parquet", rows[:3], image=IMAGE)
+    write(folder / "test_3d.parquet", rows[3:], image=IMAGE)
+    return str(folder)
+
+
+def test_cv_bench(tmp_path):
+    got = benchmarks.load("cv-bench", cv_bench(tmp_path))
+    assert [(e.task, e.answer) for e in got] == [(task, answer) for _, task, _, answer in CV]
+    assert got[0].question.endswith("(A) 0\n(B) 1") and got[0].id == "ADE20K_0"
+    assert benchmarks.load("cv-bench", tmp_path, "direct")[2].question.startswith(
+        "Note: You only need to respond with A, B, C, D, E, F without providing"
+    )
+
+
+def test_blink(tmp_path):
+    """A folder a task; unused image columns are null; the test split has no answers and is left alone."""
+    for task, n in (("Relative_Depth", 1), ("Multi-view_Reasoning", 2)):
+        row = dict(
+            idx=f"val_{task}_1",
+            sub_task=task,
+            question="Which?",
+            prompt="Which?\n(A) left\n(B) right",
+            **{f"image_{k}": image(k) if k <= n else None for k in range(1, 4)},
+            image_4=None,
+            choices=["left", "right"],
+            answer="(B)",
+            explanation="",
+        )
+        kinds = dict.fromkeys(("image_1", "image_2", "image_3", "image_4"), IMAGE)
+        write(tmp_path / task / "val-00000-of-00001.parquet", [row], **kinds)
+        write(tmp_path / task / "test-00000-of-00001.parquet", [row | {"answer": "hidden"}], **kinds)
+    got = benchmarks.load("blink", tmp_path)
+    assert [(e.id, e.task, e.answer, len(e.images)) for e in got] == [
+        ("val_Multi-view_Reasoning_1", "Multi-view_Reasoning", "B", 2),
+        ("val_Relative_Depth_1", "Relative_Depth", "B", 1),
+    ]
+    assert pixels(got[0].images[1]) == pixels(PICTURES[2])
+    assert [e.task for e in benchmarks.load("blink/Relative_Depth", tmp_path)] == ["Relative_Depth"]
+    with pytest.raises(ValueError, match="no task 'Depth'"):
+        benchmarks.load("blink/Depth", tmp_path)
+
+
+def test_realworldqa(tmp_path):
+    rows = [dict(image=image(k), question=f"{k}? Answer directly.", answer=answer)
+            for k, answer in enumerate(["A", "2", "Yes"])]  # fmt: skip
+    root = write(tmp_path / "data" / "test-00000-of-00002.parquet", rows, image=IMAGE)
+    got = benchmarks.load("realworldqa", root)
+    assert [(e.answer, e.question) for e in got] == [
+        ("A", "0? Answer directly."), ("2", "1? Answer directly."),
+                                                     ("Yes", "2? Answer directly.")]  # fmt: skip
+    assert len({e.id for e in got}) == 3
+
+
+def test_erqa(tmp_path):
+    """Images stand where visual_indices puts them, in that order; a repr of a list is one, too."""
+    text = "Before. After that. Choices: A. x B. y"
+    places = [[8, 0], "[8, 20]", [0, 0], [3], "[]"]
+    rows = [dict(question_id=f"q{k}", question=text, question_type="Task Reasoning", answer="A",
+                 images=[image(1), image(2)], visual_indices=str(p))
+            for k, p in enumerate(places)]  # fmt: skip
+    root = write(tmp_path / "data" / "test-00000-of-00001.parquet", rows, images=pa.list_(IMAGE))
+    got = benchmarks.load("erqa", root)
+    assert got[0].question == "<image>Before. <image>After that. Choices: A. x B. y"
+    assert pixels(got[0].images[0]) == pixels(PICTURES[2])  # the one at character 0
+    assert got[1].question == "Before. <image>After that. <image>Choices: A. x B. y"
+    assert pixels(got[1].images[0]) == pixels(PICTURES[1])
+    assert [e.question for e in got[2:]] == [text] * 3
+    tsv = tmp_path / "tsv" / "ERQA.tsv"
+    tsv.parent.mkdir()
+    both = json.dumps([base64.b64encode(png(k)).decode() for k in (1, 2)])
+    quoted = both.replace('"', '""')
+    tsv.write_text(
+        "index\timage\tquestion\tquestion_type\tanswer\n"
+        f'3\t"{quoted}"\tFirst <image> then <image>.\tOther\tC\n'
+    )
+    (listed,) = benchmarks.load("erqa", tsv.parent)
+    assert (listed.question, listed.answer, listed.id) == ("First <image> then <image>.", "C", "3")
+    (tmp_path / "json" / "pics").mkdir(parents=True)
+    for k in (1, 2):
+        (tmp_path / "json" / "pics" / f"{k}.png").write_bytes(png(k))
+    (tmp_path / "json" / "erqa.json").write_text(
+        json.dumps(
+            [dict(images=["pics/1.png", "pics/2.png"], question=text, question_type="Other", answer="B")]
+        )
+    )
+    (first,) = benchmarks.load("erqa", tmp_path / "json")
+    assert pixels(first.images[1]) == pixels(PICTURES[2]) and first.question == text
+
+
+SRGPT = [
+    ("qualitative_0", "left_predicate", "Is Region [1] left of Region [0]?", "No, Region [1] is not left."),
+    ("qualitative_1", "tall_choice", "Which is taller, Region [0] or Region [1]?", "Region [1] is taller."),
+    ("quantitative_0", "width_data", "How wide is Region [1]?", "Region [1] is 3.28 feet wide."),
+    (
+        "quantitative_1",
+        "horizontal_distance_data",
+        "How far is Region [0] from Region [1]?",
+        "It is 1.5 meters.",
+    ),
+    ("quantitative_2", "direction", "Region [0] faces Region [1]?", "Region [1] is at 11 o'clock."),
+]
+
+
+def spatialrgpt(folder: Path) -> str:
+    """Nested columns as Python's repr, as the parquet copy has them."""
+    rows = [dict(id=name, image_info=str({"file_path": "images/0.png", "height": 72}), text_q=text,
+                 qa_info=str({"type": name.split("_")[0], "category": category}),
+                 conversations=str([{"from": "human", "value": "<image>\n<mask> <mask>"},
+                                    {"from": "gpt", "value": answer}]),
+                 bbox=str([[-3, 2, 30, 40], [50, 10, 99, 70]]), rle="[]", image=image(0))
+            for name, category, text, answer in SRGPT]  # fmt: skip
+    write(folder / "data" / "val-00000-of-00001.parquet", rows, image=IMAGE)
+    return str(folder)
+
+
+def test_spatialrgpt_bench(tmp_path):
+    got = benchmarks.load("spatialrgpt-bench", spatialrgpt(tmp_path))
+    left, right = (0, (0, 2, 30, 40)), (0, (50, 10, 96, 70))  # clipped, as the set's own code does
+    assert got[0].question == "Is Region [1] <mask> left of Region [0] <mask>?" and got[0].regions == [
+        right,
+        left,
+    ]
+    assert got[2].question == "How wide is Region [1] <mask>?" and got[2].regions == [right]
+    assert got[3].answer == "It is 1.5 meters." and got[3].task == "horizontal_distance_data"
+    (tmp_path / "json" / "images").mkdir(parents=True)
+    (tmp_path / "json" / "images" / "0.png").write_bytes(png(0))
+    name, category, text, answer = SRGPT[0]
+    row = dict(id=name, image_info={"file_path": "images/0.png"}, text_q=text, rle=[],
+               qa_info={"type": "qualitative", "category": category},
+               bbox=[[-3, 2, 30, 40], [50, 10, 99, 70]],
+               conversations=[{"from": "human", "value": "q"}, {"from": "gpt", "value": answer}])  # fmt: skip
+    (tmp_path / "json" / "SpatialRGPT-Bench_v1.json").write_text(json.dumps([row]))
+    (same,) = benchmarks.load("spatialrgpt-bench", tmp_path / "json")
+    assert (same.question, same.regions, same.answer) == (got[0].question, got[0].regions, got[0].answer)
+    assert pixels(same.images[0]) == pixels(PICTURES[0])
+
+
+# ---- What is wrong is said
+
+
+def test_a_bad_row_is_named(tmp_path):
+    rows = [
+        dict(id=k, task="position_matching", image=[image(0)], question="?", answer="A") for k in range(5)
+    ]
+    rows[0]["image"] = [{"bytes": b"no picture", "path": None}]
+    rows[1]["task"] = "reading"
+    rows[2]["answer"] = " "
+    rows[3]["question"] = "the <mask>"
+    root = write(tmp_path / "data" / "test-0.parquet", rows, image=pa.list_(IMAGE))
+    with pytest.raises(BadRows) as bad:
+        benchmarks.load("spar-bench", root)
+    assert [(Path(file).name, row, field) for file, row, field, _ in bad.value.rows] == [
+        ("test-0.parquet", 1, "image"),
+        ("test-0.parquet", 2, "task"),
+        ("test-0.parquet", 3, "answer"),
+        ("test-0.parquet", 4, "question"),
+    ]
+    del rows[4]["answer"]
+    write(tmp_path / "less" / "test-0.parquet", rows[4:],
+          image=pa.list_(IMAGE))  # fmt: skip
+    with pytest.raises(BadRows, match="answer: missing; there are id, task, image, question"):
+        benchmarks.load("spar-bench", tmp_path / "less")
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "test-0.parquet").write_bytes(b"PAR1 torn")
+    with pytest.raises(BadRows, match="file: unreadable"):
+        benchmarks.load("spar-bench", tmp_path / "torn")
+    missing = json.dumps([dict(EMBSPATIAL, image="pictures/1.jpg")])
+    (tmp_path / "embspatial_bench.json").write_text(missing)
+    with pytest.raises(BadRows, match="image: missing file: pictures/1.jpg in .* .--data: where it is"):
+        benchmarks.load("embspatial", tmp_path)
+
+
+def test_where_it_was_looked_for(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"sat: no \*\*/SAT_test\*.parquet or .* in "):
+        benchmarks.load("sat", tmp_path)
+    with pytest.raises(FileNotFoundError, match="nor a hub id: /no/where/at/all"):
+        benchmarks.load("sat", "/no/where/at/all")
+    with pytest.raises(ValueError, match="unknown benchmark 'spa': one of spar-bench, "):
+        benchmarks.load("spa")
+
+
+def test_a_hub_id_is_downloaded(tmp_path, monkeypatch):
+    """Only the files that are read, of the set's own repository or of the one that was named."""
+    import huggingface_hub
+
+    asked = []
+    root = cv_bench(tmp_path)
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda hub, **how: asked.append((hub, how)) or root
+    )
+    assert len(benchmarks.load("cv-bench")) == len(benchmarks.load("cv-bench", "someone/copy")) == 5
+    patterns = ["*test_[23]d*.parquet", "*test*.parquet"]
+    assert asked == [(hub, dict(repo_type="dataset", allow_patterns=patterns))
+                     for hub in ("nyu-visionx/CV-Bench", "someone/copy")]  # fmt: skip
+
+
+def test_another_count_is_a_warning(tmp_path):
+    with pytest.warns(
+        UserWarning, match=r"cv-bench: 5 rows in .*, 2638 are published \(Count 2, Relation 1, "
+    ):
+        benchmarks.load("cv-bench", cv_bench(tmp_path))
+
+
+def test_an_id_that_recurs_gets_its_row(tmp_path):
+    rows = [dict(question_id="7", question="?", question_type="Other", answer="A", images=[image(0)],
+                 visual_indices=[0]) for _ in range(2)]  # fmt: skip
+    root = write(tmp_path / "data" / "test-0.parquet", rows, images=pa.list_(IMAGE))
+    assert [e.id for e in benchmarks.load("erqa", root)] == ["7", "7#2"]
+
+
+# ---- Scorers
+
+
+def one(
+    name: str, scorer: str, response: str, answer: str, task: str = "", question: str = "?", **more
+) -> float:
+    """overall of one answer, 0..1; None where it is unparsed."""
+    example = Example(more.get("id", "x_1"), more.get("path", "direct"), [], question, answer, task=task)
+    result = benchmarks.score(name, [(example, response)], scorer)
+    assert all(0 <= value <= 100 for value in result.values())
+    return None if scorer == "robust" and result["unparsed"] else result["overall"] / 100
+
+
+def spar(scorer, response, answer, task):
+    return one("spar-bench", scorer, response, answer, task)
+
+
+@pytest.mark.parametrize("error, value", [(0, 1), (0.1, 0.9), (0.2, 0.7), (0.25, 0.6), (0.3, 0.5), (0.5, 0.1),
+                                          (0.51, 0)])  # fmt: skip
+def test_mra(error, value):
+    assert scorers.mra(1 + error, 1.0, 1e-9) == pytest.approx(value)
+    if error not in (0.1, 0.2, 0.3):  # ties of floats: below
+        assert scorers.mra(1 + error, 1.0) == pytest.approx(value)
+    assert scorers.mra(0.3, 0.0) == pytest.approx(0.5) and scorers.mra(0, 0.0) == 1  # absolute
+
+
+@pytest.mark.parametrize("said, true, official, exact", [
+    ("0.9", "0.6", 0.0, 0.1), ("1.2", "1.5", 0.6, 0.7), ("2.1", "1.5", 0.2, 0.3), ("0.3", "0.4", 0.5, 0.6),
+    ("2.7", "2.0", 0.3, 0.4), ("0.8", "1.0", 0.7, 0.7), ("1.5", "1.0", 0.1, 0.1)])  # fmt: skip
+def test_mra_at_ties_of_floats(said, true, official, exact):
+    """Relative errors of exactly 1 - t: numpy's floats, as published, against exact arithmetic."""
+    assert spar("official", said, true, "depth_prediction_oc") == pytest.approx(official)
+    assert spar("robust", said, true, "depth_prediction_oc") == pytest.approx(exact)
+
+
+@pytest.mark.parametrize("response, true, task, official, robust", [
+    ("Object 2 is 1.5 m", "1.5", "depth_prediction_oc", 0.4, None),  # reads 2, a third off; two numbers
+    ("Object 2 is 1.5 m", "1.5", "depth_prediction_oc_mv", 1, None),  # several views: the last number
+    ("-1.5", "1.5", "depth_prediction_oc", 1, 0),  # the sign is dropped
+    ("1.5 m", "1.5", "distance_prediction_oo", 1, 1),
+    ("150 cm", "1.5", "distance_prediction_oo", 0, 1),
+    ("so the answer is 1.5 m, not 3", "1.5", "distance_prediction_oo", 1, 1),
+    ("no idea", "1.5", "depth_prediction_oc", 0, None),
+    ("", "1.5", "depth_prediction_oc_mv", 0, None),
+    ("<think>2</think><answer>1.5</answer>", "1.5", "depth_prediction_oc", 1, 1),
+    ("<answer>about 1.5</answer>", "1.5", "depth_prediction_oc", 1, None),
+    ("2^3", "2", "depth_prediction_oc_mv", 1, None),  # not preceded by ^
+    # options
+    ("", "A", "position_matching", 1, None),  # the empty answer is a substring
+    ("<answer></answer>", "A", "position_matching", 1, None),
+    ("Answer: B", "A", "position_matching", 1, 0),
+    ("b", "B", "position_matching", 1, 1),
+    ("(A)", "A", "position_matching", 0, 1),
+    (" A", "A", "position_matching", 0, 1),
+    ("A. the chair", "A", "position_matching", 1, 1),
+    ("A or B", "A", "position_matching", 1, None),
+    ("<answer>Answer: A</answer>", "A", "position_matching", 1, None),
+    ("The answer is B.", "B", "position_matching", 0, 1),
+    ("I first thought the answer is A, but the answer is B", "B", "position_matching", 0, 1),
+    ("A chair is nearer", "A", "position_matching", 1, None),  # an article
+    ("Both look alike to me.", "B", "position_matching", 1, None),
+    # camera motion: five axes; the three that nobody moves on count
+    ("move_right:2", "move_right:1", "view_change_infer", (0.1 + 4) / 5, 4 / 5),  # divided by the answer
+    ("move_right:0.5", "move_right:1", "view_change_infer", 4 / 5, (0.1 + 4) / 5),
+    ("move_up:1", "move_right:0.3,move_up:1", "view_change_infer", (0.5 + 4) / 5, 4 / 5),  # |0.3 - 0|
+    ("move_right:1,move_left:1", "move_right:1", "view_change_infer", 4 / 5, 4 / 5),  # |1 - 0| > .5
+    ("move_right:1", "move_right:1,rotate_left:30", "view_change_infer", 4 / 5, 4 / 5),
+    ("move_left:0.4", "move_right:0.4", "view_change_infer", 4 / 5, 4 / 5),
+    ("go right", "move_right:1", "view_change_infer", 0, None),
+    ("move_right:1,sing:2", "move_right:1", "view_change_infer", 1, None)])  # fmt: skip
+def test_spar_by_both_scorers(response, true, task, official, robust):
+    assert spar("official", response, true, task) == pytest.approx(official)
+    got = spar("robust", response, true, task)
+    assert got is None if robust is None else got == pytest.approx(robust)
+
+
+@pytest.mark.parametrize("name, response, answer, official, robust", [
+    ("embspatial", "It is a table, so C", "C", 0, 1),  # the article is option A
+    ("embspatial", "(c)", "C", 1, 1),
+    ("embspatial", "cart", "D", 0, 1),  # the option's text
+    ("embspatial", "<answer>Cart.</answer>", "D", 0, 1),
+    ("embspatial", "<think>A or B</think><answer>D</answer>", "D", 1, 1),
+    ("embspatial", "I don't know", "D", 0, None),
+    ("embspatial", "A cart, I think", "D", 0, None),
+    ("cv-bench", "The answer is B", "B", 0, 1),  # T
+    ("cv-bench", "B) cabinet", "B", 1, 1),
+    ("cv-bench", " (b)", "B", 1, 1),
+    ("cv-bench", "", "B", 0, None),
+    ("sat", "(B).", "B", 1, 1),
+    ("sat", "B. cabinet", "B", 0, 1),
+    ("erqa", " a ", "A", 1, 1),
+    ("realworldqa", "Yes.", "yes", 1, 1),
+    ("realworldqa", "<think>so</think> <answer>2 </answer>", "2", 1, 1),
+    ("realworldqa", "2.0", "2", 0, 1),
+    ("realworldqa", "It is 2 or 3", "2", 0, None),
+    ("blink", "(B)", "B", 1, 1),
+    ("blink", "Option B", "B", 0, 1)])  # fmt: skip
+def test_choices_by_both_scorers(name, response, answer, official, robust):
+    question = "Which?\n(A) door\n(B) cabinet\n(C) table\n(D) cart"
+    assert one(name, "official", response, answer, "t", question) == official
+    assert one(name, "robust", response, answer, "t", question) == robust
+
+
+@pytest.mark.parametrize("response, k, official, robust", [
+    ("No, it is right of it.", 0, 1, 1), ("Yes.", 0, 0, 0), ("Left.", 0, 0, None),
+    ("It isn't; yes?", 0, 1, None), ("Correct", 0, 0, 0),
+    ("Region 1", 1, 1, 1), ("<answer>1</answer>", 1, 0, 1),
+    ("Region [0] is smaller than region [1]", 1, 0, None),
+    ("1 meter", 2, 1, 1), ("about 130 cm", 2, 0, 0), ("75 cm", 2, 1, 1), ("74 cm", 2, 0, 0),
+    ("39.37 inches", 2, 1, 1), ("It is 1 m, or 4 ft", 2, 1, None), ("big", 2, 0, None), ("1.0", 2, 0, 1),
+    ("2 feet away, 5 meters", 3, 0, None), ("1.2 meters", 3, 1, 1),
+    ("12 o'clock", 4, 1, 1), ("1 o'clock", 4, 0, 0), ("10 o'clock", 4, 1, 1)])  # fmt: skip
+def test_spatialrgpt_without_a_judge(response, k, official, robust):
+    _, category, question, answer = SRGPT[k]
+    for scorer, value in (("official", official), ("robust", robust)):
+        assert one("spatialrgpt-bench", scorer, response, answer, category, question) == value
+
+
+def test_a_number_is_read_in_the_unit_that_is_asked_for():
+    read = scorers.read_number
+    assert read("2.5 m", "How far, in centimeters?") == pytest.approx(250) and read("250", "in cm?") == 250
+    assert read("30 inches", "How wide?") == pytest.approx(0.762)
+    assert read("It is -1.5 m.", "?") == -1.5 and read("1,200", "?") is None and read("nan", "?") is None
+
+
+# ---- Aggregates
+
+
+def rows(name, *lines) -> list:
+    """(task, id, truth A, said A?)"""
+    return [
+        (Example(key, "direct", [], "?", "A", task=task), "A" if right else "B") for task, key, right in lines
+    ]
+
+
+def test_spar_aggregates():
+    """Means of tasks, as published, and of samples, as SR-REAL has it: 3 of 4 and 0 of 1 in High."""
+    pairs = rows("spar-bench", *(("distance_infer_center_oo", str(k), k < 3) for k in range(4)),
+                 ("spatial_imagination_oo_mv", "4", 0), ("position_matching", "5", 1))  # fmt: skip
+    pairs.append((Example("6", "direct", [], "?", "2.0", task="depth_prediction_oo_mv"), "2.2"))
+    got = benchmarks.score("spar-bench", pairs, "official")
+    assert got["overall"] == pytest.approx((75 + 0 + 100 + 90) / 4)
+    assert (got["High"], got["Middle"], got["Low"]) == (37.5, 100, pytest.approx(90))
+    assert got["overall_samples"] == pytest.approx((3 + 0 + 1 + 0.9) / 7 * 100)
+    assert got["High_samples"] == pytest.approx(60) and got["distance_infer_center_oo"] == 75
+    assert (got["single_select"], got["multi_select"]) == (75, 50) and got["multi_fill"] == pytest.approx(90)
+    assert "single_fill" not in got and got["unparsed"] == 0
+
+
+def test_cv_bench_aggregates():
+    pairs = rows("cv-bench", ("Count", "ADE20K_0", 1), ("Count", "COCO_1", 0), ("Relation", "COCO_2", 1),
+                 ("Depth", "Omni3D_3", 1), ("Distance", "Omni3D_4", 0),
+                 ("Distance", "Omni3D_5", 0))  # fmt: skip
+    got = benchmarks.score("cv-bench", pairs, "robust")
+    assert (got["ADE20K"], got["COCO"], got["2D"]) == (100, 50, 75) and got["3D"] == pytest.approx(100 / 3)
+    assert got["overall"] == pytest.approx((75 + 100 / 3) / 2) and got["overall_samples"] == 50
+    assert (got["Count"], got["Relation"], got["Depth"], got["Distance"]) == (50, 100, 100, 0)
+
+
+def test_other_aggregates():
+    pairs = rows("blink", ("Counting", "1", 1), ("Jigsaw", "2", 0), ("Jigsaw", "3", 0), ("Jigsaw", "4", 1))
+    got = benchmarks.score("blink", pairs, "official")
+    assert got["overall"] == pytest.approx((100 + 100 / 3) / 2) and got["overall_samples"] == 50
+    pairs = rows("sat", ("ego_movement", "sat_1-0", 1), ("ego_movement", "sat_1-1", 0),
+                 ("perspective", "sat_2-0", 1), ("perspective", "sat_2-1", 1))  # fmt: skip
+    got = benchmarks.score("sat", pairs, "official")
+    assert (got["overall"], got["circular"], got["ego_movement"], got["perspective"]) == (75, 50, 50, 100)
+    pairs = rows("embspatial", ("close", "mp3d_1", 1), ("far", "mp3d_2", 0), ("far", "scannet_1", 1))
+    got = benchmarks.score("embspatial", pairs, "official")
+    assert (got["close"], got["far"], got["mp3d"], got["scannet"]) == (100, 50, 50, 100)
+    pairs = [
+        (Example(name, "direct", [], text, answer, task=task), answer) for name, task, text, answer in SRGPT
+    ]
+    pairs[3] = (pairs[3][0], "no idea")
+    got = benchmarks.score("spatialrgpt-bench", pairs, "robust")
+    assert (
+        got["qualitative"] == 100 and got["quantitative"] == pytest.approx(200 / 3) and got["overall"] == 80
+    )
+    assert got["horizontal"] == 0 and got["direction"] == got["width"] == got["tall/short"] == 100
+    assert got["unparsed"] == 20
+    for bad in (("spar", pairs, "robust"), ("sat", pairs, "strict"), ("sat", [], "robust")):
+        with pytest.raises(ValueError, match="wanted one of spar-bench, "):
+            benchmarks.score(*bad)
+
+
+# ---- eval.py --benchmark
+
+
+def test_eval_prints_both_scorers(tmp_path, monkeypatch, capsys):
+    """A model that says the right letter behind words: robust sees it. Judges, others' figures are named."""
+    stand_in(
+        monkeypatch,
+        lambda e: (
+            f"The answer is {e.answer}"
+            if e.path == "direct"
+            else f"<think>so</think><answer>{e.answer}</answer>"
+        ),
+    )
+    config = evaluation.Config("m", (cv_bench(tmp_path / "set"),), benchmark="cv-bench", path="direct",
+                               out=str(tmp_path / "out"))  # fmt: skip
+    scores = evaluation.main(config)["benchmark"]["direct"]
+    assert scores["official"]["overall"] == 0 and scores["robust"]["overall"] == 100
+    lines = capsys.readouterr().out.splitlines()
+    assert "SpatialThinker" in next(line for line in lines if line.startswith("cv-bench direct"))
+    assert next(line for line in lines if line.startswith("  overall ")).split()[1:] == [
+        "0.0",
+        "100.0",
+        "68.6",
+    ]
+    config = evaluation.Config("m", (spatialrgpt(tmp_path / "srgpt"),), benchmark="spatialrgpt-bench",
+                               out=str(tmp_path / "out2"))  # fmt: skip
+    assert set(evaluation.main(config)["benchmark"]) == {"lor", "dtr"}
+    assert "GPT-4 as a judge" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "out2" / "predictions.jsonl").read_text().splitlines()]
+    assert len({row["cluster"] for row in rows}) == 1 and rows[0]["cluster"].startswith("sha1 ")
+    (tmp_path / "set" / "test_3d.parquet").write_bytes(b"torn")
+    with pytest.raises(trainer.Stop, match="a benchmark is read whole"):
+        evaluation.main(
+            evaluation.Config("m", config.data[:0] + (str(tmp_path / "set"),), benchmark="cv-bench")
+        )
+
+
+def test_an_interrupted_eval_goes_on(tmp_path, monkeypatch):
+    """Killed within a chunk (a torn line), it asks the rest; the files are those of the eval that never
+    stopped. A finished one, other settings, and other questions are asked again."""
+    asked, limit = [], [10**9]
+
+    def write_answer(e):
+        if len(asked) == limit[0]:
+            raise RuntimeError("killed")
+        asked.append(e.id)
+        return f"<think>x</think><answer>{e.answer}</answer>"
+
+    stand_in(monkeypatch, write_answer)
+    monkeypatch.setattr(evaluation, "CHUNK", 2)
+    write(tmp_path / "set" / "SAT_test.parquet", sat_rows(), image_bytes=pa.list_(pa.binary()))
+    config = evaluation.Config(
+        "m", (str(tmp_path / "set"),), benchmark="sat", path="lor", out=str(tmp_path / "a")
+    )
+    evaluation.main(config)
+    whole = (tmp_path / "a" / "predictions.jsonl").read_text()
+    assert len(asked) == 12
+    asked.clear()
+    limit[0] = 7
+    config = evaluation.replace(config, out=str(tmp_path / "b"))
+    with pytest.raises(RuntimeError):
+        evaluation.main(config)
+    file = tmp_path / "b" / "predictions.jsonl"
+    assert len(file.read_text().splitlines()) == 6 and not (tmp_path / "b" / "summary.json").exists()
+    file.write_text(file.read_text()[:-40])  # torn
+    asked.clear()
+    limit[0] = 10**9
+    evaluation.main(config)
+    assert len(asked) == 7 and file.read_text() == whole
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in "ab"]
+    assert summaries[0]["results"] == summaries[1]["results"]
+    assert summaries[0]["benchmark"] == summaries[1]["benchmark"]
+    lines = file.read_text().splitlines(keepends=True)  # two ranks, killed
+    file.write_text("".join(lines[:5]))
+    (tmp_path / "b" / "predictions.jsonl.1").write_text("".join(lines[6:10]))
+    asked.clear()
+    evaluation.main(config)
+    assert len(asked) == 3 and file.read_text() == whole
+    asked.clear()
+    evaluation.main(config)  # a finished one
+    assert len(asked) == 12
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:5]))
+    asked.clear()
+    evaluation.main(evaluation.replace(config, max_new_tokens=7))
+    assert len(asked) == 12
+
+
+def test_ranks_give_the_numbers_of_one(tmp_path, monkeypatch):
+    """The real model, greedy, in fp32: two ranks by torchrun against one process, with depth-free regions."""
+    torch.set_num_threads(1)  # as the ranks have: another number adds in another order
+    model, outs = tmp_path / "model", [tmp_path / f"out{n}" for n in (1, 2)]
+    tiny.write("qwen3_vl", model)
+    root = spatialrgpt(tmp_path / "set")
+    config = evaluation.Config(
+        str(model), (root,), benchmark="spatialrgpt-bench", max_new_tokens=8, out=str(outs[0])
+    )
+    evaluation.main(config)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["eval.py", "--model", model, "--data", root, "--benchmark", "spatialrgpt-bench"]
+    run = subprocess.run(
+        [*map(str, command), "--max-new-tokens", "8", "--out", str(outs[1])],
+        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("spatialrgpt-bench lor") == 1  # one rank prints
+    texts = ((out / "predictions.jsonl").read_text() for out in outs)
+    one, two = ([json.loads(line) for line in text.splitlines()] for text in texts)
+    assert len(one) == 10 and [(row["id"], row["text"]) for row in one] == [
+        (row["id"], row["text"]) for row in two]  # fmt: skip
+    one, two = (json.loads((out / "summary.json").read_text()) for out in outs)
+    assert one["benchmark"] == two["benchmark"] and one["results"] == two["results"]
+    left = {"predictions.jsonl", "settings.json", "summary.json"}
+    assert {file.name for file in outs[1].iterdir()} == left
