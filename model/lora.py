@@ -1,0 +1,80 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021) on the decoder's projections: small to train, merged where it is
+saved.
+
+    y = W x + b + s B (A x),    A (rank, in), B (out, rank), s = 2;    B = 0 at the start: just the base model
+
+A wrapped projection keeps the names of its weight and bias; the adapters are parameters like others,
+`...lora_a` and `...lora_b`, and lie in trainer/ by their full names. `with off(model)` it is the base model,
+to the bit: the reference policy, without a copy. `with merged(model)` each weight is W + s B A, rounded to
+its dtype: what to save. A run resumes from its base checkpoint and its adapters: in a merged one, what is
+below half a unit of W's last bit is gone.
+"""
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SCALE = 2.0  # alpha / rank
+
+class LoRALinear(nn.Module):
+    """Takes over a Linear's own parameters; x (..., in) -> (..., out)."""
+
+    def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator):
+        super().__init__()
+        self.weight, self.bias, self.on = linear.weight, linear.bias, True
+        out_features, in_features = self.weight.shape
+        noise = torch.randn(rank, in_features, generator=generator) / in_features**0.5  # A x has the RMS of x
+        self.lora_a = nn.Parameter(noise.to(self.weight))
+        self.lora_b = nn.Parameter(self.weight.new_zeros(out_features, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        return y + SCALE * F.linear(F.linear(x, self.lora_a), self.lora_b) if self.on else y
+
+    def whole(self) -> Tensor:
+        """W + s B A, summed in fp32, in W's dtype."""
+        return (self.weight.float() + SCALE * self.lora_b.float() @ self.lora_a.float()).to(self.weight.dtype)
+
+def attach(model, rank: int, seed: int = 0) -> None:
+    """Wraps the decoder's projections; of the language model only the adapters learn. Whether the other parts
+    do (vision, region, points, head3d) stays as it is."""
+    if rank < 1 or adapters(model):
+        raise ValueError(f"--lora {rank}: the rank is at least 1, and a model is wrapped once")
+    for name, p in model.named_parameters():
+        p.requires_grad_(p.requires_grad and not name.startswith(("decoder.", "lm_head.")))
+    generator = torch.Generator().manual_seed(seed)  # on the host: the same on every rank and device
+    for layer in model.decoder.layers:
+        for block in (layer.self_attn, layer.mlp):
+            for name in [name for name, _ in block.named_children() if name in PROJECTIONS]:
+                setattr(block, name, LoRALinear(block.get_submodule(name), rank, generator))
+
+def adapters(model) -> list[LoRALinear]:
+    return [module for module in model.modules() if isinstance(module, LoRALinear)]
+
+@contextmanager
+def off(model) -> Iterator[None]:
+    was_on = [one for one in adapters(model) if one.on]
+    for one in was_on:
+        one.on = False
+    try:
+        yield
+    finally:
+        for one in was_on:
+            one.on = True
+
+@contextmanager
+def merged(model) -> Iterator[None]:
+    """Adapters inside the weights; then the base is back, to the bit. Takes a second copy of the projections,
+    whole (not sharded) ones. A model without adapters stays as it is."""
+    base = [(one, one.weight.data) for one in adapters(model)]
+    with off(model), torch.no_grad():
+        for one, _ in base:
+            one.weight.data = one.whole()
+        try:
+            yield
+        finally:
+            for one, weight in base:
+                one.weight.data = weight

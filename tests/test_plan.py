@@ -1,0 +1,219 @@
+"""plan.py: counts against transformers' models, bytes against closed forms and what autograd really keeps."""
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from test_model import BILLIONS, published
+from transformers import AutoConfig
+
+import plan
+from model.lora import adapters, attach
+from model.qwen_vl import QwenVL
+from model.tiny import SPECIAL, configuration
+from plan import Config, Settings, choose, count, estimate
+
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+NAMES = ("Qwen2.5-VL-3B", "Qwen2.5-VL-7B", "Qwen3-VL-8B")
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory):
+    """name -> config, read from a directory with nothing but config.json."""
+    found = {}
+    for name in NAMES:
+        folder = tmp_path_factory.mktemp(name)
+        (folder / "config.json").write_text(json.dumps(published()[name]))
+        found[name] = AutoConfig.from_pretrained(folder)
+        found[name].folder = str(folder)
+    return found
+
+
+def tiny(family, layers=4):
+    config = configuration(family, {token: 900 + i for i, token in enumerate(SPECIAL)})
+    config.text_config.num_hidden_layers = layers
+    return config
+
+
+def spatial(model):
+    return sum(p.numel() for part in (model.region, model.points, model.head3d) for p in part.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_counts_of_the_published_sizes(configs, name):
+    config, n = configs[name], count(configs[name], "all", 0)
+    with torch.device("meta"):
+        extra = spatial(QwenVL(config))
+    assert round((n["all"] - extra) / 1e9, 3) == BILLIONS[name] and n["trained"] == n["all"]
+    lm, text = count(config, "lm", 0), config.text_config
+    assert lm["all"] == n["all"] and lm["vision"] == 0 and lm["trained"] == n["all"] - n["vision"] - extra
+    assert lm["trained"] == text.num_hidden_layers * lm["layer"] + lm["outside"]
+    vocab = text.vocab_size * text.hidden_size
+    assert lm["outside"] == vocab * (1 if config.tie_word_embeddings else 2) + text.hidden_size
+    assert lm["head"] == vocab
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_counts_of_a_real_model(family):
+    config = tiny(family)
+    model = QwenVL(config)
+    assert count(config, "all", 0)["all"] == sum(p.numel() for p in model.parameters())
+    model.requires_grad_(False)
+    attach(model, 5)
+    own = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    n = count(config, "lm", 5)
+    assert n["trained"] == own == sum(5 * sum(one.weight.shape) for one in adapters(model))
+    assert n["outside"] == n["head"] == n["vision"] == 0
+    assert n["all"] == sum(p.numel() for p in model.parameters())
+    assert count(config, "spatial", 0)["trained"] == spatial(model)
+
+
+def test_bytes_by_closed_form(configs):
+    """Qwen2.5-VL-3B: figures by hand from facts of its config: 36 layers, 2 key-value heads of 128, H 2048,
+    I 11008."""
+    config, cfg = configs["Qwen2.5-VL-3B"], Config("m", gpus=4, prompt_tokens=512, new_tokens=256)
+    n = count(config, "lm", 0)
+    gb = estimate(config, cfg, Settings(slots=20, micro_tokens=1000), n)
+    assert gb["weights"] == pytest.approx(2 * n["all"] / 1e9)
+    assert gb["master and moments"] == pytest.approx(12 * n["trained"] / 1e9)
+    assert gb["reference"] == pytest.approx(2 * n["all"] / 4 / 1e9)
+    assert gb["cache"] == pytest.approx((20 * 256 + 3 * 512) * 36864 / 1e9)  # 36,864 bytes a token
+    assert gb["sampler"] == pytest.approx(20 * 3 * 4 * 151936 / 1e9)
+    assert gb["gradients"] == pytest.approx(2 * n["trained"] / 1e9)
+    layer = 2 * (4 * 2048 + 2 * (2048 + 256) + 4 * 11008) + 8 * 2048
+    assert gb["activations"] == pytest.approx(1000 * 36 * layer / 1e9)
+    assert gb["logits"] == pytest.approx((64 * 2**20 + 4 * 151936 * 2048) / 1e9)
+    stays = gb["weights"] + gb["master and moments"] + gb["reference"]
+    update = gb["gradients"] + gb["activations"] + gb["logits"] + gb["pixels"]
+    assert gb["peak"] == pytest.approx(stays + max(update, gb["cache"] + gb["sampler"]))
+    small = Settings(slots=20, micro_tokens=1000, checkpointing=True, fp32_master=False)
+    less = estimate(config, cfg, small, n)
+    assert less["activations"] == pytest.approx((1000 * (36 * 2 * 2048 + layer)) / 1e9)
+    assert less["master and moments"] == pytest.approx(4 * n["trained"] / 1e9)
+    cut = estimate(config, cfg, Settings(shard=True, slots=20, micro_tokens=1000), n)
+    assert cut["master and moments"] == pytest.approx(gb["master and moments"] / 4)
+    assert cut["weights"] == pytest.approx(2 * (n["all"] + n["trained"] / 4) / 1e9)
+    gathered = (2 * n["layer"] + n["outside"]) * 2 + (n["layer"] + n["outside"]) * 4
+    assert cut["gradients"] == pytest.approx((2 * n["trained"] / 4 + gathered) / 1e9)
+    busy = estimate(config, cfg, Settings(slots=4000, micro_tokens=1000), n)
+    assert busy["peak"] == pytest.approx(stays + busy["cache"] + busy["sampler"])
+
+
+def test_the_reference_is_free_where_it_can_be(configs):
+    config = configs["Qwen2.5-VL-3B"]
+    n, cfg = count(config, "lm", 0), Config("m", gpus=2)
+    assert estimate(config, cfg, Settings(), n)["reference"] > 0
+    for other, settings in ((replace(cfg, kl=0), Settings()), (replace(cfg, gpus=1), Settings()),
+                            (cfg, Settings(lora=8))):
+        assert estimate(config, other, settings, n)["reference"] == 0
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activations_against_what_autograd_keeps(family, dtype):
+    """Bytes of the distinct storages that a forward of text saves for its backward, parameters apart."""
+    config, tokens = tiny(family, layers=6), 256
+    model = QwenVL(config).to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
+    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # alive, so that no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        QwenVL.logits.__wrapped__(model, torch.arange(tokens)[None])  # without its no_grad
+    said = estimate(config, Config("m", dtype=dtype), Settings(micro_tokens=tokens), count(config, "lm", 0))
+    assert sum(size for size, _ in kept.values()) == pytest.approx(said["activations"] * 1e9, rel=0.25)
+
+
+# ---- decisions
+def test_7b_on_eight_gpus_of_80(configs):
+    s, gb = choose(configs["Qwen2.5-VL-7B"], Config("m", gpus=8))
+    assert s.shard and s.checkpointing and s.fp32_master and not s.lora and gb["peak"] <= 54
+
+
+def test_3b_on_one_gpu_of_80_leaves_twenty(configs):
+    cfg = Config("m", gpus=1, group=8, prompt_tokens=1024, new_tokens=1024)
+    s, gb = choose(configs["Qwen2.5-VL-3B"], cfg)
+    assert not s.shard and not s.lora and s.fp32_master and s.slots >= 128 and gb["peak"] <= 60
+
+
+def test_3b_on_eight_gpus_is_replicated(configs):
+    s, _ = choose(configs["Qwen2.5-VL-3B"], Config("m", gpus=8))
+    assert not s.shard and s.slots == 64  # 8 prompts of 8 on each
+
+
+@pytest.mark.parametrize("lora", [32, None])
+def test_3b_on_24_is_lora(configs, lora):
+    s, gb = choose(configs["Qwen2.5-VL-3B"], Config("m", memory=24, lora=lora))
+    assert s.lora == 32 and gb["peak"] < 21
+
+
+def test_8b_lora_on_80(configs):
+    s, gb = choose(configs["Qwen3-VL-8B"], Config("m", lora=16))
+    assert s.lora == 16 and not s.shard and gb["peak"] < 60
+
+
+def test_moments_are_rounded_before_lora_is_taken(configs):
+    config = configs["Qwen2.5-VL-3B"]
+    assert not choose(config, Config("m", memory=40))[0].fp32_master
+    assert choose(config, Config("m", memory=80))[0].fp32_master
+    with pytest.raises(ValueError, match="nothing fits into 1 x 16 GB"):
+        choose(config, Config("m", memory=16, lora=0))
+
+
+def test_more_memory_never_chooses_less(configs):
+    """Whatever fits still fits with more; the chosen one is within the memory less its reserve."""
+    order = list(plan.candidates(Config("m")))
+    places = []
+    for memory in (24, 32, 48, 64, 80, 141):
+        s, gb = choose(configs["Qwen2.5-VL-3B"], Config("m", memory=memory))
+        assert gb["peak"] <= (memory - plan.RESERVE[0]) * (1 - plan.RESERVE[1])
+        places.append(order.index(replace(s, slots=0)))
+    assert places == sorted(places, reverse=True) and len(set(places)) > 2
+
+
+def test_a_tiny_model_fits_anywhere():
+    cfg = Config("m", memory=4, dtype="fp32", prompts=8, prompt_tokens=100, new_tokens=64)
+    s, gb = choose(tiny("qwen3_vl"), cfg)
+    assert s == Settings(slots=64) and gb["peak"] < 1
+
+
+# ---- the command
+def test_the_command_prints_parts_and_settings(configs, capsys):
+    plan.main(Config(configs["Qwen2.5-VL-7B"].folder, gpus=8))
+    said = capsys.readouterr().out
+    for name in ("8.311 B parameters", "weights", "master and moments", "reference", "cache", "gradients",
+                 "activations", "logits", "pixels", "peak", "left", "sharded, checkpointing, fp32 masters",
+                 "slots"):
+        assert name in said
+    plan.main(Config(configs["Qwen2.5-VL-3B"].folder))
+    assert "7.5 GB of host memory for the reference" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, reason", [
+    (dict(gpus=0), "--gpus 0: too low"), (dict(kl=-1.0), "--kl -1.0: too low"),
+    (dict(lora=-2), "--lora -2: too low"),
+    (dict(memory=0, group=0), "--memory 0: too low, --group 0: too low"), ({}, "no config.json")])
+def test_bad_input_is_named(tmp_path, flags, reason):
+    with pytest.raises(ValueError, match=reason):
+        plan.main(Config(str(tmp_path), **flags))
+
+
+def test_the_script_ends_in_one_line(tmp_path):
+    command = [sys.executable, plan.__file__, "--model", str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr.startswith("plan: ")
+    assert len(run.stderr.strip().splitlines()) == 1
+
+
+def test_another_family_is_named(tmp_path):
+    with pytest.raises(ValueError, match="./none: no such directory, nor hub id"):
+        plan.main(Config("./none"))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ValueError, match="model_type 'llama' is not supported"):
+        plan.main(Config(str(tmp_path)))
