@@ -28,6 +28,7 @@ INTERPRETED = [  # all of what runs on Triton, at sizes that an interpreter of a
     ("test_rewards.py", ""),
     ("test_sample.py", "triton or greedy or bad_input"),
     ("test_layers.py", "not float64 and not dtype2"),
+    ("test_attention.py", "decode"),
 ]
 
 
