@@ -130,7 +130,7 @@ def test_why_there_is_no_truth(tmp_path, two, capsys):
     write(tmp_path / "blind" / file.name, room)
     assert len(data.load([source])) == 2 and "1 of them without a depth map" in capsys.readouterr().out
     image = tmp_path / "blind/spar/scannet/images" / rooms.SCENE / "image_color/0.jpg"
-    Image.fromarray(hidden).save(image.with_suffix(".depth.png"))             # nor is an estimated map a check
+    Image.fromarray(hidden).save(image.with_suffix(".depth.png"))          # nor is an estimated map a check
     estimated = data.load([source])
     assert len(estimated) == 2 and estimated[1].depths == [str(image.with_suffix(".depth.png"))]
     assert "1 of them without a depth map" in capsys.readouterr().out
