@@ -13,7 +13,8 @@ A group is kept if the accuracies in it differ (--filter accuracy): where all ar
 noise in the smaller parts would be learnt. Three policies stand beside the one that learns:
     old      itself before the step: its log-prob, detached. With --updates 1 that takes no extra forward
     rollout  the sampler: same weights, other numerics; a token weighs min(p_old / p_rollout, rollout_cap)
-    ref      --model, also after --resume; its log-probs are taken once a rollout, and only if --kl > 0
+    ref      --model, also after --resume; its log-probs are taken once a rollout, and only if --kl > 0. It is
+             no second model: what learns changes places with what it was (trainer.Reference)
 
 Metrics of a step: loss; reward, the mean total of all completions; kept, the share of groups; truncated, of
 completions without an end token; of each path P: P_reward, P_accuracy, P_format, P_detect, P_length (tokens),
@@ -34,6 +35,7 @@ Departures from the paper and the official code:
 
 import time
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import fmean
@@ -77,10 +79,13 @@ class Config:
     weight_decay: float = 0.01  # of matrices
     beta2: float = 0.999  # of AdamW
     clip_norm: float = 1.0  # gradients are shrunk to this global norm
-    train: Literal["lm", "all", "spatial"] = "lm"  # which parameters learn (trainer.TRAIN)
+    train: Literal["lm", "all", "spatial"] = "lm"  # which parameters learn (TRAIN in model/lora.py)
+    lora: int = 0  # rank of adapters on the decoder, which then stays as it is; merged on saving; 0: none
+    rounding: bool = False  # bf16 on CUDA: no fp32 masters, but bf16 moments and stochastic rounding
     regions: Literal["token", "text"] = "token"  # as the model was trained to read a region
     max_pixels: int | None = None  # image size limit; None: the checkpoint's own
     shard: Literal["auto", "always", "never"] = "auto"  # over the ranks (FSDP2); auto: if one can't hold it
+    checkpointing: Literal["auto", "always", "never"] = "auto"  # recompute blocks backwards
     micro_tokens: int = 16384  # tokens of a forward pass of a rank; turn it down if memory runs out
     eval_data: tuple[str, ...] = ()  # data sets for validation, greedy, by the same rules
     eval_every: int = 0  # steps between validations; 0: at the start and at the end
@@ -233,11 +238,16 @@ def main(cfg: Config) -> None:
     questions = min([cfg.eval_limit, *(len(exam.paths) * len(rows) for rows in exam.rows.values())])
 
     processor = trainer.load_processor(str(checkpoint or cfg.model), cfg)
-    model = trainer.load(str(checkpoint or cfg.model), device, cfg.train)
-    plain = trainer.shard(model, world, cfg.shard)  # what samples: the model, or a whole copy of it
-    reference = trainer.load(cfg.model, device) if cfg.kl > 0 else None
-    optimizer = AdamW(model.named_parameters(), cfg.weight_decay, (0.9, cfg.beta2))
-    same = {"data": trainer.fingerprint(examples), "--train": cfg.train}
+    model = trainer.load(cfg.model, device, cfg.train, cfg.lora)  # what has learnt comes by `restore`
+    sizes = dict(prompts=cfg.prompts, group=cfg.group, new_tokens=cfg.max_new_tokens, kl=cfg.kl)
+    settings = trainer.settle(cfg, model, world, **sizes)
+    plain = trainer.shard(model, world, settings)  # what samples: the model, or a whole copy of it
+    reference = trainer.Reference(model) if cfg.kl > 0 else None
+    optimizer = AdamW(
+        model.named_parameters(), cfg.weight_decay, (0.9, cfg.beta2), rounding=cfg.rounding, seed=cfg.seed
+    )
+    same = {"data": trainer.fingerprint(examples), "--train": cfg.train, "--lora": cfg.lora,
+            "--rounding": cfg.rounding}  # fmt: skip
     trainer.restore(checkpoint, optimizer, **same)
     trainer.gather(model, plain)
 
@@ -251,6 +261,7 @@ def main(cfg: Config) -> None:
     before = validate("val0_") if held_out and done == 0 else {}
     for step in range(done, cfg.steps):
         # Roll out this rank's share of the prompts. Score; keep the groups that teach something.
+        trainer.phase(f"step {step + 1}, rollout")
         clock = [time.perf_counter()]
         share = range(step * cfg.prompts, (step + 1) * cfg.prompts)[trainer.mine(cfg.prompts, rank, world)]
         groups = roll_out(plain, processor, [prompts[i] for i in share], cfg, cfg.seed * 1_000_003 + step)
@@ -262,12 +273,16 @@ def main(cfg: Config) -> None:
         # Pack. Log-probs of the reference, and, if there are several updates, of the policy before the first.
         shares = [[g for g in kept if g.turn % cfg.updates == u] for u in range(cfg.updates)]
         shares = [pack(share, processor, paths, cfg, world, device) for share in shares]
+        trainer.phase(f"step {step + 1}, log-probs")
         with torch.no_grad():
+            with reference or nullcontext():
+                for one in (one for share in shares for one in share):
+                    one.ref = forward(model, one, cfg.temperature)[0] if reference else None
             for one in (one for share in shares for one in share):
-                one.ref = forward(reference, one, cfg.temperature)[0] if reference else None
                 one.old = forward(model, one, cfg.temperature)[0] if cfg.updates > 1 else None
 
         # Update.
+        trainer.phase(f"step {step + 1}, update")
         lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup, cfg.schedule)
         sums, peaks, losses, norms = {path: Counter() for path in (*paths, "")}, Counter(), [], []
         for share in shares:
@@ -303,6 +318,7 @@ def main(cfg: Config) -> None:
         if row["truncated"] > 0.5:
             trainer.say(f"step {step + 1}: {row['truncated']:.0%} were cut: is --max-new-tokens too low?")
         before = {}
+        trainer.phase(f"step {step + 1}, validation and saving")
         if held_out and (last or (cfg.eval_every and (step + 1) % cfg.eval_every == 0)):
             row |= validate("val_")
         log({

@@ -60,8 +60,11 @@ class Config:
     questions_per_image: int = 4  # at most so many questions of an image stand together
     regions: Literal["token", "text"] = "token"  # a region is read as its token, or as its box in text
     max_pixels: int | None = None  # image size limit; None: the checkpoint's own
-    train: Literal["all", "lm", "spatial"] = "all"  # which parameters learn (trainer.TRAIN)
+    train: Literal["all", "lm", "spatial"] = "all"  # which parameters learn (TRAIN in model/lora.py)
+    lora: int = 0  # rank of adapters on the decoder, which then stays as it is; merged on saving; 0: none
+    rounding: bool = False  # bf16 on CUDA: no fp32 masters, but bf16 moments and stochastic rounding
     shard: Literal["auto", "always", "never"] = "auto"  # over the ranks (FSDP2); auto: if one can't hold it
+    checkpointing: Literal["auto", "always", "never"] = "auto"  # recompute blocks backwards
     micro_tokens: int = 16384  # tokens of a forward pass of a rank; turn it down if memory runs out
     eval_data: tuple[str, ...] = ()  # data sets for val_loss
     eval_every: int = 0  # steps between validations; 0: only at the end
@@ -131,11 +134,16 @@ def main(cfg: Config) -> None:
     order = trainer.Order(keys, cfg.seed, cfg.questions_per_image)
 
     processor = trainer.load_processor(str(checkpoint or cfg.model), cfg)
-    model = trainer.load(str(checkpoint or cfg.model), device, cfg.train)
-    plain = trainer.shard(model, world, cfg.shard)
-    muon = cfg.optimizer == "muon"
-    optimizer = AdamW(model.named_parameters(), cfg.weight_decay, (0.9, cfg.beta2), muon=muon)
-    same = {"data": trainer.fingerprint(examples), "--train": cfg.train, "--optimizer": cfg.optimizer}
+    source = cfg.model if cfg.lora else str(checkpoint or cfg.model)  # a checkpoint's adapters are merged
+    model = trainer.load(source, device, cfg.train, cfg.lora)
+    settings = trainer.settle(cfg, model, world, prompts=0, group=1, new_tokens=256, kl=0.0)
+    plain = trainer.shard(model, world, settings)
+    optimizer = trainer.mendable(
+        AdamW, model.named_parameters(), cfg.weight_decay, (0.9, cfg.beta2), muon=cfg.optimizer == "muon",
+        rounding=cfg.rounding, seed=cfg.seed,
+    )  # fmt: skip
+    same = {"data": trainer.fingerprint(examples), "--train": cfg.train, "--optimizer": cfg.optimizer,
+            "--lora": cfg.lora, "--rounding": cfg.rounding}  # fmt: skip
     trainer.restore(checkpoint, optimizer, **same)
 
     def batches_of(rows: list[Example]) -> list[tuple[Batch, int]]:
@@ -173,6 +181,7 @@ def main(cfg: Config) -> None:
     upcoming = ahead.submit(prepare, done)
     for step in range(done, cfg.steps):
         started = time.perf_counter()
+        trainer.phase(f"step {step + 1}")
         batches, upcoming = upcoming.result(), ahead.submit(prepare, step + 1)
         (text, head, error), (tokens, regions) = sweep(batches, learn=True)
         loss = text / tokens + cfg.head_weight * head / regions

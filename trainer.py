@@ -5,7 +5,9 @@ Nothing here knows a loss. In the order of a run:
     launch         flags -> Config -> main; what a user can mend ends in one line, not in a traceback
     begin          the run's directory, and the checkpoint that --resume starts from
     setup          torchrun's environment -> rank, world, device (a plain `python` run needs none)
-    load, shard    checkpoint -> QwenVL; FSDP2 where one rank can't hold it, and the plain copy for rollouts
+    load, settle   checkpoint -> QwenVL; what --shard and --checkpointing auto come to (plan.py)
+    shard          FSDP2 where one rank can't hold it, and the plain copy for rollouts
+    Reference      the policy that the run began with, without a second model
     Order          which rows a step takes: a pure function of (seed, position), whatever the number of ranks
     save, restore  step-000123/: a checkpoint, plus trainer/ with all that the run needs to go on to the bit
     Log            metrics.jsonl, one printed line a step, progress bar
@@ -22,8 +24,11 @@ import random
 import resource
 import shutil
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -33,20 +38,28 @@ import tyro
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import data
+import plan
 from model import checkpoint as huggingface
+from model import lora
+from model.lora import TRAIN  # noqa: F401  what --train means
 from model.processor import Processor
 from model.qwen_vl import QwenVL
-from optim import KINDS, AdamW
+from optim import KINDS, AdamW, local
 from srreal import Example
 
-# --train: prefixes of the parameters that learn. RL's default is lm (the paper froze the rest), SFT's is all.
-TRAIN = {"all": ("",), "lm": ("decoder.", "lm_head."), "spatial": ("region.", "points.", "head3d.")}
-FIRST = int(os.environ.get("RANK", 0)) == 0  # the rank that prints and writes
+RANK = int(os.environ.get("RANK", 0))
+FIRST = RANK == 0  # the rank that prints and writes
+TIMEOUT = float(os.environ.get("RANK_TIMEOUT", 1800))  # seconds that a rank waits for the others
+PHASE = ["start", 0.0]  # what this rank is doing, and since when
 MEMORY = ("micro_tokens", "max_pixels")  # flags that bound it
+# Of a collective that took too long, or whose other end is gone.
+HUNG = ("imed out", "imeout", "Connection closed by peer", "Connection reset by peer")
 
 
 class Stop(Exception):
@@ -71,6 +84,8 @@ def launch(main: Callable, config: type) -> None:
         kept = f"{kept} is whole, and --resume goes on from it" if kept else "no checkpoint was saved before"
         end(f"{name}: {error}; nothing was updated; {kept} (with a lower --lr?)", 1)
     except (RuntimeError, MemoryError) as error:
+        if any(word in str(error) for word in HUNG):
+            end(f"{name}: rank {RANK}, {PHASE[0]}: the other ranks did not answer ({error})", 1)
         cuda, host = isinstance(error, torch.OutOfMemoryError), isinstance(error, MemoryError)
         if not (cuda or host or "can't allocate memory" in str(error)):
             raise
@@ -111,12 +126,31 @@ def say(text: str) -> None:
 def setup() -> tuple[int, int, torch.device]:
     """(rank, world, device). gloo on CPU, NCCL on CUDA; host tensors always travel by gloo."""
     names, cuda = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)), torch.cuda.is_available()
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in names)
+    rank, world, own = (int(os.environ.get(name, default)) for name, default in names)
     if cuda:
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(own)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    return rank, world, torch.device("cuda", local) if cuda else torch.device("cpu")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=TIMEOUT))
+        threading.Thread(target=watch, daemon=True).start()
+    return rank, world, torch.device("cuda", own) if cuda else torch.device("cpu")
+
+
+def phase(name: str) -> None:
+    """What comes now: the words of a rank that waits for the others in vain."""
+    PHASE[:] = name, time.monotonic()
+
+
+def watch() -> None:
+    """Says once where this rank is when a phase takes nearly as long as a collective may. gloo's own timeout
+    ends in an exception and `launch`; NCCL's watchdog ends the process, and knows no phase."""
+    said = None
+    while True:
+        time.sleep(min(10.0, TIMEOUT / 10))
+        name, since = PHASE
+        if since and name != said and time.monotonic() - since > 0.8 * TIMEOUT:
+            said = name
+            text = f"rank {RANK} has been at {name!r} for {time.monotonic() - since:.0f} s"
+            print(text, file=sys.stderr, flush=True)
 
 
 def reduce(values: list[float], op: str = "SUM") -> list[float]:
@@ -140,12 +174,12 @@ def evenly(weights: list[float], rank: int, world: int) -> slice:
     return slice(*edges[rank : rank + 2].tolist())
 
 
-def load(source: str, device: torch.device, train: str | None = None) -> QwenVL:
-    """fp32 on a CPU; bf16 on CUDA, where the optimiser keeps fp32 masters. train None: nothing learns."""
+def load(source: str, device: torch.device, train: str | None = None, rank: int = 0) -> QwenVL:
+    """fp32 on a CPU; bf16 on CUDA, where the optimiser keeps fp32 masters or rounds. train None: nothing
+    learns; rank: of the adapters, 0 for none."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = mendable(QwenVL.from_pretrained, source, device, dtype)
-    for name, p in model.named_parameters():
-        p.requires_grad_(train is not None and name.startswith(TRAIN[train]))
+    mendable(lora.learn, model, train, rank)
     return model
 
 
@@ -153,44 +187,107 @@ def load_processor(source: str, cfg) -> Processor:
     return mendable(Processor.from_pretrained, source, max_pixels=cfg.max_pixels, regions=cfg.regions)
 
 
-def fits(model: QwenVL, world: int, device: torch.device) -> bool:
-    """Whether weights, gradients and optimiser (16 bytes a parameter) take at most half a rank's memory."""
-    if device.type == "cuda":
-        memory = torch.cuda.mem_get_info(device)[1]
-    else:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / world
-    return 16 * sum(p.numel() for p in model.parameters()) <= memory / 2
+def settle(cfg, model: QwenVL, world: int, **sizes) -> plan.Settings:
+    """What --shard and --checkpointing come to: where auto, what `plan.py` chooses for this rank's memory.
+    sizes: prompts, group, new_tokens, kl of the plan."""
+    near = int(os.environ.get("LOCAL_WORLD_SIZE", world))  # ranks of this box
+    cuda = model.device.type == "cuda"
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / near
+    memory = (torch.cuda.mem_get_info(model.device)[1] if cuda else host) / 1e9
+    wanted = plan.Config(
+        "", near, memory, train=cfg.train, lora=cfg.lora, dtype="bf16" if cuda else "fp32", **sizes
+    )
+    choices = {"auto": (False, True), "always": (True,), "never": (False,)}
+    options = [plan.Settings(shard, blocks, not cfg.rounding, cfg.lora, cfg.micro_tokens)
+               for shard in (choices[cfg.shard] if world > 1 else (False,))
+               for blocks in choices[cfg.checkpointing]]  # fmt: skip
+    try:
+        counts = plan.tally(model)
+        settings, _ = plan.choose(model.config, wanted, options, lambda _: counts)
+    except ValueError:
+        settings = options[-1]
+        gb = plan.estimate(model.config, wanted, settings, counts)["peak"]
+        say(f"this takes about {gb:.0f} of {memory:.0f} GB a rank: memory may run out (plan.py says of what)")
+    return settings
 
 
-def shard(model: QwenVL, world: int, when: str) -> QwenVL:
+def shard(model: QwenVL, world: int, settings: plan.Settings) -> QwenVL:
     """Cuts what learns over the ranks, layer by layer; returns the plain copy that rollouts and `save` read.
 
-    `when` is --shard. With one rank, or where each rank can hold all of it (auto), nothing is cut: the copy
-    is the model itself, and the optimiser sums the gradients. Frozen parameters stay whole on each rank and
-    are the copy's too, so that a rank without images may skip a frozen tower.
+    Where nothing is cut, the copy is the model itself, and the optimiser sums the gradients. Beyond one box
+    the shards of one are replicated on the others. Frozen parameters stay whole on each rank and are the
+    copy's too, so that a rank without images may skip a frozen tower.
     """
-    if world == 1 or when == "never" or (when == "auto" and fits(model, world, model.device)):
-        return model
-    frozen = {p for p in model.parameters() if not p.requires_grad}
-    plain = copy.deepcopy(model, {id(p): p for p in frozen})
-    options = {"ignored_params": frozen, "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
-    for block in [*model.decoder.layers, *model.vision.blocks, model]:
-        if any(p.requires_grad for p in block.parameters()):
-            fully_shard(block, **options)
-            block.set_gradient_divide_factor(1.0)  # the loss is divided by global counts already
-            block.set_force_sum_reduction_for_comms(True)  # gloo can't scale while it sums
+    plain = model
+    if settings.shard:
+        frozen = {p for p in model.parameters() if not p.requires_grad}
+        plain = copy.deepcopy(model, {id(p): p for p in frozen})
+        near = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        sizes = (world,) if near == world else (world // near, near)
+        mesh = init_device_mesh(model.device.type, sizes, mesh_dim_names=("boxes", "shard")[-len(sizes) :])
+        options = {"ignored_params": frozen, "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
+        for block in [*model.decoder.layers, *model.vision.blocks, model]:
+            if any(p.requires_grad for p in block.parameters()):
+                fully_shard(block, mesh=mesh, **options)
+                block.set_gradient_divide_factor(1.0)  # the loss is divided by global counts already
+                block.set_force_sum_reduction_for_comms(True)  # gloo can't scale while it sums
+    if settings.checkpointing:
+        model.checkpoint_blocks()
     return plain
+
+
+def reshard(model: QwenVL) -> None:
+    """A forward without a backward leaves FSDP's root whole."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 @torch.no_grad()
 def gather(model: QwenVL, plain: QwenVL) -> None:
     """Brings the plain copy up to date with the shards. Collective."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # a forward without a backward leaves the root whole
+    reshard(model)
     for p, whole in zip(model.parameters(), plain.parameters(), strict=True):
         if p is not whole:
             whole.copy_(p.full_tensor())
+
+
+class Reference:
+    """The policy that the run began with: `with reference:` the model is that policy. Collective.
+
+    It is what learns, as it was, and changes places with what that has become: no second model. A rank keeps
+    what it has of each parameter: its shard; replicas deal the parameters among themselves, and send them
+    round; a single GPU's lie on the host. With adapters that is next to nothing. Made before `restore`.
+    """
+
+    def __init__(self, model: QwenVL):
+        params = sorted((p for p in model.parameters() if p.requires_grad), key=lambda p: -p.numel())
+        cut = any(isinstance(p, DTensor) for p in params)
+        self.model, self.params, alone = model, params, not dist.is_initialized()
+        self.replicas = 1 if cut or alone else dist.get_world_size()
+        mine = range(len(params)) if self.replicas == 1 else range(RANK, len(params), self.replicas)
+        host = alone and model.device.type == "cuda"
+        self.kept = {i: local(params[i]).clone() for i in mine}
+        if host:
+            self.kept = {i: part.cpu().pin_memory() for i, part in self.kept.items()}
+
+    @torch.no_grad()
+    def _change(self) -> None:
+        reshard(self.model)
+        for i, p in enumerate(self.params):
+            part = local(p)
+            if i in self.kept:
+                now = part.clone()
+                part.copy_(self.kept[i], non_blocking=True)
+                self.kept[i].copy_(now)
+            if self.replicas > 1:
+                dist.broadcast(part, i % self.replicas)
+
+    def __enter__(self) -> None:
+        self._change()
+
+    def __exit__(self, *_) -> None:
+        self._change()
 
 
 # ---- Data
@@ -299,7 +396,8 @@ def save(cfg, step: int, model: QwenVL, plain: QwenVL, processor, optimizer: Ada
     if FIRST:
         shutil.rmtree(aside, ignore_errors=True)
         (aside / "trainer").mkdir(parents=True)
-        huggingface.write(plain, aside, processor)
+        with lora.merged(plain):
+            huggingface.write(plain, aside, processor)
     for kind in KINDS:
         state = {name: whole.cpu() for name, whole in optimizer.state(kind) if FIRST}
         if FIRST:
@@ -319,8 +417,8 @@ def restore(checkpoint: Path | None, optimizer: AdamW, **same) -> None:
         return
     state, folder = record(checkpoint), checkpoint / "trainer"
     for key, now in same.items():
-        if state["same"][key] != now:
-            raise Stop(f"{checkpoint}: the run had {key} {state['same'][key]}, now it is {now}")
+        if (then := state["same"].get(key, now)) != now:
+            raise Stop(f"{checkpoint}: the run had {key} {then}, now it is {now}")
     try:
         files = {kind: safe_open(folder / f"{kind}.safetensors", "pt") for kind in KINDS}
         optimizer.load(lambda kind, name: files[kind].get_tensor(name), state["updates"])

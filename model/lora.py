@@ -1,14 +1,14 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021) on the decoder's projections: small to train, merged where it is
-saved.
+"""What learns, and low-rank adapters (LoRA, Hu et al. 2021): small to train, merged where it is saved.
 
-    y = W x + b + s B (A x),    A (rank, in), B (out, rank), s = 2;    B = 0 at the start: just the base model
+    y = W x + b + s B (A x),    A (rank, in), B (out, rank), s = 2;    B = 0 at the start: the base model
 
-A wrapped projection keeps the names of its weight and bias; the adapters are parameters like others,
-`...lora_a` and `...lora_b`, and lie in trainer/ by their full names. `with off(model)` it is the base model,
-to the bit: the reference policy, without a copy. `with merged(model)` each weight is W + s B A, rounded to
-its dtype: what to save. A run resumes from its base checkpoint and its adapters: in a merged one, what is
-below half a unit of W's last bit is gone.
+A wrapped projection of the decoder keeps the names of its weight and bias; the adapters are parameters like
+others, `...lora_a` and `...lora_b`, and lie in trainer/ by their full names. `with off(model)` it is the base
+model, to the bit. `with merged(model)` each weight is W + s B A, rounded to its dtype: what to save. A run
+resumes from its base checkpoint and its adapters: in a merged one, what is below half a unit of W's last bit
+is gone.
 """
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,8 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# --train: prefixes of the parameters that learn. RL's default is lm (the paper froze the rest), SFT's is all.
+# With --lora RANK the decoder's projections have adapters, and of the language model only these learn: beside
+# them nothing else (lm), the tower too (all), or region token, point map and head (spatial: what SFT wants).
+TRAIN = {"all": ("",), "lm": ("decoder.", "lm_head."), "spatial": ("region.", "points.", "head3d.")}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SCALE = 2.0  # alpha / rank
+
 
 class LoRALinear(nn.Module):
     """Takes over a Linear's own parameters; x (..., in) -> (..., out)."""
@@ -26,7 +31,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.weight, self.bias, self.on = linear.weight, linear.bias, True
         out_features, in_features = self.weight.shape
-        noise = torch.randn(rank, in_features, generator=generator) / in_features**0.5  # A x has the RMS of x
+        noise = torch.randn(rank, in_features, generator=generator) / in_features**0.5  # A x has x's RMS
         self.lora_a = nn.Parameter(noise.to(self.weight))
         self.lora_b = nn.Parameter(self.weight.new_zeros(out_features, rank))
 
@@ -36,11 +41,21 @@ class LoRALinear(nn.Module):
 
     def whole(self) -> Tensor:
         """W + s B A, summed in fp32, in W's dtype."""
-        return (self.weight.float() + SCALE * self.lora_b.float() @ self.lora_a.float()).to(self.weight.dtype)
+        delta = self.lora_b.float() @ self.lora_a.float()
+        return (self.weight.float() + SCALE * delta).to(self.weight.dtype)
+
+
+def learn(model, train: str | None, rank: int = 0) -> None:
+    """Lets learn what the row `train` of TRAIN says (None: nothing), with adapters where rank > 0."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(train is not None and name.startswith(TRAIN[train]))
+    if rank:
+        attach(model, rank)
+
 
 def attach(model, rank: int, seed: int = 0) -> None:
-    """Wraps the decoder's projections; of the language model only the adapters learn. Whether the other parts
-    do (vision, region, points, head3d) stays as it is."""
+    """Wraps the decoder's projections; of the language model only the adapters learn. Whether the other
+    parts do (vision, region, points, head3d) stays as it is."""
     if rank < 1 or adapters(model):
         raise ValueError(f"--lora {rank}: the rank is at least 1, and a model is wrapped once")
     for name, p in model.named_parameters():
@@ -51,8 +66,10 @@ def attach(model, rank: int, seed: int = 0) -> None:
             for name in [name for name, _ in block.named_children() if name in PROJECTIONS]:
                 setattr(block, name, LoRALinear(block.get_submodule(name), rank, generator))
 
+
 def adapters(model) -> list[LoRALinear]:
     return [module for module in model.modules() if isinstance(module, LoRALinear)]
+
 
 @contextmanager
 def off(model) -> Iterator[None]:
@@ -64,6 +81,7 @@ def off(model) -> Iterator[None]:
     finally:
         for one in was_on:
             one.on = True
+
 
 @contextmanager
 def merged(model) -> Iterator[None]:

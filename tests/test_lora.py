@@ -59,8 +59,8 @@ def test_every_projection_of_the_decoder_and_nothing_else(checkpoint):
     assert new == {f"decoder.layers.{i}.{'mlp' if p in PROJECTIONS[4:] else 'self_attn'}.{p}.lora_{x}"
                    for i in range(len(base.decoder.layers)) for p in PROJECTIONS for x in "ab"}
     learns = {n for n, p in model.named_parameters() if p.requires_grad}
-    others = ("vision.", "region.", "points.", "head3d.")
-    assert learns == new | {n for n, _ in base.named_parameters() if n.startswith(others)}
+    other = ("vision.", "region.", "points.", "head3d.")
+    assert learns == new | {n for n, _ in base.named_parameters() if n.startswith(other)}
     for one in adapters(model):
         assert one.lora_a.shape == (2, one.weight.shape[1]) and one.lora_b.shape == (one.weight.shape[0], 2)
 

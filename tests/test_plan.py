@@ -51,8 +51,8 @@ def test_counts_of_the_published_sizes(configs, name):
     assert lm["all"] == n["all"] and lm["vision"] == 0 and lm["trained"] == n["all"] - n["vision"] - extra
     assert lm["trained"] == text.num_hidden_layers * lm["layer"] + lm["outside"]
     vocab = text.vocab_size * text.hidden_size
-    assert lm["outside"] == vocab * (1 if config.tie_word_embeddings else 2) + text.hidden_size
-    assert lm["head"] == vocab
+    copies = 1 if config.tie_word_embeddings else 2
+    assert lm["outside"] == vocab * copies + text.hidden_size and lm["head"] == vocab
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -71,14 +71,13 @@ def test_counts_of_a_real_model(family):
 
 
 def test_bytes_by_closed_form(configs):
-    """Qwen2.5-VL-3B: figures by hand from facts of its config: 36 layers, 2 key-value heads of 128, H 2048,
-    I 11008."""
+    """Qwen2.5-VL-3B by hand from its config: 36 layers, 2 key-value heads of 128, H 2048, I 11008."""
     config, cfg = configs["Qwen2.5-VL-3B"], Config("m", gpus=4, prompt_tokens=512, new_tokens=256)
     n = count(config, "lm", 0)
     gb = estimate(config, cfg, Settings(slots=20, micro_tokens=1000), n)
     assert gb["weights"] == pytest.approx(2 * n["all"] / 1e9)
     assert gb["master and moments"] == pytest.approx(12 * n["trained"] / 1e9)
-    assert gb["reference"] == pytest.approx(2 * n["all"] / 4 / 1e9)
+    assert gb["reference"] == pytest.approx(2 * n["trained"] / 4 / 1e9)
     assert gb["cache"] == pytest.approx((20 * 256 + 3 * 512) * 36864 / 1e9)  # 36,864 bytes a token
     assert gb["sampler"] == pytest.approx(20 * 3 * 4 * 151936 / 1e9)
     assert gb["gradients"] == pytest.approx(2 * n["trained"] / 1e9)
@@ -88,8 +87,8 @@ def test_bytes_by_closed_form(configs):
     stays = gb["weights"] + gb["master and moments"] + gb["reference"]
     update = gb["gradients"] + gb["activations"] + gb["logits"] + gb["pixels"]
     assert gb["peak"] == pytest.approx(stays + max(update, gb["cache"] + gb["sampler"]))
-    small = Settings(slots=20, micro_tokens=1000, checkpointing=True, fp32_master=False)
-    less = estimate(config, cfg, small, n)
+    frugal = Settings(slots=20, micro_tokens=1000, checkpointing=True, fp32_master=False)
+    less = estimate(config, cfg, frugal, n)
     assert less["activations"] == pytest.approx((1000 * (36 * 2 * 2048 + layer)) / 1e9)
     assert less["master and moments"] == pytest.approx(4 * n["trained"] / 1e9)
     cut = estimate(config, cfg, Settings(shard=True, slots=20, micro_tokens=1000), n)
@@ -105,9 +104,9 @@ def test_the_reference_is_free_where_it_can_be(configs):
     config = configs["Qwen2.5-VL-3B"]
     n, cfg = count(config, "lm", 0), Config("m", gpus=2)
     assert estimate(config, cfg, Settings(), n)["reference"] > 0
-    for other, settings in ((replace(cfg, kl=0), Settings()), (replace(cfg, gpus=1), Settings()),
-                            (cfg, Settings(lora=8))):
-        assert estimate(config, other, settings, n)["reference"] == 0
+    for other in (replace(cfg, kl=0), replace(cfg, gpus=1)):
+        assert estimate(config, other, Settings(), n)["reference"] == 0
+    assert estimate(config, cfg, Settings(lora=8), count(config, "lm", 8))["reference"] < 0.05
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -188,11 +187,11 @@ def test_the_command_prints_parts_and_settings(configs, capsys):
     plan.main(Config(configs["Qwen2.5-VL-7B"].folder, gpus=8))
     said = capsys.readouterr().out
     for name in ("8.311 B parameters", "weights", "master and moments", "reference", "cache", "gradients",
-                 "activations", "logits", "pixels", "peak", "left", "sharded, checkpointing, fp32 masters",
-                 "slots"):
+                 "activations", "logits", "pixels", "peak", "left", "--shard always --checkpointing always",
+                 "samples at a time"):  # fmt: skip
         assert name in said
     plan.main(Config(configs["Qwen2.5-VL-3B"].folder))
-    assert "7.5 GB of host memory for the reference" in capsys.readouterr().out
+    assert "6.2 GB of host memory for the reference" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags, reason", [

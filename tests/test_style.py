@@ -13,14 +13,15 @@ ROOT = Path(__file__).parent.parent
 # files; processor (520) names missing files, keeps max_pixels in every form, sees files change, takes masks
 # in any form. eval (375) deals rows to ranks, goes on after a stop, prints benchmarks; benchmarks (380) and
 # scorers (330) hold nine sets' published rules beside robust ones; data/__init__ (290) and rows (235) tell
-# every kind of bad row apart. optim (195): replicas sum their gradients and deal Muon's matrices.
+# every kind of bad row apart. optim (270): replicas sum their gradients and deal Muon's matrices; rounding
+# without masters. trainer (485): what plan.py chooses, the reference policy without a second model, a rank's last words.
 BUDGETS = {
-    "srreal.py": 330, "train_sft.py": 200, "train_rl.py": 330, "eval.py": 375, "trainer.py": 400,
-    "optim.py": 195, "report.py": 465, "model/qwen_vl.py": 360, "model/vision.py": 250, "model/region.py": 90,
+    "srreal.py": 330, "train_sft.py": 210, "train_rl.py": 340, "eval.py": 375, "trainer.py": 485,
+    "optim.py": 270, "report.py": 465, "model/qwen_vl.py": 360, "model/vision.py": 250, "model/region.py": 90,
     "model/head3d.py": 155, "model/checkpoint.py": 310, "model/processor.py": 520, "model/rollout.py": 420,
     "model/tiny.py": 150, "kernels/linear_logprob.py": 330, "kernels/policy_loss.py": 255,
     "kernels/rewards.py": 230, "kernels/attention.py": 360, "kernels/sample.py": 190, "data/__init__.py": 290,
-    "data/scenes.py": 375, "kernels/layers.py": 335, "model/lora.py": 85, "plan.py": 180, "data/rows.py": 235,
+    "data/scenes.py": 375, "kernels/layers.py": 335, "model/lora.py": 100, "plan.py": 190, "data/rows.py": 235,
     "data/mixture.py": 90, "data/marks.py": 55, "data/spar.py": 215, "data/embodiedscan.py": 170,
     "data/llava.py": 175, "data/spatialrgpt.py": 70, "data/grounding.py": 215, "data/benchmarks.py": 380,
     "data/scorers.py": 330, "data/found_marks.py": 70, "data/coldstart.py": 225, "data/arithmetic.py": 90,
@@ -34,26 +35,28 @@ MAY_IMPORT = {
     "data/": {"srreal", "data"},
     "model/": {"srreal", "kernels", "model"},
     "optim.py": set(),
-    "plan.py": {"model", "trainer"},
     "report.py": {"srreal", "data", "eval"},
     "eval.py": {"srreal", "data", "model", "trainer"},
-    "trainer.py": {"srreal", "data", "model", "optim"},
+    "plan.py": {"model"},
+    "trainer.py": {"srreal", "data", "model", "optim", "plan"},
     "train_sft.py": {"srreal", "data", "model", "kernels", "optim", "trainer"},
     "train_rl.py": {"srreal", "data", "model", "kernels", "optim", "trainer"},
 }
 FLAGS = {  # of the command lines, frozen: scripts of other people call them
     "train_sft.py":
         "model data out steps batch lr schedule warmup optimizer weight_decay beta2 clip_norm "
-        "head_weight drop_depth questions_per_image regions max_pixels train shard micro_tokens eval_data "
-        "eval_every seed save_every resume skip_bad_rows",
+        "head_weight drop_depth questions_per_image regions max_pixels train lora rounding shard "
+        "checkpointing micro_tokens eval_data eval_every seed save_every resume skip_bad_rows",
     "train_rl.py":
         "model data out steps prompts group updates max_new_tokens temperature rules filter loss kl "
         "clip_low clip_high dual_clip rollout_cap lr schedule warmup weight_decay beta2 clip_norm "
-        "train regions max_pixels shard micro_tokens eval_data eval_every eval_limit seed save_every "
-        "resume skip_bad_rows",
+        "train lora rounding regions max_pixels shard checkpointing micro_tokens eval_data "
+        "eval_every eval_limit seed save_every resume skip_bad_rows",
     "eval.py":
         "model data benchmark path limit max_new_tokens temperature out seed regions max_pixels "
         "depth again blind skip_bad_rows",
+    "plan.py":
+        "model gpus memory prompts group prompt_tokens new_tokens train kl lora dtype",
     "report.py":
         "run questions",
     "data/scenes.py":
@@ -163,7 +166,7 @@ SENTENCES = {
     "report.py": "a run's directory -> one self-contained report.html",
     "trainer.py": "what both training scripts share: ranks, sharding, checkpoints, log",
     "plan.py": "what a model, some GPUs and their memory will take, and the settings to choose",
-    "optim.py": "AdamW with fp32 masters, Muon for a model from scratch, schedules",
+    "optim.py": "AdamW with fp32 masters or stochastic rounding, Muon for a model from scratch, schedules",
     "model/": "Qwen-VL itself, region token, point map, 3D head, processor, sampler, adapters, checkpoints",
     "kernels/": "log-prob, policy loss, rewards, sampling, attention, layers: reference and Triton",
     "data/": "rows and their checks; rendered rooms; public sets, benchmarks, cold start, depth",

@@ -13,11 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 
 import data
 import train_rl
 import train_sft
 import trainer
+from model import lora
+from model.processor import Processor
 from model.qwen_vl import QwenVL
 from model.rollout import Rollout
 from optim import AdamW
@@ -97,10 +100,10 @@ def tensors(step):
     return {f"{path.relative_to(step)}:{k}": v for path in files for k, v in load_file(path).items()}
 
 
-def assert_same_run(a, b, step="step-000004"):
+def assert_same_run(a, b, step="step-000004", few=100):
     assert rows(a) == rows(b)
     first, second = tensors(Path(a) / step), tensors(Path(b) / step)
-    assert first.keys() == second.keys() and len(first) > 100
+    assert first.keys() == second.keys() and len(first) > few
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -177,8 +180,17 @@ def test_what_learns(home, whole):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_resume_is_the_run_that_never_stopped(home, whole, tmp_path, monkeypatch, script):
-    class Killed(Exception):
-        pass
+    interrupt(monkeypatch, home, script, tmp_path)
+    SCRIPTS[script].main(config(home, script, tmp_path, resume=True))
+    assert_same_run(tmp_path, whole[script])
+
+
+class Killed(Exception):
+    pass
+
+
+def interrupt(monkeypatch, home, script, out, **options):
+    """A run that ends in its last step, one behind its checkpoint."""
 
     def stop(optimizer, lr, clip_norm, loss, name, go_on=AdamW.step):
         if name == "step 4":  # after the checkpoint of step 2 and the row of step 3
@@ -187,12 +199,61 @@ def test_resume_is_the_run_that_never_stopped(home, whole, tmp_path, monkeypatch
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(AdamW, "step", stop)
-        SCRIPTS[script].main(
-            config(home, script, tmp_path, resume=True)
-        )  # --resume without a checkpoint: from 0
-    assert len(rows(tmp_path)) == 3
-    SCRIPTS[script].main(config(home, script, tmp_path, resume=True))
+        # --resume without a checkpoint: from 0
+        SCRIPTS[script].main(config(home, script, out, resume=True, **options))
+    assert len(rows(out)) == 3
+
+
+LORA = {"sft": {"train": "spatial", "lora": 4}, "rl": {"lora": 4}}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_adapters_learn_merge_and_resume(home, tmp_path, monkeypatch, script):
+    SCRIPTS[script].main(config(home, script, tmp_path / "whole", **LORA[script]))
+    folder = tmp_path / "whole" / "step-000004"
+    start, end = (load_file(path / "model.safetensors") for path in (home / "tiny", folder))
+    assert start.keys() == end.keys()  # merged: transformers loads it as it loaded the base
+    moved = {name for name in start if not torch.equal(start[name], end[name])}
+    assert moved and all(name.rsplit(".", 2)[-2] in lora.PROJECTIONS for name in moved)
+    assert any("layers.3" in name for name in moved) and not any("visual" in name for name in moved)
+    master = load_file(folder / "trainer" / "master.safetensors")
+    assert any(name.endswith("q_proj.lora_b") for name in master)
+    assert all(".lora_" in name or script == "sft" and not name.startswith("decoder.") for name in master)
+    name = next(name for name in moved if name.endswith("layers.0.self_attn.q_proj.weight"))
+    a, b = (master[f"decoder.layers.0.self_attn.q_proj.lora_{x}"] for x in "ab")
+    assert torch.equal(end[name], (start[name].float() + lora.SCALE * b @ a).bfloat16())
+    theirs, report = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert torch.equal(theirs.get_parameter("lm_head.weight").bfloat16(), end["lm_head.weight"])
+    interrupt(monkeypatch, home, script, tmp_path / "cut", **LORA[script])
+    SCRIPTS[script].main(config(home, script, tmp_path / "cut", resume=True, **LORA[script]))
+    assert_same_run(tmp_path / "cut", tmp_path / "whole", few=4 * 7 * 2)
+    with pytest.raises(trainer.Stop, match="--lora 4, now it is 2"):
+        options = LORA[script] | {"lora": 2}
+        SCRIPTS[script].main(config(home, script, tmp_path / "cut", resume=True, **options))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_checkpointing_changes_no_bit(home, whole, tmp_path, script):
+    SCRIPTS[script].main(config(home, script, tmp_path, checkpointing="always"))
     assert_same_run(tmp_path, whole[script])
+
+
+def test_the_reference_is_the_model_that_the_run_began_with(home):
+    """Against a second model: the way round that we save."""
+    cpu, example = torch.device("cpu"), Example("a", "lor", [], "Which is nearer?", "A")
+    model, other = (trainer.load(str(home / "tiny"), cpu, "lm") for _ in range(2))
+    processor = Processor.from_pretrained(str(home / "tiny"))
+    batch, reference = processor([example], [[[5, 6, 7]]]), trainer.Reference(model)
+    with torch.no_grad():
+        for p in model.decoder.parameters():
+            p.mul_(1.1)
+        changed = {name: p.clone() for name, p in model.named_parameters()}
+        apart = model(batch).logprob
+        with reference:
+            assert torch.equal(model(batch).logprob, other(batch).logprob)
+        assert torch.equal(model(batch).logprob, apart) and not torch.equal(apart, other(batch).logprob)
+    assert all(torch.equal(p, changed[name]) for name, p in model.named_parameters())
 
 
 def test_resume_after_sigkill(home, whole, tmp_path):
@@ -268,6 +329,14 @@ def runs(home, out):
     yield "sft", config(home, "sft", out / "replicas", optimizer="muon", **whole), {}
     whole = dict(prompts=5, updates=2, train="all", micro_tokens=200, **whole)
     yield "rl", config(home, "rl", out / "replicas-rl", **whole), {(train_rl, "score"): fake_score}
+    # A rank is a box of its own, so that nothing is sharded within and all is replicated across.
+    more = dict(prompts=5, micro_tokens=200, checkpointing="always", **base)
+    yield "rl", config(home, "rl", out / "boxes", **more), {
+        (train_rl, "score"): fake_score, (os, "environ"): os.environ | {"LOCAL_WORLD_SIZE": "1"}}  # fmt: skip
+    more = dict(prompts=5, micro_tokens=200, lora=4, checkpointing="always", steps=3, save_every=3)
+    for shard in ("always", "never"):
+        name = f"lora-{shard}"
+        yield "rl", config(home, "rl", out / name, shard=shard, **more), {(train_rl, "score"): fake_score}
 
 
 def run_all(home, out):
@@ -283,7 +352,7 @@ def test_two_ranks_equal_one(home, tmp_path):
                    tmp_path / "two", PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")  # fmt: skip
     assert ranks.returncode == 0, ranks.stderr[-3000:]
     run_all(home, tmp_path / "one")
-    for name in ("text", "filtered", "all", "replicas", "replicas-rl"):
+    for name in sorted(path.name for path in (tmp_path / "one").iterdir()):
         one, two = rows(tmp_path / "one" / name), rows(tmp_path / "two" / name)
         assert len(one) == len(two) == 3  # only rank 0 writes
         for a, b in zip(one, two, strict=True):

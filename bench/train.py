@@ -1,0 +1,293 @@
+"""One GRPO step, ours beside what a trainer on top of transformers does, and the update with and without the
+shared prefix.
+
+    python -m bench.train [--shape cpu] [--steps 2]                         ours and the baseline, in turn
+    python -m bench.train --shape qwen2.5-vl-3b --group 8 --image 832 768 --new-tokens 1024      (a GPU: ours)
+
+Writes bench/results/<device>-train.json. Weights are random, and no end token is drawn, so every completion
+has --new-tokens tokens. The language model learns (fp32 on a CPU, bf16 with fp32 masters on a GPU), kl is 0.
+
+    ours      model.rollout.generate; a group packed as P + G R tokens; linear_logprob, policy_loss,
+              optim.AdamW
+    baseline  the same model in transformers, in the manner of TRL's GRPOTrainer: generate() on rows that
+              repeat prompt and image G times; padded forwards of one group, G (P + R) tokens, with the logits
+              of the completions; the same loss, torch's AdamW. TRL's own work around that isn't counted
+    unshared  ours, but each completion is packed behind a copy of its prompt and image: G (P + R) tokens
+
+Both are timed in turn, so that a disturbance hits both; medians of --steps. On a busy machine only the ratios
+mean something. MFU: 6 FLOPs (2 in a no-grad pass) a decoder parameter and token, over --tflops.
+"""
+
+import copy
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+from transformers import AutoModelForImageTextToText
+
+import train_rl
+import trainer
+from kernels.policy_loss import policy_loss
+from model import lora, tiny
+from model.processor import Processor
+from model.qwen_vl import QwenVL
+from model.rollout import generate
+from optim import AdamW
+from srreal import Example
+
+# Decoder: width, inner, layers, heads, key-value heads, vocabulary (0: the tiny tokenizer's); tower: width,
+# inner, layers, heads, patch. From the published config.json files.
+SHAPES = {
+    "tiny": ("qwen3_vl", (128, 384, 2, 4, 2, 0), (64, 256, 2, 4, 8)),
+    "cpu": ("qwen3_vl", (512, 1536, 8, 8, 4, 0), (256, 1024, 4, 4, 8)),
+    "qwen2.5-vl-3b": ("qwen2_5_vl", (2048, 11008, 36, 16, 2, 151936), (1280, 3420, 32, 16, 14)),
+    "qwen2.5-vl-7b": ("qwen2_5_vl", (3584, 18944, 28, 28, 4, 152064), (1280, 3420, 32, 16, 14)),
+    "qwen3-vl-2b": ("qwen3_vl", (2048, 6144, 28, 16, 8, 151936), (1024, 4096, 24, 16, 16)),
+    "qwen3-vl-4b": ("qwen3_vl", (2560, 9728, 36, 32, 8, 151936), (1024, 4096, 24, 16, 16)),
+    "qwen3-vl-8b": ("qwen3_vl", (4096, 12288, 36, 32, 8, 151936), (1152, 4304, 27, 16, 16)),
+}
+
+
+@dataclass
+class Config:
+    shape: Literal[tuple(SHAPES)] = "cpu"  # of the random model
+    prompts: int = 8  # images, one prompt each
+    group: int = 8  # completions a prompt (G)
+    image: tuple[int, int] = (256, 256)  # width, height in pixels; a token is two patches square
+    new_tokens: int = 64  # of a completion (R)
+    update_image: tuple[int, int] = (416, 400)  # of the comparison of updates: 650 tokens at the shape cpu
+    update_tokens: int = 300  # R of that; 0: leave it out
+    micro_tokens: int = 16384  # tokens of a forward pass
+    checkpointing: bool = False  # as the training scripts'
+    steps: int = 2  # timed steps of each, after one of ours to warm up
+    baseline: bool = True  # a CPU's only
+    tflops: float = 989.0  # of the device in bf16, for MFU
+    out: Path = Path("bench/results")
+
+
+def shape_tiny(name: str) -> str:
+    """Makes model.tiny write this shape; its family."""
+    family, text, vision = SHAPES[name]
+    width, inner, layers, heads, kv, vocabulary = text
+    tiny.SIZES["text"] |= dict(
+        hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv, max_position_embeddings=32768,
+    )  # fmt: skip
+    extra, sections, tower = tiny.FAMILIES[family]
+    head_dim = 128 if vocabulary else width // heads
+    extra |= {"head_dim": head_dim} if family == "qwen3_vl" else {}
+    side = 5 * head_dim // 32
+    sections["mrope_section"] = [head_dim // 2 - 2 * side, side, side]
+    tower |= dict(hidden_size=vision[0], intermediate_size=vision[1], out_hidden_size=width)
+    tiny.SIZES["vision"] |= dict(depth=vision[2], num_heads=vision[3], patch_size=vision[4])
+    tiny.SIZES["images"] |= dict(
+        patch_size=vision[4], size={"shortest_edge": 32 * 32, "longest_edge": 4096 * 4096}
+    )
+    return family
+
+
+def load(cfg: Config, folder: str, device: torch.device) -> tuple[QwenVL, Processor]:
+    """A random model that never ends a completion, and its processor."""
+    family, vocabulary = shape_tiny(cfg.shape), SHAPES[cfg.shape][1][-1]
+    if vocabulary:  # of true size: not by way of a file
+        tokens = tiny.tokenizer(family)
+        config = tiny.configuration(family, tokens.get_vocab())
+        config.text_config.vocab_size = vocabulary
+        with torch.device(device):
+            model = QwenVL(config).to(torch.bfloat16).eval()
+        shape_tiny("tiny")  # a small checkpoint of the family, for the processor
+        tiny.SIZES["images"]["patch_size"] = SHAPES[cfg.shape][2][-1]
+        tiny.SIZES["vision"]["patch_size"] = SHAPES[cfg.shape][2][-1]
+        tiny.write(family, folder)
+    else:
+        tiny.write(family, folder)
+        model = trainer.load(folder, device)
+    lora.learn(model, "lm")
+    processor = Processor.from_pretrained(folder)
+    processor.end_ids = [model.config.image_token_id]  # never sampled
+    return model, processor
+
+
+def examples_of(count: int, size: tuple[int, int]) -> list[Example]:
+    rng = np.random.default_rng(0)
+    pixels = [rng.integers(0, 255, (size[1], size[0], 3), np.uint8) for _ in range(count)]
+    return [Example(str(i), "lor", [Image.fromarray(p)], "What is nearer: a or b?", "a")
+            for i, p in enumerate(pixels)]  # fmt: skip
+
+
+def clocked(device: torch.device, work, *args) -> tuple[float, object]:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start, result = time.perf_counter(), work(*args)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result
+
+
+def groups_of(examples: list[Example], rollouts: list) -> list[train_rl.Group]:
+    """Made-up advantages: half of a group is good."""
+    return [train_rl.Group(e, i, own, advantages=[1.0 if k % 2 else -1.0 for k in range(len(own))])
+            for i, (e, own) in enumerate(zip(examples, rollouts, strict=True))]  # fmt: skip
+
+
+def update(model, optimizer, micros: list, tokens: int) -> float:
+    """Forward, backward and step of train_rl; the gradient's norm."""
+    for one in micros:
+        logprob, _ = train_rl.forward(model, one, 1.0)
+        old = logprob.detach()
+        loss, _ = policy_loss(
+            logprob, old, one.advantage, one.cu, rollout_logprob=one.rollout, denominator=tokens
+        )
+        loss.backward()
+    return optimizer.step(1e-6, 1.0, 0.0, "step")
+
+
+def ours(cfg: Config, model, processor, optimizer, examples, seed: int) -> dict[str, float]:
+    options = dict(n=cfg.group, max_new_tokens=cfg.new_tokens, temperature=1.0, seed=seed)
+    rollout, rollouts = clocked(model.device, lambda: generate(model, processor, examples, **options))
+    settings = train_rl.Config("", (), "", micro_tokens=cfg.micro_tokens)
+
+    def learn():
+        groups = groups_of(examples, rollouts)
+        micros = train_rl.pack(groups, processor, ["lor"], settings, 1, model.device)
+        return update(model, optimizer, micros, len(examples) * cfg.group * cfg.new_tokens)
+
+    seconds, norm = clocked(model.device, learn)
+    return {"rollout": rollout, "update": seconds, "step": rollout + seconds, "norm": norm}
+
+
+def theirs(cfg: Config, model, optimizer, inputs: dict, prompt: int, seed: int) -> dict[str, float]:
+    """The baseline's step: inputs are of all prompts, each repeated G times."""
+    torch.manual_seed(seed)
+    options = dict(max_new_tokens=cfg.new_tokens, min_new_tokens=cfg.new_tokens, do_sample=True, top_k=0)
+    with torch.no_grad():
+        rollout, ids = clocked(model.device, lambda: model.generate(**inputs, **options))
+    patches = len(inputs["pixel_values"]) // len(ids)
+
+    def learn():
+        total = ids.shape[0] * cfg.new_tokens
+        for start in range(0, len(ids), cfg.group):
+            rows = slice(start, start + cfg.group)
+            logits = model(
+                input_ids=ids[rows], attention_mask=torch.ones_like(ids[rows]),
+                pixel_values=inputs["pixel_values"][start * patches : (start + cfg.group) * patches],
+                image_grid_thw=inputs["image_grid_thw"][rows], logits_to_keep=cfg.new_tokens + 1,
+                mm_token_type_ids=(ids[rows] == model.config.image_token_id).int(),
+            ).logits[:, :-1].float()  # fmt: skip
+            logprob = logits.log_softmax(-1).gather(2, ids[rows, prompt:, None])[..., 0]
+            advantage = torch.tensor([1.0 if k % 2 else -1.0 for k in range(cfg.group)])[:, None]
+            ratio = (logprob - logprob.detach()).exp()
+            (-torch.min(ratio * advantage, ratio.clamp(0.8, 1.3) * advantage).sum() / total).backward()
+        norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return norm.item()
+
+    seconds, norm = clocked(model.device, learn)
+    return {"rollout": rollout, "update": seconds, "step": rollout + seconds, "norm": norm}
+
+
+def baseline(cfg: Config, folder: str, processor, examples) -> tuple:
+    """(model, optimizer, inputs, P) of transformers, on the same checkpoint."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    for name, p in model.named_parameters():
+        p.requires_grad_("visual" not in name)
+    batch = processor(examples)
+    ids = batch.input_ids.view(len(examples), -1).repeat_interleave(cfg.group, 0)
+    pixels = batch.pixel_values.view(len(examples), -1, batch.pixel_values.shape[1])
+    inputs = dict(
+        input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=(
+            ids == model.config.image_token_id).int(),
+        pixel_values=pixels.repeat_interleave(cfg.group, 0).flatten(0, 1),
+        image_grid_thw=batch.image_grid_thw.repeat_interleave(cfg.group, 0),
+    )  # fmt: skip
+    model.generation_config.eos_token_id = None
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+    return model.eval(), optimizer, inputs, ids.shape[1]
+
+
+def compare_updates(cfg: Config, model, processor, optimizer) -> dict[str, float]:
+    """One group, packed once behind its prompt, and once behind a copy for each completion."""
+    (example,) = examples_of(1, cfg.update_image)
+    copies = [copy.copy(example) for _ in range(cfg.group)]
+    for one in copies:
+        one.images = [example.images[0].copy()]
+    ids = torch.randint(40, 500, (cfg.group, cfg.update_tokens)).tolist()
+    owner = torch.zeros(cfg.group * cfg.update_tokens, dtype=torch.long)
+    advantage = torch.tensor([1.0 if k % 2 else -1.0 for k in range(cfg.group)], device=model.device)
+
+    def run(examples, completions):
+        batch = processor(examples, completions).to(model.device)
+        zero = torch.zeros(len(owner), device=model.device)
+        one = train_rl.Micro(batch, owner, advantage, batch.cu_targets, zero)
+        return update(model, optimizer, [one], len(owner)), len(batch.input_ids)
+
+    kinds = {"shared": ([example], [ids]), "unshared": (copies, [[row] for row in ids])}
+    seconds, norms, tokens = {k: [] for k in kinds}, {}, {}
+    state = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    for _ in range(cfg.steps):
+        for kind, work in kinds.items():
+            took, (norms[kind], tokens[kind]) = clocked(model.device, run, *work)
+            seconds[kind].append(took)
+            for name, p in model.named_parameters():
+                if p.requires_grad:
+                    p.data.copy_(state[name])
+    assert abs(norms["shared"] / norms["unshared"] - 1) < 1e-2, norms  # the same gradient
+    shared, unshared = (statistics.median(seconds[kind]) for kind in kinds)
+    return {"shared_seconds": shared, "unshared_seconds": unshared, "ratio": unshared / shared,
+            "token_ratio": tokens["unshared"] / tokens["shared"]}  # fmt: skip
+
+
+def main(cfg: Config) -> dict:
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        model, processor = load(cfg, folder, device)
+        examples = examples_of(cfg.prompts, cfg.image)
+        other = baseline(cfg, folder, processor, examples) if cfg.baseline and not cuda else None
+    if cfg.checkpointing:
+        model.checkpoint_blocks()
+    optimizer = AdamW(model.named_parameters())
+    prompt = len(processor.prompt_ids(examples[0]))
+    ours(cfg, model, processor, optimizer, examples[:1], 0)
+    rows = {"ours": [], "baseline": []}
+    for step in range(cfg.steps):
+        rows["ours"].append(ours(cfg, model, processor, optimizer, examples, step + 1))
+        if other:
+            rows["baseline"].append(theirs(cfg, *other, step + 1))
+    result = {name: {key: statistics.median(row[key] for row in own) for key in ("rollout", "update", "step")}
+              for name, own in rows.items() if own}  # fmt: skip
+    if other:
+        result["ratio"] = {key: result["baseline"][key] / result["ours"][key] for key in result["ours"]}
+    sizes = sum(p.numel() for p in model.decoder.layers.parameters())
+    packed = cfg.prompts * (prompt + cfg.group * cfg.new_tokens)
+    padded = cfg.prompts * cfg.group * (prompt + cfg.new_tokens)
+    seconds = result["ours"]["update"] * cfg.tflops * 1e12
+    result |= {
+        "device": torch.cuda.get_device_name() if cuda else "cpu", "torch": torch.__version__,
+        "config": {key: str(value) for key, value in vars(cfg).items()},
+        "parameters_million": sum(p.numel() for p in model.parameters()) / 1e6, "prompt_tokens": prompt,
+        "peak_memory_mib": trainer.peak_memory(device),
+        "completion_tokens_per_second": cfg.prompts * cfg.group * cfg.new_tokens / result["ours"]["step"],
+        "update_mfu_computed": 6 * sizes * packed / seconds if cuda else None,
+        "update_mfu_padded": 6 * sizes * padded / seconds if cuda else None,
+        "update_shared_prefix": compare_updates(cfg, model, processor, optimizer)
+        if cfg.update_tokens else None,
+    }  # fmt: skip
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    name = result["device"].lower().replace(" ", "-") + ("" if cfg.shape == "cpu" else f"-{cfg.shape}")
+    (cfg.out / f"{name}-train.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+    return result
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__.split("\n\n")[0]))
