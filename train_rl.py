@@ -306,6 +306,7 @@ def main(cfg: Config) -> None:
             losses[-1] = trainer.reduce(losses[-1:])[0]
             norms.append(optimizer.step(lr, cfg.clip_norm, losses[-1], name=f"step {step + 1}"))
         trainer.gather(model, plain)
+        shares = share = one = None  # no pixels stay behind
         clock.append(time.perf_counter())
 
         # Log, validate, save.

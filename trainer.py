@@ -135,6 +135,10 @@ def setup() -> tuple[int, int, torch.device]:
     return rank, world, torch.device("cuda", own) if cuda else torch.device("cpu")
 
 
+def ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def phase(name: str) -> None:
     """What comes now: the words of a rank that waits for the others in vain."""
     PHASE[:] = name, time.monotonic()
@@ -263,12 +267,10 @@ class Reference:
     def __init__(self, model: QwenVL):
         params = sorted((p for p in model.parameters() if p.requires_grad), key=lambda p: -p.numel())
         cut = any(isinstance(p, DTensor) for p in params)
-        self.model, self.params, alone = model, params, not dist.is_initialized()
-        self.replicas = 1 if cut or alone else dist.get_world_size()
+        self.model, self.params, self.replicas = model, params, 1 if cut else ranks()
         mine = range(len(params)) if self.replicas == 1 else range(RANK, len(params), self.replicas)
-        host = alone and model.device.type == "cuda"
         self.kept = {i: local(params[i]).clone() for i in mine}
-        if host:
+        if ranks() == 1 and model.device.type == "cuda":
             self.kept = {i: part.cpu().pin_memory() for i, part in self.kept.items()}
 
     @torch.no_grad()
@@ -405,7 +407,7 @@ def save(cfg, step: int, model: QwenVL, plain: QwenVL, processor, optimizer: Ada
     if FIRST:
         save_file({"torch": torch.get_rng_state()}, aside / "trainer" / "random.safetensors")
         files = {str(p.relative_to(aside)): p.stat().st_size for p in aside.rglob("*") if p.is_file()}
-        state = {"step": step, "updates": optimizer.updates, "same": same, "files": files}
+        state = {"step": step, "updates": optimizer.updates, "ranks": ranks(), "same": same, "files": files}
         (aside / "trainer" / "state.json").write_text(json.dumps(state, indent=1, allow_nan=False))
         huggingface.replace(aside, final)
     reduce([0.0])  # nobody goes on before it is there
@@ -419,6 +421,8 @@ def restore(checkpoint: Path | None, optimizer: AdamW, **same) -> None:
     for key, now in same.items():
         if (then := state["same"].get(key, now)) != now:
             raise Stop(f"{checkpoint}: the run had {key} {then}, now it is {now}")
+    if (then := state.get("ranks", ranks())) != ranks():
+        say(f"going on with {ranks()} ranks after {then}: the same run, but not to the bit")
     try:
         files = {kind: safe_open(folder / f"{kind}.safetensors", "pt") for kind in KINDS}
         optimizer.load(lambda kind, name: files[kind].get_tensor(name), state["updates"])

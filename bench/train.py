@@ -164,10 +164,13 @@ def ours(cfg: Config, model, processor, optimizer, examples, seed: int) -> dict[
     return {"rollout": rollout, "update": seconds, "step": rollout + seconds, "norm": norm}
 
 
-def theirs(cfg: Config, model, optimizer, inputs: dict, prompt: int, seed: int) -> dict[str, float]:
+def theirs(
+    cfg: Config, model, optimizer, inputs: dict, prompt: int, banned: list[int], seed: int
+) -> dict[str, float]:
     """The baseline's step: inputs are of all prompts, each repeated G times."""
     torch.manual_seed(seed)
-    options = dict(max_new_tokens=cfg.new_tokens, min_new_tokens=cfg.new_tokens, do_sample=True, top_k=0)
+    options = dict(max_new_tokens=cfg.new_tokens, min_new_tokens=cfg.new_tokens, do_sample=True, top_k=0,
+                   suppress_tokens=banned)  # fmt: skip
     with torch.no_grad():
         rollout, ids = clocked(model.device, lambda: model.generate(**inputs, **options))
     patches = len(inputs["pixel_values"]) // len(ids)
@@ -196,7 +199,7 @@ def theirs(cfg: Config, model, optimizer, inputs: dict, prompt: int, seed: int) 
 
 
 def baseline(cfg: Config, folder: str, processor, examples) -> tuple:
-    """(model, optimizer, inputs, P) of transformers, on the same checkpoint."""
+    """(model, optimizer, inputs, P, ids never sampled) of transformers, on the same checkpoint."""
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     for name, p in model.named_parameters():
         p.requires_grad_("visual" not in name)
@@ -211,7 +214,8 @@ def baseline(cfg: Config, folder: str, processor, examples) -> tuple:
     )  # fmt: skip
     model.generation_config.eos_token_id = None
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
-    return model.eval(), optimizer, inputs, ids.shape[1]
+    banned = processor.banned.nonzero()[:, 0].tolist()
+    return model.eval(), optimizer, inputs, ids.shape[1], banned
 
 
 def compare_updates(cfg: Config, model, processor, optimizer) -> dict[str, float]:

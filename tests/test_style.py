@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # in any form. eval (375) deals rows to ranks, goes on after a stop, prints benchmarks; benchmarks (380) and
 # scorers (330) hold nine sets' published rules beside robust ones; data/__init__ (290) and rows (235) tell
 # every kind of bad row apart. optim (270): replicas sum their gradients and deal Muon's matrices; rounding
-# without masters. trainer (485): what plan.py chooses, the reference policy without a second model, a rank's last words.
+# without masters. trainer (485): what plan.py chooses, the reference policy without a second model, last words.
 BUDGETS = {
     "srreal.py": 330, "train_sft.py": 210, "train_rl.py": 340, "eval.py": 375, "trainer.py": 485,
     "optim.py": 270, "report.py": 465, "model/qwen_vl.py": 360, "model/vision.py": 250, "model/region.py": 90,
@@ -55,8 +55,6 @@ FLAGS = {  # of the command lines, frozen: scripts of other people call them
     "eval.py":
         "model data benchmark path limit max_new_tokens temperature out seed regions max_pixels "
         "depth again blind skip_bad_rows",
-    "plan.py":
-        "model gpus memory prompts group prompt_tokens new_tokens train kl lora dtype",
     "report.py":
         "run questions",
     "data/scenes.py":

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ import train_rl
 import train_sft
 import trainer
 from model import lora
+from model.checkpoint import rename
 from model.processor import Processor
 from model.qwen_vl import QwenVL
 from model.rollout import Rollout
@@ -41,7 +43,8 @@ def one_thread():
 
 
 def python(*command, **environment):
-    command, environment = [sys.executable, *map(str, command)], os.environ | ONE | environment
+    command, environment = [sys.executable, *map(str, command)], {**os.environ, **ONE, **environment}
+    environment = {name: str(value) for name, value in environment.items()}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
@@ -288,6 +291,81 @@ def test_resume_refuses_another_run(home, whole, tmp_path):
         train_sft.main(config(home, "sft", out, resume=True, data=(str(home / "scenes" / "fewer.jsonl"),)))
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_equal_those_of_the_padded_forward(home, checkpointing):
+    """Groups behind one copy of their prompt, and of its image, against transformers on G rows of prompt and
+    completion, padded; in fp64, but for the fp32 log-probs."""
+    source = str(home / "tiny")
+    ours, processor = QwenVL.from_pretrained(source, dtype=torch.float64), Processor.from_pretrained(source)
+    theirs = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float64)
+    row = next(e for e in data.load([str(home / "scenes")]) if e.images)
+    examples = [replace(row, question="How far is it?", regions=(), depths=None, objects={}, path="lor"),
+                Example("b", "lor", [], "How many are two and three?", "5")]  # fmt: skip
+    completions = [[[21, 22, 23, 24], [31, 32], [41, 42, 43]], [[51, 52], [61, 62, 63, 64, 65]]]
+    batch = processor(examples, completions)
+    assert len(batch.input_ids) < 1.2 * sum(len(processor.prompt_ids(e)) for e in examples) + 30
+    weights = torch.linspace(-1, 1, len(batch.targets), dtype=torch.float64)
+    if checkpointing:
+        ours.checkpoint_blocks()
+    loss = (ours(batch).logprob * weights).sum()
+    loss.backward()
+
+    starts = [list(processor.prompt_ids(e)) for e in examples]
+    rows = [start + c for start, own in zip(starts, completions, strict=True) for c in own]
+    prompts = [len(start) for start, own in zip(starts, completions, strict=True) for _ in own]
+    longest, pixels = max(map(len, rows)), batch.pixel_values.double()
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    logits = theirs(
+        input_ids=ids, attention_mask=mask, pixel_values=pixels.repeat(3, 1),
+        image_grid_thw=batch.image_grid_thw.repeat(3, 1),
+        mm_token_type_ids=(ids == ours.config.image_token_id).int(),
+    ).logits  # fmt: skip
+    logprob = torch.cat([
+        logits[i, p - 1 : len(row) - 1].log_softmax(-1).gather(1, torch.tensor(row[p:])[:, None])[:, 0]
+        for i, (row, p) in enumerate(zip(rows, prompts, strict=True))])  # fmt: skip
+    wanted = (logprob * weights).sum()
+    wanted.backward()
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
+    own, compared = dict(ours.named_parameters()), 0
+    for name, p in theirs.named_parameters():
+        if p.grad is not None and p.grad.abs().max() > 0:
+            gap = (own[rename(name)].grad - p.grad).norm() / p.grad.norm()
+            assert gap < 1e-5, (name, gap)
+            compared += 1
+    assert compared > 60
+
+
+HANG = """\"""One rank does not come.\"""
+import time
+from dataclasses import dataclass
+import trainer
+
+@dataclass
+class Config:
+    out: str = ""
+
+def main(cfg):
+    rank, _, _ = trainer.setup()
+    trainer.phase("step 3, update")
+    time.sleep(60 * rank)
+    trainer.reduce([1.0])
+
+if __name__ == "__main__":
+    trainer.launch(main, Config)
+"""
+
+
+def test_a_rank_that_waits_in_vain_says_where(tmp_path):
+    (tmp_path / "hang.py").write_text(HANG)
+    started = time.time()
+    run = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", tmp_path / "hang.py",
+                 PYTHONPATH=ROOT, RANK_TIMEOUT="5")  # fmt: skip
+    assert run.returncode != 0
+    assert "hang.py: rank 0, step 3, update: the other ranks did not answer" in run.stderr
+    assert "rank 0 has been at 'step 3, update' for 4 s" in run.stderr or time.time() - started > 60
+
+
 # ---- Two ranks: the same numbers as one
 
 
@@ -347,7 +425,7 @@ def run_all(home, out):
             SCRIPTS[script].main(cfg)
 
 
-def test_two_ranks_equal_one(home, tmp_path):
+def test_two_ranks_equal_one(home, tmp_path, capsys):
     ranks = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, home,
                    tmp_path / "two", PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")  # fmt: skip
     assert ranks.returncode == 0, ranks.stderr[-3000:]
@@ -372,7 +450,7 @@ def test_two_ranks_equal_one(home, tmp_path):
         for (module, name), value in next(runs(home, tmp_path))[2].items():
             patch.setattr(module, name, value)
         train_sft.main(cfg)
-    assert len(rows(tmp_path / "two" / "text")) == 4
+    assert len(rows(tmp_path / "two" / "text")) == 4 and "not to the bit" in capsys.readouterr().out
 
 
 # ---- The parts of GRPO

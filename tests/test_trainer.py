@@ -9,7 +9,11 @@ import pytest
 import torch
 
 import data
+import plan
 import trainer
+from model import lora
+from model.qwen_vl import QwenVL
+from model.tiny import SPECIAL, configuration
 from srreal import Example
 
 
@@ -163,3 +167,42 @@ def test_fingerprint_sees_ids_paths_and_order():
     other = [Example(str(i), "dtr", [], "?", "A") for i in range(3)]
     prints = Counter(map(trainer.fingerprint, (rows, other, rows[::-1], rows[:2], list(rows))))
     assert sorted(prints.values()) == [1, 1, 1, 2]
+
+
+@dataclass
+class Run:
+    train: str = "lm"
+    lora: int = 0
+    rounding: bool = False
+    shard: str = "auto"
+    checkpointing: str = "auto"
+    micro_tokens: int = 4096
+
+
+def test_auto_is_what_the_plan_chooses(monkeypatch, capsys):
+    """Keep what fits, else recompute the blocks, else cut as well; whatever a flag fixes stays."""
+    config = configuration("qwen3_vl", {token: 900 + i for i, token in enumerate(SPECIAL)})
+    config.text_config.num_hidden_layers = 40
+    with torch.device("meta"):
+        model = QwenVL(config)
+    lora.learn(model, "lm")
+
+    def settle(gigabytes, world=1, **flags):
+        pages = {"SC_PHYS_PAGES": int(gigabytes * 1e9) * world, "SC_PAGE_SIZE": 1}
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer.os, "sysconf", pages.get)
+            s = trainer.settle(Run(**flags), model, world, prompts=0, group=1, new_tokens=64, kl=0.0)
+        return s.shard, s.checkpointing
+
+    cfg, counts = plan.Config("", 1, group=1, new_tokens=64, kl=0.0, dtype="fp32"), plan.tally(model)
+    options = {c: plan.Settings(False, c, True, 0, 4096) for c in (False, True)}
+    need = {c: plan.estimate(config, cfg, s, counts)["peak"] for c, s in options.items()}
+    enough = {c: gb / (1 - plan.RESERVE[1]) + plan.RESERVE[0] + 0.01 for c, gb in need.items()}
+    assert enough[True] + 0.5 < enough[False]
+    assert settle(enough[False]) == (False, False) == settle(enough[False], world=2)
+    assert settle(enough[True]) == (False, True) == settle(enough[True], world=2)
+    assert settle(99, checkpointing="always") == (False, True)
+    assert settle(99, world=2, shard="always") == (True, False)
+    assert capsys.readouterr().out == ""
+    assert settle(1.0, world=2) == (True, True) and "memory may run out" in capsys.readouterr().out
+    assert settle(1.0, world=2, shard="never", checkpointing="never") == (False, False)
