@@ -14,8 +14,9 @@ has --new-tokens tokens. The language model learns (fp32 on a CPU, bf16 with fp3
               of the completions; the same loss, torch's AdamW. TRL's own work around that isn't counted
     unshared  ours, but each completion is packed behind a copy of its prompt and image: G (P + R) tokens
 
-Both are timed in turn, so that a disturbance hits both; medians of --steps. On a busy machine only the ratios
-mean something. MFU: 6 FLOPs (2 in a no-grad pass) a decoder parameter and token, over --tflops.
+Both are timed in turn, so that a disturbance hits both; medians of --steps. Seconds on a CPU are of CPU time,
+of all threads together, so that other jobs on the machine hardly count. MFU: 6 FLOPs a decoder parameter and
+token of the update, over --tflops.
 """
 
 import copy
@@ -124,11 +125,12 @@ def examples_of(count: int, size: tuple[int, int]) -> list[Example]:
 
 
 def clocked(device: torch.device, work, *args) -> tuple[float, object]:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if device.type == "cpu":
+        start, result = time.process_time(), work(*args)
+        return time.process_time() - start, result
+    torch.cuda.synchronize()
     start, result = time.perf_counter(), work(*args)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    torch.cuda.synchronize()
     return time.perf_counter() - start, result
 
 
@@ -267,6 +269,7 @@ def main(cfg: Config) -> dict:
         rows["ours"].append(ours(cfg, model, processor, optimizer, examples, step + 1))
         if other:
             rows["baseline"].append(theirs(cfg, *other, step + 1))
+        print(*(f"{name} {own[-1]}" for name, own in rows.items() if own), sep="\n", flush=True)
     result = {name: {key: statistics.median(row[key] for row in own) for key in ("rollout", "update", "step")}
               for name, own in rows.items() if own}  # fmt: skip
     if other:

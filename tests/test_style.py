@@ -14,14 +14,15 @@ ROOT = Path(__file__).parent.parent
 # in any form. eval (375) deals rows to ranks, goes on after a stop, prints benchmarks; benchmarks (380) and
 # scorers (330) hold nine sets' published rules beside robust ones; data/__init__ (290) and rows (235) tell
 # every kind of bad row apart. optim (270): replicas sum their gradients and deal Muon's matrices; rounding
-# without masters. trainer (485): what plan.py chooses, the reference policy without a second model, last words.
+# without masters. trainer (485): what plan.py chooses, the reference without a second model, last words.
 BUDGETS = {
     "srreal.py": 330, "train_sft.py": 210, "train_rl.py": 340, "eval.py": 375, "trainer.py": 485,
     "optim.py": 270, "report.py": 465, "model/qwen_vl.py": 360, "model/vision.py": 250, "model/region.py": 90,
     "model/head3d.py": 155, "model/checkpoint.py": 310, "model/processor.py": 520, "model/rollout.py": 420,
     "model/tiny.py": 150, "kernels/linear_logprob.py": 330, "kernels/policy_loss.py": 255,
     "kernels/rewards.py": 230, "kernels/attention.py": 360, "kernels/sample.py": 190, "data/__init__.py": 290,
-    "data/scenes.py": 375, "kernels/layers.py": 335, "model/lora.py": 100, "plan.py": 190, "data/rows.py": 235,
+    "data/scenes.py": 375, "kernels/layers.py": 335, "model/lora.py": 100, "plan.py": 190,
+    "data/rows.py": 235,
     "data/mixture.py": 90, "data/marks.py": 55, "data/spar.py": 215, "data/embodiedscan.py": 170,
     "data/llava.py": 175, "data/spatialrgpt.py": 70, "data/grounding.py": 215, "data/benchmarks.py": 380,
     "data/scorers.py": 330, "data/found_marks.py": 70, "data/coldstart.py": 225, "data/arithmetic.py": 90,
