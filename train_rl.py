@@ -16,17 +16,18 @@ noise in the smaller parts would be learnt. Three policies stand beside the one 
     ref      --model, also after --resume; its log-probs are taken once a rollout, and only if --kl > 0. It is
              no second model: what learns changes places with what it was (trainer.Reference)
 
-Metrics of a step: loss; reward, the mean total of all completions; kept, the share of groups; truncated, of
-completions without an end token; of each path P: P_reward, P_accuracy, P_format, P_detect, P_length (tokens),
-P_truncated, P_kept, P_entropy (nats), P_kl. Over the trained tokens: entropy, kl (k3 to ref), clip_low,
-clip_high (shares whose loss the clip binds), ratio_max, mismatch_kl, and mismatch_mean and mismatch_max of
-|log p_old - log p_rollout|. grad_norm is before the clip; times are without validation and saving. With
+Metrics of a step: loss; reward, the mean total of all completions; groups, how many were sampled, and kept,
+their share that is trained on; truncated, of completions without an end token; of each path P: P_reward,
+P_accuracy, P_format, P_detect, P_length (tokens), P_truncated, P_kept, P_entropy (nats), P_kl. Over the
+trained tokens: entropy, kl (k3 to ref), clip_low, clip_high (shares whose loss the clip binds), ratio_max,
+mismatch_kl, and mismatch_mean and mismatch_max of |log p_old - log p_rollout|. grad_norm is before the clip; times are without validation and saving. With
 --eval-data: val_P_accuracy and so on, greedy, after the row's update; val0_* in the first row, before any.
 
 Departures from the paper and the official code:
  1. Rewards are strict (srreal.py says how); --rules official gives the official numbers.
  2. Groups are filtered on accuracy, not on .2 < mean total < .99, which keeps all-right groups whose boxes
-    differ. Filtered groups are not replaced: a step trains on fewer, or on none, and says so.
+    differ. Filtered groups are not replaced unless --tries says so (DAPO's dynamic sampling, in the order
+    of the prompts: in that of finishing, short answers would be preferred).
  3. The loss is divided by the global number of trained tokens, not by micro-batch.
  4. Sampling is not cut (top_p 1; theirs .99), and the sampler's own log-probs correct the loss.
  5. One set of weights samples and trains; theirs keeps the prompts' embeddings from a frozen copy.
@@ -62,6 +63,8 @@ class Config:
     steps: int = 100  # rollouts
     prompts: int = 64  # prompts a step, over all ranks, in equal shares of the paths
     group: int = 8  # completions a prompt
+    tries: int = 1  # above 1: up to so many times the prompts, until --prompts groups differ in accuracy
+    slots: int | None = None  # live samples of a rank; None: by its memory
     updates: int = 1  # optimiser steps a rollout, each on its own share of the prompts
     max_new_tokens: int = 1024  # a longer completion is cut, and so is not well-formed
     temperature: float = 1.0  # of sampling; the trainer's log-probs are at the same
@@ -100,7 +103,7 @@ COLUMNS = {"step": "5d", "reward": "6.3f", "loss": "8.4f", "kl": "7.4f", "entrop
            "grad_norm": "8.3f", "rollout_tokens_per_second": "6.0f", "seconds": "6.2f"}  # fmt: skip
 # What is logged of each path and of all, and what the sum of it is divided by (None: by nothing).
 GRADES = dict.fromkeys(("reward", "accuracy", "format", "detect", "length", "truncated"), "completions")
-GRADES |= {"kept": "groups", "sampled_tokens": None}
+GRADES |= {"kept": "groups", "groups": None, "sampled_tokens": None}
 TOKENS = {"tokens": None, "entropy": "tokens", "kl": "tokens"}
 GAPS = dict.fromkeys(("clip_low", "clip_high", "mismatch_kl", "mismatch_mean"), "trained")
 
@@ -131,15 +134,23 @@ class Group:
     differs: bool = False  # in accuracy
 
 
-def roll_out(model, processor: Processor, prompts, cfg: Config, seed: int, greedy=False) -> list[Group]:
+def roll_out(model, processor: Processor, prompts, cfg: Config, seed: int, wanted=0, greedy=False):
+    """Groups of the prompts in their order; with `wanted`, up to the one that is so many's last to differ."""
     n, temperature = (1, 0.0) if greedy else (cfg.group, cfg.temperature)
-    quiet = None if trainer.FIRST else True
+    quiet, examples, heard = None if trainer.FIRST else True, [e for _, e in prompts], []
+
+    def enough(rollouts: list[Rollout]) -> bool:
+        accuracies = [score(r.text, examples[len(heard)], cfg.rules).accuracy for r in rollouts]
+        heard.append(max(accuracies) - min(accuracies) > 1e-6)
+        return sum(heard) >= wanted
+
     with tqdm(total=len(prompts) * n, desc="rollout", leave=False, disable=quiet) as bar:
         rollouts = trainer.mendable(
-            generate, model, processor, [e for _, e in prompts], n=n, max_new_tokens=cfg.max_new_tokens,
-            temperature=temperature, seed=seed, progress=bar.update,
+            generate, model, processor, examples, n=n, max_new_tokens=cfg.max_new_tokens,
+            temperature=temperature, seed=seed, progress=bar.update, slots=cfg.slots,
+            enough=enough if wanted else None,
         )  # fmt: skip
-    return [Group(example, turn, own) for (turn, example), own in zip(prompts, rollouts, strict=True)]
+    return [Group(example, turn, own) for (turn, example), own in zip(prompts, rollouts, strict=False)]
 
 
 def means(sums: dict[str, Counter], names: dict[str, str | None]) -> dict[str, float]:
@@ -263,8 +274,10 @@ def main(cfg: Config) -> None:
         # Roll out this rank's share of the prompts. Score; keep the groups that teach something.
         trainer.phase(f"step {step + 1}, rollout")
         clock = [time.perf_counter()]
-        share = range(step * cfg.prompts, (step + 1) * cfg.prompts)[trainer.mine(cfg.prompts, rank, world)]
-        groups = roll_out(plain, processor, [prompts[i] for i in share], cfg, cfg.seed * 1_000_003 + step)
+        offer, noise = cfg.prompts * cfg.tries, cfg.seed * 1_000_003 + step
+        share = range(step * offer, (step + 1) * offer)[trainer.mine(offer, rank, world)]
+        wanted = -(-len(share) // cfg.tries) if cfg.tries > 1 else 0
+        groups = roll_out(plain, processor, [prompts[i] for i in share], cfg, noise, wanted)
         clock.append(time.perf_counter())
         row = grade(groups, paths, cfg.rules)
         kept = [group for group in groups if group.differs or cfg.filter == "none"]

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 # every kind of bad row apart. optim (270): replicas sum their gradients and deal Muon's matrices; rounding
 # without masters. trainer (485): what plan.py chooses, the reference without a second model, last words.
 BUDGETS = {
-    "srreal.py": 330, "train_sft.py": 210, "train_rl.py": 340, "eval.py": 375, "trainer.py": 485,
+    "srreal.py": 330, "train_sft.py": 210, "train_rl.py": 355, "eval.py": 375, "trainer.py": 485,
     "optim.py": 270, "report.py": 465, "model/qwen_vl.py": 360, "model/vision.py": 250, "model/region.py": 90,
     "model/head3d.py": 155, "model/checkpoint.py": 310, "model/processor.py": 520, "model/rollout.py": 420,
     "model/tiny.py": 150, "kernels/linear_logprob.py": 330, "kernels/policy_loss.py": 255,
@@ -49,7 +49,8 @@ FLAGS = {  # of the command lines, frozen: scripts of other people call them
         "head_weight drop_depth questions_per_image regions max_pixels train lora rounding shard "
         "checkpointing micro_tokens eval_data eval_every seed save_every resume skip_bad_rows",
     "train_rl.py":
-        "model data out steps prompts group updates max_new_tokens temperature rules filter loss kl "
+        "model data out steps prompts group tries slots updates max_new_tokens temperature rules filter "
+        "loss kl "
         "clip_low clip_high dual_clip rollout_cap lr schedule warmup weight_decay beta2 clip_norm "
         "train lora rounding regions max_pixels shard checkpointing micro_tokens eval_data "
         "eval_every eval_limit seed save_every resume skip_bad_rows",

@@ -542,6 +542,26 @@ def test_an_update_makes_good_completions_likelier(home, tmp_path, monkeypatch):
     assert seen and sum((a * gain).sum() for a, gain in zip(owners, gains, strict=True)) > 0
 
 
+def test_tries_go_on_in_prompt_order_until_enough_groups_differ(home, tmp_path, monkeypatch):
+    """Of eight prompts the third and the fourth have groups that differ; two are wanted."""
+    seen = []
+
+    def scores(text, example, rules="strict"):
+        seen.append(example.id)
+        turn = list(dict.fromkeys(seen)).index(example.id)
+        good = float(len(seen) % 2) if turn in (2, 3) else 1.0
+        return Scores(good, good, 1.0, 0.0)
+
+    monkeypatch.setattr(train_rl, "score", scores)
+    cfg = config(home, "rl", tmp_path, prompts=2, group=3, tries=4, slots=2)
+    model, processor = QwenVL.from_pretrained(cfg.model), trainer.load_processor(cfg.model, cfg)
+    prompts = list(enumerate(data.load(cfg.data)[:8]))
+    groups = train_rl.roll_out(model, processor, prompts, cfg, seed=0, wanted=2)
+    assert [g.example.id for g in groups] == [e.id for _, e in prompts[:4]]
+    seen.clear()
+    assert len(train_rl.roll_out(model, processor, prompts, cfg, seed=0, wanted=3)) == 8  # in vain
+
+
 def test_several_updates_move_the_ratio(home, tmp_path):
     train_rl.main(config(home, "rl", tmp_path, steps=1, updates=2, lr=1e-2, filter="none"))
     (row,) = rows(tmp_path)
