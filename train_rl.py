@@ -20,8 +20,9 @@ Metrics of a step: loss; reward, the mean total of all completions; groups, how 
 their share that is trained on; truncated, of completions without an end token; of each path P: P_reward,
 P_accuracy, P_format, P_detect, P_length (tokens), P_truncated, P_kept, P_entropy (nats), P_kl. Over the
 trained tokens: entropy, kl (k3 to ref), clip_low, clip_high (shares whose loss the clip binds), ratio_max,
-mismatch_kl, and mismatch_mean and mismatch_max of |log p_old - log p_rollout|. grad_norm is before the clip; times are without validation and saving. With
---eval-data: val_P_accuracy and so on, greedy, after the row's update; val0_* in the first row, before any.
+mismatch_kl, and mismatch_mean and mismatch_max of |log p_old - log p_rollout|. grad_norm is before the clip;
+times are without validation and saving. With --eval-data: val_P_accuracy and so on, greedy, after the row's
+update; val0_* in the first row, before any.
 
 Departures from the paper and the official code:
  1. Rewards are strict (srreal.py says how); --rules official gives the official numbers.
