@@ -280,7 +280,7 @@ def main(cfg: Config) -> dict:
     seconds = result["ours"]["update"] * cfg.tflops * 1e12
     result |= {
         "device": torch.cuda.get_device_name() if cuda else "cpu", "torch": torch.__version__,
-        "config": {key: str(value) for key, value in vars(cfg).items()},
+        "config": {key: str(value) for key, value in vars(cfg).items() if key != "out"},
         "parameters_million": sum(p.numel() for p in model.parameters()) / 1e6, "prompt_tokens": prompt,
         "peak_memory_mib": trainer.peak_memory(device),
         "completion_tokens_per_second": cfg.prompts * cfg.group * cfg.new_tokens / result["ours"]["step"],
