@@ -6,6 +6,7 @@ Things are unions of boxes and solids of revolution, each met in closed form by 
 rectangle. World: metres, x right, y down (the floor is y = 0), z into the room. Camera: OpenCV, pixel centres
 at integers, depth is z. Marks are drawn once a scene, so its questions share its image. What rounding or
 occlusion could flip is not asked; DTR's rationale works with the rounded centres of its own detect block.
+A rationale says each mention in full: of colours alone, the model never learnt to copy "point" or "bbox".
 Options stand in alphabetical order (shuffled, a tiny model found the right words, but not their letters), and
 of two things the closer one is asked for (of "closer" and "farther" in turns it took the one for the other).
 """
@@ -210,7 +211,7 @@ def r(value):
 def hop(view, a, b):
     """The way between two marks, both by their rounded centres: of one decimal, and its length by that."""
     steps = [round(q - p, 1) + 0. for p, q in zip(a.near[view], b.near[view], strict=True)]
-    start, ways = f"From {a.colour} to {b.colour} it is", ("left right", "up down", "nearer farther")
+    start, ways = f"From {a.mention} to {b.mention} it is", ("left right", "up down", "nearer farther")
     far = [f"{abs(step)} m {names.split()[step > 0]}" for step, names in zip(steps, ways, strict=True)]
     way = f"{far[0]}, {far[1]} and {far[2]}"
     return Hop(steps, math.dist(a.at[view], b.at[view]), math.hypot(*steps), f"{start} about {way}",
@@ -231,18 +232,18 @@ def versus(rng, origin, a, b, p, q, *thoughts):
         return ask, win.colour, lose.colour, *(f"{thought}. {end}" for thought in thoughts)
 
 def direct(name, a, b, p, q):
-    return f"From {name} it is about {p:.1f} m to {a.colour} and about {q:.1f} m to {b.colour}"
+    return f"From {name} it is about {p:.1f} m to {a.mention} and about {q:.1f} m to {b.mention}"
 
 def depth_order(rng, view, a, b):
     p, q = a.near[view][2], b.near[view][2]
     if (p - q) * (math.hypot(*a.at[view]) - math.hypot(*b.at[view])) > 0:   # by z and by distance alike
         return versus(rng, "the camera", a, b, p, q, direct("the camera", a, b, p, q),
-                      f"By their z it is {p:.1f} m to {a.colour} and {q:.1f} m to {b.colour}")
+                      f"By their z it is {p:.1f} m to {a.mention} and {q:.1f} m to {b.mention}")
 
 def nearest(rng, view, a, b, c):
     to_a, to_b = hop(view, c, a), hop(view, c, b)
     p, q = to_a.worked, to_b.worked
-    return versus(rng, c.text, a, b, p, q, direct(c.colour, a, b, p, q),
+    return versus(rng, c.text, a, b, p, q, direct(c.mention, a, b, p, q),
                   f"{to_a.working}, {p:.1f} m in all. {to_b.working}, {q:.1f} m in all")
 
 def depth(rng, view, a):
@@ -251,12 +252,12 @@ def depth(rng, view, a):
     ask = rng.choice(["What is the depth of", "How deep in the view is"])
     return fill(f"{ask} {a.text}, in metres?", z, near,
                 f"The {a.thing.name} is {between} away. Its centre is about {z:.1f} m deep",
-                f"The depth of {a.colour} is its z, {near}")
+                f"The depth of {a.mention} is its z, {near}")
 
 def distance(rng, view, a, b):
     way, ask = hop(view, a, b), rng.choice(["How far is it", "What is the distance"])
     return fill(f"{ask} from {a.text} to {b.text}, in metres?", way.exact, way.worked,
-                f"From {a.colour} it is about {way.worked:.1f} m to {b.colour}",
+                f"From {a.mention} it is about {way.worked:.1f} m to {b.mention}",
                 f"{way.working}, {way.worked:.1f} m in all")
 
 def relation(rng, view, a, b):
@@ -266,7 +267,7 @@ def relation(rng, view, a, b):
     seen = a.at[view][axis] / a.at[view][2] - b.at[view][axis] / b.at[view][2]
     if abs(p - q) > .25 and seen * (p - q) > .02:             # the image has to say so, too
         answer, wrong = (low, high) if p < q else (high, low)
-        way, end = hop(view, b, a), f"so {a.colour} is {answer} {b.colour}"
+        way, end = hop(view, b, a), f"so {a.mention} is {answer} {b.mention}"
         return (f"{rng.choice(['Seen from', 'From'])} the camera, is {a.text} {low} or {high} {b.text}?",
                 answer, wrong, f"{way.words}, {end}", f"{way.working}, {end}")
 
@@ -281,7 +282,7 @@ def perspective(rng, view, a, b, c):
     total, size = i * tx + j * tz, math.hypot(fx, fz) * math.hypot(tx, tz)
     if size > .3 and abs(total) > .3 * size and total * truth > 0:
         answer, wrong = (low, high) if total < 0 else (high, low)
-        stand, end = rng.choice(["facing", "looking at"]), f"so facing {b.colour}, {c.colour} is {answer}"
+        stand, end = rng.choice(["facing", "looking at"]), f"so facing {b.mention}, {c.mention} is {answer}"
         return (f"Standing at {a.text} and {stand} {b.text}, is {c.text} {low} or {high}?", answer, wrong,
                 f"{ahead.words}. {there.words}, {end}",
                 f"{ahead.working}. {there.working}, {end}")
