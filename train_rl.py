@@ -279,6 +279,7 @@ def main(cfg: Config) -> None:
         share = range(step * offer, (step + 1) * offer)[trainer.mine(offer, rank, world)]
         wanted = -(-len(share) // cfg.tries) if cfg.tries > 1 else 0
         groups = roll_out(plain, processor, [prompts[i] for i in share], cfg, noise, wanted)
+        trainer.reduce([0.0])  # the wait for the slowest rank is the rollout's
         clock.append(time.perf_counter())
         row = grade(groups, paths, cfg.rules)
         kept = [group for group in groups if group.differs or cfg.filter == "none"]
