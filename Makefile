@@ -1,5 +1,6 @@
 # make speedrun   scenes -> tiny checkpoint -> SFT -> RL -> eval -> report, on a CPU or a GPU     (out/speedrun)
 # make test       the tests
+# make bench      kernels, rollout, a whole training step and the data path on this device     (bench/results)
 # make lint       ruff
 # .venv is made on first use; PYTHON=python3 uses that interpreter as it is, and installs nothing.
 
@@ -16,9 +17,16 @@ test: $(filter .venv/bin/python,$(PYTHON))
 lint: $(filter .venv/bin/python,$(PYTHON))
 	$(PYTHON) -m ruff check .
 
+bench: $(filter .venv/bin/python,$(PYTHON))
+	$(PYTHON) -m bench.kernels
+	$(PYTHON) -m bench.table
+	$(PYTHON) -m bench.rollout
+	$(PYTHON) -m bench.train
+	$(PYTHON) -m bench.data
+
 .venv/bin/python: requirements.txt
 	python3 -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch .venv/bin/python
 
-.PHONY: speedrun test lint
+.PHONY: speedrun test lint bench
