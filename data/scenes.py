@@ -6,7 +6,6 @@ Things are unions of boxes and solids of revolution, each met in closed form by 
 rectangle. World: metres, x right, y down (the floor is y = 0), z into the room. Camera: OpenCV, pixel centres
 at integers, depth is z. Marks are drawn once a scene, so its questions share its image. What rounding or
 occlusion could flip is not asked; DTR's rationale works with the rounded centres of its own detect block.
-A rationale says each mention in full: of colours alone, the model never learnt to copy "point" or "bbox".
 Options stand in alphabetical order (shuffled, a tiny model found the right words, but not their letters), and
 of two things the closer one is asked for (of "closer" and "farther" in turns it took the one for the other).
 """
@@ -162,25 +161,26 @@ def furnish(rng, size):
         things.append(Thing(name, spot - (0, half[1], 0), half, rng.uniform(0, 6.28), paints, pattern))
     return room, camera, things[:7]
 
-def draw(rng, things, cameras, view, drawing, colours, marked):
+def draw(rng, things, cameras, view, drawing, colours, kind, marked):
     """Marks what is whole, mostly seen, seen at its centre and not marked yet: -> image, list of Mark."""
     rgb, _, owner, alone = drawing
     image, marks, size = Image.fromarray(rgb), [], cameras[view].size
     pen, radius, width = ImageDraw.Draw(image), round(size[0] / 32), max(1, round(size[0] / 128))
     places = [project(camera, np.array([thing.centre for thing in things])) for camera in cameras]
     middle = places[view][1].round().astype(int)
+    least = max(.003 * owner.size, 9 * radius ** 2 * (kind == "point"))
     seen = [np.argwhere(owner == i)[:, ::-1] for i in range(len(things))]   # (pixels, 2): u, v
     free = [i for i in rng.permutation(len(things)) if all(mark.thing is not things[i] for mark in marked)
-            and len(seen[i]) > max(.6 * alone[i].sum(), .003 * owner.size)
+            and len(seen[i]) > max(.6 * alone[i].sum(), least)
             and alone[i].sum() == alone[i, 1:-1, 1:-1].sum() and owner[*middle[i, ::-1]] == i]
     for colour, i in zip(colours, free, strict=False):
-        pixel = seen[i][((seen[i] - middle[i]) ** 2).sum(1).argmin()]       # its own, closest to its centre
-        if len(seen[i]) > 9 * radius ** 2 and rng.random() < .5:
-            kind, mid = "point", pixel * 1000 // size         # 50 of 1000 wide, clipped as the paper does
+        if kind == "point":
+            pixel = seen[i][((seen[i] - middle[i]) ** 2).sum(1).argmin()]   # its own, closest to its centre
+            mid = pixel * 1000 // size                        # 50 of 1000 wide, clipped as the paper does
             box = np.stack([(mid - 25).clip(0), np.where(mid > 975, 999, mid + 25)]) * size // 1000
             pen.ellipse((*(pixel - radius), *(pixel + radius)), fill=MARKS[colour])
         else:
-            kind, box = "bbox", np.stack([seen[i].min(0), seen[i].max(0) + 1])
+            box = np.stack([seen[i].min(0), seen[i].max(0) + 1])
             pen.rectangle((*box[0], *(box[1] - 1)), outline=MARKS[colour], width=width)
         at = [centres[i].round(4).tolist() for centres, _ in places]
         near, mention = [[r(x) for x in centre] for centre in at], f"{colour} {kind}"
@@ -197,9 +197,10 @@ def scene(seed, index, size):
         aside = aside.clip(room["low"].ravel() + .1, room["high"].ravel() - .1)
         aside = look(size, camera.focal, aside, camera.position + 3 * camera.axes[2])
         first, cameras = ((4, [camera]), (3, [camera]), (3, [camera, aside]))[rng.integers(3)]
+        kind = "point" if rng.random() < .4 else "bbox"       # of all marks: a mixture was never told apart
         drawings, images, marks = [render(room, things, c) for c in cameras], [], []
         for view, part in enumerate((colours[:first], colours[first:])[:len(cameras)]):
-            image, more = draw(rng, things, cameras, view, drawings[view], part, marks)
+            image, more = draw(rng, things, cameras, view, drawings[view], part, kind, marks)
             images, marks = images + [image], marks + more
     return rng, images, [depth for _, depth, *_ in drawings], cameras, marks
 
@@ -211,7 +212,7 @@ def r(value):
 def hop(view, a, b):
     """The way between two marks, both by their rounded centres: of one decimal, and its length by that."""
     steps = [round(q - p, 1) + 0. for p, q in zip(a.near[view], b.near[view], strict=True)]
-    start, ways = f"From {a.mention} to {b.mention} it is", ("left right", "up down", "nearer farther")
+    start, ways = f"From {a.colour} to {b.colour} it is", ("left right", "up down", "nearer farther")
     far = [f"{abs(step)} m {names.split()[step > 0]}" for step, names in zip(steps, ways, strict=True)]
     way = f"{far[0]}, {far[1]} and {far[2]}"
     return Hop(steps, math.dist(a.at[view], b.at[view]), math.hypot(*steps), f"{start} about {way}",
@@ -232,18 +233,18 @@ def versus(rng, origin, a, b, p, q, *thoughts):
         return ask, win.colour, lose.colour, *(f"{thought}. {end}" for thought in thoughts)
 
 def direct(name, a, b, p, q):
-    return f"From {name} it is about {p:.1f} m to {a.mention} and about {q:.1f} m to {b.mention}"
+    return f"From {name} it is about {p:.1f} m to {a.colour} and about {q:.1f} m to {b.colour}"
 
 def depth_order(rng, view, a, b):
     p, q = a.near[view][2], b.near[view][2]
     if (p - q) * (math.hypot(*a.at[view]) - math.hypot(*b.at[view])) > 0:   # by z and by distance alike
         return versus(rng, "the camera", a, b, p, q, direct("the camera", a, b, p, q),
-                      f"By their z it is {p:.1f} m to {a.mention} and {q:.1f} m to {b.mention}")
+                      f"By their z it is {p:.1f} m to {a.colour} and {q:.1f} m to {b.colour}")
 
 def nearest(rng, view, a, b, c):
     to_a, to_b = hop(view, c, a), hop(view, c, b)
     p, q = to_a.worked, to_b.worked
-    return versus(rng, c.text, a, b, p, q, direct(c.mention, a, b, p, q),
+    return versus(rng, c.text, a, b, p, q, direct(c.colour, a, b, p, q),
                   f"{to_a.working}, {p:.1f} m in all. {to_b.working}, {q:.1f} m in all")
 
 def depth(rng, view, a):
@@ -252,12 +253,12 @@ def depth(rng, view, a):
     ask = rng.choice(["What is the depth of", "How deep in the view is"])
     return fill(f"{ask} {a.text}, in metres?", z, near,
                 f"The {a.thing.name} is {between} away. Its centre is about {z:.1f} m deep",
-                f"The depth of {a.mention} is its z, {near}")
+                f"The depth of {a.colour} is its z, {near}")
 
 def distance(rng, view, a, b):
     way, ask = hop(view, a, b), rng.choice(["How far is it", "What is the distance"])
     return fill(f"{ask} from {a.text} to {b.text}, in metres?", way.exact, way.worked,
-                f"From {a.mention} it is about {way.worked:.1f} m to {b.mention}",
+                f"From {a.colour} it is about {way.worked:.1f} m to {b.colour}",
                 f"{way.working}, {way.worked:.1f} m in all")
 
 def relation(rng, view, a, b):
@@ -267,7 +268,7 @@ def relation(rng, view, a, b):
     seen = a.at[view][axis] / a.at[view][2] - b.at[view][axis] / b.at[view][2]
     if abs(p - q) > .25 and seen * (p - q) > .02:             # the image has to say so, too
         answer, wrong = (low, high) if p < q else (high, low)
-        way, end = hop(view, b, a), f"so {a.mention} is {answer} {b.mention}"
+        way, end = hop(view, b, a), f"so {a.colour} is {answer} {b.colour}"
         return (f"{rng.choice(['Seen from', 'From'])} the camera, is {a.text} {low} or {high} {b.text}?",
                 answer, wrong, f"{way.words}, {end}", f"{way.working}, {end}")
 
@@ -282,7 +283,7 @@ def perspective(rng, view, a, b, c):
     total, size = i * tx + j * tz, math.hypot(fx, fz) * math.hypot(tx, tz)
     if size > .3 and abs(total) > .3 * size and total * truth > 0:
         answer, wrong = (low, high) if total < 0 else (high, low)
-        stand, end = rng.choice(["facing", "looking at"]), f"so facing {b.mention}, {c.mention} is {answer}"
+        stand, end = rng.choice(["facing", "looking at"]), f"so facing {b.colour}, {c.colour} is {answer}"
         return (f"Standing at {a.text} and {stand} {b.text}, is {c.text} {low} or {high}?", answer, wrong,
                 f"{ahead.words}. {there.words}, {end}",
                 f"{ahead.working}. {there.working}, {end}")
