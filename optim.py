@@ -258,7 +258,7 @@ class AdamW:
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
     "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
-    "linear": lambda done: min(1.0, (1 - done) / 0.3),  # flat, then down over the last 30 %
+    "linear": lambda done: min(1.0, (1 - done) / 0.45),  # flat, then down over the last 45 %
 }
 
 

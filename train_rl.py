@@ -78,7 +78,7 @@ class Config:
     dual_clip: float = 3.0  # cap of the loss where A < 0, in units of |A|
     rollout_cap: float = 2.0  # cap of the weight p_old / p_rollout
     lr: float = 1e-6  # peak learning rate
-    schedule: Literal["constant", "cosine", "linear"] = "constant"  # linear: flat, then 30 % down
+    schedule: Literal["constant", "cosine", "linear"] = "constant"  # linear: flat, then 45 % down
     warmup: int = 0  # steps of linear warm-up
     weight_decay: float = 0.01  # of matrices
     beta2: float = 0.999  # of AdamW

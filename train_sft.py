@@ -49,7 +49,7 @@ class Config:
     steps: int = 1000  # optimiser steps
     batch: int = 64  # questions a step, over all ranks
     lr: float = 5e-6  # peak learning rate
-    schedule: Literal["constant", "cosine", "linear"] = "cosine"  # linear: flat, then 30 % down
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"  # linear: flat, then 45 % down
     warmup: int = 50  # steps of linear warm-up
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices of a model from scratch
     weight_decay: float = 0.0  # of matrices

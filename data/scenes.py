@@ -336,9 +336,11 @@ def chance(examples):
 @dataclass
 class Config:
     out: Path  # folder to write: rows.jsonl, images/, depth/
-    n: int = 4000  # scenes; each yields several questions, all of them in both paths
+    n: int = 4000  # scenes; each yields several questions
     seed: int = 0  # two seeds share no scene
     size: tuple[int, int] = (256, 192)  # width and height of the images in pixels
+    ask: tuple[str, ...] = ()  # only these families of questions; empty: all of them
+    lor: float = 1.0  # share of the scenes that are asked about on path lor, too; dtr asks about all
     workers: int = os.cpu_count() or 1  # processes; the set does not depend on their number
 
 def make(config, index):
@@ -349,15 +351,21 @@ def make(config, index):
         image.save(config.out / "images" / name, compress_level=1)
         z = Image.fromarray((z * 1000).round().astype(np.uint16))
         z.save(config.out / "depth" / name, compress_level=1)
-    return "".join(json.dumps(row) + "\n" for row in rows(config.seed, index, rng, cameras, marks))
+    asked = [row for row in rows(config.seed, index, rng, cameras, marks)
+             if not config.ask or row["task"] in config.ask]
+    paths = ("lor", "dtr") if rng.random() < config.lor else ("dtr",)
+    return "".join(json.dumps(row) + "\n" for row in asked if row["path"] in paths)
 
 def main(config: Config):
     """Renders a set. rows.jsonl appears last: a set that was cut off has none."""
+    families = {family.__name__ for family in FAMILIES}
     sound = {"--size": min(config.size) >= 32, "--seed": 0 <= config.seed < 2 ** 32,
-             "--workers": config.workers >= 1, "--n": config.n >= 1}
+             "--workers": config.workers >= 1, "--n": config.n >= 1,
+             "--ask": set(config.ask) <= families, "--lor": 0 <= config.lor <= 1}
     if not all(sound.values()):
         wrong = " ".join(flag for flag in sound if not sound[flag])
-        print(f"scenes: {wrong}: size >= 32, 0 <= seed < 2^32, workers >= 1 and n >= 1", file=sys.stderr)
+        print(f"scenes: {wrong}: size >= 32, 0 <= seed < 2^32, workers >= 1, n >= 1, 0 <= lor <= 1 "
+              f"and ask of {', '.join(sorted(families))}", file=sys.stderr)
         sys.exit(2)
     for folder in ("images", "depth"):
         (config.out / folder).mkdir(parents=True, exist_ok=True)

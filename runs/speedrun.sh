@@ -12,13 +12,19 @@ export OMP_WAIT_POLICY=passive OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TRANSFORMER
 
 ranks() { "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$RANKS" "$@"; }
 stage() { printf '\n== %s\n' "$*"; }
-scenes() { [ -f "$OUT/scenes/$1/rows.jsonl" ] || "$PYTHON" -m data.scenes --out "$OUT/scenes/$1" --n "$2" --seed "$3"; }
+scenes() {
+    [ -f "$OUT/scenes/$1/rows.jsonl" ] || {
+        name=$1 n=$2 seed=$3
+        shift 3
+        "$PYTHON" -m data.scenes --out "$OUT/scenes/$name" --n "$n" --seed "$seed" "$@"
+    }
+}
 ask() { [ -f "$OUT/$1/summary.json" ] || ranks eval.py --data "$OUT/scenes/test" --max-new-tokens 320 --out "$OUT/$@"; }
 
 stage "1/6 render rooms: train, RL and test share no scene"
-scenes train 4000 $((SEED + 1000))
-scenes rl 1000 $((SEED + 2000))
-scenes test 180 3000  # the same test questions for every seed
+scenes train 4000 $((SEED + 1000)) --lor 0.5  # a centre takes more learning than an answer
+scenes rl 1000 $((SEED + 2000)) --ask depth distance nearest  # where sampling loses most: the metric families
+scenes test 190 3000  # the same test questions for every seed
 
 stage "2/6 a tiny random Qwen3-VL checkpoint"
 [ -f "$OUT/tiny/spatial.safetensors" ] || "$PYTHON" -m model.tiny --family qwen3_vl --out "$OUT/tiny" --seed "$SEED"
@@ -36,7 +42,7 @@ ask eval-sft-sampled --model "$SFT" --temperature 1 --again 0
 
 stage "5/6 GRPO on both paths"
 ranks train_rl.py --model "$SFT" --data "$OUT/scenes/rl" --out "$OUT/rl" --steps "$RL_STEPS" \
-    --prompts 32 --group 8 --lr 1.2e-4 --schedule linear --warmup 5 --max-new-tokens 256 --save-every 50 --seed "$SEED" --resume
+    --prompts 32 --group 8 --lr 1.5e-4 --schedule linear --warmup 5 --max-new-tokens 256 --save-every 50 --seed "$SEED" --resume
 
 stage "6/6 test it again, on the same questions"
 RL=$OUT/rl/step-$(printf %06d "$RL_STEPS")
