@@ -1,7 +1,7 @@
 """One GRPO step, ours beside what a trainer on top of transformers does, and the update with and without the
 shared prefix.
 
-    python -m bench.train [--shape cpu] [--steps 2]                         ours and the baseline, in turn
+    python -m bench.train [--shape cpu] [--steps 2]                             ours and the peer, in turn
     python -m bench.train --shape qwen2.5-vl-3b --group 8 --image 832 768 --new-tokens 1024      (a GPU: ours)
 
 Writes bench/results/<device>-train.json. Weights are random, and no end token is drawn, so every completion
@@ -9,14 +9,16 @@ has --new-tokens tokens. The language model learns (fp32 on a CPU, bf16 with fp3
 
     ours      model.rollout.generate; a group packed as P + G R tokens; linear_logprob, policy_loss,
               optim.AdamW
-    baseline  the same model in transformers, in the manner of TRL's GRPOTrainer: generate() on rows that
-              repeat prompt and image G times; padded forwards of one group, G (P + R) tokens, with the logits
-              of the completions; the same loss, torch's AdamW. TRL's own work around that isn't counted
+    trl       TRL's GRPOTrainer, where TRL is installed, on the same checkpoint, prompts and images: its loop,
+              its loss (dapo), its fused head, torch's AdamW; a micro-batch is a group, no checkpointing, fp32
+    baseline  where it isn't: what it does, written by hand. generate() on rows that repeat prompt and image G
+              times; padded forwards of one group, G (P + R) tokens; the same loss. TRL's own work around that
+              isn't counted, nor the processing of images, which both others count
     unshared  ours, but each completion is packed behind a copy of its prompt and image: G (P + R) tokens
 
-Both are timed in turn, so that a disturbance hits both; medians of --steps. Seconds on a CPU are of CPU time,
-of all threads together, so that other jobs on the machine hardly count. MFU: 6 FLOPs a decoder parameter and
-token of the update, over --tflops.
+They are timed in turn, so that a disturbance hits all; medians of --steps. Seconds on a CPU are of CPU time,
+of all threads together, so that other jobs on the machine hardly count; wall_step is by the clock. MFU: 6
+FLOPs a decoder parameter and token of the update, over --tflops.
 """
 
 import copy
@@ -24,7 +26,9 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata, util
 from pathlib import Path
 from typing import Literal
 
@@ -32,8 +36,11 @@ import numpy as np
 import torch
 import tyro
 from PIL import Image
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoTokenizer, TrainerCallback
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
+import srreal
 import train_rl
 import trainer
 from kernels.policy_loss import policy_loss
@@ -68,8 +75,8 @@ class Config:
     update_tokens: int = 300  # R of that; 0: leave it out
     micro_tokens: int = 16384  # tokens of a forward pass
     checkpointing: bool = False  # as the training scripts'
-    steps: int = 2  # timed steps of each, after one of ours to warm up
-    baseline: bool = True  # a CPU's only
+    steps: int = 2  # timed steps of each, after one of ours on one prompt to warm up
+    baseline: bool = True  # and the peer: TRL, else the baseline; a CPU's only
     tflops: float = 989.0  # of the device in bf16, for MFU
     out: Path = Path("bench/results")
 
@@ -154,6 +161,7 @@ def update(model, optimizer, micros: list, tokens: int) -> float:
 
 def ours(cfg: Config, model, processor, optimizer, examples, seed: int) -> dict[str, float]:
     options = dict(n=cfg.group, max_new_tokens=cfg.new_tokens, temperature=1.0, seed=seed)
+    began = time.perf_counter()
     rollout, rollouts = clocked(model.device, lambda: generate(model, processor, examples, **options))
     settings = train_rl.Config("", (), "", micro_tokens=cfg.micro_tokens)
 
@@ -163,7 +171,8 @@ def ours(cfg: Config, model, processor, optimizer, examples, seed: int) -> dict[
         return update(model, optimizer, micros, len(examples) * cfg.group * cfg.new_tokens)
 
     seconds, norm = clocked(model.device, learn)
-    return {"rollout": rollout, "update": seconds, "step": rollout + seconds, "norm": norm}
+    return {"rollout": rollout, "update": seconds, "step": rollout + seconds,
+            "wall_step": time.perf_counter() - began, "norm": norm}  # fmt: skip
 
 
 def theirs(
@@ -171,6 +180,7 @@ def theirs(
 ) -> dict[str, float]:
     """The baseline's step: inputs are of all prompts, each repeated G times."""
     torch.manual_seed(seed)
+    began = time.perf_counter()
     options = dict(max_new_tokens=cfg.new_tokens, min_new_tokens=cfg.new_tokens, do_sample=True, top_k=0,
                    suppress_tokens=banned)  # fmt: skip
     with torch.no_grad():
@@ -197,12 +207,77 @@ def theirs(
         return norm.item()
 
     seconds, norm = clocked(model.device, learn)
-    return {"rollout": rollout, "update": seconds, "step": rollout + seconds, "norm": norm}
+    return {"rollout": rollout, "update": seconds, "step": rollout + seconds,
+            "wall_step": time.perf_counter() - began, "norm": norm}  # fmt: skip
 
 
-def baseline(cfg: Config, folder: str, processor, examples) -> tuple:
-    """(model, optimizer, inputs, P, ids never sampled) of transformers, on the same checkpoint."""
+class ImageProcessor(Qwen3VLProcessor):
+    """transformers' processor without videos: for these it wants torchvision."""
+
+    def __init__(self, image_processor, tokenizer):
+        super().__init__(image_processor, tokenizer, chat_template=tokenizer.chat_template)
+
+
+class Clock(TrainerCallback):
+    """Times the steps of a GRPOTrainer, its rollouts apart, and hands each one's row to `turn`."""
+
+    def __init__(self, grpo, turn: Callable[[dict[str, float]], None]):
+        self.turn, self.rollout = turn, 0.0
+        work = grpo._generate_and_score_completions
+
+        def timed(*args):
+            self.rollout, found = clocked(grpo.accelerator.device, work, *args)
+            assert found["completion_mask"].all()  # no completion ended early
+            return found
+
+        grpo._generate_and_score_completions = timed
+
+    def on_step_begin(self, *_, **__):
+        self.began = time.process_time(), time.perf_counter()
+
+    def on_step_end(self, *_, **__):
+        step, wall = time.process_time() - self.began[0], time.perf_counter() - self.began[1]
+        self.turn({"rollout": self.rollout, "update": step - self.rollout, "step": step, "wall_step": wall})
+
+
+def run_trl(cfg: Config, folder: str, processor, examples: list[Example], turn: Callable) -> None:
+    """cfg.steps steps of TRL's GRPOTrainer on all examples; turn(row) after each."""
+    import datasets
+    from trl import GRPOConfig, GRPOTrainer
+
+    options = GRPOConfig(
+        folder + "/trl", use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
+        per_device_train_batch_size=cfg.group, gradient_accumulation_steps=cfg.prompts,
+        num_generations=cfg.group, max_completion_length=cfg.new_tokens, max_steps=cfg.steps, beta=0.0,
+        learning_rate=1e-6, lr_scheduler_type="constant", max_grad_norm=1.0, shuffle_dataset=False,
+        save_strategy="no", logging_strategy="no", disable_tqdm=True,
+        generation_kwargs=dict(min_new_tokens=cfg.new_tokens,
+                               suppress_tokens=processor.banned.nonzero()[:, 0].tolist()),
+    )  # fmt: skip
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    for name, p in model.named_parameters():
+        p.requires_grad_("visual" not in name)
+    images, tokens = Qwen2VLImageProcessorPil.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    own = ImageProcessor(images, tokens)
+    messages = [[{"role": "user", "content": srreal.prompt(e)}] for e in examples]
+    text = own.apply_chat_template(
+        [[{"role": "user", "content": [{"type": "image", "image": examples[0].images[0]},
+                                       {"type": "text", "text": srreal.prompt(examples[0])}]}]],
+        add_generation_prompt=True, tokenize=True, return_dict=True,
+    )  # fmt: skip
+    assert list(text["input_ids"][0]) == list(processor.prompt_ids(examples[0]))  # both read the same
+    rows = datasets.Dataset.from_dict({"row": range(len(examples))}).with_transform(
+        lambda chosen: {"prompt": [messages[i] for i in chosen["row"]],
+                        "image": [examples[i].images[0] for i in chosen["row"]]})  # fmt: skip
+    half = lambda completions, **_: [float(i % 2) for i in range(len(completions))]  # noqa: E731
+    grpo = GRPOTrainer(model, half, options, rows, processing_class=own)
+    grpo.add_callback(Clock(grpo, turn))
+    grpo.train()
+
+
+def run_baseline(cfg: Config, folder: str, processor, examples: list[Example], turn: Callable) -> None:
+    """cfg.steps steps by hand, on transformers; turn(row) after each."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     for name, p in model.named_parameters():
         p.requires_grad_("visual" not in name)
     batch = processor(examples)
@@ -217,7 +292,8 @@ def baseline(cfg: Config, folder: str, processor, examples) -> tuple:
     model.generation_config.eos_token_id = None
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
     banned = processor.banned.nonzero()[:, 0].tolist()
-    return model.eval(), optimizer, inputs, ids.shape[1], banned
+    for step in range(cfg.steps):
+        turn(theirs(cfg, model, optimizer, inputs, ids.shape[1], banned, step + 1))
 
 
 def compare_updates(cfg: Config, model, processor, optimizer) -> dict[str, float]:
@@ -255,34 +331,45 @@ def compare_updates(cfg: Config, model, processor, optimizer) -> dict[str, float
 def main(cfg: Config) -> dict:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
+    peers = {"trl": run_trl, "baseline": run_baseline}
+    peer = ("trl" if util.find_spec("trl") else "baseline") if cfg.baseline and not cuda else None
+    rows = {"ours": []} | ({peer: []} if peer else {})
     with tempfile.TemporaryDirectory() as folder:
         model, processor = load(cfg, folder, device)
-        examples = examples_of(cfg.prompts, cfg.image)
-        other = baseline(cfg, folder, processor, examples) if cfg.baseline and not cuda else None
-    if cfg.checkpointing:
-        model.checkpoint_blocks()
-    optimizer = AdamW(model.named_parameters())
+        if cfg.checkpointing:
+            model.checkpoint_blocks()
+        examples, optimizer = examples_of(cfg.prompts, cfg.image), AdamW(model.named_parameters())
+        ours(cfg, model, processor, optimizer, examples[:1], 0)
+
+        def turn(row: dict[str, float] | None = None) -> None:
+            """The peer has done a step; one of ours."""
+            if row:
+                rows[peer].append(row)
+            rows["ours"].append(ours(cfg, model, processor, optimizer, examples, len(rows["ours"]) + 1))
+            print(*(f"{name} {own[-1]}" for name, own in rows.items()), sep="\n", flush=True)
+
+        if peer:
+            peers[peer](cfg, folder, processor, examples, turn)
+        else:
+            for _ in range(cfg.steps):
+                turn()
+    keys = ("rollout", "update", "step", "wall_step")
+    result = {name: {key: statistics.median(row[key] for row in own) for key in keys}
+              for name, own in rows.items()}  # fmt: skip
+    if peer:
+        result["ratio"] = {key: result[peer][key] / result["ours"][key] for key in keys}
     prompt = len(processor.prompt_ids(examples[0]))
-    ours(cfg, model, processor, optimizer, examples[:1], 0)
-    rows = {"ours": [], "baseline": []}
-    for step in range(cfg.steps):
-        rows["ours"].append(ours(cfg, model, processor, optimizer, examples, step + 1))
-        if other:
-            rows["baseline"].append(theirs(cfg, *other, step + 1))
-        print(*(f"{name} {own[-1]}" for name, own in rows.items() if own), sep="\n", flush=True)
-    result = {name: {key: statistics.median(row[key] for row in own) for key in ("rollout", "update", "step")}
-              for name, own in rows.items() if own}  # fmt: skip
-    if other:
-        result["ratio"] = {key: result["baseline"][key] / result["ours"][key] for key in result["ours"]}
     sizes = sum(p.numel() for p in model.decoder.layers.parameters())
     packed = cfg.prompts * (prompt + cfg.group * cfg.new_tokens)
     padded = cfg.prompts * cfg.group * (prompt + cfg.new_tokens)
     seconds = result["ours"]["update"] * cfg.tflops * 1e12
     result |= {
-        "device": torch.cuda.get_device_name() if cuda else "cpu", "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if cuda else "cpu", "threads": torch.get_num_threads(),
+        "versions": {name: metadata.version(name)
+                     for name in ("torch", "transformers") + (("trl",) if peer == "trl" else ())},
         "config": {key: str(value) for key, value in vars(cfg).items() if key != "out"},
         "parameters_million": sum(p.numel() for p in model.parameters()) / 1e6, "prompt_tokens": prompt,
-        "peak_memory_mib": trainer.peak_memory(device),
+        "peak_memory_mib": trainer.peak_memory(device) if cuda else None,  # a process's is the peer's too
         "completion_tokens_per_second": cfg.prompts * cfg.group * cfg.new_tokens / result["ours"]["step"],
         "update_mfu_computed": 6 * sizes * packed / seconds if cuda else None,
         "update_mfu_padded": 6 * sizes * padded / seconds if cuda else None,
