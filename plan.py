@@ -9,14 +9,14 @@ of the N GPUs of a box. Of A parameters T learn; b bytes a weight (2); t tokens 
     weights             A b, and T b / N more where training is sharded: the rollout reads a whole copy
     master and moments  T (4 + 4 + 4), with --rounding T (2 + 2); / N if sharded
     reference           T b / N; with one GPU on the host; none at --kl 0; with LoRA next to nothing
-    cache               rollout: (slots R + prompts P) 2 layers (key-value heads) (head width) b
+    cache               rollout: (slots R + 2 prompts P) 2 layers (key-value heads) (head width) b
+    prefill             rollout: keys and values, and an MLP, of PREFILL tokens
     sampler             rollout: 3 fp32 rows of logits a slot
     gradients           update: T b, / N if sharded, and a sharded layer's and the embeddings' whole ones
-    activations         update: t layers (4 H + 2 (query + key-value heads) D + 4 I) b, and what the norms
-                        keep in fp32; with checkpointing t layers H b, and one layer whole
-    logits              update: 64 MB, and the head's gradient in fp32
-    pixels              update: the vision tower's patches of t; its activations where it learns, else of one
-                        block
+    activations         update: t layers (4 H + 2 (query + key-value heads) D + 3 I) b, and t 3 I b of a
+                        layer's gradients; with checkpointing t layers H b, and one layer whole
+    logits              update: 64 MB, and the head's gradient in fp32 and in b
+    pixels              update: the vision tower's patches of t, and its activations where it learns
 
 The peak is what stays and the larger of rollout and update. The first candidate that fits into the memory
 less RESERVE is chosen: replicated before sharded, whole activations before checkpointing, fp32 masters before
@@ -41,6 +41,7 @@ from model.qwen_vl import QwenVL, Sizes
 
 RESERVE = 1.5, 0.05  # GB of CUDA, its libraries and NCCL; share of the rest that lies in gaps
 BUSY, SLOTS = 128, 384  # live samples that keep a GPU busy; above SLOTS the matrix products gain nothing more
+PREFILL = 16384  # tokens of prompts that are encoded at a time: model.rollout's
 LORA = 32  # the rank that is suggested
 
 
@@ -96,26 +97,28 @@ def estimate(config, cfg: Config, s: Settings, n: dict[str, int]) -> dict[str, f
     """GB a GPU of each part, and of the peak."""
     z, vision, b = Sizes.of(config), config.vision_config, {"bf16": 2, "fp32": 4}[cfg.dtype]
     parts, query, kv = cfg.gpus if s.shard else 1, z.heads * z.head_dim, z.kv_heads * z.head_dim
-    state = (12 if b == 2 else 8) if s.fp32_master else 4  # fp32 weights are their own masters
+    state = 8 if b == 4 else 12 if s.fp32_master else 4  # fp32 weights are their own masters
     gathered = (2 * n["layer"] + n["outside"]) * b + (n["layer"] + n["outside"]) * 4  # reduced in fp32
     qk_norm = (query + kv) * z.qwen3
-    layer = (4 * z.hidden + 2 * (query + kv) + qk_norm + 4 * z.inner) * b  # bytes a token
-    layer += 4 * (2 * z.hidden + qk_norm) if b == 2 else 3 * query * b  # norms in fp32; a CPU's copies
-    kept = z.layers * z.hidden * b + layer if s.checkpointing else z.layers * layer
+    layer = (4 * z.hidden + 2 * (query + kv) + qk_norm + 3 * z.inner) * b  # bytes a token
+    layer += (3 * query + z.inner) * b if b == 4 else 0  # a CPU's rotations and SwiGLU aren't fused
+    kept = z.layers * (z.hidden * b if s.checkpointing else layer) + layer * s.checkpointing
     # At most: prompts that are all image, as many as go into a pass.
     patches = s.micro_tokens * cfg.prompt_tokens / (cfg.prompt_tokens + cfg.group * cfg.new_tokens)
     patches *= vision.spatial_merge_size**2
     width = vision.embed_dim if config.model_type == "qwen2_vl" else vision.hidden_size
-    tower = 24 * width * b * (vision.depth if n["vision"] and not s.checkpointing else 1)  # an MLP of 4 C
-    pixels = 3 * vision.temporal_patch_size * vision.patch_size**2 * 4
-    cached = s.slots * cfg.new_tokens + -(-s.slots // cfg.group) * cfg.prompt_tokens
+    block = (1 if s.checkpointing else 24) * width * b  # an MLP of 4 C
+    pixels = 12 * vision.temporal_patch_size * vision.patch_size**2 + block * vision.depth * (n["vision"] > 0)
+    rows = 2 * -(-s.slots // cfg.group) * cfg.prompt_tokens  # of the prompts, and room for the next ones
+    prefill = (2 * z.layers * kv + 3 * z.inner + 6 * z.hidden) * b
     reference = n["trained"] * b / cfg.gpus if cfg.kl and cfg.gpus > 1 else 0
     stays = {"weights": n["all"] * b + (n["trained"] * b / parts if s.shard else 0),
              "master and moments": n["trained"] * state / parts, "reference": reference}  # fmt: skip
-    rollout = {"cache": cached * 2 * z.layers * kv * b, "sampler": 3 * s.slots * z.vocab * 4}
+    rollout = {"cache": (s.slots * cfg.new_tokens + rows) * 2 * z.layers * kv * b,
+               "prefill": min(rows, PREFILL) * prefill, "sampler": 3 * s.slots * z.vocab * 4}  # fmt: skip
     update = {"gradients": n["trained"] * b / parts + (gathered if s.shard else 0),
-              "activations": s.micro_tokens * kept, "logits": 64 * 2**20 + n["head"] * 4,
-              "pixels": patches * (pixels + tower)}  # fmt: skip
+              "activations": s.micro_tokens * (kept + 3 * z.inner * b), "pixels": patches * pixels,
+              "logits": 64 * 2**20 + n["head"] * (6 if b == 2 else 4)}  # fmt: skip
     peak = sum(stays.values()) + max(sum(rollout.values()), sum(update.values()))
     return {name: size / 1e9 for name, size in (stays | rollout | update | {"peak": peak}).items()}
 
