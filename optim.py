@@ -70,12 +70,12 @@ def part_of(whole: Tensor, like: Tensor) -> Tensor:
 
 
 def sum_replicas(tensors: list[Tensor]) -> None:
-    """Sums each tensor over the ranks in fp32, in place, and to the same bits on all."""
+    """Sums each tensor over the ranks in fp32 (or finer), in place, and to the same bits on all."""
     bucket, size = [], 0
     for i, tensor in enumerate(tensors):
         bucket, size = [*bucket, tensor], size + tensor.numel()
         if size >= BUCKET or i + 1 == len(tensors):
-            flat = torch.cat([t.flatten().float() for t in bucket])
+            flat = torch.cat([t.flatten().to(torch.promote_types(t.dtype, torch.float32)) for t in bucket])
             dist.all_reduce(flat)
             for t, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
                 t.copy_(part.view_as(t))

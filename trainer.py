@@ -229,7 +229,8 @@ def shard(model: QwenVL, world: int, settings: plan.Settings) -> QwenVL:
         near = int(os.environ.get("LOCAL_WORLD_SIZE", world))
         sizes = (world,) if near == world else (world // near, near)
         mesh = init_device_mesh(model.device.type, sizes, mesh_dim_names=("boxes", "shard")[-len(sizes) :])
-        options = {"ignored_params": frozen, "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
+        reduced = MixedPrecisionPolicy(reduce_dtype=torch.promote_types(model.dtype, torch.float32))
+        options = {"ignored_params": frozen, "mp_policy": reduced}
         for block in [*model.decoder.layers, *model.vision.blocks, model]:
             if any(p.requires_grad for p in block.parameters()):
                 fully_shard(block, mesh=mesh, **options)
@@ -269,9 +270,9 @@ class Reference:
         cut = any(isinstance(p, DTensor) for p in params)
         self.model, self.params, self.replicas = model, params, 1 if cut else ranks()
         mine = range(len(params)) if self.replicas == 1 else range(RANK, len(params), self.replicas)
-        self.kept = {i: local(params[i]).clone() for i in mine}
-        if ranks() == 1 and model.device.type == "cuda":
-            self.kept = {i: part.cpu().pin_memory() for i, part in self.kept.items()}
+        alone = ranks() == 1 and model.device.type == "cuda"  # one by one: the GPU needs no room for them
+        parts = {i: local(params[i]) for i in mine}
+        self.kept = {i: part.cpu().pin_memory() if alone else part.clone() for i, part in parts.items()}
 
     @torch.no_grad()
     def _change(self) -> None:

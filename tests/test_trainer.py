@@ -1,20 +1,34 @@
 """trainer.py without a model: data order, cuts, checkpoints on disk, the log, and the words of errors."""
 
+import gc
 import json
 import math
+import os
+import subprocess
+import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
+import optim
 import plan
+import train_rl
+import train_sft
 import trainer
+from kernels.policy_loss import policy_loss
 from model import lora
+from model.processor import Processor
 from model.qwen_vl import QwenVL
-from model.tiny import SPECIAL, configuration
-from srreal import Example
+from model.rollout import Rollout
+from model.tiny import SPECIAL, configuration, write
+from srreal import Example, Scores
 
 
 def test_order_is_an_epoch_a_time_in_runs_and_a_pure_function():
@@ -206,3 +220,118 @@ def test_auto_is_what_the_plan_chooses(monkeypatch, capsys):
     assert capsys.readouterr().out == ""
     assert settle(1.0, world=2) == (True, True) and "memory may run out" in capsys.readouterr().out
     assert settle(1.0, world=2, shard="never", checkpointing="never") == (False, False)
+
+
+# ---- Two ranks: the loss and the gradients of one
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    write("qwen3_vl", folder)
+    return str(folder)
+
+
+def fixed_groups():
+    """2 to 5 completions of 1 to 9 tokens each: with image, depth and region; with an image; of text."""
+    rng, groups = np.random.default_rng(0), []
+    image = Image.fromarray(rng.integers(0, 255, (96, 128, 3), np.uint8))
+    examples = [replace(trainer.filler(), path="lor"), Example("1", "lor", [image], "What is near?", "a"),
+                Example("2", "lor", [], "How much is two and one?", "3"),
+                Example("3", "lor", [], "Why?", "b")]  # fmt: skip
+    for i, example in enumerate(examples):
+        lengths = rng.integers(1, 10, 2 + i)
+        rollouts = [Rollout("", rng.integers(30, 900, n).tolist(), rng.normal(-6, 1, n).tolist(), True)
+                    for n in lengths]  # fmt: skip
+        advantages = rng.normal(0, 1, len(lengths)).tolist()
+        groups.append(train_rl.Group(example, i, rollouts, advantages=advantages))
+    return groups
+
+
+# Which groups each of two ranks has: unequally many, text alone on the first, none left on the second.
+SHARES = {"uneven": [[0, 1, 2], [3]], "text": [[2, 3], [0, 1]], "filtered": [[0, 1, 2, 3], []]}
+
+
+def gradients(source, share, dtype, shard):
+    """(loss, full gradients by name) of the fixed groups in passes of at most 90 tokens, over all ranks."""
+    rank, world, device = trainer.setup()
+    model, processor = QwenVL.from_pretrained(source, dtype=dtype), Processor.from_pretrained(source)
+    lora.learn(model, "all")
+    trainer.shard(model, world, plan.Settings(shard=shard, checkpointing=True))
+    groups = fixed_groups()
+    own = [groups[i] for i in (SHARES[share][rank] if world > 1 else range(4))]
+    cfg = train_rl.Config("", (), "", micro_tokens=90)
+    micros = train_rl.pack(own, processor, ["lor"], cfg, world, device)
+    (tokens,), losses = trainer.reduce([sum(len(one.rollout) for one in micros)]), []
+    for one in micros:
+        logprob, _ = train_rl.forward(model, one, 1.0)
+        sampled, advantage = one.rollout.to(dtype), one.advantage.to(dtype)
+        loss, _ = policy_loss(logprob, sampled, advantage, one.cu, denominator=tokens)
+        loss.backward()
+        losses.append(loss.item())
+    named = list(model.named_parameters())
+    grads = [torch.zeros_like(optim.local(p)) if p.grad is None else optim.local(p.grad) for _, p in named]
+    if world > 1 and not shard:
+        optim.sum_replicas(grads)
+    whole = {name: optim.full(grad, p).clone() for (name, p), grad in zip(named, grads, strict=True)}
+    return trainer.reduce([sum(losses)])[0], whole
+
+
+def all_gradients(source, out):
+    """What the two ranks run."""
+    found = {(share, dtype, shard): gradients(source, share, dtype, shard)
+             for share in SHARES for dtype in (torch.float32, torch.float64) for shard in (True, False)}  # fmt: skip
+    if trainer.FIRST:
+        torch.save(found, out)
+
+
+def test_two_ranks_have_the_gradients_of_one(checkpoint, tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text("import sys, test_trainer\ntest_trainer.all_gradients(*sys.argv[1:])\n")
+    root = Path(trainer.__file__).parent
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script,
+               checkpoint, tmp_path / "two.pt"]  # fmt: skip
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}:{root / 'tests'}"}
+    ran = subprocess.run(list(map(str, command)), env=os.environ | own, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    two = torch.load(tmp_path / "two.pt")
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+        loss, wanted = gradients(checkpoint, "uneven", dtype, False)
+        norm = sum(g.double().square().sum() for g in wanted.values()).sqrt()
+        heard = [name for name, g in wanted.items() if g.norm() > 1e-3 * norm]
+        assert len(heard) > 40 and abs(loss) > 0.01
+        for (share, other, shard), (found, grads) in two.items():
+            if other == dtype:
+                assert found == pytest.approx(loss, rel=tolerance), (share, shard)
+                gap = sum((grads[n] - g).double().square().sum() for n, g in wanted.items()).sqrt() / norm
+                assert gap < tolerance, (share, dtype, shard, gap)
+                for name in heard:
+                    gap = (grads[name] - wanted[name]).norm() / wanted[name].norm()
+                    assert gap < 10 * tolerance, (share, dtype, shard, name, gap)
+
+
+# ---- Host memory
+
+
+@pytest.mark.parametrize("script", [train_sft, train_rl])
+def test_host_memory_is_flat_over_thirty_steps(checkpoint, tmp_path, monkeypatch, script):
+    """What is resident at the end of a step. Its pixels alone, if kept, would add 17 (RL) or 35 MB (SFT)
+    between the two windows."""
+    rng, resident, write_row = np.random.default_rng(0), [], trainer.Log.__call__
+    images = rng.integers(0, 255, (8, 192, 256, 3), np.uint8)
+    rows = [Example(str(i), "lor", [Image.fromarray(image)], "What is near?", "a", rationale="So it is.")
+            for i, image in enumerate(images)]  # fmt: skip
+
+    def log(self, row):
+        write_row(self, row)
+        gc.collect()
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        resident.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
+
+    monkeypatch.setattr(trainer.Log, "__call__", log)
+    monkeypatch.setattr(trainer, "load_data", lambda cfg: (rows, []))
+    parity = lambda text, *_: Scores(*[float(sum(text.encode()) % 2)] * 2, 0.0, 0.0)  # noqa: E731
+    monkeypatch.setattr(train_rl, "score", parity)
+    own = dict(batch=8) if script is train_sft else dict(prompts=4, group=4, max_new_tokens=4)
+    script.main(script.Config(model=checkpoint, data=(), out=str(tmp_path), steps=30, **own))
+    assert fmean(resident[-10:]) - fmean(resident[5:15]) < 8
