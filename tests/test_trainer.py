@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 
@@ -279,8 +280,8 @@ def gradients(source, share, dtype, shard):
 
 def all_gradients(source, out):
     """What the two ranks run."""
-    found = {(share, dtype, shard): gradients(source, share, dtype, shard)
-             for share in SHARES for dtype in (torch.float32, torch.float64) for shard in (True, False)}  # fmt: skip
+    kinds = product(SHARES, (torch.float32, torch.float64), (True, False))
+    found = {kind: gradients(source, *kind) for kind in kinds}
     if trainer.FIRST:
         torch.save(found, out)
 
