@@ -16,6 +16,8 @@ A question is asked in each path by its own row, or by a copy of the row there i
   ±           one standard error. Questions of one image are not independent: residuals are summed by image
               first. Of a median: half the distance of the quantiles 1/2 ± 1/(2 sqrt(images)).
   unparsed    no answer could be read. truncated: no end token within --max-new-tokens. tokens: mean length.
+  2D IoU      of the answer with the true box, where one is asked for (RefCOCO; `accuracy` is 0 there).
+              IoU>.5: the share above, as published. Both only where there are such questions.
   (no depth)  the same of --again questions, asked once more without depth: predictions-no-depth.jsonl.
 
 A benchmark also gets its own table, by its published scorer and by ours (data/scorers.py), in per cent; the
@@ -46,14 +48,15 @@ import data as datasets
 import trainer
 from data import benchmarks
 from data.marks import Marked
-from data.scorers import JUDGED
-from model.processor import object_of, truths
+from data.scorers import JUDGED, box_iou
+from model.processor import BOX_2D, object_of, truths
 from model.rollout import generate, predict_centres
 from srreal import Example, answer_score, parse, score
 
 COLUMNS = {"accuracy": "accuracy", "any_format": "any format", "chance": "chance", "format": "format",
            "detect": "detect", "total": "total", "text_errors": "text m", "head_errors": "head m",
-           "tokens": "tokens"}
+           "tokens": "tokens", "iou": "2D IoU", "iou50": "IoU>.5"}
+BOXED = ("iou", "iou50")
 COUNTS = ("unparsed", "truncated")
 CHUNK = 512  # answers between two writes
 
@@ -176,12 +179,18 @@ def image_name(image) -> str | None:
     return str(source) if isinstance(source, str | Path) else None
 
 
-def answer_row(example: Example, rollout, head, constant: tuple) -> dict:
+def box_of(example: Example, processor) -> str | None:
+    """The true 2D box as the model's family writes it, where one is asked for."""
+    return processor.decode(processor.target_ids(example)) if BOX_2D.search(example.answer) else None
+
+
+def answer_row(example: Example, rollout, head, constant: tuple, box: str | None = None) -> dict:
     """A line of predictions.jsonl. head (k, 3): the 3D head's centres, each in its region's image's frame."""
     parsed, scores = parse(rollout.text, example.path), score(rollout.text, example)
     images = [image_name(image) for image in example.images]
     boxes = {mention.lower(): centre for mention, _, centre in reversed(parsed.boxes)}  # the first counts
     usual = true_centres(example, example.frame or 0)
+    iou = None if box is None else box_iou(parsed.answer, box)
     regions = {k: centre for k, (centre, _) in enumerate(truths(example)) if np.isfinite(centre).all()}
     return dict(
         id=example.id, question_id=question_id(example), path=example.path, task=example.task, images=images,
@@ -192,6 +201,7 @@ def answer_row(example: Example, rollout, head, constant: tuple) -> dict:
         detect=scores.detect if example.path == "dtr" and example.objects else None,
         any_format=answer_score(parsed.answer, example.answer),
         chance=answer_score(constant[0], example.answer),
+        iou=iou, iou50=None if iou is None else float(iou > .5),
         head_centres=np.asarray(head, dtype=float).round(4).tolist(),
         region_mentions=[object_of(text, example.objects) for text in example.question.split("<mask>")[:-1]],
         text_errors=distances(boxes, true_centres(example, parsed.frame)),
@@ -258,7 +268,8 @@ def answer_all(config: Config, examples: list[Example], model, processor, name: 
                                temperature=config.temperature, seed=config.seed, progress=bar.update)
             for example, (answer,) in zip(asked, answers, strict=True):
                 head = next(heads) if example.regions else []
-                rows.append(answer_row(example, answer, head, constants[example.task]))
+                rows.append(answer_row(example, answer, head, constants[example.task],
+                                       box_of(example, processor)))
             file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows[-len(asked):])
             file.flush()
     found = done | {(row["id"], row["path"]): row for row in gathered(rows)}
@@ -296,10 +307,11 @@ def print_table(results: dict) -> None:
     for path, tasks in results.items():
         lines += [(f"{path} ({task})" if task == "no depth" else f"{path} {task}", row)
                   for task, row in tasks.items() if task != "all"]
-    heads = "".join(f"{title:>12}" for title in COLUMNS.values())
+    columns = [metric for metric in COLUMNS if metric not in BOXED or any(row[metric] for _, row in lines)]
+    heads = "".join(f"{COLUMNS[metric]:>12}" for metric in columns)
     print(f"\n{'':22}{'n':>6}{heads}  unparsed  truncated")
     for name, row in lines:
-        cells = [show(row[metric], 1 if metric == "tokens" else 3) for metric in COLUMNS]
+        cells = [show(row[metric], 1 if metric == "tokens" else 3) for metric in columns]
         print(f"{name:22}{row['n']:>6}" + "".join(f"{cell:>12}" for cell in cells)
               + f"{row['unparsed']:>10}{row['truncated']:>11}")
 

@@ -93,7 +93,7 @@ def open_source(source: str) -> Iterator[Row]:
         raise FileNotFoundError(f"no such file or folder: {file} (of source {source!r})")
     if root is not None and not os.path.isdir(root):
         raise FileNotFoundError(f"no such folder of images: {root} (what stands behind the @ of {source!r})")
-    return SOURCES[kind or recognise(Path(file))](Path(file), root)
+    return SOURCES[kind or recognise(Path(file))](Path(file), root and os.path.abspath(root))
 
 def recognise(path: Path) -> str:
     """The kind of a path that says none, by its files' names and the first row's fields."""

@@ -13,8 +13,8 @@ task: blink/Relative_Depth. What a row asks on each path:
 
 Departures: sat is asked in both orders of its options, drawn from the row's number, not from a rank's
 generator. erqa's images stand where visual_indices puts them. A row that can't be used stops the run: a
-benchmark is read whole. A count that differs from the published one is a warning. The depth of SPAR's RGBD
-variants is not read.
+benchmark is read whole. A count that differs from the published one is a warning. SPAR-Bench's RGBD variants
+(--data) come with depth and cameras, which the model gets to see.
 """
 import ast
 import base64
@@ -30,9 +30,13 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+import numpy as np
+
 from data import BadRows, scorers
+from data.embodiedscan import SCANNET
 from data.found_marks import find_marks
-from data.marks import Marked
+from data.marks import DepthMap, Marked, opened
+from data.rows import Bad, pinhole
 from data.scorers import LETTERS
 from data.spar import PHRASE, insert_masks
 from srreal import Example
@@ -51,6 +55,8 @@ class Item:
     direct: str = ""
     dtr: str = ""
     regions: list = field(default_factory=list)  # of each text that holds <mask>: (image, (x0, y0, x1, y1))
+    depths: list | None = None  # as an Example has them
+    intrinsics: list | None = None
 
 
 @dataclass(frozen=True)
@@ -152,7 +158,26 @@ def spar_bench(row: dict, at: Place) -> Iterator[Item]:
     images, question = pictures(row["image"], at), row["question"]
     text, regions = spar_regions(row, images, at) if at.path in ("dtr", "both") else ("", [])
     yield Item(str(row["id"]), images, str(row["answer"]), row["task"], question,
-               f"\n{question}\n{WORDS[row['task']]}", text if regions else "", regions)
+               f"\n{question}\n{WORDS[row['task']]}", text if regions else "", regions,
+               *spar_depths(row, images, at))
+
+def spar_depths(row: dict, images: list, at: Place) -> tuple[list | None, list | None]:
+    """(depth maps, cameras) of the RGBD variants: 16-bit PNGs in millimetres, and sixteen numbers."""
+    files, matrix = pictures(row.get("depth"), at), nested(row.get("intrinsic_color"))
+    need(len(files) in (0, len(images)), "depth", f"{len(files)} for {len(images)} images")
+    if not files:
+        return None, None
+    for picture in (opened(file.source) for file in files):
+        need(picture.mode.startswith("I"), "depth", f"wrong mode: {picture.mode}, not a 16-bit PNG")
+        most = picture.getextrema()[1]
+        need(most == 0 or most >= 100, "depth", f"in metres, not millimetres?: at most {most}")
+    depths = [DepthMap(file.source, image.size) for file, image in zip(files, images, strict=True)]
+    if not matrix:
+        return depths, None
+    matrices = np.reshape(matrix, (-1, 4, 4)).tolist()
+    matrices = matrices if len(matrices) == len(images) else matrices[:1] * len(images)
+    stated = SCANNET if row.get("source") == "scannet" else None
+    return depths, [pinhole(one, image.size, stated) for one, image in zip(matrices, images, strict=True)]
 
 
 def spar_regions(row: dict, images: list, at: Place) -> tuple[str, list]:
@@ -327,6 +352,7 @@ def examples_of(item: Item, path: str) -> list[Example]:
                  f"outside of image {image}: {box}")
     need(item.images and item.answer.strip(), "answer" if item.images else "image", "there is none")
     return [Example(item.id, name, item.images, text, item.answer, task=item.task,
+                    depths=item.depths, intrinsics=item.intrinsics,
                     regions=item.regions if "<mask>" in text else []) for name, text in texts.items()]
 
 
@@ -337,6 +363,8 @@ def usable(row: dict, at: Place, path: str, read: Callable) -> tuple[list[Exampl
         return [example for item in read(row, at) for example in examples_of(item, path)], []
     except Wrong as wrong:
         return [], [wrong.args]
+    except Bad as bad:
+        return [], bad.args[0]
     except KeyError as error:
         return [], [(str(error.args[0]), f"missing; there are {', '.join(row)}")]
     except (ValueError, TypeError, IndexError, AttributeError) as error:

@@ -14,6 +14,7 @@ else."""
 import builtins
 import os
 import pickle
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from PIL import Image
 
 from data.rows import Bad, Notes, matrix, pinhole
 
+SCANNET = 1296, 968  # width, height of its colour camera: what its matrices are written down for
 IOU = {False: .74, True: .70}  # several images?
 NEAR = 40  # of a point, in 1/1000 of the image
 SLACK, SEEN = .1, .2  # metres around the box; share of the mark's pixels within
@@ -47,8 +49,10 @@ class Restricted(pickle.Unpickler):
             return latin1
         raise pickle.UnpicklingError(f"it holds {module}.{name}: only builtins and numpy arrays are read")
 
-def read(file: Path) -> dict:
-    """Scene -> axis_align_matrix (4, 4), camera matrix, boxes (N, 9), their points (N, 9, 3), classes."""
+@lru_cache(2)
+def read(file: Path, changed: int) -> dict:
+    """Scene -> axis_align_matrix (4, 4), camera matrix, boxes (N, 9), their points (N, 9, 3), classes. Kept,
+    as several sources of a mixture look into one file. changed: when, in ns: an older copy isn't taken."""
     try:
         with open(file, "rb") as stream:
             content = Restricted(stream).load()
@@ -119,7 +123,8 @@ class Scenes:
     """The scenes of EmbodiedScan's files, and what came of looking for marks in them."""
 
     def __init__(self, files: list[Path], notes: Notes):
-        self.scenes = {name: scene for file in files for name, scene in read(file).items()}
+        self.scenes = {name: scene for file in files
+                       for name, scene in read(file, file.stat().st_mtime_ns).items()}
         self.notes = notes
 
     def truth(self, images: list[str], shapes: list, marks: list, depths: list) -> dict | None:
@@ -137,8 +142,12 @@ class Scenes:
         if scene is None or not all(poses):
             return "without their scene in EmbodiedScan" if scene is None else "without poses"
         align, colour, boxes, points, labels = scene
-        views = [project(points, np.linalg.inv(align @ pose), pinhole(colour, shape), shape)
-                 for pose, shape in zip(poses, shapes, strict=True)]
+        try:
+            cameras = [pinhole(colour, shape, SCANNET) for shape in shapes]
+        except Bad:
+            return "with images of another size than EmbodiedScan's camera"
+        views = [project(points, np.linalg.inv(align @ pose), camera, shape)
+                 for pose, camera, shape in zip(poses, cameras, shapes, strict=True)]
         truth: dict = {"objects": {}, "names": {}, "sizes": {}}
         for mark in marks:
             k = fits(mark, views[mark.view][1], len(images) > 1)

@@ -30,7 +30,20 @@ from pathlib import Path
 import numpy as np
 
 from data.marks import Marked
-from data.rows import Bad, Row, broken, depth_map, each, elements, estimated, files_of, pinhole, size, typed
+from data.rows import (
+    Bad,
+    Row,
+    broken,
+    camera,
+    depth_map,
+    each,
+    elements,
+    estimated,
+    files_of,
+    set_name,
+    size,
+    typed,
+)
 from srreal import Example
 
 FOUR, XYZ = tuple[float, float, float, float], tuple[float, float, float]
@@ -38,6 +51,7 @@ OBJECT = {"image_id": int, "category_name": str, "center_cam": XYZ, "dimensions"
 QUALITY = {"bbox2D_tight": FOUR, "bbox2D_trunc": FOUR, "behind_camera": bool | int, "valid3D": bool | int,
            "visibility": float, "truncation": float, "lidar_pts": float, "segmentation_pts": float,
            "depth_error": float}
+CA1M = 1024, 768  # width, height of its images
 FLAGS = ("src_flagged", "src_90_rotate", "incomplete")
 PICTURE = {"id": int, "width": int, "height": int, "file_path": str, "K": tuple[XYZ, XYZ, XYZ]}
 INSTANCE = {"category": str, "position": XYZ, "scale": XYZ}
@@ -47,19 +61,22 @@ def numbers(values) -> str:
     return ",".join(str(round(float(v), 2) + 0.) for v in values)             # never -0.0
 
 # ---- regions to 3D: objects are (name, centre, (w, h, l), 2D box in pixels)
-def questions(file, number: int, key: str, image: str, depth, camera, objects: list) -> Iterator[Row]:
-    """The Rows of one image: a centre and a box an object, and several centres at once."""
+def questions(file, number: int, key: str, image: str, depth, view: tuple, objects: list) -> Iterator[Row]:
+    """The Rows of one image: a centre and a box an object, and several centres at once. view: what the set
+    says of the image, ((fx, fy, cx, cy), (width, height))."""
     asked = [(f"{key}/{k}/{what}", what, [thing])
              for k, thing in enumerate(objects) for what in ("center", "box")]
     if len(objects) > 1:
         some = random.Random(key).sample(objects, min(4, len(objects)))
         asked.append((f"{key}/centers", "centers", some))
     for name, what, things in asked:
-        yield Row(str(file), number, name, partial(ask, name, what, image, depth, camera, things),
+        yield Row(str(file), number, name, partial(ask, name, what, image, depth, view, things),
                   (image, *([depth] if depth else [])))
 
-def ask(name: str, what: str, image: str, depth, camera, things: list, sizes: dict) -> list[Example]:
+def ask(name: str, what: str, image: str, depth, view: tuple, things: list, sizes: dict) -> list[Example]:
     shape = size(image, sizes)
+    if shape != view[1]:                                      # then neither boxes nor camera are of this file
+        raise Bad("image", f"wrong size: the file has {shape}, the set says {view[1]}: {image}")
     mentions = [f"region {k + 1}" for k in range(len(things))]
     listed = ", ".join(f"{mention} <mask>" for mention in mentions)
     question = {
@@ -74,7 +91,7 @@ def ask(name: str, what: str, image: str, depth, camera, things: list, sizes: di
     depth = depth_map(depth, shape, sizes)
     return [Example(
         name, "direct", [image], question[what], "\n".join(answer), [depth] if depth else None,
-        [pinhole(camera, shape)], [(0, clip(box, shape)) for *_, box in things], task=f"ground {what}",
+        [view[0]], [(0, clip(box, shape)) for *_, box in things], task=f"ground {what}",
         objects={mention: tuple(thing[1]) for mention, thing in zip(mentions, things, strict=True)},
         names={mention: thing[0] for mention, thing in zip(mentions, things, strict=True)},
         sizes={mention: tuple(thing[2]) for mention, thing in zip(mentions, things, strict=True)})]
@@ -117,9 +134,10 @@ def omni3d_file(file: Path, base: str) -> Iterator[Row]:
             kept = entry["category_name"], entry["center_cam"], tuple(entry["dimensions"]), box_of(entry)
             objects.setdefault(entry["image_id"], []).append(kept)
     for number, picture in pictures.values():
-        image, key = os.path.join(base, picture["file_path"]), f"{file.stem}/{picture['id']}"
+        image, key = os.path.join(base, picture["file_path"]), f"{set_name(file)}/{picture['id']}"
+        view = camera(picture["K"]), (picture["width"], picture["height"])
         found = objects.get(picture["id"], [])
-        yield from questions(file, number, key, image, estimated(image), picture["K"], found)
+        yield from questions(file, number, key, image, estimated(image), view, found)
 
 def box_of(thing: dict) -> list:
     boxes = (thing.get(f"bbox2D_{kind}") for kind in ("tight", "trunc", "proj"))
@@ -141,9 +159,9 @@ def ca1m_rows(path: Path, root: str | None) -> Iterator[Row]:
     for frame in frames:
         file = frame / "instances.json"
         try:
-            camera = json.loads((frame / "image" / "K.json").read_text())
+            matrix = json.loads((frame / "image" / "K.json").read_text())
+            view = camera(np.reshape(matrix, (3, 3)).tolist()), stated_size(frame)
             listed = json.loads(file.read_text())
-            pinhole(np.reshape(camera, (3, 3)).tolist(), (1024, 768))
             things = [typed(thing, INSTANCE, {"box_2d_rend": FOUR, "box_2d_proj": FOUR}) for thing in listed]
         except Bad as error:
             yield broken(file, 1, error)
@@ -156,9 +174,15 @@ def ca1m_rows(path: Path, root: str | None) -> Iterator[Row]:
                    for thing, box in zip(things, boxes, strict=True) if box and min(thing["scale"]) > 0]
         places = (frame.with_suffix(".gt") / "depth.png", frame / "depth.png")
         depth = next((str(place) for place in places if place.is_file()), None)
-        camera = np.reshape(camera, (3, 3)).tolist()
         key = f"{frame.parent.name}/{frame.stem}"
-        yield from questions(file, 1, key, str(frame / "image.png"), depth, camera, objects)
+        yield from questions(file, 1, key, str(frame / "image.png"), depth, view, objects)
+
+def stated_size(frame: Path) -> tuple[int, int]:
+    """(width, height) for which K and boxes hold: TIME._wide/image/size.json, or what all of the set have."""
+    places = (frame.with_suffix("._wide"), frame)
+    found = next((f for place in places for f in sorted(place.glob("image/size*"))), None)
+    width, height = json.loads(found.read_text()) if found else CA1M
+    return int(width), int(height)
 
 # ---- RefCOCO
 def refcoco_rows(path: Path, root: str | None) -> Iterator[Row]:
@@ -193,7 +217,7 @@ def reference(root: str | None, file: Path, number: int, row: dict) -> Iterator[
     source = os.path.join(root or str(file.parent), source) if isinstance(source, str) else source
     files = (source,) if isinstance(source, str) else ()
     for k, words in enumerate([row["answer"]] if isinstance(row["answer"], str) else row["answer"]):
-        name = f"{file.stem}/{row.get('question_id', '')}#{number}/{k}"
+        name = f"{set_name(file)}/{row.get('question_id', '')}#{number}/{k}"
         yield Row(str(file), number, name, partial(locate, name, source, words, row["bbox"]), files)
 
 def locate(name: str, source, words: str, box, sizes: dict) -> list[Example]:

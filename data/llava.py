@@ -5,16 +5,17 @@ Both are .json (one array, of any size) or .jsonl: {"id", "image": "a.jpg" or ["
 @root.
 
 llava     every turn is an Example on path direct, without the turns before it. The k-th <mask> of the whole
-          conversation is region k of `bbox` (pixels x0 y0 x1 y1), else of `rle` or `segmentation` (polygons).
+          conversation is region k of `bbox` (pixels x0 y0 x1 y1), else of `rle` or `segmentation` (polygons);
+          of several images, as in srreal's `bbox` and `mask_idx`.
 srreal    one question, on path dtr if the row has `3d_pos` or its answer a <detect> block, else on lor.
     conversations   the question, raw or in the official template; the answer, or <detect> <think> <answer>
     cot             the text of <think>, where the answer has none
     red_bbox ...    marks in 1/1000 of the image, drawn as the official code does (disc of 20 pixels, stroke
                     of 5); bbox_img_idx or point_img_idx: their views, in the order that `type`, the SPAR
-                    task, tells
-    bbox, mask_idx  regions in pixels: a list, or {image: list} with the place of the k-th <mask>,
-                    {k: [image, index]} (without: in the order of the images). Without <mask>s the marks are
-                    the regions
+                    task, tells; of no such task, the `current_frame` in `3d_pos`
+    bbox, mask_idx  regions in pixels: a list, or of several images {image: list} with the place of the k-th
+                    <mask>, {k: [image, index]} (without: in the order of the images). Without <mask>s the
+                    marks are the regions
     image_hw        [height, width] of the first image; depth: one 16-bit PNG an image
     3d_pos          {"red_bbox": {"center_cam": [x, y, z], "label"}}, metres; several views:
                     {"all_frame_3d": {"0": {"center_cam"}, ...}, "current_frame_3d": {"label"}}
@@ -28,7 +29,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from data.rows import REGIONS, Bad, Notes, Row, depth_map, each, maps_of, size, turns, typed
+from data.rows import REGIONS, Bad, Notes, Row, depth_map, each, maps_of, set_name, size, turns, typed
 from data.spar import FIRST, MARKS, insert_masks, marked, marks_of
 from srreal import Example, parse
 
@@ -65,13 +66,13 @@ def split(file: Path, number: int, row: dict, images: list, depths: list, path=N
     """A Row a turn, whose id ends in /k where there are several; each with its share of the regions."""
     said, done = turns(row), 0
     kind = next((kind for kind in REGIONS if row.get(kind)), "bbox")
-    given, count = row.get(kind) or [], sum(question.count("<mask>") for question, _ in said)
-    if count != len(given) or isinstance(given, dict):
+    given, count = placed(row, kind, len(images)), sum(question.count("<mask>") for question, _ in said)
+    if count != len(given):
         raise Bad(kind, f"<mask> count: {count} for {len(given)} regions")
     for k, (question, answer) in enumerate(said):
         own = given[done:done + question.count("<mask>")]
         done += len(own)
-        name = f"{file.stem}/{row.get('id', '')}#{number}" + (f"/{k}" if len(said) > 1 else "")
+        name = f"{set_name(file)}/{row.get('id', '')}#{number}" + (f"/{k}" if len(said) > 1 else "")
         work = partial(make or direct, name, images, depths, question, answer, kind, own)
         yield Row(str(file), number, name, work, (*images, *filter(None, depths)), path)
 
@@ -79,7 +80,25 @@ def direct(name, images, depths, question, answer, kind, given, sizes: dict) -> 
     shapes = [size(image, sizes) for image in images]
     depths = [depth_map(depth, shape, sizes) for depth, shape in zip(depths, shapes, strict=True)]
     return [Example(name, "direct", images, question, answer, depths if any(depths) else None,
-                    regions=[(0, REGIONS[kind](region, shapes[0])) for region in given])]
+                    regions=[(view, REGIONS[kind](region, shapes[view])) for view, region in given])]
+
+def placed(row: dict, kind: str, views: int) -> list[tuple]:
+    """(image, region) of the k-th <mask>. Of several images the row has to say which: no list does."""
+    given = row.get(kind) or []
+    if isinstance(given, list) and given and views > 1:
+        raise Bad(kind, f"in which of {views} images? Of several, {{image: list}} and mask_idx say it")
+    given, order = given if isinstance(given, dict) else {"0": given}, row.get("mask_idx")
+    if lost := [view for view in given if not (view.isdecimal() and int(view) < views)]:
+        raise Bad(kind, f"no such image: {lost[0]} of {views}")
+    regions = {(int(view), k): region for view, part in given.items() for k, region in enumerate(part)}
+    if not isinstance(order, dict):
+        return [(view, regions[view, k]) for view, k in sorted(regions)]
+    if not all(k.isdecimal() for k in order):
+        raise Bad("mask_idx", f"wrong type or value: {order!r:.50} not {{place of a <mask>: [image, index]}}")
+    places = [tuple(order[k]) for k in sorted(order, key=int)]
+    if lost := [place for place in places if place not in regions]:
+        raise Bad("mask_idx", f"no such region: {list(lost[0])} of {kind}")
+    return [(place[0], regions[place]) for place in places]
 
 # ---- srreal
 def srreal_rows(path: Path, root: str | None) -> Iterator[Row]:
@@ -91,7 +110,7 @@ def srreal_row(root: str | None, notes: Notes, file: Path, number: int, row: dic
         row["image"] = next((image.name for image in beside if image.is_file()), None)
     row = typed(row, REQUIRED, SRREAL)
     row["image"], depths = images_of(row, root or str(file.parent))
-    name = f"{file.stem}/{row.get('id', '')}#{number}"
+    name = f"{set_name(file)}/{row.get('id', '')}#{number}"
     yield Row(str(file), number, name, partial(srreal_example, name, row, depths, notes),
               (*row["image"], *filter(None, depths)), notes=notes)
 
@@ -110,7 +129,9 @@ def srreal_example(name: str, row: dict, depths: list, notes: Notes, sizes: dict
         raise Bad("conversations", f"an answer with tags, but without <answer>...</answer>: {answer!r:.60}")
     rationale = (read.think or row.get("cot") or "").strip() or None
     objects, names = truth(row, read, len(shapes))
-    marks = marks_of(row)
+    places = (row.get("3d_pos") or {}).items()
+    marks = marks_of(row, {name: at["current_frame"] for name, at in places
+                           if isinstance(at, dict) and isinstance(at.get("current_frame"), int)})
     question, regions = regions_of(row, question, marks, shapes)
     frame = read.frame if read.frame is not None else row.get("main_frame_idx") if rationale else None
     if frame is not None and not str(frame).isdecimal():
@@ -127,25 +148,17 @@ def srreal_example(name: str, row: dict, depths: list, notes: Notes, sizes: dict
 
 def regions_of(row: dict, question: str, marks: list, shapes: list) -> tuple[str, list]:
     """(the question with its <mask>s, the region of each)."""
-    several, given = len(shapes) > 1, row.get("bbox") or []
     if "<mask>" not in question:
-        question, marks = insert_masks(question, marks, several)
+        question, marks = insert_masks(question, marks, len(shapes) > 1)
         return question, [(mark.view, mark.pixels(shapes[mark.view])) for mark in marks]
-    boxes = given.items() if isinstance(given, dict) else [("0", given)]
-    boxes = {(int(view), k): tuple(box) for view, part in boxes for k, box in enumerate(part)}
-    order = row.get("mask_idx")
-    if isinstance(order, dict) and not all(k.isdecimal() for k in order):
-        raise Bad("mask_idx", f"wrong type or value: {order!r:.50} not {{place of a <mask>: [image, index]}}")
-    places = [tuple(order[k]) for k in sorted(order, key=int)] if isinstance(order, dict) else sorted(boxes)
-    if lost := [place for place in places if place not in boxes]:
-        raise Bad("mask_idx", f"no such box: {list(lost[0])} of bbox")
-    for place, text in zip(places, question.split("<mask>"), strict=False):
+    boxes = [(view, tuple(box)) for view, box in placed(row, "bbox", len(shapes))]
+    for (view, box), text in zip(boxes, question.split("<mask>"), strict=False):
         mark = next((mark for mark in marks if text.rstrip().endswith(mark.mention)), None)
         at = mark and (mark.view, mark.pixels(shapes[mark.view]))
-        if at and not (place[0] == at[0] and near(boxes[place], at[1])):
-            raise Bad("bbox", f"not in pixels, or of another object?: {boxes[place]} in image {place[0]}, "
+        if at and not (view == at[0] and near(box, at[1])):
+            raise Bad("bbox", f"not in pixels, or of another object?: {box} in image {view}, "
                               f"where {mark.mention} is {at[1]} in image {at[0]}")
-    return question, [(place[0], boxes[place]) for place in places]
+    return question, boxes
 
 def near(a: tuple, b: tuple) -> bool:
     """Equal up to rounding, and to the 1/1000 grid of the marks."""

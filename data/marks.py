@@ -37,7 +37,7 @@ class Marked:
 class DepthMap:
     """A 16-bit PNG in millimetres, brought to its image's size by nearest neighbour: a mean of two surfaces
     lies on neither."""
-    source: str
+    source: str | bytes
     size: tuple[int, int]  # width, height of the image
     shape = property(lambda self: self.size[::-1])
 
@@ -46,6 +46,6 @@ class DepthMap:
         return np.asarray(self) > metres
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        with Image.open(self.source) as picture:
+        with opened(self.source) as picture:
             depth = np.asarray(picture.resize(self.size, Image.Resampling.NEAREST))
         return (depth.astype(np.float32) / 1000).astype(dtype or np.float32)

@@ -50,6 +50,15 @@ def broken(file, number: int, error: Bad) -> Row:
     return Row(str(file), number, f"{file}#{number}", fail)
 
 # ---- files of rows
+GENERIC = {"data", "annotations", "json", "jsonl", "train", "val", "test"}  # folders in a set, not its name
+
+def set_name(file: Path) -> str:
+    """What the ids of a file's rows begin with, so that two sets' train.json are told apart: its name behind
+    those of its folders, up to the first that is no generic one. `RefCOCO/data/val-00000-of-00001`."""
+    folders = [folder.name for folder in file.absolute().parents]
+    last = next((k for k, name in enumerate(folders) if name not in GENERIC), 0)
+    return "/".join([*folders[last::-1], file.stem])
+
 def each(path: Path, suffixes: tuple, build: Callable) -> Iterator[Row]:
     """The Rows that build(file, number, row) yields for every row of a file, or of all files in a folder."""
     for file in files_of(path, suffixes):
@@ -188,14 +197,21 @@ def matrix(file: Path) -> list | None:
         raise Bad("image", f"no matrix in {file}: its shape is {found.shape}, or it isn't finite")
     return found.tolist()
 
-def pinhole(matrix, image: tuple[int, int]) -> tuple[float, ...]:
-    """(fx, fy, cx, cy) of a 3x3 or 4x4 matrix for an image of that size. ScanNet's colour camera is written
-    down for 1296 x 968 whatever the images are: where the principal point is off the middle by a tenth, all
-    is scaled."""
+def camera(matrix) -> tuple[float, ...]:
+    """(fx, fy, cx, cy) of a 3x3 or 4x4 matrix."""
     (fx, _, cx), (_, fy, cy) = (list(map(float, line[:3])) for line in matrix[:2])
-    scale = [side / (2 * centre) if centre > 0 else 1. for side, centre in zip(image, (cx, cy), strict=True)]
-    x, y = scale if abs(scale[0] - 1) > .1 else (1., 1.)
-    return fx * x, fy * y, cx * x, cy * y
+    return fx, fy, cx, cy
+
+def pinhole(matrix, image: tuple[int, int], stated: tuple[int, int] | None) -> tuple[float, ...]:
+    """(fx, fy, cx, cy) for an image of that size, of a matrix whose file doesn't say which size it is for:
+    the image's own, or the one that the set states; then it is scaled. Twice its principal point has to be
+    that size up to a tenth, else Bad: no factor is guessed."""
+    fx, fy, cx, cy = camera(matrix)
+    for width, height in filter(None, (image, stated)):
+        if abs(2 * cx / width - 1) < .1 and abs(2 * cy / height - 1) < .1:
+            x, y = image[0] / width, image[1] / height
+            return fx * x, fy * y, cx * x, cy * y
+    raise Bad("intrinsics", f"not of an image of {image}, nor {stated}: the principal point is ({cx}, {cy})")
 
 # ---- regions, as sets write them, for an image of (width, height)
 def polygons(outlines: list, shape: tuple[int, int]) -> np.ndarray:

@@ -223,6 +223,27 @@ def robust(response: str, example: Example) -> float | None:
     return said and answer_score(said, example.answer)
 
 
+# ---- 2D boxes, as a family writes them
+
+BOX_NUMBER = re.compile(r"(?<![\w.-])[0-9]+(?:\.[0-9]+)?(?![\w.])")  # not the 2 in "bbox_2d"
+
+
+def read_box(text: str | None) -> list[float] | None:
+    """The four numbers of a text that has just these, x0 < x1 and y0 < y1; else None."""
+    found = [float(n) for n in BOX_NUMBER.findall(text or "")]
+    return found if len(found) == 4 and found[0] < found[2] and found[1] < found[3] else None
+
+
+def box_iou(said: str | None, true: str) -> float:
+    """Intersection over union; 0 without a box. Both in one unit an axis, whichever: it cancels out."""
+    said, true = read_box(said), read_box(true)
+    if said is None or true is None:
+        return 0.0
+    (a, b, c, d), (e, f, g, h) = said, true
+    common = max(min(c, g) - max(a, e), 0) * max(min(d, h) - max(b, f), 0)
+    return common / ((c - a) * (d - b) + (g - e) * (h - f) - common)
+
+
 # ---- Aggregates: pairs of (Example, score in 0..100) -> key -> mean
 
 

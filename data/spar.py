@@ -12,8 +12,10 @@ views). The RGBD release adds image_depth/N.png (millimetres), pose/N.txt (camer
 intrinsic/intrinsic_color.txt a scene.
 
 Every row is a question on path lor. Where embodiedscan_infos_*.pkl lies beside `spar`, rows of ScanNet whose
-marks are found there (data/embodiedscan.py) are asked on path dtr, too; what was found is counted and
-printed. Departures: boxes are in pixels of their own image, where the official code takes the first one's
+marks are found there (data/embodiedscan.py) get their centres, and are asked on path dtr, too; what was found
+is counted and printed.
+
+Departures: boxes are in pixels of their own image, where the official code takes the first one's
 size for all."""
 import json
 import os
@@ -25,7 +27,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from data.embodiedscan import Scenes
+from data.embodiedscan import SCANNET, Scenes
 from data.marks import Marked
 from data.rows import Bad, Notes, Row, depth_map, each, files_of, maps_of, matrix, pinhole, size, turns, typed
 from srreal import Example
@@ -67,10 +69,12 @@ class Mark:
         return tuple(int(v * side / 1000) for v, side in zip(self.box(), image * 2, strict=True))
 
 # ---- reading what a row marks, and drawing it
-def marks_of(row: dict) -> list[Mark]:
-    """Every mark of a row, in the order of its keys, with the view that it belongs to."""
+def marks_of(row: dict, views: dict | None = None) -> list[Mark]:
+    """Every mark of a row, in the order of its keys, with the view that it belongs to. views: {"red_bbox":
+    image} where the row says it otherwise than by its task."""
+    views = views or {}
     given = [(name, row[name][0]) for name in row if name in MARKS and row[name] and row[name][0]]
-    marks = []
+    marks, unmarked = [], row.get("type") in UNMARKED
     for name, at in given:
         (colour, kind), wanted = name.split("_"), 4 if name.endswith("bbox") else 2
         if len(at) != wanted or wanted == 4 and not (at[0] < at[2] and at[1] < at[3]):
@@ -78,24 +82,28 @@ def marks_of(row: dict) -> list[Mark]:
             raise Bad(name, f"wrong type or value: {at} has to be {form}")
         if not all(0 <= v <= 1000 for v in at):               # nan is not, either
             raise Bad(name, f"outside 0..1000, so in pixels?: {at}")
-        same = [other.partition("_")[0] for other, _ in given if other.endswith(kind)]
-        view = view_of(row, colour, same, (row.get(f"{kind}_img_idx") or [[]])[0])
+        same = {other.partition("_")[0] for other, _ in given if other.endswith(kind)}
+        view = 0 if unmarked else view_of(row, name, same, views.get(name))
         if not 0 <= view < len(row["image"]):
             raise Bad(f"{kind}_img_idx", f"no such view: {view} of {len(row['image'])}, for {name}")
         marks.append(Mark(colour, kind, view, tuple(at)))
-    return [] if row.get("type") in UNMARKED else marks
+    return [] if unmarked else marks
 
-def view_of(row: dict, colour: str, colours: list[str], index: list[int]) -> int:
-    """The image that a colour is marked in; colours: those of the row, in the order of its keys."""
-    task = row.get("type")
-    if len(row["image"]) == 1 or task == "position_matching" or not index:
+def view_of(row: dict, name: str, colours: set[str], said: int | None) -> int:
+    """The image that a colour is marked in. colours: the row's, of that kind. What the row says itself counts
+    where the task is none of ORDERS; the order of its keys says nothing."""
+    (colour, kind), task, count = name.split("_"), row.get("type"), len(row["image"])
+    index = (row.get(f"{kind}_img_idx") or [[]])[0]
+    if count == 1 or task == "position_matching":
         return 0
-    order = [one for one in ORDERS.get(task, colours) if one in colours]
-    if task in FIRST_VIEW or len(index) == 1:
+    if index and (task in FIRST_VIEW or len({*index}) == 1):
         return index[0]
-    if colour not in order or order.index(colour) >= len(index):
-        raise Bad("type", f"no view of {colour} is known in task {task}: {len(index)} views for {colours}")
-    return index[order.index(colour)]
+    order = [one for one in ORDERS.get(task, ()) if one in colours]
+    if colour in order and order.index(colour) < len(index):
+        return index[order.index(colour)]
+    if said is None:
+        raise Bad(f"{kind}_img_idx", f"in which of {count} images is {name}? {index} of {task} doesn't say")
+    return said
 
 def draw_marks(image: Image.Image, marks: tuple, stroke: int = 20, outside: float = 7 / 8,
                radius: int = 20) -> Image.Image:
@@ -180,9 +188,15 @@ def build(base: str, notes: Notes, scenes, file: Path, number: int, row: dict) -
     named = [os.path.join(base, name) for name in row.get("depth", ())]
     row["depth"] = [f if os.path.isfile(f) else None for f in named]      # SPAR-7M names but lacks them
     depths = maps_of(row["depth"], images)
-    name = f"{row['type']}/{file.parent.name}/{row.get('id', '')}#{number}"
+    name = f"{source_of(file)}/{row['type']}/{file.stem}/{row.get('id', '')}#{number}"
     yield Row(str(file), number, name, partial(examples, name, row, depths, notes, scenes),
               (*images, *filter(None, depths)), notes=notes)
+
+def source_of(file: Path) -> str:
+    """scannet/train, of spar/scannet/qa_jsonl/train/...; the folder's name where a file lies elsewhere."""
+    parts = file.absolute().parts
+    at = parts.index("qa_jsonl") if "qa_jsonl" in parts[1:-2] else len(parts)
+    return "/".join((*parts[at - 1:at], *parts[at + 1:at + 2])) or file.absolute().parent.name
 
 def examples(name: str, row: dict, depths: list, notes: Notes, scenes, sizes: dict) -> list[Example]:
     (question, answer), *more = turns(row)
@@ -194,7 +208,7 @@ def examples(name: str, row: dict, depths: list, notes: Notes, scenes, sizes: di
     lor = Example(
         name, "lor", marked(files, marks), question, answer, task=row["type"],
         depths=[depth_map(d, s, sizes) for d, s in zip(depths, shapes, strict=True)] if any(depths) else None,
-        intrinsics=[intrinsics(f, s) for f, s in zip(files, shapes, strict=True)],
+        intrinsics=[intrinsics(f, s, notes) for f, s in zip(files, shapes, strict=True)],
         regions=[(mark.view, mark.pixels(shapes[mark.view])) for mark in masks],
         frame=0 if len(files) > 1 and FIRST.search(question) else None)
     lor.intrinsics = lor.intrinsics if any(lor.intrinsics) else None
@@ -202,8 +216,13 @@ def examples(name: str, row: dict, depths: list, notes: Notes, scenes, sizes: di
     truth = scenes.truth(files, shapes, marks, measured) if scenes and marks else None
     if not truth:
         return [lor]
-    return [lor, replace(lor, path="dtr", **truth)]
+    return [replace(lor, path=path, **truth) for path in ("lor", "dtr")]
 
-def intrinsics(image: str, shape: tuple[int, int]) -> tuple | None:
-    found = matrix(Path(image).parents[1] / "intrinsic" / "intrinsic_color.txt")
-    return None if found is None else pinhole(found, shape)
+def intrinsics(image: str, shape: tuple[int, int], notes: Notes) -> tuple | None:
+    scene = Path(image).absolute().parents[1]
+    found = matrix(scene / "intrinsic" / "intrinsic_color.txt")
+    stated = SCANNET if re.fullmatch(r"scene\d{4}_\d\d", scene.name) else None
+    try:
+        return None if found is None else pinhole(found, shape, stated)
+    except Bad:
+        notes.add("cameras left out: written down for an image of another size")

@@ -53,7 +53,8 @@ def both_paths(name, images, depths, question, answer, kind, given, sizes: dict)
         raise Bad("conversations", "<mask> in an answer")
     width, height = size(images[0], sizes)
     if kind == "bbox":
-        given = [(max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)) for x0, y0, x1, y1 in given]
+        given = [(view, (max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)))
+                 for view, (x0, y0, x1, y1) in given]
     examples = direct(name, images, depths, question, answer, kind, given, sizes)
     short = quantity(answer)
     return examples + [replace(e, path="lor", answer=short) for e in examples if short]

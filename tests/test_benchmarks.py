@@ -184,6 +184,46 @@ def test_spar_bench_regions_from_the_marks_in_its_images(tmp_path):
     assert not any(e.regions for e in benchmarks.load("spar-bench", root, "lor"))
 
 
+def depth_png(values) -> dict:
+    Image.fromarray(np.asarray(values, np.uint16)).save(out := io.BytesIO(), "PNG")
+    return {"bytes": out.getvalue(), "path": None}
+
+
+def rgbd(folder: Path, **changes) -> str:
+    """SPAR-Bench-RGBD: a depth map and a pose an image, at the sensor's resolution, and two cameras."""
+    depths = [np.arange(36 * 48).reshape(36, 48) + 1000 * k for k in (1, 2)]
+    camera = [1000.0, 0, 648, 0, 0, 1000, 484, 0, 0, 0, 1, 0, 0, 0, 0, 1]  # of 1296 x 968
+    row = dict(id=1, img_type="multi_view", format_type="fill", task="depth_prediction_oo_mv",
+               source="scannet", image=[image(0), image(1)], question="How deep?", answer="1.5",
+               depth=[depth_png(depth) for depth in depths], pose=[list(np.eye(4).ravel())] * 2,
+               intrinsic_color=camera, intrinsic_depth=camera) | changes  # fmt: skip
+    return write(folder / "data" / "test-0.parquet", [row], image=pa.list_(IMAGE), depth=pa.list_(IMAGE))
+
+
+def test_spar_bench_s_depth(tmp_path):
+    (e,) = benchmarks.load("spar-bench", rgbd(tmp_path))
+    assert [depth.shape for depth in e.depths] == [(72, 96)] * 2  # its image's size
+    for k, depth in enumerate(e.depths):
+        metres = np.asarray(depth)
+        assert metres.dtype == np.float32 and metres[::2, ::2].tolist() == (
+            (np.arange(36 * 48).reshape(36, 48) + 1000 * (k + 1)).astype(np.float32) / 1000).tolist()
+    wanted = (1000 * 96 / 1296, 1000 * 72 / 968, 48, 36)
+    assert np.allclose(e.intrinsics, [wanted] * 2)
+    own = [100.0, 0, 48, 0, 0, 100, 36, 0, 0, 0, 1, 0, 0, 0, 0, 1]  # of the image itself, one an image
+    (e,) = benchmarks.load("spar-bench", rgbd(tmp_path / "own", intrinsic_color=[own, own], source="rxr"))
+    assert e.intrinsics == [(100, 100, 48, 36)] * 2
+    (e,) = benchmarks.load("spar-bench", rgbd(tmp_path / "bare", intrinsic_color=None))
+    assert e.depths and e.intrinsics is None
+    for change, why in (
+        (dict(depth=[depth_png(np.full((9, 9), 3))] * 2), "depth: in metres, not millimetres"),
+        (dict(depth=[image(0)] * 2), "depth: wrong mode: RGB"),
+        (dict(depth=[depth_png(np.full((9, 9), 3000))]), "depth: 1 for 2 images"),
+        (dict(source="rxr"), "intrinsics: not of an image of"),
+    ):  # fmt: skip
+        with pytest.raises(BadRows, match=why):
+            benchmarks.load("spar-bench", rgbd(tmp_path / "bad", **change))
+
+
 EMBSPATIAL = dict(
     data_source="mp3d",
     scene_id="YVUC",
@@ -656,6 +696,47 @@ def test_other_aggregates():
     for bad in (("spar", pairs, "robust"), ("sat", pairs, "strict"), ("sat", [], "robust")):
         with pytest.raises(ValueError, match="wanted one of spar-bench, "):
             benchmarks.score(*bad)
+
+
+@pytest.mark.parametrize("said, iou", [
+    ('{"bbox_2d": [10, 20, 30, 40]}', 1), ("<|box_start|>(10,20),(30,40)<|box_end|>", 1), ("10 20 30 40", 1),
+    ('```json\n[{"bbox_2d": [20, 20, 40, 40], "label": "x"}]```', 1 / 3), ("[10, 20, 20, 30]", 1 / 4),
+    ("[10.0, 20.0, 30.0, 30.0]", 1 / 2), ("[30, 20, 50, 40]", 0), ("[30, 40, 10, 20]", 0), ("[1, 2, 3]", 0),
+    ("[10, 20, 30, 40, 50]", 0), ("[-10, 20, 30, 40]", 0), ("", 0), (None, 0)])  # fmt: skip
+def test_boxes_in_every_family_s_form(said, iou):
+    assert scorers.box_iou(said, '{"bbox_2d": [10, 20, 30, 40]}') == pytest.approx(iou)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_eval_measures_2d_boxes(tmp_path, monkeypatch, capsys, family):
+    """A model that writes the left half of the true box, in its family's own units; and one question of
+    another kind, which has no IoU."""
+    from model.processor import Processor
+
+    PICTURES[0].save(tmp_path / "0.png")
+    row = dict(answer=["the chair"], bbox=[10, 10, 40, 30], file_name="0.png")
+    rows = [row | {"question_id": k} for k in (1, 2)]
+    (tmp_path / "refs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chat = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A room."}]
+    (tmp_path / "chat.json").write_text(json.dumps([{"image": "0.png", "conversations": chat}]))
+    tiny.write(family, tmp_path / "tiny")
+    processor = Processor.from_pretrained(tmp_path / "tiny")
+
+    def half(e):
+        true = e.answer.replace("50.00,", "30.00,") if e.id.endswith("#1/0") else "no box"
+        return processor.decode(processor.target_ids(evaluation.replace(e, answer=true)))
+
+    stand_in(monkeypatch, half)
+    monkeypatch.setattr(trainer, "load_processor", lambda *args: processor)
+    sources = (f"refcoco:{tmp_path}/refs.jsonl", f"llava:{tmp_path}/chat.json")
+    config = evaluation.Config("m", sources, path="direct", out=str(tmp_path / "out"))
+    found = evaluation.main(config)["results"]["direct"]["refcoco"]
+    assert found["iou"]["value"] == pytest.approx(0.25, abs=0.02) and found["iou50"]["n"] == 2
+    rows = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").read_text().splitlines()]
+    assert sorted(row["iou"] is None for row in rows) == [False, False, True]
+    assert "2D IoU" in capsys.readouterr().out
+    evaluation.main(evaluation.replace(config, data=sources[1:]))
+    assert "2D IoU" not in capsys.readouterr().out
 
 
 # ---- eval.py --benchmark

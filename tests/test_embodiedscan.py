@@ -82,7 +82,7 @@ def test_one_view(tmp_path, two, capsys):
     write(tmp_path / "embodiedscan_infos_train.pkl", room)
     lor, dtr = data.load([spar(tmp_path, two)])
     assert (lor.id, lor.path, dtr.path) == (dtr.id, "lor", "dtr")
-    assert not lor.objects and dtr.regions == lor.regions
+    assert lor.objects == dtr.objects and dtr.regions == lor.regions
     assert list(dtr.objects) == ["red bbox", "blue point"] and dtr.frame is None
     for mention, thing in zip(dtr.objects, (a, b), strict=True):
         assert np.allclose(dtr.objects[mention], room.centre(thing, 0), atol=1e-6)
@@ -143,6 +143,30 @@ def test_a_corrupt_depth_map_is_named(tmp_path, two):
     depth.write_bytes(depth.read_bytes()[:500])
     with pytest.raises(data.BadRows, match=f"1: depths: corrupt file: {depth}"):
         data.load([source])
+
+
+def test_a_file_is_unpickled_once_for_all_sources_until_it_changes(tmp_path, two, monkeypatch):
+    room, _ = two
+    file, loads = tmp_path / "embodiedscan_infos_train.pkl", []
+    write(file, room)
+    source = spar(tmp_path, two)
+    monkeypatch.setattr(Restricted, "load", lambda self: loads.append(1) or pickle.Unpickler.load(self))
+    first, again = data.load([source]), data.load([f"{source},seed=1"])
+    assert first == again and len(first) == 2 and len(loads) == 1
+    write(file, room, sample_idx="scannet/scene0999_00")
+    os.utime(file, (1, 1))
+    assert [e.path for e in data.load([source])] == ["lor"] and len(loads) == 2
+
+
+def test_a_camera_of_another_size_gives_no_truth(tmp_path, two, capsys):
+    """Scaled by what ScanNet states, 1296 x 968; anything else is left alone, and said."""
+    room, source, four = two[0], spar(tmp_path, two), np.eye(4)
+    scales = ((1296 / 320, 968 / 240, 2), (2, 2, 1))
+    for x, y, count in scales:
+        four[:3, :3] = rooms.matrix(room.cameras[0]) * np.array([[x], [y], [1]])
+        write(tmp_path / "embodiedscan_infos_train.pkl", room, cam2img=four)
+        assert len(data.load([source])) == count
+    assert "1 rows with images of another size than EmbodiedScan's camera" in capsys.readouterr().out
 
 
 def test_an_object_has_to_be_in_every_view(tmp_path, two):

@@ -129,6 +129,8 @@ def test_omni3d_names_what_it_cannot_use(tmp_path, one):
         data.load([omni3d(tmp_path, one, [annotation(room, a), [1]])])
     with pytest.raises(data.BadRows, match=f"missing file: {tmp_path}/gone.jpg"):
         data.load([omni3d(tmp_path, one, file_path="gone.jpg")])
+    with pytest.raises(data.BadRows, match=r"1: image: wrong size: the file has \(320, 240\), the set says"):
+        data.load([omni3d(tmp_path, one, width=640, height=480)])
     with pytest.raises(data.BadRows, match="1: images: K: missing"):
         data.load([omni3d(tmp_path, one, K=None)])
     with pytest.raises(data.BadRows, match="farther than 1000 m, so in millimetres"):
@@ -147,6 +149,9 @@ def ca1m(folder, found, depth=True):
     if depth:
         coarse = Image.fromarray(room.depths[0]).resize((160, 120), Image.Resampling.NEAREST)
         rooms.save(coarse, folder / "42" / "123456.gt" / "depth.png")
+    stated = folder / "42" / "123456._wide" / "image" / "size"
+    stated.parent.mkdir(parents=True, exist_ok=True)
+    stated.write_text(json.dumps(rooms.SIZE))
     listed = [{"id": f"{k}", "category": room.things[k].name, "position": room.centre(k, 0).tolist(),
                "scale": (2 * room.things[k].half).tolist(), "R": pose(room, k).tolist(), "corners": [],
                "box_2d_rend": pixels(room, k), "box_2d_proj": [0, 0, 9, 9]} for k in things]
@@ -174,6 +179,13 @@ def test_ca1m_names_what_it_cannot_use(tmp_path, one):
         with pytest.raises(data.BadRows, match=f"123456.wide/instances.json:1: {match}"):
             data.load([f"ca1m:{tmp_path}"])
     (frame / "instances.json").write_text(json.dumps(listed))
+    stated = tmp_path / "42" / "123456._wide" / "image" / "size"
+    stated.unlink()
+    with pytest.raises(data.BadRows, match=r"1: image: wrong size: .*320, 240\), the set says \(1024, 768\)"):
+        data.load([f"ca1m:{tmp_path}"])
+    stated.write_text("[1")
+    with pytest.raises(data.BadRows, match="1: row: unreadable"):
+        data.load([f"ca1m:{tmp_path}"])
     (frame / "image" / "K.json").unlink()
     with pytest.raises(data.BadRows, match="row: unreadable.*K.json"):
         data.load([f"ca1m:{tmp_path}"])

@@ -94,7 +94,7 @@ def test_one_view_dtr(tmp_path, two):
     for name in ("rows.json", "rows.jsonl"):
         (e,) = load(tmp_path, [one_view(two)], name=name)
         assert (e.path, e.answer, e.rationale, e.frame) == ("dtr", "1.5", None, None)
-        assert (e.task, e.id) == ("x_oo", "rows/7#1")
+        assert (e.task, e.id) == ("x_oo", f"{tmp_path.name}/rows/7#1")
         assert e.question.startswith("How far is the a (red bbox <mask>)") and e.question.count("<mask>") == 2
         assert on(room, e.regions[0], a) and on(room, e.regions[1], b)
         assert np.allclose(e.objects["red bbox"], room.centre(a, 0)) and e.names["blue bbox"] == "blue thing"
@@ -207,8 +207,13 @@ BAD = {
     "the model first": ({"conversations": said("a", "b")[::-1]}, "conversations", "wrong order"),
     "a conversation that is text": ({"conversations": "a"}, "conversations", "wrong type"),
     "a frame that is no number": (
-        {"main_frame_idx": "x", "cot": "c", "image": ["0.png", "1.png"], "depth": None}, "main_frame_idx",
+        {"main_frame_idx": "x", "cot": "c", "image": ["0.png", "1.png"], "depth": None, "bbox": None,
+         "red_bbox": None, "blue_bbox": None, "conversations": said("Where?", "B")}, "main_frame_idx",
         "wrong type or value: 'x'"),
+    "a mark of no known view": ({"image": ["0.png", "1.png"], "depth": None}, "bbox_img_idx",
+                                "in which of 2 images is red_bbox?"),
+    "boxes of no known view": ({"image": ["0.png", "1.png"], "depth": None, "red_bbox": None,
+                                "blue_bbox": None}, "bbox", "in which of 2 images?"),
     "a place that is no number": ({"mask_idx": {"a": [0, 0]}}, "mask_idx", "wrong type or value"),
     "an empty list of images": ({"image": [], "depth": None}, "image", "no image"),
     "too many depths": ({"depth": ["depth/0.png"] * 2}, "depth", "wrong count"),
@@ -232,7 +237,7 @@ def test_every_bad_row_is_named(tmp_path, two, name, capsys):
 
 def test_places_that_mask_idx_gives_have_to_exist(tmp_path, two):
     pictures(two[0], tmp_path)
-    with pytest.raises(data.BadRows, match="mask_idx: no such box: \\[1, 3\\]"):
+    with pytest.raises(data.BadRows, match="mask_idx: no such region: \\[1, 3\\]"):
         load(tmp_path, [two_views(two) | {"mask_idx": {"0": [1, 3], "1": [0, 0]}}])
 
 
@@ -244,6 +249,23 @@ def test_a_mark_of_another_view_than_its_box_is_named(tmp_path, two):
     row["bbox"] = dict.fromkeys("01", [pixels(two[0], two[1][0], 1)])
     with pytest.raises(data.BadRows, match="bbox: .*of another object.*in image 1,.*in image 0"):
         load(tmp_path, [row])
+
+
+def test_a_row_s_own_frames_place_its_marks_where_no_task_does(tmp_path, two):
+    """current_frame of 3d_pos; the order of the keys, and of bbox_img_idx, says nothing."""
+    pictures(two[0], tmp_path)
+    (known,) = load(tmp_path, [two_views(two)])
+    (said_so,) = load(tmp_path, [two_views(two) | {"type": None, "bbox_img_idx": [[0, 1]]}])
+    assert said_so.regions == known.regions and said_so.images == known.images
+
+
+def test_equal_file_names_of_two_sets_are_told_apart(tmp_path, two):
+    for name in ("one", "two"):
+        pictures(two[0], tmp_path / name / "data")
+        load(tmp_path / name / "data", [{"id": 1, "image": "0.png", "conversations": said("Hi", "Ho")}],
+             "llava", "train.json")
+    read = data.load([f"llava:{tmp_path / name}/data/train.json" for name in ("one", "two")])
+    assert [e.id for e in read] == ["one/data/train/1#1", "two/data/train/1#1"]
 
 
 def test_a_torn_array_keeps_what_stands_before_the_tear(tmp_path, two, capsys):
@@ -266,8 +288,9 @@ def test_turns_and_captions(tmp_path, two):
     (tmp_path / "chat.json").write_text(json.dumps(rows))
     read = data.load([f"llava:{tmp_path / 'chat.json'}@{tmp_path / 'images'}"])
     assert [(e.id, e.path, e.question, e.answer) for e in read] == [
-        ("chat/a#1/0", "direct", "What is it?", "A room."), ("chat/a#1/1", "direct", "Really?", "Yes."),
-        ("chat/#2", "direct", "<image> and <image>: equal?", "No.")]
+        (f"{tmp_path.name}/chat/a#1/0", "direct", "What is it?", "A room."),
+        (f"{tmp_path.name}/chat/a#1/1", "direct", "Really?", "Yes."),
+        (f"{tmp_path.name}/chat/#2", "direct", "<image> and <image>: equal?", "No.")]
     assert read[0].images == [str(tmp_path / "images/0.png")] and len(read[2].images) == 2
     with pytest.raises(data.BadRows, match=f"missing file: {tmp_path}/0.png .kind:path@image_root"):
         data.load([tmp_path / "chat.json"])                         # recognised; but its images aren't there
@@ -320,5 +343,15 @@ def test_masks_and_polygons_as_regions(tmp_path, two):
     e, polygon, box = load(tmp_path, rows, "llava")
     assert np.array_equal(e.regions[0][1], mask) and box.regions == [(0, (1, 2, 30, 40))]
     assert polygon.regions[0][1].sum() == 41 * 31 and polygon.regions[0][1][10, 50]
+    both = {"image": ["0.png", "1.png"], "conversations": said("<mask>, then <mask>?", "It.")}
+    views = {"bbox": {"0": [[1, 2, 30, 40]], "1": [[5, 6, 70, 80]]}}
+    placed, listed = load(tmp_path, [both | views | {"mask_idx": {"0": [1, 0], "1": [0, 0]}}, both | views],
+                          "llava")
+    assert placed.regions == [(1, (5, 6, 70, 80)), (0, (1, 2, 30, 40))] == listed.regions[::-1]
+    for region in ({"bbox": [[1, 2, 30, 40]] * 2}, {"segmentation": [[[10, 10, 50, 10, 50, 40]]] * 2}):
+        with pytest.raises(data.BadRows, match="1: (bbox|segmentation): in which of 2 images"):
+            load(tmp_path, [both | region], "llava")
+    with pytest.raises(data.BadRows, match="bbox: no such image: 2 of 2"):
+        load(tmp_path, [both | {"bbox": {"2": [[1, 2, 30, 40]] * 2}}], "llava")
     with pytest.raises(data.BadRows, match="bbox: <mask> count: 1 for 2"):
         load(tmp_path, [base | {"bbox": [[1, 2, 30, 40]] * 2}], "llava")

@@ -44,7 +44,8 @@ def test_turns_regions_and_short_answers(tmp_path, one):
     file = write(tmp_path, row(one))
     first, second = data.load([f"{file}@{tmp_path / 'train'}"])               # recognised by its fields
     assert (first.path, first.question) == ("direct", "How far is Region [0] <mask> from Region [1] <mask>?")
-    assert first.answer == "They are 3.5 feet apart." and first.id == "result_10_depth_convs/0a1b2c#1/0"
+    assert first.answer == "They are 3.5 feet apart."
+    assert first.id == f"{tmp_path.name}/result_10_depth_convs/0a1b2c#1/0"
     assert first.images == [str(tmp_path / "train/train_0/0a1b2c.jpg")]
     for e, wanted in ((first, (0, 1)), (second, (0, 2))):
         for (_, (x0, y0, x1, y1)), k in zip(e.regions, wanted, strict=True):
