@@ -52,7 +52,9 @@ def load(sources: Iterable, skip_bad_rows: bool = False) -> list[Example]:
     sources = [sources] if isinstance(sources, (str, Path)) else sources
     wanted = [part for source in sources for part in parts(str(source))]
     taken = [(part, row) for part in wanted for row in part.share(open_source(part.source))]
-    sizes = measure(list(dict.fromkeys(file for _, row in taken for file in row.files)))
+    with ThreadPoolExecutor() as pool:
+        looked = pool.map(lambda pair: pair[1].files() if callable(pair[1].files) else pair[1].files, taken)
+        sizes = measure(list(dict.fromkeys(file for files in looked for file in files)))
     good, bad, ids, used = [], [], set(), {part.source: 0 for part in wanted}
     with ThreadPoolExecutor() as pool:                        # for what is looked up in depth maps
         made = pool.map(lambda pair: examples_of(*pair, sizes), taken)

@@ -173,7 +173,7 @@ def ca1m_rows(path: Path, root: str | None) -> Iterator[Row]:
         objects = [(thing["category"], thing["position"], tuple(thing["scale"][::-1]), box)
                    for thing, box in zip(things, boxes, strict=True) if box and min(thing["scale"]) > 0]
         places = (frame.with_suffix(".gt") / "depth.png", frame / "depth.png")
-        depth = next((str(place) for place in places if place.is_file()), None)
+        depth = next((str(place) for place in places if place.is_file()), estimated(str(frame / "image.png")))
         key = f"{frame.parent.name}/{frame.stem}"
         yield from questions(file, 1, key, str(frame / "image.png"), depth, view, objects)
 
@@ -215,12 +215,13 @@ def reference(root: str | None, file: Path, number: int, row: dict) -> Iterator[
     if not isinstance(source, str | bytes):
         raise Bad("image", "missing")
     source = os.path.join(root or str(file.parent), source) if isinstance(source, str) else source
-    files = (source,) if isinstance(source, str) else ()
+    depth = estimated(source) if isinstance(source, str) else None
+    files = tuple(filter(None, (source, depth))) if isinstance(source, str) else ()
     for k, words in enumerate([row["answer"]] if isinstance(row["answer"], str) else row["answer"]):
         name = f"{set_name(file)}/{row.get('question_id', '')}#{number}/{k}"
-        yield Row(str(file), number, name, partial(locate, name, source, words, row["bbox"]), files)
+        yield Row(str(file), number, name, partial(locate, name, source, depth, words, row["bbox"]), files)
 
-def locate(name: str, source, words: str, box, sizes: dict) -> list[Example]:
+def locate(name: str, source, depth: str | None, words: str, box, sizes: dict) -> list[Example]:
     image = Marked(source) if isinstance(source, bytes) else source
     try:
         shape = image.size if isinstance(source, bytes) else size(source, sizes)
@@ -236,4 +237,5 @@ def locate(name: str, source, words: str, box, sizes: dict) -> list[Example]:
         raise Bad("bbox", f"outside its image: {box} as x y w h, of {shape}")
     answer = f"<2d_box>{','.join(f'{v:.2f}' for v in clip(corners, shape))}</2d_box>"
     question = f"Locate {words.strip()} and give its 2D box."
-    return [Example(name, "direct", [image], question, answer, task="refcoco")]
+    return [Example(name, "direct", [image], question, answer, depth and [depth_map(depth, shape, sizes)],
+                    task="refcoco")]

@@ -40,7 +40,8 @@ class Row:
     number: int  # from 1; 0: the whole file
     id: str  # its hash decides whether a mixture takes the row
     make: Callable  # {file: (W, H, mode) or what is wrong with it} -> list of Examples; raises Bad
-    files: tuple = ()  # images and depth maps whose sizes `make` and `check` want to know
+    files: tuple | Callable = ()  # images and depth maps whose sizes `make` and `check` want to know; or what
+    # looks for them, and is called for the rows that are taken: a look at a network's disk takes its time
     path: str | None = None  # only Examples on this path are taken, unless the mixture says one; None: all
     notes: Notes = field(default_factory=Notes)  # a source's own; printed
 

@@ -22,7 +22,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -186,11 +186,17 @@ def build(base: str, notes: Notes, scenes, file: Path, number: int, row: dict) -
         raise Bad("type", f"a question about a video: {row['type']}")
     row["image"] = images = [os.path.join(base, name) for name in row["image"]]
     named = [os.path.join(base, name) for name in row.get("depth", ())]
-    row["depth"] = [f if os.path.isfile(f) else None for f in named]      # SPAR-7M names but lacks them
-    depths = maps_of(row["depth"], images)
+    if len(named or images) != len(images):
+        raise Bad("depth", f"wrong count: {len(named)} for {len(images)} images")
+    look = lru_cache(1)(partial(depths_of, named, images))
     name = f"{source_of(file)}/{row['type']}/{file.stem}/{row.get('id', '')}#{number}"
-    yield Row(str(file), number, name, partial(examples, name, row, depths, notes, scenes),
-              (*images, *filter(None, depths)), notes=notes)
+    yield Row(str(file), number, name, partial(examples, name, row, look, notes, scenes),
+              lambda: (*images, *filter(None, look()[1])), notes=notes)
+
+def depths_of(named: list[str], images: list[str]) -> tuple[list, list]:
+    """(measured, measured or estimated) depth files, an image each or None. SPAR-7M names but lacks them."""
+    measured = [file if os.path.isfile(file) else None for file in named] or [None] * len(images)
+    return measured, maps_of(measured, images)
 
 def source_of(file: Path) -> str:
     """scannet/train, of spar/scannet/qa_jsonl/train/...; the folder's name where a file lies elsewhere."""
@@ -198,11 +204,11 @@ def source_of(file: Path) -> str:
     at = parts.index("qa_jsonl") if "qa_jsonl" in parts[1:-2] else len(parts)
     return "/".join((*parts[at - 1:at], *parts[at + 1:at + 2])) or file.absolute().parent.name
 
-def examples(name: str, row: dict, depths: list, notes: Notes, scenes, sizes: dict) -> list[Example]:
+def examples(name: str, row: dict, look, notes: Notes, scenes, sizes: dict) -> list[Example]:
     (question, answer), *more = turns(row)
     if more:
         raise Bad("conversations", f"wrong count: {1 + len(more)} turns")
-    files, marks = row["image"], marks_of(row)
+    files, marks, (measured, depths) = row["image"], marks_of(row), look()
     shapes = [size(file, sizes) for file in files]
     question, masks = insert_masks(question, marks, len(files) > 1)
     lor = Example(
@@ -212,7 +218,7 @@ def examples(name: str, row: dict, depths: list, notes: Notes, scenes, sizes: di
         regions=[(mark.view, mark.pixels(shapes[mark.view])) for mark in masks],
         frame=0 if len(files) > 1 and FIRST.search(question) else None)
     lor.intrinsics = lor.intrinsics if any(lor.intrinsics) else None
-    measured = row["depth"] or [None] * len(files)            # an estimated one cannot tell what is hidden
+    # An estimated depth cannot tell what is hidden.
     truth = scenes.truth(files, shapes, marks, measured) if scenes and marks else None
     if not truth:
         return [lor]

@@ -45,7 +45,8 @@ def folders(base: str) -> tuple[str, ...]:
 
 def find(base: str, name: str) -> str:
     name = name if name.lower().endswith((".jpg", ".jpeg", ".png")) else f"{name}.jpg"
-    places = [os.path.join(folder, name) for folder in folders(base)]
+    likely = os.path.join(base, f"train_{name[:1]}")          # as OpenImages deals its files
+    places = [os.path.join(folder, name) for folder in sorted(folders(base), key=lambda f: f != likely)]
     return next(filter(os.path.isfile, places), places[0])  # the first is what will be said to be missing
 
 def both_paths(name, images, depths, question, answer, kind, given, sizes: dict) -> list[Example]:

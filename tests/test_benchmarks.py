@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from published import IMAGE
+from published import parquet as write
 from test_eval import stand_in
 
 import eval as evaluation
@@ -26,7 +27,6 @@ from srreal import Example
 
 ROOT = Path(__file__).parent.parent
 PICTURES = [scene(7, k, (96, 72))[1][0] for k in range(4)]
-IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
 def png(k: int) -> bytes:
@@ -37,16 +37,6 @@ def png(k: int) -> bytes:
 
 def image(k: int) -> dict:
     return {"bytes": png(k), "path": f"{k}.png"}
-
-
-def write(path: Path, rows: list[dict], **types) -> str:
-    """A parquet file; types of the columns that pyarrow would guess otherwise. Returns the set's folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    guessed = pa.Table.from_pylist([{k: v for k, v in row.items() if k not in types} for row in rows])
-    columns = {name: guessed[name] for name in guessed.column_names}
-    columns |= {name: pa.array([row[name] for row in rows], kind) for name, kind in types.items()}
-    pq.write_table(pa.table({name: columns[name] for name in rows[0]}), path)
-    return str(path.parent)
 
 
 @pytest.fixture(autouse=True)

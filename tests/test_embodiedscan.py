@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import rooms
 from PIL import Image
+from published import embodiedscan as write
+from published import instance, scan
 
 import data
 from data.embodiedscan import Restricted, Scenes, fits, points_of, project, rotation, visible
@@ -20,38 +22,6 @@ from data.spar import Mark
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-
-
-UP = np.array([[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1.0]])    # the room's y down -> z up
-
-
-def scan(seed=3):
-    """Any rigid motion: the axes in which ScanNet happens to be."""
-    rng = np.random.default_rng(seed)
-    q, _ = np.linalg.qr(rng.normal(size=(3, 3)))
-    world = np.eye(4)
-    world[:3, :3], world[:3, 3] = q * np.linalg.det(q), rng.normal(size=3)
-    return world
-
-
-def instance(thing, label):
-    w, h, d = 2 * thing.half
-    centre = UP[:3, :3] @ thing.centre
-    return {"bbox_3d": [*centre, w, d, h, -thing.yaw, 0.0, 0.0], "bbox_label_3d": label, "bbox_id": label}
-
-
-def write(file, room, instances=None, **changes):
-    instances = instances or [instance(thing, k) for k, thing in enumerate(room.things)]
-    four = np.eye(4)
-    four[:3, :3] = rooms.matrix(room.cameras[0])
-    scene = {"sample_idx": f"scannet/{rooms.SCENE}", "axis_align_matrix": UP @ np.linalg.inv(scan()),
-             "cam2img": four, "depth_cam2img": four, "instances": instances,
-             "images": [{"img_path": "a.jpg", "cam2global": np.eye(4)}]}
-    other = {"sample_idx": "3rscan/x", "images": []}
-    kinds = {f"{thing.name} {k}": k for k, thing in enumerate(room.things)}
-    content = {"metainfo": {"categories": kinds, "DATASET": "EmbodiedScan"},
-               "data_list": [other, scene | changes]}
-    file.write_bytes(pickle.dumps(content, protocol=4))
 
 
 @pytest.fixture(scope="module")

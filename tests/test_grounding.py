@@ -170,6 +170,13 @@ def test_ca1m(tmp_path, one):
     assert np.allclose(depth[::2, ::2] * 1000, one[0].depths[0][1::2, 1::2], atol=.01)
 
 
+def test_ca1m_without_depth_takes_an_estimated_one(tmp_path, one):
+    frame = ca1m(tmp_path, one, depth=False)
+    assert data.load([f"ca1m:{tmp_path}"])[0].depths is None
+    rooms.save(Image.fromarray(one[0].depths[0]), frame / "image.depth.png")
+    assert data.load([f"ca1m:{tmp_path}"])[0].depths == [str(frame / "image.depth.png")]
+
+
 def test_ca1m_names_what_it_cannot_use(tmp_path, one):
     frame = ca1m(tmp_path, one, depth=False)
     listed = json.loads((frame / "instances.json").read_text())
@@ -210,6 +217,9 @@ def test_refcoco_rows_and_parquet(tmp_path, one):
     wanted = ",".join(f"{v:.2f}" for v in pixels(room, a))
     assert first.answer == second.answer == f"<2d_box>{wanted}</2d_box>"
     assert first.path == "direct" and not first.regions
+    estimated = tmp_path / "train2014" / "COCO_0.depth.png"                    # as data.depth writes it
+    rooms.save(Image.fromarray(room.depths[0]), estimated)
+    assert data.load([f"{file}@{tmp_path / 'train2014'}"])[0].depths == [str(estimated)]
     held = io.BytesIO()
     room.images[0].save(held, "PNG")
     image = {"bytes": held.getvalue(), "path": "COCO_0.jpg"}

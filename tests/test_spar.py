@@ -127,6 +127,19 @@ def test_a_missing_colour_takes_no_view():
     assert {m.colour: m.view for m in marks_of(row | boxes)} == {"blue": 2, "green": 1}
 
 
+def test_files_are_looked_for_of_the_rows_that_are_taken(tmp_path, three, monkeypatch):
+    """A share of millions of rows, on a network's disk: not a look for each depth map of those left out."""
+    room, (a, *_) = three
+    images, depths = rooms.spar_images(room, tmp_path)
+    row = rooms.spar_row("depth_prediction_oc", images[:1], "(red point)?", "2", depth=list(depths[:1]),
+                         red_point=point(room, a, 0))
+    rooms.spar_file(tmp_path, "depth_prediction_oc", [row] * 50)
+    looks, look = [], data.spar.os.path.isfile
+    monkeypatch.setattr(data.spar.os.path, "isfile", lambda file: looks.append(str(file)) or look(file))
+    taken = data.load([f"spar:{tmp_path}/spar,cap=3"])
+    assert len(taken) == 3 and sum(file.endswith("image_depth/0.png") for file in looks) <= 4
+
+
 def test_the_order_of_keys_says_nothing():
     """A task of no known order: one view for all, or what the row says otherwise, or the row is bad."""
     at = {"red_bbox": [[1, 1, 9, 9]], "blue_bbox": [[5, 5, 9, 9]]}
