@@ -35,11 +35,13 @@ Departures from the paper and the official code:
  6. The paths have equal shares of each step; theirs is one shuffled list.
 """
 
+import json
 import time
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
@@ -51,7 +53,7 @@ import trainer
 from kernels.policy_loss import policy_loss
 from kernels.rewards import group_advantages
 from model.processor import Batch, Processor
-from model.rollout import Rollout, generate
+from model.rollout import Rollout, default_slots, generate
 from optim import AdamW, learning_rate
 from srreal import Example, Scores, score
 
@@ -65,7 +67,7 @@ class Config:
     prompts: int = 64  # prompts a step, over all ranks, in equal shares of the paths
     group: int = 8  # completions a prompt
     tries: int = 1  # above 1: up to so many times the prompts, until --prompts groups differ in accuracy
-    slots: int | None = None  # live samples of a rank; None: by its memory
+    slots: int | None = None  # live samples of a rank; None: by its memory at the start, then as config.json
     updates: int = 1  # optimiser steps a rollout, each on its own share of the prompts
     max_new_tokens: int = 1024  # a longer completion is cut, and so is not well-formed
     temperature: float = 1.0  # of sampling; the trainer's log-probs are at the same
@@ -135,6 +137,19 @@ class Group:
     differs: bool = False  # in accuracy
 
 
+def choose_slots(cfg: Config, model, planned: int, earlier: int) -> Config:
+    """--slots, else those of the run that goes on, else what every rank has memory for; in config.json."""
+    own = default_slots(model, cfg.group, cfg.max_new_tokens)
+    own = min(own, planned or own) if model.device.type == "cuda" else own
+    earlier, most = trainer.reduce([earlier, -own], "MAX")
+    cfg = replace(cfg, slots=cfg.slots or int(earlier or -most))
+    if trainer.FIRST:
+        file = Path(cfg.out) / "config.json"
+        config = json.loads(file.read_text()) | {"slots": cfg.slots}
+        file.write_text(json.dumps(config, indent=1, allow_nan=False) + "\n")
+    return cfg
+
+
 def roll_out(model, processor: Processor, prompts, cfg: Config, seed: int, wanted=0, greedy=False):
     """Groups of the prompts in their order; with `wanted`, up to the one that is so many's last to differ."""
     n, temperature = (1, 0.0) if greedy else (cfg.group, cfg.temperature)
@@ -148,7 +163,8 @@ def roll_out(model, processor: Processor, prompts, cfg: Config, seed: int, wante
     with tqdm(total=len(prompts) * n, desc="rollout", leave=False, disable=quiet) as bar:
         rollouts = trainer.mendable(
             generate, model, processor, examples, n=n, max_new_tokens=cfg.max_new_tokens,
-            temperature=temperature, seed=seed, progress=bar.update, slots=cfg.slots,
+            temperature=temperature, seed=seed, progress=bar.update,
+            slots=None if greedy else cfg.slots,  # prompts of one sample each take more memory
             enough=enough if wanted else None,
         )  # fmt: skip
     return [Group(example, turn, own) for (turn, example), own in zip(prompts, rollouts, strict=False)]
@@ -244,6 +260,8 @@ def token_stats(one: Micro, sums: dict[str, Counter], logprob: Tensor, entropy: 
 
 def main(cfg: Config) -> None:
     rank, world, device = trainer.setup()
+    old = Path(cfg.out) / "config.json"  # of the run that --resume goes on with; `begin` writes a new one
+    old = json.loads(old.read_text()) if trainer.FIRST and cfg.resume and old.exists() else {}
     checkpoint, done = trainer.begin(cfg)
     examples, held_out = trainer.load_data(cfg)
     prompts, exam = Prompts(examples, cfg.seed), Prompts(held_out, "exam")
@@ -262,6 +280,7 @@ def main(cfg: Config) -> None:
             "--rounding": cfg.rounding}  # fmt: skip
     trainer.restore(checkpoint, optimizer, **same)
     trainer.gather(model, plain)
+    cfg = choose_slots(cfg, plain, settings.slots, old.get("slots") or 0)
 
     def validate(prefix: str) -> dict[str, float]:
         chosen = [exam[i] for i in range(questions)[trainer.mine(questions, rank, world)]]

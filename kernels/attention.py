@@ -78,6 +78,15 @@ class Table:
             self._masks = self.mask(self.prefix_lengths, prefix), own
         return self._masks
 
+    def parts(self, q: Tensor, splits: int) -> tuple[Tensor, Tensor]:
+        """Where splits leave their outputs (S, A, splits, D) and log-sum-exps (S, A, splits), -inf at first.
+        All layers write to the same places of them, so that only the first of a step has to fill any.
+        """
+        if "_parts" not in vars(self) or self._parts[0].shape != (*q.shape[:2], splits, q.shape[2]):
+            out = q.new_empty(*q.shape[:2], splits, q.shape[2], dtype=torch.float32)
+            self._parts = out, torch.full_like(out[..., 0], -torch.inf)
+        return self._parts
+
 
 def reference_decode_attention(
     q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k: Tensor, suffix_v: Tensor, table: Table
@@ -133,6 +142,7 @@ def _split_kernel(q, k, v, lengths, members, out, lse, scale, first, splits, chu
     query = query.to(tl.float32) if UPCAST else query
     begin = tl.program_id(1) * chunk
     end = tl.minimum(tl.load(lengths + row).to(tl.int32), begin + chunk)
+    end = tl.where(tl.max(asked.to(tl.int32), 0) > 0, end, begin)  # keys that nobody asks aren't read
     peak, total = tl.full([ROWS], -1e38, tl.float32), tl.zeros([ROWS], tl.float32)
     summed = tl.zeros([ROWS, WIDE], tl.float32)
     for start in range(begin, end, BLOCK):
@@ -153,7 +163,8 @@ def _split_kernel(q, k, v, lengths, members, out, lse, scale, first, splits, chu
     some = tl.where(total > 0, total, 1.0)
     tl.store(lse + part, tl.where(total > 0, peak + tl.log(some), -float("inf")), mask=asked)
     summed = summed / some[:, None]
-    tl.store(out + part[:, None] * D + d[None, :], summed, mask=asked[:, None] & d_mask[None, :])
+    mask = (asked & (total > 0))[:, None] & d_mask[None, :]
+    tl.store(out + part[:, None] * D + d[None, :], summed, mask=mask)
 
 
 @triton.jit
@@ -174,8 +185,7 @@ def _decode_triton(q, prefix_k, prefix_v, suffix_k, suffix_v, table):
     block, chunk = (16, 16) if INTERPRET else (64, 256)
     prefix_splits, suffix_splits = (max(triton.cdiv(k.shape[2], chunk), 1) for k in (prefix_k, suffix_k))
     splits = prefix_splits + suffix_splits
-    parts = q.new_empty(s, q_heads, splits, d, dtype=torch.float32)
-    lse = torch.full_like(parts[..., 0], -torch.inf)  # a slot without a prompt has no part of a prefix
+    parts, lse = table.parts(q, splits)  # a slot without a prompt has no part of a prefix
     sizes = dict(q_heads=q_heads, kv_heads=kv_heads, D=d, WIDE=max(triton.next_power_of_2(d), 16),
                  BLOCK=block, UPCAST=INTERPRET and q.dtype != torch.float32)
     q = q.contiguous()

@@ -9,8 +9,8 @@
                  until no sample waits; Rollouts come out in the order of the examples
 
 All buffers are static. On CUDA the whole step, sampling included, is one graph over all slots, and the host
-looks at the flags of ended samples only every few steps, without waiting. On a CPU a step takes only the rows
-in use, so the last, long samples do not pay for empty slots.
+looks at the flags of ended samples only every few steps, without waiting; buffers and graph outlive a call.
+On a CPU a step takes only the rows in use, so the last, long samples do not pay for empty slots.
 
 The noise of a token is a hash of (seed, example id, path, sample index, position, token id): never of the
 slot, the batch or the rank, so in fp32 a sample does not depend on what it is batched with. The log-prob kept
@@ -26,20 +26,20 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.attention import Table, decode_attention
+from kernels.attention import INTERPRET, Table, decode_attention
+from kernels.layers import add_rms_norm, qk_norm_rope_write
 from kernels.sample import sample, sequence_key
 from srreal import Example
 
 SLOTS = 256  # at most: more live samples hardly raise the throughput, neither of a GPU nor of a CPU
 KV_BYTES, KV_SHARE = 2**31, 0.4  # of keys and values: on a CPU; on CUDA the share of what is free
-PREFILL = {"cpu": 4096, "cuda": 16384}  # tokens a packed forward; one longer prompt goes alone
+PREFILL = {"cpu": 4096, "cuda": 8192}  # tokens a packed forward (of 8B 1.8 GB); a longer prompt goes alone
 POLL = 8  # steps between two looks at the flags on CUDA: an ended sample idles for 4 + 8 steps in the mean
 PAD = 256  # prompt rows have room for a multiple of so many tokens
 ODD = 8  # more places than needed: slots at powers of two apart would share the sets of a CPU's caches
@@ -75,7 +75,7 @@ def generate(
         return [[Rollout("", [], [], False) for _ in range(n)] for _ in examples]
     if model.device.type == "cpu":
         slots = min(slots or default_slots(model, n, max_new_tokens), len(examples) * n)
-    make = _kept if model.device.type == "cuda" else Slots
+    make = kept if model.device.type == "cuda" else Slots
     engine = make(model, n, max_new_tokens, temperature, top_p, slots)
     engine.begin(processor, len(examples) * n)
     waiting, left = deque(range(len(examples) * n)), [n] * len(examples)  # sample i n + j is example i's j-th
@@ -116,9 +116,11 @@ def default_slots(model, n: int, max_new_tokens: int, prompt: int = 1024) -> int
     """As many as fit with their keys and values and prompts of `prompt` tokens: on a CPU from shapes alone,
     on CUDA from the memory that is free now.
     """
-    s, cuda = model.decoder.sizes, model.device.type == "cuda"
+    s, device, room = model.decoder.sizes, model.device, KV_BYTES
     token = 2 * s.layers * s.kv_heads * s.head_dim * model.dtype.itemsize
-    room = KV_SHARE * torch.cuda.mem_get_info(model.device)[0] if cuda else KV_BYTES
+    if device.type == "cuda":  # what PyTorch keeps in reserve is free too
+        spare = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        room = KV_SHARE * (torch.cuda.mem_get_info(device)[0] + spare)
     return int(max(1, min(SLOTS, room // (token * (max_new_tokens + 2 * prompt / n)))))
 
 
@@ -138,7 +140,8 @@ class Slots:
         self.model, self.n, self.room, self.sampling = model, n, max_new_tokens, (temperature, top_p)
         self.count = slots or default_slots(model, n, max_new_tokens)
         s, self.device = model.decoder.sizes, model.device
-        self.sizes, self.graph, self.longest = s, None, 1
+        self.sizes, self.graph, self.weights, self.longest = s, None, [], 1
+        self.fused = self.device.type == "cuda" or INTERPRET
         b = 2 * -(-self.count // n)  # the prompts of the samples in the slots, and as many for stragglers
         zeros = lambda *shape, dtype=torch.int64: blank(shape, dtype, self.device)  # noqa: E731
         wide = lambda *shape: zeros(*shape, dtype=model.dtype)  # noqa: E731
@@ -155,7 +158,7 @@ class Slots:
         # Text has one position on all three axes of mRoPE, which then is the plain rotary embedding.
         self.inv_freq = s.theta ** -(torch.arange(0, s.head_dim, 2, device=self.device) / s.head_dim)
         if self.device.type == "cuda":
-            self.flags = torch.zeros(self.count, dtype=torch.bool).pin_memory()
+            self.flags = torch.zeros(self.count, dtype=torch.bool, pin_memory=True)
             self.copied = torch.cuda.Event()
 
     def begin(self, processor, samples: int) -> None:
@@ -172,13 +175,12 @@ class Slots:
         self.results = [t.new_zeros(samples, self.room + 1) for t in (self.tokens, self.logprobs)]
         self.results.append(self.length.new_zeros(samples))
         layers = self.model.decoder.layers
-        self.qkv = [joined(a.q_proj, a.k_proj, a.v_proj) for a in (layer.self_attn for layer in layers)]
-        self.gate_up = [joined(layer.mlp.gate_proj, layer.mlp.up_proj) for layer in layers]
-        if self.device.type == "cuda":
-            self.flags.zero_()
-            with torch.cuda.stream(torch.cuda.Stream()):  # compiles the kernels; no slot is live yet
-                self._step(*self._whole())
-            torch.cuda.synchronize()
+        if not self.fused:
+            self.qkv = [joined(a.q_proj, a.k_proj, a.v_proj) for a in (layer.self_attn for layer in layers)]
+            self.gate_up = [joined(layer.mlp.gate_proj, layer.mlp.up_proj) for layer in layers]
+        weights = [w.data_ptr() for w in (*self.model.decoder.parameters(), self.model.head_weight)]
+        if weights != self.weights:  # a graph reads addresses: optimisers and `gather` write in place
+            self.weights, self.graph = weights, None
 
     # ---- 1. prefill ----
 
@@ -197,14 +199,14 @@ class Slots:
         rows, self.free_rows = self.free_rows[: len(examples)], self.free_rows[len(examples) :]
         for row, length in zip(rows, lengths, strict=True):
             self.lengths[row] = length
-        batch, at = batch.to(self.device), torch.tensor(rows, device=self.device)
+        batch, at = batch.to(self.device), sent(rows, self.device)
         hidden, cache = self.model.prefill(batch)
         self.last[at], self.after[at] = hidden[batch.last], batch.next_position
-        self.prefix_length[at] = torch.tensor(lengths, device=self.device)
+        self.prefix_length[at] = sent(lengths, self.device)
         # (T, K, D) packed -> (rows, K, P, D): behind its end a prompt repeats its last token, unseen.
         index = torch.tensor([start for start, *_ in batch.segments])[:, None] + torch.minimum(
             torch.arange(max(lengths)), torch.tensor(lengths)[:, None] - 1)  # fmt: skip
-        index = index.to(self.device)
+        index = sent(index, self.device)
         for room, packed in zip(self.prefix, (t for layer in cache for t in layer), strict=True):
             room[at, :, : max(lengths)] = packed[index].transpose(1, 2)
         return rows
@@ -226,7 +228,7 @@ class Slots:
         if jobs:
             for slot, number, row, _ in jobs:
                 self.jobs[slot] = Job(number, row, self.clock)
-            at, _, rows, self.key[at] = torch.tensor(jobs, device=self.device).T
+            at, _, rows, self.key[at] = sent(jobs, self.device).T
             self.hidden[at], self.start[at] = self.last[rows], self.after[rows]
             self.length[at], self.ended[at] = 0, False
             self._link()
@@ -240,8 +242,8 @@ class Slots:
             members[job.row][filled[job.row]] = slot
             home[slot] = job.row * self.n + filled[job.row]
             filled[job.row] += 1
-        self.members.copy_(torch.tensor(members))
-        self.home[: self.rows] = torch.tensor(home, device=self.device)
+        self.members.copy_(sent(members, self.device))
+        self.home[: self.rows] = sent(home, self.device)
         self.since = min(job.began for _, job in live)
         self.prompts = 1 + max(job.row for _, job in live)
         self.reach = max(self.lengths[job.row] for _, job in live)
@@ -258,8 +260,17 @@ class Slots:
 
     def _record(self):
         """The step over all slots and the whole of the buffers, as a CUDA graph."""
+        # Once without a graph first: what compiles a kernel or sets up a library can't be recorded. No slot
+        # takes part in that step, so it changes only these:
+        state = [self.hidden, self.length, self.ended, *(t[:, :, 0] for t in self.suffix)]
+        before = [t.clone() for t in state]
+        self.length.fill_(1)
+        self.ended.fill_(True)
+        self._step(*self._whole())
+        for t, old in zip(state, before, strict=True):
+            t.copy_(old)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's watchdog is another thread
             self._step(*self._whole())
         return graph
 
@@ -286,25 +297,47 @@ class Slots:
         """The decoder on one text token a slot, (rows,), with fewer and larger operations than in training:
         (rows, H).
         """
-        decoder, heads, at = self.model.decoder, self.sizes.heads, table.suffix_lengths - 1
-        slot = torch.arange(len(chosen), device=self.device)
+        decoder, at = self.model.decoder, table.suffix_lengths - 1
         x = decoder.embed_tokens(chosen)
         angles = (self.start[: len(chosen)] + at)[:, None].float() * self.inv_freq  # (rows, D / 2)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        cos, sin = torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]  # (rows, 1, D)
-        for i, layer in enumerate(decoder.layers):
-            attn, k, v = layer.self_attn, suffix[2 * i], suffix[2 * i + 1]
-            qkv = self.qkv[i](layer.input_layernorm(x)).unflatten(-1, (-1, self.sizes.head_dim))
-            qk, v[slot, :, at] = qkv[:, : -k.shape[1]], qkv[:, -k.shape[1] :]
-            if attn.norms:
-                qk = torch.cat((attn.q_norm(qk[:, :heads]), attn.k_norm(qk[:, heads:])), 1)
-            qk = torch.addcmul(qk * cos, qk.roll(self.sizes.head_dim // 2, -1), sin)
-            k[slot, :, at] = qk[:, heads:]
-            out = decode_attention(qk[:, :heads], prefix[2 * i], prefix[2 * i + 1], k, v, table)
-            x = x + attn.o_proj(out.flatten(1))
-            gate, up = self.gate_up[i](layer.post_attention_layernorm(x)).chunk(2, -1)
-            x = x + layer.mlp.down_proj(F.silu(gate) * up)
-        return decoder.norm(x)
+        cos, sin = torch.cat((cos, cos), -1), torch.cat((sin if self.fused else -sin, sin), -1)  # (rows, D)
+        normed = decoder.layers[0].input_layernorm(x)
+        following = [*(layer.input_layernorm for layer in decoder.layers[1:]), decoder.norm]
+        for i, (layer, last) in enumerate(zip(decoder.layers, following, strict=True)):
+            k, v, middle = suffix[2 * i], suffix[2 * i + 1], layer.post_attention_layernorm
+            q = (self._fused_qkv if self.fused else self._qkv)(i, normed, cos, sin, k, v, at)
+            out = decode_attention(q, prefix[2 * i], prefix[2 * i + 1], k, v, table)
+            out = layer.self_attn.o_proj(out.flatten(1))
+            x, normed = add_rms_norm(x, out, middle.weight, middle.eps)
+            if self.fused:
+                out = layer.mlp(normed)
+            else:
+                gate, up = self.gate_up[i](normed).chunk(2, -1)
+                out = layer.mlp.down_proj(F.silu(gate) * up)
+            x, normed = add_rms_norm(x, out, last.weight, last.eps)
+        return normed
+
+    def _fused_qkv(self, i: int, x: Tensor, cos: Tensor, sin: Tensor, k: Tensor, v: Tensor, at: Tensor):
+        """Layer i's rotated queries (rows, A, D) of x (rows, H); writes keys and values to k, v[slot, :, at].
+        """
+        attn = self.model.decoder.layers[i].self_attn
+        qkv = (proj(x).unflatten(-1, (-1, attn.head_dim)) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
+        norms = (attn.q_norm.weight, attn.k_norm.weight, attn.q_norm.eps) if attn.norms else ()
+        return qk_norm_rope_write(*qkv, cos, sin, k, v, at, *norms)
+
+    def _qkv(self, i: int, x: Tensor, cos: Tensor, sin: Tensor, k: Tensor, v: Tensor, at: Tensor) -> Tensor:
+        """The same for a CPU: one matrix product, one rotation of queries and keys; sin's first half is
+        negative.
+        """
+        attn, heads, slot = self.model.decoder.layers[i].self_attn, self.sizes.heads, torch.arange(len(x))
+        qkv = self.qkv[i](x).unflatten(-1, (-1, attn.head_dim))
+        qk, v[slot, :, at] = qkv[:, : -k.shape[1]], qkv[:, -k.shape[1] :]
+        if attn.norms:
+            qk = torch.cat((attn.q_norm(qk[:, :heads]), attn.k_norm(qk[:, heads:])), 1)
+        qk = torch.addcmul(qk * cos[:, None], qk.roll(attn.head_dim // 2, -1), sin[:, None])
+        k[slot, :, at] = qk[:, heads:]
+        return qk[:, :heads]
 
     # ---- 4. collect ----
 
@@ -314,13 +347,15 @@ class Slots:
         slots = [s for s, job in enumerate(self.jobs) if job and flags[s] and job.began < when]
         numbers = [self.jobs[slot].number for slot in slots]
         if slots:
-            at, to = torch.tensor(slots, device=self.device), torch.tensor(numbers, device=self.device)
+            at, to = sent(slots, self.device), sent(numbers, self.device)
             for result, t in zip(self.results, (self.tokens, self.logprobs, self.length), strict=True):
                 result[to] = t[at]
             self.length[at] = 1  # an idle slot must not lie behind the reach of the live ones
         for slot in slots:
             self.jobs[slot] = None
         self.free += slots[::-1]
+        if slots and self.device.type == "cuda" and any(self.jobs):
+            self._link()  # so that nobody's prompts are not read any more
         return numbers
 
     def _flags(self) -> tuple[list[bool], int]:
@@ -362,14 +397,22 @@ class Slots:
         return [out[i : i + self.n] for i in range(0, len(out), self.n)]
 
 
-_kept = lru_cache(maxsize=1)(Slots)  # on CUDA: buffers and graph outlive a call, and optimiser steps
+_kept: dict[tuple, Slots] = {}
+
+
+def kept(*arguments) -> Slots:
+    """The Slots of the last call if its arguments were the same; else new ones, once the old have gone."""
+    if arguments not in _kept:
+        _kept.clear()
+        _kept[arguments] = Slots(*arguments)
+    return _kept[arguments]
 
 
 def joined(*layers) -> Callable[[Tensor], Tensor]:
-    """x -> the outputs of linear layers side by side. On a CPU by one matrix product with a copy of their
-    weights; one by one where there are adapters, and on CUDA, where a copy would take gigabytes.
+    """x -> the outputs of linear layers side by side: by one matrix product with a copy of their weights; one
+    by one where there are adapters.
     """
-    if layers[0].weight.is_cuda or any(type(layer) is not nn.Linear for layer in layers):
+    if any(type(layer) is not nn.Linear for layer in layers):
         return lambda x: torch.cat([layer(x) for layer in layers], -1)
     weight = torch.cat([layer.weight for layer in layers])
     bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
@@ -381,6 +424,12 @@ def blank(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+
+
+def sent(values, device: torch.device) -> Tensor:
+    """The values on the device; to CUDA from pinned memory, for which the host does not wait."""
+    values = torch.as_tensor(values)
+    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
 
 
 def moved(live: list[int], *tensors: Tensor) -> dict[int, int]:

@@ -1,6 +1,12 @@
 """Sampling against transformers' generate, and what it promises: groups, batches and order change nothing."""
 
 import dataclasses
+import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,11 +14,15 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
+import train_rl
+import trainer
 from model.processor import Processor
 from model.qwen_vl import QwenVL
-from model.rollout import generate, predict_centres
+from model.rollout import Slots, generate, predict_centres
 from model.tiny import write
-from srreal import Example
+from srreal import Example, Scores
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
@@ -28,6 +38,10 @@ def picture(width: int, height: int, seed: int) -> Image.Image:
     return Image.fromarray(noise).resize((width, height))
 
 
+def tokens_of(groups):
+    return [[r.tokens for r in group] for group in groups]
+
+
 def examples() -> list[Example]:
     """Two images, one image with a region and depth, text only, a long prompt: all of different lengths."""
     depth = np.full((96, 128), 2.5, np.float32)
@@ -41,11 +55,11 @@ def examples() -> list[Example]:
 
 
 def test_greedy_equals_transformers(tiny):
+    """Alone, in a group, and in a batch of other lengths and images, in more and in fewer slots than work."""
     model, processor, path = tiny
     reference = AutoModelForImageTextToText.from_pretrained(path).eval()
-    plain = [e for e in examples() if not e.regions]
-    rollouts = generate(model, processor, plain, n=1, max_new_tokens=24, temperature=0.0)
-    for example, (rollout,) in zip(plain, rollouts, strict=True):
+    plain, truth = [e for e in examples() if not e.regions], []
+    for example in plain:
         batch = processor([example])
         ids = batch.input_ids[None]
         images = {} if batch.pixel_values is None else dict(
@@ -55,7 +69,27 @@ def test_greedy_equals_transformers(tiny):
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False,
             suppress_tokens=processor.banned.nonzero()[:, 0].tolist(), **images,
         )  # fmt: skip
-        assert rollout.tokens == out[0, ids.shape[1] :].tolist()
+        truth.append(out[0, ids.shape[1] :].tolist())
+    assert len({tuple(tokens) for tokens in truth}) == len(plain)
+    greedy = dict(max_new_tokens=24, temperature=0.0)
+    assert [generate(model, processor, [e], **greedy)[0][0].tokens for e in plain] == truth
+    assert tokens_of(generate(model, processor, plain[:1], n=5, **greedy)) == [truth[:1] * 5]
+    for n, slots in ((1, None), (3, None), (3, 2), (3, 50)):
+        groups = generate(model, processor, plain, n=n, slots=slots, **greedy)
+        assert tokens_of(groups) == [[tokens] * n for tokens in truth]
+
+
+def test_the_step_of_a_gpu(tiny, monkeypatch):
+    """CUDA's operations (their references here; under TRITON_INTERPRET=1 the kernels) say what a CPU's do."""
+    model, processor, _ = tiny
+    options = dict(n=2, max_new_tokens=3, slots=3, seed=2)
+    ours = generate(model, processor, examples()[1:3], **options)
+    monkeypatch.setattr("model.rollout.INTERPRET", True)
+    monkeypatch.setattr(Slots, "_qkv", None)  # it isn't called
+    theirs = generate(model, processor, examples()[1:3], **options)
+    assert tokens_of(ours) == tokens_of(theirs)
+    gaps = zip((r for group in ours for r in group), (r for group in theirs for r in group), strict=True)
+    assert max(abs(a - b) for x, y in gaps for a, b in zip(x.logprobs, y.logprobs, strict=True)) < 1e-5
 
 
 def test_logprobs_are_the_trainers(tiny):
@@ -133,10 +167,6 @@ def test_edges(tiny):
     assert sum(heard) == 8
 
 
-def tokens_of(groups):
-    return [[r.tokens for r in group] for group in groups]
-
-
 def test_slots_prefill_budget_and_refills_change_nothing(tiny, monkeypatch):
     """Samples of geometric lengths, in fewer slots than a group has, in more than there is work, prompt by
     prompt."""
@@ -178,6 +208,56 @@ def test_enough_takes_groups_in_the_order_of_the_prompts(tiny, monkeypatch):
     assert sum(longest[i] for i in by_time[: len(got)]) < sum(longest[i] for i in in_order)
 
 
+def test_longer_answers_that_earn_more_do_not_wait_for_their_turn(tiny, monkeypatch):
+    """Signal grows with length. What is taken ends at the second informative prompt, however many slots race
+    for it, and the groups that would be the first to finish are not preferred."""
+    model, processor, _ = tiny
+    allowed = (~processor.banned).nonzero()[:, 0].tolist()
+    monkeypatch.setattr(processor, "end_ids", allowed[::30])
+    many = [dataclasses.replace(e, id=f"{e.id} {i}") for i in range(3) for e in examples()]
+    whole = generate(model, processor, many, n=2, max_new_tokens=40, seed=5)
+    reward = [sum(len(r.tokens) for r in group) for group in whole]
+    informative = [i for i, r in enumerate(reward) if r > sorted(reward)[4]]
+    for slots in (2, 7, 24):
+        heard = []
+
+        def enough(group, heard=heard):
+            heard.append(sum(len(r.tokens) for r in group) > sorted(reward)[4])
+            return sum(heard) == 2
+
+        got = generate(model, processor, many, n=2, max_new_tokens=40, seed=5, slots=slots, enough=enough)
+        assert tokens_of(got) == tokens_of(whole[: informative[1] + 1])
+    shortest = sorted(informative, key=reward.__getitem__)[:2]
+    assert sum(reward[i] for i in informative[:2]) > sum(reward[i] for i in shortest)
+
+
+def test_answers_of_one_token(tiny, monkeypatch):
+    """Whatever comes first ends the sample: nothing is left of its text."""
+    model, processor, _ = tiny
+    monkeypatch.setattr(processor, "end_ids", (~processor.banned).nonzero()[:, 0].tolist())
+    groups = generate(model, processor, examples(), n=3, max_new_tokens=9, slots=2)
+    assert [len(group) for group in groups] == [3] * 4
+    every = [r for group in groups for r in group]
+    assert {(len(r.tokens), len(r.logprobs), r.text, r.finished) for r in every} == {(1, 1, "", True)}
+
+
+def test_calls_leave_nothing_behind(tiny):
+    """Tensors that are alive, and their bytes, after ten calls and after two."""
+    model, processor, _ = tiny
+
+    def alive() -> tuple[int, int]:
+        gc.collect()
+        tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
+        return len(tensors), sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+                                  for t in tensors}.values())  # fmt: skip
+
+    after = []
+    for i in range(10):
+        generate(model, processor, examples(), n=2, max_new_tokens=4, seed=i, slots=3)
+        after.append(alive())
+    assert after[9] == after[1]
+
+
 def test_nothing_to_sample(tiny):
     model, processor, _ = tiny
     (group,) = generate(model, processor, examples()[:1], n=2, max_new_tokens=0)
@@ -191,3 +271,67 @@ def test_predict_centres(tiny):
     together = predict_centres(model, processor, examples())
     assert [c.shape for c in together] == [(0, 3), (1, 3), (0, 3), (0, 3)]
     assert np.abs(together[1] - alone).max() < 1e-5
+
+
+# ---- In a training run
+
+
+def run(home: Path, out: Path, **options) -> None:
+    """Two steps of train_rl: a prompt with an image and one of text only in each, and rewards that differ."""
+    cfg = train_rl.Config(str(home), (), str(out), steps=2, prompts=2, group=2, max_new_tokens=8, **options)
+    text = [Example(f"t{i}", "direct", [], f"Say {i}.", "A") for i in range(3)]
+    seen = [Example(f"s{i}", "lor", [picture(128, 96, i)], f"Where is it, {i}?", "A") for i in range(3)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "load_data", lambda cfg: (text + seen, []))
+        patch.setattr(train_rl, "score", lambda text, *_: Scores(len(text) % 5, len(text) % 5, 0.0, 0.0))
+        load = trainer.load_processor
+
+        def hasty(*arguments):  # rank 0, which has the text, samples one token each; rank 1 never ends
+            processor = load(*arguments)
+            if trainer.ranks() > 1:
+                ends = ~processor.banned if trainer.FIRST else processor.banned
+                processor.end_ids = ends.nonzero()[:, 0].tolist()
+            return processor
+
+        patch.setattr(trainer, "load_processor", hasty)
+        train_rl.main(cfg)
+
+
+def test_slots_are_chosen_once(tmp_path, monkeypatch):
+    """Written to config.json; --resume takes them from there, whatever it would choose now; a flag wins."""
+    write("qwen3_vl", str(tmp_path / "tiny"), seed=1)
+    used, slots = [], lambda: json.loads((tmp_path / "run" / "config.json").read_text())["slots"]
+    start = Slots.__init__
+
+    def note(self, *arguments):
+        start(self, *arguments)
+        used.append(self.count)
+
+    monkeypatch.setattr(Slots, "__init__", note)
+    monkeypatch.setattr(train_rl, "default_slots", lambda *_: 3)
+    run(tmp_path / "tiny", tmp_path / "run")
+    assert slots() == 3 and set(used) == {3}
+    monkeypatch.setattr(train_rl, "default_slots", lambda *_: 2)
+    used.clear()
+    (tmp_path / "run" / "step-000002").rename(tmp_path / "run" / "step-000002.partial")
+    run(tmp_path / "tiny", tmp_path / "run", resume=True)
+    assert slots() == 3 and set(used) == {3}
+    run(tmp_path / "tiny", tmp_path / "other", resume=True, slots=1)
+    assert json.loads((tmp_path / "other" / "config.json").read_text())["slots"] == 1
+
+
+def test_ranks_with_uneven_work(tmp_path):
+    """Rank 0 samples a token for each text-only prompt, rank 1 eight behind images: nobody waits for ever."""
+    write("qwen3_vl", str(tmp_path / "tiny"), seed=1)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               __file__, str(tmp_path / "tiny"), str(tmp_path / "run")]  # fmt: skip
+    own = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RANK_TIMEOUT": "100"}
+    done = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["direct_length"], row["lor_length"]) for row in rows] == [(1, 8)] * 2
+    assert rows[0]["tokens"] == 2 * 1 + 2 * 8  # of both ranks: --filter none
+
+
+if __name__ == "__main__":
+    run(*map(Path, sys.argv[1:]), shard="always", filter="none")
