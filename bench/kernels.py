@@ -11,7 +11,7 @@ Contenders: ours; naive, the plain PyTorch that a kernel replaces; compiled, tor
 liger, the op of the same name; trl, its chunked log-prob, or the few lines below in its manner; cce, Apple's
 cut-cross-entropy, which gives no entropy and drops small gradients. What is not installed is left out. On a
 CPU the shapes are small, ratios say more than times, and ours is the reference itself for policy_loss,
-rewards, SwiGLU and the rotation.
+rewards, SwiGLU and the rotation. decode_attention's bytes are each key and value once, a prompt's too.
 """
 
 import argparse
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels import layers, linear_logprob, policy_loss, rewards, sample
+from kernels import attention, layers, linear_logprob, policy_loss, rewards, sample
 
 RESULTS = Path(__file__).parent / "results"
 CUDA = torch.cuda.is_available()
@@ -199,8 +199,28 @@ def layer_cases() -> list[Case]:
     return cases
 
 
+def decode_case(slots: int, heads: int, kv: int, prompt: int, own: int, d: int, g: int = 8) -> Case:
+    """A step of `slots` samples, g of a prompt, when half of their own room is filled."""
+    prompts = slots // g
+    lengths = lambda count, length: torch.full((count,), length, device=DEVICE)  # noqa: E731
+    places = torch.arange(slots, device=DEVICE)
+    shapes = (slots, heads, d), *[(prompts, kv, prompt, d)] * 2, *[(slots, kv, 2 * own, d)] * 2
+    make = lambda: [*(normal(*shape, grad=False) for shape in shapes), attention.Table(  # noqa: E731
+        lengths(prompts, prompt), lengths(slots, own), places.view(prompts, g), places)]
+    both = {"ours": attention.decode_attention, "naive": attention.reference_decode_attention}
+    moved = 2 * DTYPE.itemsize * kv * d * (prompts * prompt + slots * own)
+    name = f"S={slots} G={g} heads={heads}+{kv} D={d} P={prompt} R={own}"
+    return Case("decode_attention", name, make, both, bytes=moved)
+
+
+def decode_cases() -> list[Case]:
+    """Heads of Qwen2.5-VL-3B and Qwen3-VL-8B."""
+    sizes = [(s, *heads, 896, 128, 128) for heads in ((16, 2), (32, 8)) for s in (64, 256)]
+    return [decode_case(*size) for size in (sizes if CUDA else [(32, 8, 4, 320, 32, 64)])]
+
+
 CASES = {"linear_logprob": logprob_cases, "policy_loss": policy_cases, "rewards": rewards_cases,
-         "sample": sample_cases, "layers": layer_cases}  # fmt: skip
+         "sample": sample_cases, "layers": layer_cases, "decode_attention": decode_cases}  # fmt: skip
 
 
 # ---- Measuring

@@ -1,4 +1,4 @@
-"""Tokens a second of `generate` beside transformers' generate, on a CPU.
+"""Tokens a second of `generate`: on a CPU beside transformers' generate, on a GPU beside the roofline.
 
     OMP_NUM_THREADS=2 python -m bench.rollout        writes bench/results/<device>-rollout.json
 
@@ -6,12 +6,25 @@ CPU: a random Qwen3-VL-shaped model of about 30 M parameters in fp32, 4 image pr
 samples of 64 tokens each, without end tokens; transformers gets the same prompts G times in one batch, and
 the better of its caches. Both sides sample at temperature 1, pixels are prepared on both, runs alternate, the
 ratio is the median over the rounds.
+
+GPU: the shapes of published models with random weights in bf16, B slots, 8 to a prompt of about 896 tokens,
+while samples grow to 256 tokens (1,024 keys a sample in the mean). A step can't be faster than
+
+    max(weights / bandwidth, 2 FLOPs a weight and slot / rate) + keys and values / bandwidth
+
+with the weights of the decoder's layers and the head, a prompt's keys and values once, and the bandwidth of a
+copy and the rate of a matrix product as measured in the same run. `share` is that bound over the measured
+step. Timed are steps alone, by events, without prefill; `generate_tokens_per_second` is of whole calls, with
+prefill and texts.
 """
 
+import gc
 import json
+import re
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +32,11 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from model import tiny
+from bench import train
+from model import rollout, tiny
 from model.processor import Processor
 from model.qwen_vl import QwenVL
-from model.rollout import generate
+from model.rollout import Slots, generate
 from srreal import Example
 
 RESULTS = Path(__file__).parent / "results"
@@ -121,7 +135,110 @@ def cpu(rounds: int = 3, tokens: int = 64) -> dict:
     return out
 
 
+# ---- A GPU
+
+
+def seconds(call: Callable, repeats: int = 20) -> float:
+    """Median of single calls, by events."""
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times)
+
+
+def ceilings() -> tuple[float, float]:
+    """(bytes a second of a copy, read and written; FLOP/s of a square product in bf16)."""
+    source, a = torch.empty(2**30, dtype=torch.uint8, device="cuda"), torch.randn(8192, 8192, device="cuda")
+    target, a = torch.empty_like(source), a.bfloat16()
+    return 2 * len(source) / seconds(lambda: target.copy_(source)), 2 * 8192**3 / seconds(lambda: a @ a)
+
+
+def long_prompts(processor: Processor, count: int, tokens: int) -> list[Example]:
+    """Text of at least `tokens` tokens each; not the same, and as long."""
+    question, words = "", "What is left of the chair? "
+    while len(processor.prompt_ids(Example("", "direct", [], question, "A"))) < tokens:
+        question += words
+    return [Example(str(i), "direct", [], f"{i:03d} {question}", "A") for i in range(count)]
+
+
+def bound(model, engine: Slots, own: float, bandwidth: float, rate: float) -> float:
+    """Seconds that a step of the full engine takes at least, with `own` tokens a slot."""
+    s, prompts = model.decoder.sizes, -(-engine.count // engine.n)
+    weights = sum(p.numel() for p in model.decoder.layers.parameters()) + s.vocab * s.hidden
+    keys = sum(engine.lengths[:prompts]) + engine.count * own
+    cached = 2 * s.layers * s.kv_heads * s.head_dim * keys * model.dtype.itemsize
+    compute = 2 * weights * engine.count / rate
+    return max(weights * model.dtype.itemsize / bandwidth, compute) + cached / bandwidth
+
+
+@torch.no_grad()
+def decode(model, processor, count: int, bandwidth: float, rate: float, tokens: int = 256) -> dict:
+    """`count` slots, full from the first step to the last."""
+    g = min(count, 8)
+    examples = long_prompts(processor, count // g, 896)
+    torch.cuda.reset_peak_memory_stats()
+    weights = torch.cuda.memory_allocated()
+    engine = rollout.kept(model, g, tokens, 1.0, 1.0, count)  # the one that `generate` takes below
+    engine.begin(processor, count)
+    rows = []
+    while len(rows) < len(examples):
+        rows += engine.prefill(processor, examples[len(rows) :])
+    engine.load([(slot, slot, rows[slot // g], slot + 1) for slot in range(count)])
+    warm, start, end = 8, *(torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(warm):  # records the graph
+        engine.step()
+    torch.cuda.synchronize()
+    start.record()
+    clock = time.perf_counter()
+    for _ in range(tokens - warm):
+        engine.step()
+    host = (time.perf_counter() - clock) / (tokens - warm)
+    end.record()
+    end.synchronize()
+    step = start.elapsed_time(end) / 1e3 / (tokens - warm)
+    least, graph = bound(model, engine, (warm + tokens) / 2, bandwidth, rate), engine.graph
+    whole = []
+    for seed in range(3):
+        clock = time.perf_counter()
+        generate(model, processor, examples, n=g, max_new_tokens=tokens, seed=seed, slots=count)
+        whole.append(count * tokens / (time.perf_counter() - clock))
+    cache = sum(t.numel() * t.element_size() for t in (*engine.prefix, *engine.suffix))
+    return {
+        "slots": count, "prompt_tokens": engine.lengths[0], "new_tokens": tokens, "step_ms": step * 1e3,
+        "bound_ms": least * 1e3, "share": least / step, "tokens_per_second": count / step,
+        "generate_tokens_per_second": statistics.median(whole), "host_share": host / step,
+        "peak_gb_beyond_weights": (torch.cuda.max_memory_allocated() - weights) / 1e9,
+        "cache_gb": cache / 1e9, "same_graph": engine.graph is graph,
+    }  # fmt: skip
+
+
+def gpu() -> dict:
+    bandwidth, rate = ceilings()
+    out = {"copy_gb_per_s": bandwidth / 1e9, "matmul_tflop_per_s": rate / 1e12}
+    for shape, slots in (("qwen2.5-vl-3b", (1, 64, 256)), ("qwen3-vl-4b", (64,)), ("qwen3-vl-8b", (64,))):
+        with tempfile.TemporaryDirectory() as folder:
+            model, processor = train.load(train.Config(shape), folder, torch.device("cuda"))
+        more = model.decoder.sizes.vocab - len(processor.banned)  # ids of the true vocabulary
+        processor.banned = torch.nn.functional.pad(processor.banned, (0, more), value=True)
+        for count in slots:
+            out[f"{shape} B={count}"] = decode(model, processor, count, bandwidth, rate)
+            rollout.release()
+            print(shape, json.dumps(out[f"{shape} B={count}"]), flush=True)
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
+    return out
+
+
 if __name__ == "__main__":
     RESULTS.mkdir(exist_ok=True)
-    row = {"torch": torch.__version__, "threads": torch.get_num_threads(), **cpu()}
-    (RESULTS / "cpu-rollout.json").write_text(json.dumps(row, indent=1) + "\n")
+    cuda = torch.cuda.is_available()
+    row = {"torch": torch.__version__, "threads": torch.get_num_threads(), **(gpu() if cuda else cpu())}
+    device = torch.cuda.get_device_name() if cuda else "cpu"
+    device = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    (RESULTS / f"{device}-rollout.json").write_text(json.dumps(row, indent=1) + "\n")

@@ -403,9 +403,14 @@ _kept: dict[tuple, Slots] = {}
 def kept(*arguments) -> Slots:
     """The Slots of the last call if its arguments were the same; else new ones, once the old have gone."""
     if arguments not in _kept:
-        _kept.clear()
+        release()
         _kept[arguments] = Slots(*arguments)
     return _kept[arguments]
+
+
+def release() -> None:
+    """Frees the buffers and the graph that `generate` leaves behind on CUDA; they hold the model too."""
+    _kept.clear()
 
 
 def joined(*layers) -> Callable[[Tensor], Tensor]:

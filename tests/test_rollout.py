@@ -18,7 +18,7 @@ import train_rl
 import trainer
 from model.processor import Processor
 from model.qwen_vl import QwenVL
-from model.rollout import Slots, generate, predict_centres
+from model.rollout import Slots, generate, kept, predict_centres, release
 from model.tiny import write
 from srreal import Example, Scores
 
@@ -256,6 +256,30 @@ def test_calls_leave_nothing_behind(tiny):
         generate(model, processor, examples(), n=2, max_new_tokens=4, seed=i, slots=3)
         after.append(alive())
     assert after[9] == after[1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_graph_samples_what_a_cpu_does(tiny, monkeypatch):
+    """In fp32: refilled slots, room for prompts that grows while samples are live, one graph for two calls,
+    weights that change in between."""
+    model, processor, path = tiny
+    other = QwenVL.from_pretrained(str(path), device="cuda")
+    monkeypatch.setattr("model.rollout.PAD", 8)
+    monkeypatch.setattr("model.rollout.PREFILL", {"cpu": 8, "cuda": 8})
+    options = dict(n=2, max_new_tokens=20, slots=3, temperature=0.0)
+    for scale in (1.0, 1.5):
+        for one in (model, other):
+            with torch.no_grad():
+                one.decoder.layers[0].mlp.down_proj.weight.mul_(scale)
+        ours, truth = (tokens_of(generate(one, processor, examples(), **options)) for one in (other, model))
+        graph = kept(other, 2, 20, 0.0, 1.0, 3).graph
+        assert ours == truth
+    used = torch.cuda.memory_allocated()
+    generate(other, processor, examples(), **options)
+    assert kept(other, 2, 20, 0.0, 1.0, 3).graph is graph and torch.cuda.memory_allocated() == used
+    release()
+    with torch.no_grad():
+        model.decoder.layers[0].mlp.down_proj.weight.div_(1.5)
 
 
 def test_nothing_to_sample(tiny):
