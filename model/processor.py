@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from safetensors import safe_open
 from transformers import AddedToken, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
+from model.ahead import Ahead
 from model.checkpoint import CheckpointError, copy_files, read_config, read_json, resolve
 from model.head3d import point_grid, read_depth
 from model.region import region_weights
@@ -72,7 +74,7 @@ class View:
     key: tuple  # equal keys: the same image with the same depth
     size: tuple[int, int]  # width, height of the original
     grid: tuple[int, int]  # rows, columns of patches
-    patches: np.ndarray  # (rows * columns, 3, 1, p * p) f32; the still image's frames are made while packing
+    patches: np.ndarray  # (rows * columns, 3, p * p) uint8; levels and frames are made while packing
     points: np.ndarray | None  # (rows * columns, 3) f32
     sources: tuple  # image and depth, kept alive so that the id()s in the key stay theirs
 
@@ -105,6 +107,50 @@ class Recent:
                 while self.used > self.room and len(self.items) > 1:
                     self.used -= self.cost(self.items.pop(next(iter(self.items))))
         return item
+
+    def keep(self, keys) -> None:
+        """These of what there is; nothing else."""
+        with self.lock:
+            self.items = {key: item for key, item in self.items.items() if key in keys}
+            self.used = sum(map(self.cost, self.items.values()))
+
+
+@dataclass
+class Decoder:
+    """An image on its patch grid, and its depth's points: all that a worker process need know."""
+
+    images: Qwen2VLImageProcessorPil
+    max_pixels: int
+    points: str  # "metric" | "relative"
+
+    def __call__(self, image, depth, camera) -> tuple:
+        """Size, grid, patches and points of a View; camera None: a horizontal view of 60 degrees."""
+        picture, p, merge = self._rgb(image), self.images.patch_size, self.images.merge_size
+        width, height = picture.size
+        least, points = self.images.size["shortest_edge"], None
+        tall, wide = smart_resize(height, width, p * merge, least, self.max_pixels)
+        pixels = np.asarray(picture.resize((wide, tall), self.images.resample))
+        grid = tall // p, wide // p
+        cells = pixels.reshape(grid[0], p, grid[1], p, 3).transpose(0, 2, 4, 1, 3)  # (rows, columns, 3, p, p)
+        patches = blocks(cells, merge).reshape(-1, 3, p * p)
+        if depth is not None:
+            focal = width / 2 / np.tan(np.pi / 6)
+            camera = camera or (focal, focal, (width - 1) / 2, (height - 1) / 2)
+            points = blocks(point_grid(read_depth(depth, (height, width)), camera, grid, self.points), merge)
+        return (width, height), grid, patches, points
+
+    def _rgb(self, image):
+        image = Image.open(image) if isinstance(image, str | Path) else image
+        if not isinstance(image, Image.Image):
+            return image.convert("RGB")  # something that opens, and draws its marks, when asked
+        if image.mode.startswith("I"):  # 16 bit: Pillow would clip all above 255 to white
+            values = np.asarray(image)
+            deep = image.mode != "I" or values.max() > 255
+            image = Image.fromarray((values >> 8 if deep else values).astype(np.uint8))
+        if image.mode != "RGB":  # transformers' way with transparency
+            rgb = self.images.process_image(image, do_convert_rgb=True)  # (3, H, W)
+            image = Image.fromarray(np.moveaxis(rgb, 0, -1).copy())
+        return image
 
 
 # ---- what a row says, on the patch grid ----
@@ -272,10 +318,10 @@ class Processor:
     assumed_fov (how many images were decoded with depth but without intrinsics)."""
 
     @classmethod
-    def from_pretrained(cls, source, max_pixels=None, regions="token", points=None) -> "Processor":
-        return cls(resolve(str(source)), max_pixels, regions, points)
+    def from_pretrained(cls, source, max_pixels=None, regions="token", points=None, workers=0) -> "Processor":
+        return cls(resolve(str(source)), max_pixels, regions, points, workers)
 
-    def __init__(self, files: Path, max_pixels=None, regions="token", points=None):
+    def __init__(self, files: Path, max_pixels=None, regions="token", points=None, workers=0):
         assert regions in ("token", "text") and points in (None, "metric", "relative"), (regions, points)
         self.files, self.regions, self.points = files, regions, recorded_points(files, points)
         self.config = read_config(files)
@@ -290,7 +336,9 @@ class Processor:
         self.levels = images.normalize(values, images.image_mean, images.image_std)[..., 0]  # (3, 256)
         self.image_token_id, self.assumed_fov = self.config.image_token_id, 0
         self.turns = Recent(32e6, lambda ids: 2 * ids.nbytes)
-        self.views = Recent(256e6, lambda view: 2 * view.patches.nbytes)  # and some for what the sources hold
+        cost = lambda view: 2 * view.patches.nbytes  # noqa: E731  and some for what the sources hold
+        self.views, self.held, self.expected = Recent(256e6, cost), Recent(4e9, cost), {}
+        self.ahead = Ahead(Decoder(images, self.max_pixels, self.points), workers)
         self._read_tokens()
 
     def _read_tokens(self):
@@ -412,56 +460,53 @@ class Processor:
 
     # ---- images ----
 
+    def expect(self, examples: list[Example]) -> None:
+        """These come next, in this order: the workers make their images ahead, each once, and they are kept
+        until the next call, which lets go of all that it does not name."""
+        wanted = {}  # with its sources, so that the id()s in the keys stay theirs
+        for example in examples:
+            for index in range(len(example.images)):
+                with suppress(OSError):  # that a file isn't there is said when it is asked for
+                    key, *sources = self._source(example, index)
+                    wanted[key] = sources
+        self.expected = wanted
+        self.held.keep(wanted)
+        for key in wanted:
+            if view := self.views.items.get(key):
+                self.held.get(key, lambda view=view: view)
+        self.ahead.expect({k: sources for k, sources in wanted.items() if k not in self.held.items})
+
+    def _source(self, example, index):
+        """(key, image, depth, camera): what a Decoder takes, and what identifies it."""
+        image = example.images[index]
+        depth, camera = (each[index] if each else None for each in (example.depths, example.intrinsics))
+        camera = None if depth is None or camera is None else tuple(camera)
+        return (identity(image), identity(depth), camera), image, depth, camera
+
     def _view(self, example, index, seen):
-        """From files: kept for later calls. From objects, which may change: for this call only (`seen`)."""
-        depth, intrinsics = (each[index] if each else None for each in (example.depths, example.intrinsics))
-        sources = (example.images[index], depth)
-        files = [isinstance(source, str | Path | None) for source in sources]
-        names = [s if file else type(s).__name__ for s, file in zip(sources, files, strict=True)]
+        """From files: kept for later calls. From objects, which may change: for this call (`seen`), or for
+        as long as they are expected."""
         try:
-            camera = None if depth is None or intrinsics is None else tuple(intrinsics)
-            key = (*map(identity, sources), camera)
+            key, *sources = self._source(example, index)
             if key not in seen:
                 make = lambda: self._decode(key, sources)  # noqa: E731
-                seen[key] = self.views.get(key, make) if all(files) else make()
+                files = all(isinstance(source, str | Path | None) for source in sources[:2])
+                keep = (lambda: self.views.get(key, make)) if files else make
+                seen[key] = self.held.get(key, keep) if key in self.expected else keep()
             return seen[key]
         except Exception as error:  # Pillow's are many; what the user needs is the row and the file
+            sources = example.images[index], example.depths and example.depths[index]
+            names = [s if isinstance(s, str | Path | None) else type(s).__name__ for s in sources]
             where = f"{example.id}: image {index} ({names[0]}, depth {names[1]})"
             raise ValueError(f"{where}: {error}") from error
 
     def _decode(self, key, sources):
-        (image, depth), images, points = sources, self.images, None
-        picture, p, merge = self._rgb(image), images.patch_size, images.merge_size
-        width, height = picture.size
-        tall, wide = smart_resize(height, width, p * merge, images.size["shortest_edge"], self.max_pixels)
-        pixels, grid = np.asarray(picture.resize((wide, tall), images.resample)), (tall // p, wide // p)
-        cells = pixels.reshape(grid[0], p, grid[1], p, 3).transpose(0, 2, 4, 1, 3)  # (rows, columns, 3, p, p)
-        patches = blocks(cells, merge).reshape(-1, 3, 1, p * p)
-        patches = np.stack([self.levels[c][patches[:, c]] for c in range(3)], 1)
-        if depth is not None:
-            camera = key[2] or self._assume(width, height)
-            points = blocks(point_grid(read_depth(depth, (height, width)), camera, grid, self.points), merge)
-        return View(key, (width, height), grid, patches, points, sources)
-
-    def _rgb(self, image):
-        image = Image.open(image) if isinstance(image, str | Path) else image
-        if not isinstance(image, Image.Image):
-            return image.convert("RGB")  # something that opens, and draws its marks, when asked
-        if image.mode.startswith("I"):  # 16 bit: Pillow would clip all above 255 to white
-            values = np.asarray(image)
-            deep = image.mode != "I" or values.max() > 255
-            image = Image.fromarray((values >> 8 if deep else values).astype(np.uint8))
-        if image.mode != "RGB":  # transformers' way with transparency
-            rgb = self.images.process_image(image, do_convert_rgb=True)  # (3, H, W)
-            image = Image.fromarray(np.moveaxis(rgb, 0, -1).copy())
-        return image
-
-    def _assume(self, width, height):
-        if not self.assumed_fov and self.points == "metric":
-            print("Depth without intrinsics: a horizontal view of 60 degrees is assumed.", file=sys.stderr)
-        self.assumed_fov += 1
-        focal = width / 2 / np.tan(np.pi / 6)
-        return focal, focal, (width - 1) / 2, (height - 1) / 2
+        image, depth, camera = sources
+        if depth is not None and camera is None:
+            if not self.assumed_fov and self.points == "metric":
+                print("Depth without intrinsics: a view of 60 degrees is assumed.", file=sys.stderr)
+            self.assumed_fov += 1
+        return View(key, *self.ahead.take(key, sources), (image, depth))
 
     # ---- batch ----
 
@@ -503,9 +548,14 @@ class Processor:
         )  # fmt: skip
 
     def _pixel_values(self, views):
-        """(P, 3 * temporal * p * p): a still image is the same frame, temporal times."""
-        patches = torch.from_numpy(np.concatenate([view.patches for view in views]))
-        return patches.expand(-1, -1, self.images.temporal_patch_size, -1).flatten(1)
+        """(P, 3 * temporal * p * p), normalised; a still image is the same frame, temporal times."""
+        frames, ends = self.images.temporal_patch_size, np.cumsum([len(view.patches) for view in views])
+        values = np.empty((ends[-1], 3, frames, self.images.patch_size**2), np.float32)
+        for end, patches in zip(ends, (view.patches for view in views), strict=True):
+            for c in range(3):
+                level = np.take(self.levels[c], patches[:, c, None], mode="clip")  # a byte: nothing to clip
+                values[end - len(patches) : end, c] = level
+        return torch.from_numpy(values).flatten(1)
 
     def save(self, directory) -> None:
         """The tokenizer with <mask>, and the source's files but for weights; max_pixels where it was set."""
