@@ -77,6 +77,7 @@ class Config:
     depth: bool = True  # --no-depth: images only
     again: int = 200  # at most so many questions are asked once more without their depth; 0: none
     blind: bool = False  # grey images, no depth, each region the whole image: what the wording alone earns
+    workers: int | None = None  # processes a rank that read images ahead; None: up to 8 on CUDA, 0 on a CPU
     skip_bad_rows: bool = False  # go on without the unusable rows, and count them
 
 
@@ -263,9 +264,11 @@ def answer_all(config: Config, examples: list[Example], model, processor, name: 
             asked = mine[start:start + CHUNK]
             shown = [seen(example, config) for example in asked]
             marked = [example for example in shown if example.regions]
-            heads = iter(predict_centres(model, processor, marked) if marked else [])
-            answers = generate(model, processor, shown, max_new_tokens=config.max_new_tokens,
-                               temperature=config.temperature, seed=config.seed, progress=bar.update)
+            processor.expect(marked + shown)
+            heads = iter(trainer.mendable(predict_centres, model, processor, marked) if marked else [])
+            options = dict(max_new_tokens=config.max_new_tokens, temperature=config.temperature)
+            answers = trainer.mendable(generate, model, processor, shown, **options, seed=config.seed,
+                                       progress=bar.update)
             for example, (answer,) in zip(asked, answers, strict=True):
                 head = next(heads) if example.regions else []
                 rows.append(answer_row(example, answer, head, constants[example.task],

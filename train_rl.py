@@ -93,6 +93,7 @@ class Config:
     shard: Literal["auto", "always", "never"] = "auto"  # over the ranks (FSDP2); auto: if one can't hold it
     checkpointing: Literal["auto", "always", "never"] = "auto"  # recompute blocks backwards
     micro_tokens: int = 16384  # tokens of a forward pass of a rank; turn it down if memory runs out
+    workers: int | None = None  # processes a rank that read images ahead; None: up to 8 on CUDA, 0 on a CPU
     eval_data: tuple[str, ...] = ()  # data sets for validation, greedy, by the same rules
     eval_every: int = 0  # steps between validations; 0: at the start and at the end
     eval_limit: int = 256  # at most so many validation prompts, equally many of each path
@@ -284,20 +285,26 @@ def main(cfg: Config) -> None:
 
     def validate(prefix: str) -> dict[str, float]:
         chosen = [exam[i] for i in range(questions)[trainer.mine(questions, rank, world)]]
+        processor.expect([example for _, example in chosen])
         groups = roll_out(plain, processor, chosen, cfg, seed=0, greedy=True)
         values = grade(groups, exam.paths, cfg.rules).items()
         return {prefix + name: value for name, value in values if not name.endswith("kept")}
 
+    def offered(step: int) -> list[tuple[int, Example]]:
+        """This rank's share of the prompts."""
+        offer = cfg.prompts * cfg.tries if step < cfg.steps else 0
+        return [prompts[step * offer + i] for i in range(offer)[trainer.mine(offer, rank, world)]]
+
     log, paths = trainer.Log(cfg, done, COLUMNS), prompts.paths
     before = validate("val0_") if held_out and done == 0 else {}
     for step in range(done, cfg.steps):
-        # Roll out this rank's share of the prompts. Score; keep the groups that teach something.
+        # Roll out, while the workers read the next step's images. Score; keep the groups that teach.
         trainer.phase(f"step {step + 1}, rollout")
         clock = [time.perf_counter()]
-        offer, noise = cfg.prompts * cfg.tries, cfg.seed * 1_000_003 + step
-        share = range(step * offer, (step + 1) * offer)[trainer.mine(offer, rank, world)]
-        wanted = -(-len(share) // cfg.tries) if cfg.tries > 1 else 0
-        groups = roll_out(plain, processor, [prompts[i] for i in share], cfg, noise, wanted)
+        own, noise = offered(step), cfg.seed * 1_000_003 + step
+        processor.expect([example for _, example in own + offered(step + 1)])
+        wanted = -(-len(own) // cfg.tries) if cfg.tries > 1 else 0
+        groups = roll_out(plain, processor, own, cfg, noise, wanted)
         trainer.reduce([0.0])  # the wait for the slowest rank is the rollout's
         clock.append(time.perf_counter())
         row = grade(groups, paths, cfg.rules)

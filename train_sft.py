@@ -25,7 +25,7 @@ Departures from the paper and the official code:
 
 import random
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -66,6 +66,7 @@ class Config:
     shard: Literal["auto", "always", "never"] = "auto"  # over the ranks (FSDP2); auto: if one can't hold it
     checkpointing: Literal["auto", "always", "never"] = "auto"  # recompute blocks backwards
     micro_tokens: int = 16384  # tokens of a forward pass of a rank; turn it down if memory runs out
+    workers: int | None = None  # processes a rank that read images ahead; None: up to 8 on CUDA, 0 on a CPU
     eval_data: tuple[str, ...] = ()  # data sets for val_loss
     eval_every: int = 0  # steps between validations; 0: only at the end
     seed: int = 0  # order of the data, dropped depths
@@ -146,22 +147,34 @@ def main(cfg: Config) -> None:
             "--lora": cfg.lora, "--rounding": cfg.rounding}  # fmt: skip
     trainer.restore(checkpoint, optimizer, **same)
 
-    def batches_of(rows: list[Example]) -> list[tuple[Batch, int]]:
-        own = rows[trainer.evenly([WHOLE + len(target(e)) for e in rows], rank, world)]
-        return trainer.mendable(micro_batches, own, processor, cfg.micro_tokens, world)
+    def own(rows: list[Example]) -> list[Example]:
+        return rows[trainer.evenly([WHOLE + len(target(e)) for e in rows], rank, world)]
 
-    def prepare(step: int) -> list[tuple[Batch, int]]:
-        """A pure function of the step, so that it may run ahead in a thread."""
+    def taught(step: int) -> list[Example]:
+        """This rank's rows: a pure function of the step, so that it may be asked ahead."""
         rows = [examples[i] for i in order.rows(step * cfg.batch, cfg.batch)]
-        return batches_of(drop_depths(rows, cfg.drop_depth, f"{cfg.seed} {step}"))
+        return own(drop_depths(rows, cfg.drop_depth, f"{cfg.seed} {step}"))
 
-    def sweep(batches: list[tuple[Batch, int]], learn: bool) -> tuple[list[float], tuple]:
+    def tested(start: int) -> list[Example]:
+        return own(held_out[start : start + cfg.batch])
+
+    def batches(rows_of: Callable, places: range) -> Iterator[list[tuple[Batch, int]]]:
+        """Of each place the rows in forward passes, made during the one before, their images yet earlier."""
+
+        def make(place: int) -> list[tuple[Batch, int]]:
+            rows = rows_of(place)
+            processor.expect(rows + (rows_of(place + places.step) if place != places[-1] else []))
+            return trainer.mendable(micro_batches, rows, processor, cfg.micro_tokens, world)
+
+        return trainer.ahead(make, places)
+
+    def sweep(passes: list[tuple[Batch, int]], learn: bool) -> tuple[list[float], tuple]:
         """Forward (and backward) over a global batch: sums of losses(), target tokens, regions with truth."""
-        tokens = sum(int(batch.cu_targets[n]) for batch, n in batches)
-        regions = sum(int(torch.isfinite(batch.centres).all(1).sum()) for batch, _ in batches)
+        tokens = sum(int(batch.cu_targets[n]) for batch, n in passes)
+        regions = sum(int(torch.isfinite(batch.centres).all(1).sum()) for batch, _ in passes)
         tokens, regions = (max(1.0, count) for count in trainer.reduce([tokens, regions]))
         sums = torch.zeros(3, dtype=torch.float64, device=device)
-        for batch, sequences in trainer.even(batches, lambda: (processor([trainer.filler()], [[[0]]]), 0)):
+        for batch, sequences in trainer.even(passes, lambda: (processor([trainer.filler()], [[[0]]]), 0)):
             batch = batch.to(device)
             with torch.set_grad_enabled(learn):
                 text, head, error = losses(model(batch), batch, sequences)
@@ -171,19 +184,17 @@ def main(cfg: Config) -> None:
         return trainer.reduce(sums.tolist()), (tokens, regions)
 
     def validate() -> dict[str, float]:
-        starts = range(0, len(held_out), cfg.batch)
-        parts = [sweep(batches_of(held_out[i : i + cfg.batch]), learn=False) for i in starts]
+        places = range(0, len(held_out), cfg.batch)
+        parts = [sweep(passes, learn=False) for passes in batches(tested, places)]
         text, tokens = (sum(part[k][0] for part in parts) for k in (0, 1))
         return {"val_loss": text / tokens} if parts else {}
 
     log = trainer.Log(cfg, done, COLUMNS)
-    ahead = ThreadPoolExecutor(1)
-    upcoming = ahead.submit(prepare, done)
+    coming = batches(taught, range(done, cfg.steps))
     for step in range(done, cfg.steps):
         started = time.perf_counter()
         trainer.phase(f"step {step + 1}")
-        batches, upcoming = upcoming.result(), ahead.submit(prepare, step + 1)
-        (text, head, error), (tokens, regions) = sweep(batches, learn=True)
+        (text, head, error), (tokens, regions) = sweep(next(coming), learn=True)
         loss = text / tokens + cfg.head_weight * head / regions
         lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup, cfg.schedule)
         norm = optimizer.step(lr, cfg.clip_norm, loss, name=f"step {step + 1}")
@@ -199,7 +210,6 @@ def main(cfg: Config) -> None:
         })  # fmt: skip
         if last or (step + 1) % cfg.save_every == 0:
             trainer.save(cfg, step + 1, model, plain, processor, optimizer, **same)
-    ahead.shutdown()
 
 
 if __name__ == "__main__":

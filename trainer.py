@@ -26,7 +26,9 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -188,7 +190,14 @@ def load(source: str, device: torch.device, train: str | None = None, rank: int 
 
 
 def load_processor(source: str, cfg) -> Processor:
-    return mendable(Processor.from_pretrained, source, max_pixels=cfg.max_pixels, regions=cfg.regions)
+    """--workers None: on CUDA a rank's share of the cores but one, at most 8; on a CPU, which computes, 0."""
+    workers = cfg.workers
+    if workers is None:
+        near = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        cores = len(os.sched_getaffinity(0)) // near if torch.cuda.is_available() else 1
+        workers = min(max(cores - 1, 0), 8)
+    options = dict(max_pixels=cfg.max_pixels, regions=cfg.regions, workers=workers)
+    return mendable(Processor.from_pretrained, source, **options)
 
 
 def settle(cfg, model: QwenVL, world: int, **sizes) -> plan.Settings:
@@ -340,6 +349,17 @@ def fingerprint(examples: list[Example]) -> str:
     """What a checkpoint keeps of the data set, to refuse to resume on another."""
     text = "\n".join(f"{example.id} {example.path}" for example in examples)
     return f"{len(examples)} rows, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def ahead(make: Callable, items: Iterable) -> Iterator:
+    """make(item) of each; in a thread, while the caller is busy with the one before."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = deque()
+        for item in items:
+            coming.append(pool.submit(make, item))
+            if len(coming) > 1:
+                yield coming.popleft().result()
+        yield from (future.result() for future in coming)
 
 
 def cut(lengths: list[int], budget: int) -> list[slice]:

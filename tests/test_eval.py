@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -51,7 +52,8 @@ def write_set(folder: Path, n: int = 6) -> str:
 def stand_in(monkeypatch, write):
     """A model whose answer to an example is write(example), and whose 3D head is 0.3 m too far."""
     monkeypatch.setattr(trainer, "load", lambda *args: None)
-    monkeypatch.setattr(trainer, "load_processor", lambda *args: None)
+    processor = SimpleNamespace(expect=lambda examples: None)
+    monkeypatch.setattr(trainer, "load_processor", lambda *args: processor)
     heads = lambda model, processor, examples: [  # noqa: E731
         np.array([np.add(centre, (0, 0, 0.3)) for centre in e.objects.values()]) for e in examples]
     answers = lambda model, processor, examples, **options: [  # noqa: E731

@@ -19,15 +19,17 @@ ROOT = Path(__file__).parent.parent
 # embodiedscan 175); what lies in several images has its view from the row, an id its set's name (spar 235,
 # llava 185); SPAR-Bench has its depth, 2D boxes are scored (benchmarks 405, scorers 350, eval 390).
 # rollout (475): CUDA's step on fused kernels beside the CPU's, warm-up before its graph, copies that don't
-# wait. train_rl (372): slots are chosen once, by all ranks alike, and kept in config.json.
+# wait. train_rl (380): slots are chosen once, by all ranks alike, and kept in config.json.
+# Images made ahead: processor (570) says what comes next and keeps it for a step; its Decoder is what workers
+# get. trainer (505), train_sft (220), train_rl (360), eval (380): --workers, and the step behind this one.
 BUDGETS = {
-    "srreal.py": 330, "train_sft.py": 210, "train_rl.py": 372, "eval.py": 390, "trainer.py": 485,
+    "srreal.py": 330, "train_sft.py": 220, "train_rl.py": 380, "eval.py": 396, "trainer.py": 505,
     "optim.py": 270, "report.py": 465, "model/qwen_vl.py": 360, "model/vision.py": 250, "model/region.py": 90,
-    "model/head3d.py": 155, "model/checkpoint.py": 310, "model/processor.py": 520, "model/rollout.py": 475,
+    "model/head3d.py": 155, "model/checkpoint.py": 310, "model/processor.py": 570, "model/rollout.py": 475,
     "model/tiny.py": 150, "kernels/linear_logprob.py": 330, "kernels/policy_loss.py": 255,
     "kernels/rewards.py": 230, "kernels/attention.py": 360, "kernels/sample.py": 190, "data/__init__.py": 290,
     "data/scenes.py": 375, "kernels/layers.py": 335, "model/lora.py": 100, "plan.py": 190,
-    "data/rows.py": 250,
+    "data/rows.py": 250, "model/ahead.py": 90,
     "data/mixture.py": 90, "data/marks.py": 55, "data/spar.py": 235, "data/embodiedscan.py": 175,
     "data/llava.py": 185, "data/spatialrgpt.py": 70, "data/grounding.py": 245, "data/benchmarks.py": 405,
     "data/scorers.py": 350, "data/found_marks.py": 70, "data/coldstart.py": 225, "data/arithmetic.py": 90,
@@ -52,20 +54,20 @@ FLAGS = {  # of the command lines, frozen: scripts of other people call them
     "train_sft.py":
         "model data out steps batch lr schedule warmup optimizer weight_decay beta2 clip_norm "
         "head_weight drop_depth questions_per_image regions max_pixels train lora rounding shard "
-        "checkpointing micro_tokens eval_data eval_every seed save_every resume skip_bad_rows",
+        "checkpointing micro_tokens workers eval_data eval_every seed save_every resume skip_bad_rows",
     "train_rl.py":
         "model data out steps prompts group tries slots updates max_new_tokens temperature rules filter "
         "loss kl "
         "clip_low clip_high dual_clip rollout_cap lr schedule warmup weight_decay beta2 clip_norm "
-        "train lora rounding regions max_pixels shard checkpointing micro_tokens eval_data "
+        "train lora rounding regions max_pixels shard checkpointing micro_tokens workers eval_data "
         "eval_every eval_limit seed save_every resume skip_bad_rows",
     "eval.py":
         "model data benchmark path limit max_new_tokens temperature out seed regions max_pixels "
-        "depth again blind skip_bad_rows",
+        "depth again blind workers skip_bad_rows",
     "report.py":
         "run questions",
     "data/scenes.py":
-        "out n seed size workers",
+        "out n seed size ask lor workers",
     "data/coldstart.py":
         "data out expert samples words limit seed temperature max_new_tokens regions max_pixels "
         "skip_bad_rows",

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,10 +18,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 import data
+import eval as evaluation
 import train_rl
 import train_sft
 import trainer
 from model import lora
+from model.ahead import Ahead
 from model.checkpoint import rename
 from model.processor import Processor
 from model.qwen_vl import QwenVL
@@ -238,6 +241,75 @@ def test_adapters_learn_merge_and_resume(home, tmp_path, monkeypatch, script):
     with pytest.raises(trainer.Stop, match="--lora 4, now it is 2"):
         options = LORA[script] | {"lora": 2}
         SCRIPTS[script].main(config(home, script, tmp_path / "cut", resume=True, **options))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_workers_change_no_bit(home, whole, tmp_path, monkeypatch, script):
+    """A run with two, cut off, goes on with two; the oracle had none."""
+    made, expect = [], Ahead.expect
+    monkeypatch.setattr(Ahead, "expect", lambda self, wanted: expect(self, wanted) or made.append(
+        (self.pool is not None, len(self.coming))))  # fmt: skip
+    interrupt(monkeypatch, home, script, tmp_path, workers=2)
+    SCRIPTS[script].main(config(home, script, tmp_path, resume=True, workers=2))
+    assert_same_run(tmp_path, whole[script])
+    assert all(pool for pool, _ in made) and any(count for _, count in made)
+
+
+def session(number: int) -> list[str]:
+    """The command lines of a session's processes."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[3]) == number and fields[0] != "Z":
+                found.append((folder / "cmdline").read_text())
+    return found
+
+
+def test_no_process_stays_behind_and_a_bad_image_is_named(home, tmp_path):
+    """An image that was sound when the rows were read, and an interrupt, with workers at work."""
+    shutil.copytree(home / "scenes", tmp_path / "scenes")
+    flags = ["--model", home / "tiny", "--data", tmp_path / "scenes", "--batch", 6, "--workers", 2,
+             "--steps", 100_000, "--save-every", 100_000]  # fmt: skip
+    environment = {**os.environ, **ONE, "XDG_CACHE_HOME": str(tmp_path)}
+
+    def start(out):
+        command = [sys.executable, "train_sft.py", *map(str, flags), "--out", str(tmp_path / out)]
+        return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, text=True,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
+
+    def end(run, code):
+        words = run.communicate(timeout=300)[1]
+        deadline = time.time() + 60
+        while session(run.pid) and time.time() < deadline:
+            time.sleep(0.1)
+        assert run.returncode == code and not session(run.pid) and "Traceback" not in words, words
+        return words
+
+    run = start("interrupted")
+    log = tmp_path / "interrupted" / "metrics.jsonl"
+    while not (log.exists() and log.read_text()) and run.poll() is None:
+        time.sleep(0.05)
+    assert any("forkserver" in command for command in session(run.pid))
+    os.killpg(run.pid, signal.SIGINT)  # as a terminal does it
+    assert "interrupted" in end(run, 130)
+
+    for file in (tmp_path / "scenes" / "images").iterdir():  # damaged, and not to be seen from outside
+        state = file.stat()
+        file.write_bytes(b"?" * state.st_size)
+        os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+    words = end(start("bad"), 2)
+    assert "image 0" in words and str(tmp_path / "scenes" / "images") in words and "cannot identify" in words
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_image_stops_an_eval_with_its_row(home, tmp_path, monkeypatch, workers):
+    (tmp_path / "bad.png").write_bytes(b"?")
+    row = Example("row 7", "direct", [str(tmp_path / "bad.png")], "How far?", "1")
+    monkeypatch.setattr(data, "load", lambda *_, **options: [row])
+    config = evaluation.Config(str(home / "tiny"), out=str(tmp_path), path="direct", workers=workers)
+    with pytest.raises(trainer.Stop, match=r"row 7: image 0 .*bad\.png"):
+        evaluation.main(config)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -6,11 +6,13 @@ import math
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,8 +25,9 @@ import plan
 import train_rl
 import train_sft
 import trainer
+from data.marks import Marked
 from kernels.policy_loss import policy_loss
-from model import lora
+from model import ahead, lora
 from model.processor import Processor
 from model.qwen_vl import QwenVL
 from model.rollout import Rollout
@@ -182,6 +185,143 @@ def test_fingerprint_sees_ids_paths_and_order():
     other = [Example(str(i), "dtr", [], "?", "A") for i in range(3)]
     prints = Counter(map(trainer.fingerprint, (rows, other, rows[::-1], rows[:2], list(rows))))
     assert sorted(prints.values()) == [1, 1, 1, 2]
+
+
+# ---- Images made ahead
+
+
+def sharpen(image, by):
+    return image.point([min(255, by * v) for v in range(256)] * 3)
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    write("qwen3_vl", folder)
+    return folder
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """Examples of files, objects, marks drawn when opened, depth with and without a camera."""
+    rng, images = np.random.default_rng(0), []
+    for k in range(4):
+        images.append(Image.fromarray(rng.integers(0, 256, (48 + 32 * k, 96, 3), np.uint8)))
+        images[k].save(tmp_path / f"{k}.png")
+    Image.fromarray(rng.integers(0, 5000, (48, 96)).astype(np.uint16)).save(tmp_path / "depth.png")
+    files, depth = [str(tmp_path / f"{k}.png") for k in range(4)], rng.random((80, 96), np.float32)
+    region, ask = {"regions": [(0, (8, 8, 40, 40))]}, "Where is it <mask>?"
+    return [
+        Example("a", "lor", files[:2], "Which?", "A"),
+        Example("b", "lor", [Marked(files[2], sharpen, (("by", 2),))], ask, "A", **region),
+        Example("c", "lor", files[:1], ask, "A", depths=[str(tmp_path / "depth.png")],
+                intrinsics=[(90.0, 90.0, 48.0, 24.0)], **region),
+        Example("d", "lor", [images[1]], ask, "A", depths=[depth], **region),
+        Example("e", "lor", [], "How many?", "1"), Example("f", "lor", [files[3]], "How far?", "1"),
+    ]  # fmt: skip
+
+
+def same(a, b) -> bool:
+    pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in fields(a)]
+    return all(torch.equal(x.nan_to_num(-1), y.nan_to_num(-1)) if torch.is_tensor(x) else x == y
+               for x, y in pairs)  # fmt: skip
+
+
+def test_batches_are_the_same_with_workers_and_these_made_the_images(tiny_folder, asked):
+    plain = Processor.from_pretrained(tiny_folder)
+    busy = Processor.from_pretrained(tiny_folder, workers=2)
+    completions = [[[5, 6, 7]]] * len(asked)
+    wanted = plain(asked, completions)
+    busy.expect(asked)
+    for future in busy.ahead.coming.values():
+        future.result()
+    assert len(busy.ahead.coming) == 6
+    busy.ahead.make = None  # in line nothing can be made any more
+    assert same(busy(asked, completions), wanted) and same(busy(asked, completions), wanted)
+    assert busy.assumed_fov == plain.assumed_fov == 1 and not busy.ahead.coming
+    busy.expect([])
+    assert not busy.held.items and busy.held.used == 0
+
+
+def test_what_is_expected_is_made_once_and_then_let_go(tiny_folder, asked):
+    processor, made = Processor.from_pretrained(tiny_folder), []
+    make = processor.ahead.make
+    processor.ahead.make = lambda *args: made.append(args) or make(*args)
+    processor.views.room = 0  # nothing is remembered for its own sake
+    marked = asked[1:2]
+    for expected, times in ((False, 3), (True, 4), (True, 4), (False, 7)):
+        processor.expect(marked if expected else [])
+        if len(made) == times:
+            assert len(processor.held.items) == 1  # the next step asks for it again
+        processor.prompt_ids(marked[0]), processor(marked), processor(marked)
+        assert len(made) == times
+
+
+def test_a_bad_image_has_the_same_words_and_a_dead_worker_costs_time_only(tiny_folder, asked, tmp_path,
+                                                                          capsys):  # fmt: skip
+    (tmp_path / "bad.png").write_bytes(b"?")
+    bad = [Example("row 7", "lor", [str(tmp_path / name)], "?", "A") for name in ("bad.png", "gone.png")]
+    busy = Processor.from_pretrained(tiny_folder, workers=2)
+    busy.expect([*asked, *bad])
+    for example in bad:
+        with pytest.raises(ValueError, match="row 7: image 0 .*") as here:
+            Processor.from_pretrained(tiny_folder)([example])
+        with pytest.raises(ValueError) as there:
+            busy([example])
+        assert str(here.value) == str(there.value) and example.images[0] in str(here.value)
+    for worker in busy.ahead.pool._processes.values():
+        worker.kill()
+        worker.join()
+    wanted = Processor.from_pretrained(tiny_folder)(asked)
+    for _ in range(2):
+        busy.expect(asked)
+        assert same(busy(asked), wanted)
+        busy.expect([])
+        busy.views.keep(())
+    assert capsys.readouterr().err.count("done in line") == 1
+    odd = replace(asked[1], images=[Marked(asked[0].images[0], lambda image: image)])
+    fresh = Processor.from_pretrained(tiny_folder, workers=1)
+    fresh.expect([odd])
+    assert len(fresh([odd]).pixel_values) and "pickle" in capsys.readouterr().err
+
+
+def test_no_more_than_so_many_wait_to_be_asked_for(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(ahead, "AHEAD", 3)
+    files = [str(tmp_path / f"{k}.png") for k in range(9)]
+    for k, file in enumerate(files):
+        Image.new("RGB", (40, 40), (k, k, k)).save(file)
+    rows = [Example(file, "lor", [file], "?", "A") for file in files]
+    processor = Processor.from_pretrained(tiny_folder, workers=1)
+    processor.expect(rows)
+    for k, row in enumerate(rows):
+        assert [key[0][0] for key in processor.ahead.coming] == files[k : k + 3]
+        processor([row])
+
+
+def test_one_thing_is_made_while_the_one_before_is_used():
+    made = []
+    coming = trainer.ahead(lambda k: made.append(k) or 10 * k, range(5))
+    for k in range(5):
+        assert next(coming) == 10 * k
+        deadline = time.time() + 30
+        while len(made) < min(k + 2, 5) and time.time() < deadline:
+            time.sleep(0.01)
+        assert made == list(range(min(k + 2, 5)))
+    assert next(coming, None) is None and list(trainer.ahead(int, "")) == []
+    with pytest.raises(ZeroDivisionError):
+        list(trainer.ahead(lambda k: 1 / k, [2, 1, 0]))
+
+
+def test_workers_on_a_gpu_share_the_cores_and_a_cpu_keeps_its_own(monkeypatch):
+    asked = []
+    monkeypatch.setattr(Processor, "from_pretrained", lambda source, **options: asked.append(options))
+    monkeypatch.setattr(trainer.os, "sched_getaffinity", lambda _: set(range(24)))
+    for cuda, near, flag, wanted in ((False, 1, None, 0), (True, 1, None, 8), (True, 4, None, 5),
+                                     (True, 24, None, 0), (True, 1, 3, 3), (False, 1, 3, 3)):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(near))
+        trainer.load_processor("", SimpleNamespace(max_pixels=None, regions="token", workers=flag))
+        assert asked.pop()["workers"] == wanted
 
 
 @dataclass
