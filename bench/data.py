@@ -11,6 +11,9 @@ A core's second is a second of CPU time, of all threads together: other jobs on 
     decode    Pillow alone: file -> RGB
     ours      model.processor.Processor: file -> decode, resize, normalise, patches, text, positions -> Batch
     theirs    transformers' image processor on the same decoded images, plus that decoding
+
+And by the clock, in batches of one image each, with --workers processes that make the images ahead; and what
+of it remains to the process that trains.
 """
 import io
 import json
@@ -40,6 +43,7 @@ class Config:
     model: str | None = None  # whose processor; None: a tiny checkpoint, 16 px patches, 1280 tokens at most
     images: int = 16  # how many different ones
     size: tuple[int, int] = (1296, 968)  # width, height: ScanNet's
+    workers: int = 2
     seed: int = 0
 
 
@@ -110,12 +114,31 @@ def image_rates(config: Config, files: list[str], source: str) -> tuple[dict[str
     return rates, (batches[-1].pixel_values - want).abs().max().item(), len(want)
 
 
+def ahead_rates(config: Config, files: list[str], source: str) -> dict[str, float]:
+    """Images a second by the clock without and with workers; images a CPU second of this process."""
+    examples, rates = [Example(str(k), "lor", [file], "How far?", "1.5") for k, file in enumerate(files)], {}
+    for workers in dict.fromkeys((0, config.workers)):
+        processor = Processor.from_pretrained(source, workers=workers)
+        for _ in range(2):  # the first time the processes start
+            processor.expect([])
+            processor.views.keep(())
+            clock, own = time.perf_counter(), time.process_time()
+            processor.expect(examples)
+            for example in examples:
+                processor([example])
+            seconds, own = time.perf_counter() - clock, time.process_time() - own
+        rates |= {f"{workers} workers": len(files) / seconds, f"{workers} workers, own": len(files) / own}
+    return rates
+
+
 def main(config: Config) -> dict[str, float]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         files = pictures(config, folder)
-        rates, apart, patches = image_rates(config, files, config.model or checkpoint(folder / "model"))
+        source = config.model or checkpoint(folder / "model")
+        rates, apart, patches = image_rates(config, files, source)
+        ahead = ahead_rates(config, files, source)
         rows = row_rates(config, files, folder)
     print(f"{len(files)} JPEGs of {config.size[0]} x {config.size[1]}, {patches // len(files)} patches each; "
           f"Python {sys.version.split()[0]}, torch {torch.__version__}; per core and second:")
@@ -124,7 +147,10 @@ def main(config: Config) -> dict[str, float]:
     for name, rate in rates.items():
         print(f"  images, {name:16}{rate:12,.1f}")
     print(f"  ours / theirs {rates['ours'] / rates['theirs']:.2f}; pixel values apart by at most {apart:.1e}")
-    return rows | rates
+    print("images, by the clock (own: a CPU second of the process that trains):")
+    for name, rate in ahead.items():
+        print(f"  {name:24}{rate:12,.1f}")
+    return rows | rates | ahead
 
 
 if __name__ == "__main__":
