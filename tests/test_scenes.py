@@ -183,6 +183,21 @@ def test_rows_pair_the_paths(folder, examples):
     assert 5 <= len(pairs) / 60 <= 6 and len({e.question for e in examples}) > .9 * len(pairs)
 
 
+def test_which_questions_are_asked(tmp_path):
+    def rows(name, **options):
+        scenes.main(scenes.Config(out=tmp_path / name, n=16, size=(64, 48), workers=1, **options))
+        return [json.loads(line) for line in (tmp_path / name / "rows.jsonl").read_text().splitlines()]
+
+    every, few = rows("every"), rows("few", ask=("depth", "nearest"), lor=.5)
+    assert {row["task"] for row in few} == {"depth", "nearest"} < {row["task"] for row in every}
+    assert [row for row in few if row["path"] == "dtr"] == [
+        row for row in every if row["path"] == "dtr" and row["task"] in ("depth", "nearest")]
+    lor = {row["images"][0] for row in few if row["path"] == "lor"}
+    assert 0 < len(lor) < len({row["images"][0] for row in few})
+    assert [row for row in few if row["images"][0] in lor and row["path"] == "lor"] == [
+        row for row in every if row["images"][0] in lor and row["path"] == "lor" and row["task"] in ("depth", "nearest")]
+
+
 def test_marks_are_where_the_regions_say(examples):
     drawn, total = 0, 0
     for e in examples:
@@ -226,7 +241,8 @@ def test_every_kind_of_thing_is_seen_at_its_centre(examples):
 
 
 @pytest.mark.parametrize("change", [dict(n=0), dict(seed=-1), dict(seed=2 ** 32), dict(workers=0),
-                                    dict(size=(31, 64)), dict(size=(64, 0))])
+                                    dict(size=(31, 64)), dict(size=(64, 0)), dict(ask=("colour",)),
+                                    dict(lor=1.5)])
 def test_what_cannot_be_rendered_ends_in_one_line(change, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         scenes.main(scenes.Config(**dict(out=tmp_path / "set", workers=1) | change))

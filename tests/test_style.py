@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 # embodiedscan 175); what lies in several images has its view from the row, an id its set's name (spar 235,
 # llava 185); SPAR-Bench has its depth, 2D boxes are scored (benchmarks 405, scorers 350, eval 390).
 # rollout (475): CUDA's step on fused kernels beside the CPU's, warm-up before its graph, copies that don't
-# wait. train_rl (380): slots are chosen once, by all ranks alike, and kept in config.json.
+# wait. scenes (380): which families are asked, and on which paths. train_rl (380): slots are chosen once, by all ranks alike, and kept in config.json.
 # Images made ahead: processor (570) says what comes next and keeps it for a step; its Decoder is what workers
 # get. trainer (505), train_sft (220), train_rl (360), eval (380): --workers, and the step behind this one.
 BUDGETS = {
@@ -28,7 +28,7 @@ BUDGETS = {
     "model/head3d.py": 155, "model/checkpoint.py": 310, "model/processor.py": 570, "model/rollout.py": 475,
     "model/tiny.py": 150, "kernels/linear_logprob.py": 330, "kernels/policy_loss.py": 255,
     "kernels/rewards.py": 230, "kernels/attention.py": 360, "kernels/sample.py": 190, "data/__init__.py": 290,
-    "data/scenes.py": 375, "kernels/layers.py": 335, "model/lora.py": 100, "plan.py": 190,
+    "data/scenes.py": 380, "kernels/layers.py": 335, "model/lora.py": 100, "plan.py": 190,
     "data/rows.py": 250, "model/ahead.py": 90,
     "data/mixture.py": 90, "data/marks.py": 55, "data/spar.py": 235, "data/embodiedscan.py": 175,
     "data/llava.py": 185, "data/spatialrgpt.py": 70, "data/grounding.py": 245, "data/benchmarks.py": 405,
