@@ -53,7 +53,7 @@ import trainer
 from kernels.policy_loss import policy_loss
 from kernels.rewards import group_advantages
 from model.processor import Batch, Processor
-from model.rollout import Rollout, default_slots, generate
+from model.rollout import Rollout, default_slots, generate, release
 from optim import AdamW, learning_rate
 from srreal import Example, Scores, score
 
@@ -305,6 +305,7 @@ def main(cfg: Config) -> None:
         processor.expect([example for _, example in own + offered(step + 1)])
         wanted = -(-len(own) // cfg.tries) if cfg.tries > 1 else 0
         groups = roll_out(plain, processor, own, cfg, noise, wanted)
+        release()  # the update needs the cache's room; to record the graph again takes seconds a step
         trainer.reduce([0.0])  # the wait for the slowest rank is the rollout's
         clock.append(time.perf_counter())
         row = grade(groups, paths, cfg.rules)

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 HIDDEN = -1e30  # added to a score: it leaves exactly nothing, and unlike -inf no NaN where all are hidden
@@ -42,8 +43,10 @@ def reference_prefix_attention(q: Tensor, k: Tensor, v: Tensor, segments: list[S
         if prefix:
             before, length = seen[prefix_start], query.shape[1]
             key, value = torch.cat((before[0], key), 1), torch.cat((before[1], value), 1)
-            if (length, prefix) not in masks:
-                masks[length, prefix] = q.new_ones(length, prefix + length, dtype=torch.bool).tril(prefix)
+            if (length, prefix) not in masks:  # CUDA's flash attention takes no mask, but knows this one
+                masks[length, prefix] = (
+                    causal_lower_right(length, prefix + length) if q.is_cuda
+                    else q.new_ones(length, prefix + length, dtype=torch.bool).tril(prefix))  # fmt: skip
             mask = masks[length, prefix]
         attended = F.scaled_dot_product_attention(
             query[None], key[None], value[None], attn_mask=mask, is_causal=mask is None,
