@@ -19,9 +19,9 @@ ROOT = Path(__file__).parent.parent
 # embodiedscan 175); what lies in several images has its view from the row, an id its set's name (spar 235,
 # llava 185); SPAR-Bench has its depth, 2D boxes are scored (benchmarks 405, scorers 350, eval 390).
 # rollout (475): CUDA's step on fused kernels beside the CPU's, warm-up before its graph, copies that don't
-# wait. scenes (380): which families are asked, and on which paths. train_rl (380): slots are chosen once, by all ranks alike, and kept in config.json.
-# Images made ahead: processor (570) says what comes next and keeps it for a step; its Decoder is what workers
-# get. trainer (505), train_sft (220), train_rl (360), eval (380): --workers, and the step behind this one.
+# wait. scenes (380): which families are asked, and on which paths. train_rl (380): slots are chosen once, by
+# all ranks alike, and kept in config.json. Images made ahead: processor (570) says what comes next and keeps
+# it for a step; its Decoder is what workers get. trainer (505), train_sft (220), eval (396): --workers.
 BUDGETS = {
     "srreal.py": 330, "train_sft.py": 220, "train_rl.py": 380, "eval.py": 396, "trainer.py": 505,
     "optim.py": 270, "report.py": 465, "model/qwen_vl.py": 360, "model/vision.py": 250, "model/region.py": 90,
