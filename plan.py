@@ -41,7 +41,7 @@ from model.qwen_vl import QwenVL, Sizes
 
 RESERVE = 1.5, 0.05  # GB of CUDA, its libraries and NCCL; share of the rest that lies in gaps
 BUSY, SLOTS = 128, 384  # live samples that keep a GPU busy; above SLOTS the matrix products gain nothing more
-PREFILL = 16384  # tokens of prompts that are encoded at a time: model.rollout's
+PREFILL = 8192  # tokens of prompts that are encoded at a time: model.rollout's
 LORA = 32  # the rank that is suggested
 
 

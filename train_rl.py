@@ -145,9 +145,8 @@ def choose_slots(cfg: Config, model, planned: int, earlier: int) -> Config:
     earlier, most = trainer.reduce([earlier, -own], "MAX")
     cfg = replace(cfg, slots=cfg.slots or int(earlier or -most))
     if trainer.FIRST:
-        file = Path(cfg.out) / "config.json"
-        config = json.loads(file.read_text()) | {"slots": cfg.slots}
-        file.write_text(json.dumps(config, indent=1, allow_nan=False) + "\n")
+        config = json.loads((Path(cfg.out) / "config.json").read_text())
+        trainer.write_config(Path(cfg.out), config | {"slots": cfg.slots})
     return cfg
 
 

@@ -395,6 +395,13 @@ def pad(examples: list[Example], world: int) -> list[Example]:
 # ---- Checkpoints
 
 
+def write_config(out: Path, config: dict) -> None:
+    """config.json of the run, whole or not at all: --resume reads it."""
+    aside = out / "config.json.partial"
+    aside.write_text(json.dumps(config, indent=1, allow_nan=False) + "\n")
+    aside.replace(out / "config.json")
+
+
 def begin(cfg) -> tuple[Path | None, int]:
     """(checkpoint to go on from or None, steps done). Writes config.json; won't mix a new run with an old."""
     torch.manual_seed(cfg.seed)  # nothing here draws from it; a fork's dropout would
@@ -407,7 +414,7 @@ def begin(cfg) -> tuple[Path | None, int]:
     if FIRST:
         out.mkdir(parents=True, exist_ok=True)
         config = {"script": Path(sys.argv[0]).stem, **asdict(cfg)}
-        (out / "config.json").write_text(json.dumps(config, indent=1, allow_nan=False) + "\n")
+        write_config(out, config)
     return found, record(found)["step"] if found else 0
 
 

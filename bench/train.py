@@ -121,6 +121,8 @@ def load(cfg: Config, folder: str, device: torch.device) -> tuple[QwenVL, Proces
     lora.learn(model, "lm")
     processor = Processor.from_pretrained(folder)
     processor.end_ids = [model.config.image_token_id]  # never sampled
+    missing = model.decoder.sizes.vocab - len(processor.banned)  # the files are a smaller model's
+    processor.banned = torch.nn.functional.pad(processor.banned, (0, missing), value=True)
     return model, processor
 
 

@@ -21,9 +21,9 @@ ROOT = Path(__file__).parent.parent
 # rollout (475): CUDA's step on fused kernels beside the CPU's, warm-up before its graph, copies that don't
 # wait. scenes (380): which families are asked, and on which paths. train_rl (380): slots are chosen once, by
 # all ranks alike, and kept in config.json. Images made ahead: processor (570) says what comes next and keeps
-# it for a step; its Decoder is what workers get. trainer (505), train_sft (220), eval (396): --workers.
+# it for a step; its Decoder is what workers get. trainer (512), train_sft (220), eval (396): --workers.
 BUDGETS = {
-    "srreal.py": 330, "train_sft.py": 220, "train_rl.py": 380, "eval.py": 396, "trainer.py": 505,
+    "srreal.py": 330, "train_sft.py": 220, "train_rl.py": 380, "eval.py": 396, "trainer.py": 512,
     "optim.py": 270, "report.py": 465, "model/qwen_vl.py": 360, "model/vision.py": 250, "model/region.py": 90,
     "model/head3d.py": 155, "model/checkpoint.py": 310, "model/processor.py": 570, "model/rollout.py": 475,
     "model/tiny.py": 150, "kernels/linear_logprob.py": 330, "kernels/policy_loss.py": 255,
