@@ -108,18 +108,20 @@ def round_into(low: Tensor, wide: Tensor, bits: Tensor) -> None:
 
 
 class AdamW:
-    """The state of some named parameters. Only matrices (and larger) decay: not biases, not norms."""
+    """The state of some named parameters. Only matrices (and larger) decay: not biases, not norms.
+
+    vector_rate: the learning rate of biases and norms, in units of the matrices'."""
 
     def __init__(
         self, named: Iterable[tuple[str, Tensor]], weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, muon=False,
-        rounding=False, seed=0,
+        rounding=False, seed=0, vector_rate=1.0,
     ):  # fmt: skip
         if muon and rounding:
             raise ValueError("Muon needs fp32 masters: --optimizer muon and --rounding exclude each other")
         self.params = {name: p for name, p in named if p.requires_grad}
         self.muon = [n for n, p in self.params.items() if muon and BLOCK_MATRIX.search(n) and p.ndim == 2]
         self.weight_decay, self.betas, self.eps, self.updates = weight_decay, betas, eps, 0
-        self.seed = seed
+        self.seed, self.vector_rate = seed, vector_rate
         # fp32 parameters, and with rounding all, are their own masters.
         self.master = {n: local(p) if rounding else local(p).float() for n, p in self.params.items()}
         self.exp_avg = {name: torch.zeros_like(m) for name, m in self.master.items()}
@@ -166,7 +168,8 @@ class AdamW:
         for decays in (True, False):
             names = [n for n, p in self.params.items() if (p.ndim >= 2) == decays and self.master[n].numel()]
             for bucket in self._buckets([n for n in names if n not in self.muon]):
-                self._adamw(bucket, lr, self.weight_decay if decays else 0.0, shrink)
+                rate = lr if decays else lr * self.vector_rate
+                self._adamw(bucket, rate, self.weight_decay if decays else 0.0, shrink)
         self._muon(lr, shrink)
         self.updates += 1
         for name, p in self.params.items():

@@ -80,6 +80,7 @@ class Config:
     dual_clip: float = 3.0  # cap of the loss where A < 0, in units of |A|
     rollout_cap: float = 2.0  # cap of the weight p_old / p_rollout
     lr: float = 1e-6  # peak learning rate
+    vector_rate: float = 1.0  # learning rate of norms and biases, in units of --lr
     schedule: Literal["constant", "cosine", "linear"] = "constant"  # linear: flat, then 45 % down
     warmup: int = 0  # steps of linear warm-up
     weight_decay: float = 0.01  # of matrices
@@ -274,8 +275,9 @@ def main(cfg: Config) -> None:
     plain = trainer.shard(model, world, settings)  # what samples: the model, or a whole copy of it
     reference = trainer.Reference(model) if cfg.kl > 0 else None
     optimizer = AdamW(
-        model.named_parameters(), cfg.weight_decay, (0.9, cfg.beta2), rounding=cfg.rounding, seed=cfg.seed
-    )
+        model.named_parameters(), cfg.weight_decay, (0.9, cfg.beta2), rounding=cfg.rounding, seed=cfg.seed,
+        vector_rate=cfg.vector_rate,
+    )  # fmt: skip
     same = {"data": trainer.fingerprint(examples), "--train": cfg.train, "--lora": cfg.lora,
             "--rounding": cfg.rounding}  # fmt: skip
     trainer.restore(checkpoint, optimizer, **same)

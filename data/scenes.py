@@ -273,7 +273,9 @@ def relation(rng, view, a, b):
                 answer, wrong, f"{way.words}, {end}", f"{way.working}, {end}")
 
 def perspective(rng, view, a, b, c):
-    """Standing at a, facing b, where is c? By the sign of a product of steps in the camera's x-z plane."""
+    """Standing at a, facing b, where is c? Asked where b lies along one axis of the camera, more or less:
+    a tiny model compares words ("facing left, with farther on the right, nearer is to the left"), but never
+    found the sign of a sum of products."""
     ahead, there = hop(view, a, b), hop(view, a, c)
     (fx, _, fz), (tx, _, tz) = ahead.steps, there.steps
     (gx, _, gz), (hx, _, hz) = b.thing.centre - a.thing.centre, c.thing.centre - a.thing.centre
@@ -281,9 +283,17 @@ def perspective(rng, view, a, b, c):
     if rng.random() < .5:
         i, j, truth, low, high = fz, -fx, gz * hx - gx * hz, "to the left", "to the right"
     total, size = i * tx + j * tz, math.hypot(fx, fz) * math.hypot(tx, tz)
-    if size > .3 and abs(total) > .3 * size and total * truth > 0:
+    sideways, deep = ("left", "right")[tx > 0], ("nearer", "farther")[tz > 0]
+    main, step, way = (i * tx, tx, sideways) if abs(i) > abs(j) else (j * tz, tz, deep)
+    facing = ("left", "right")[fx > 0] if abs(fx) > abs(fz) else ("nearer", "farther")[fz > 0]
+    axial = min(abs(fx), abs(fz)) < .5 * max(abs(fx), abs(fz)) and abs(step) > .25 and main * total > 0
+    if axial and size > .3 and abs(total) > .3 * size and total * truth > 0:
         answer, wrong = (low, high) if total < 0 else (high, low)
-        stand, end = rng.choice(["facing", "looking at"]), f"so facing {b.colour}, {c.colour} is {answer}"
+        if answer == "in front" and rng.random() < .75:
+            return None                                       # a room has far more in front than behind
+        right = {"farther": "right", "right": "nearer", "nearer": "left", "left": "farther"}[facing]
+        turned = f", with {right} on the right" if low == "to the left" else ""
+        stand, end = rng.choice(["facing", "looking at"]), f"so facing {facing}{turned}, {way} is {answer}"
         return (f"Standing at {a.text} and {stand} {b.text}, is {c.text} {low} or {high}?", answer, wrong,
                 f"{ahead.words}. {there.words}, {end}",
                 f"{ahead.working}. {there.working}, {end}")

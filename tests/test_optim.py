@@ -27,9 +27,10 @@ def set_grads(table, seed, scale=1.0):
         p.grad = (torch.randn(p.shape, generator=generator) * scale).to(p.dtype)
 
 
-def test_equals_torch_and_decays_matrices_only():
+@pytest.mark.parametrize("vector_rate", [1.0, 20.0])
+def test_equals_torch_and_decays_matrices_only(vector_rate):
     ours, theirs = params(), params()
-    optimizer = AdamW(ours.items(), weight_decay=0.1, betas=(0.9, 0.99))
+    optimizer = AdamW(ours.items(), weight_decay=0.1, betas=(0.9, 0.99), vector_rate=vector_rate)
     oracle = torch.optim.AdamW(
         [{"params": [theirs["w"]], "weight_decay": 0.1}, {"params": [theirs["b"]], "weight_decay": 0.0}],
         betas=(0.9, 0.99), foreach=False,
@@ -37,8 +38,8 @@ def test_equals_torch_and_decays_matrices_only():
     for step in range(20):
         set_grads(ours, step)
         set_grads(theirs, step)
-        for group in oracle.param_groups:
-            group["lr"] = 0.01 * (step + 1)
+        for group, rate in zip(oracle.param_groups, (1.0, vector_rate), strict=True):
+            group["lr"] = 0.01 * (step + 1) * rate
         optimizer.norm()
         optimizer.update(0.01 * (step + 1))
         oracle.step()

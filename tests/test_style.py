@@ -22,13 +22,14 @@ ROOT = Path(__file__).parent.parent
 # wait. scenes (380): which families are asked, and on which paths. train_rl (380): slots are chosen once, by
 # all ranks alike, and kept in config.json. Images made ahead: processor (570) says what comes next and keeps
 # it for a step; its Decoder is what workers get. trainer (512), train_sft (220), eval (396): --workers.
+# perspective in words that a tiny model can compare (scenes 390); --vector-rate (optim 272, train_rl 382).
 BUDGETS = {
-    "srreal.py": 330, "train_sft.py": 220, "train_rl.py": 380, "eval.py": 396, "trainer.py": 512,
-    "optim.py": 270, "report.py": 465, "model/qwen_vl.py": 360, "model/vision.py": 250, "model/region.py": 90,
+    "srreal.py": 330, "train_sft.py": 220, "train_rl.py": 382, "eval.py": 396, "trainer.py": 512,
+    "optim.py": 272, "report.py": 465, "model/qwen_vl.py": 360, "model/vision.py": 250, "model/region.py": 90,
     "model/head3d.py": 155, "model/checkpoint.py": 310, "model/processor.py": 570, "model/rollout.py": 475,
     "model/tiny.py": 150, "kernels/linear_logprob.py": 330, "kernels/policy_loss.py": 255,
     "kernels/rewards.py": 230, "kernels/attention.py": 360, "kernels/sample.py": 190, "data/__init__.py": 290,
-    "data/scenes.py": 380, "kernels/layers.py": 335, "model/lora.py": 100, "plan.py": 190,
+    "data/scenes.py": 390, "kernels/layers.py": 335, "model/lora.py": 100, "plan.py": 190,
     "data/rows.py": 250, "model/ahead.py": 90,
     "data/mixture.py": 90, "data/marks.py": 55, "data/spar.py": 235, "data/embodiedscan.py": 175,
     "data/llava.py": 185, "data/spatialrgpt.py": 70, "data/grounding.py": 245, "data/benchmarks.py": 405,
@@ -58,8 +59,8 @@ FLAGS = {  # of the command lines, frozen: scripts of other people call them
     "train_rl.py":
         "model data out steps prompts group tries slots updates max_new_tokens temperature rules filter "
         "loss kl "
-        "clip_low clip_high dual_clip rollout_cap lr schedule warmup weight_decay beta2 clip_norm "
-        "train lora rounding regions max_pixels shard checkpointing micro_tokens workers eval_data "
+        "clip_low clip_high dual_clip rollout_cap lr vector_rate schedule warmup weight_decay beta2 "
+        "clip_norm train lora rounding regions max_pixels shard checkpointing micro_tokens workers eval_data "
         "eval_every eval_limit seed save_every resume skip_bad_rows",
     "eval.py":
         "model data benchmark path limit max_new_tokens temperature out seed regions max_pixels "

@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -275,8 +276,10 @@ def test_no_process_stays_behind_and_a_bad_image_is_named(home, tmp_path):
 
     def start(out):
         command = [sys.executable, "train_sft.py", *map(str, flags), "--out", str(tmp_path / out)]
+        heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # an "&" turns it off
         return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, text=True,
-                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
+                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                                preexec_fn=heard)  # fmt: skip
 
     def end(run, code):
         words = run.communicate(timeout=300)[1]
