@@ -284,8 +284,13 @@ def main(cfg: Config) -> None:
     trainer.gather(model, plain)
     cfg = choose_slots(cfg, plain, settings.slots, old.get("slots") or 0)
 
+    def own_share(rows: list[tuple[int, Example]]) -> list[tuple[int, Example]]:
+        """This rank's prompts, by expected length: path dtr writes a box, and a step on the way, per region."""
+        weights = [1.0 + len(e.regions) * (e.path == "dtr") for _, e in rows]
+        return [rows[i] for i in trainer.deal(weights, rank, world)]
+
     def validate(prefix: str) -> dict[str, float]:
-        chosen = [exam[i] for i in range(questions)[trainer.mine(questions, rank, world)]]
+        chosen = own_share([exam[i] for i in range(questions)])
         processor.expect([example for _, example in chosen])
         groups = roll_out(plain, processor, chosen, cfg, seed=0, greedy=True)
         values = grade(groups, exam.paths, cfg.rules).items()
@@ -294,7 +299,7 @@ def main(cfg: Config) -> None:
     def offered(step: int) -> list[tuple[int, Example]]:
         """This rank's share of the prompts."""
         offer = cfg.prompts * cfg.tries if step < cfg.steps else 0
-        return [prompts[step * offer + i] for i in range(offer)[trainer.mine(offer, rank, world)]]
+        return own_share([prompts[step * offer + i] for i in range(offer)])
 
     log, paths = trainer.Log(cfg, done, COLUMNS), prompts.paths
     before = validate("val0_") if held_out and done == 0 else {}

@@ -168,9 +168,15 @@ def reduce(values: list[float], op: str = "SUM") -> list[float]:
     return tensor.tolist()
 
 
-def mine(count: int, rank: int, world: int) -> slice:
-    """This rank's contiguous share of `count` rows."""
-    return slice(count * rank // world, count * (rank + 1) // world)
+def deal(weights: list[float], rank: int, world: int) -> list[int]:
+    """This rank's rows, in their order: the heaviest left goes to whoever has least, so that ranks finish
+    together. Every rank computes the same."""
+    loads, own = [0.0] * world, []
+    for i in sorted(range(len(weights)), key=lambda i: -weights[i]):
+        least = loads.index(min(loads))
+        loads[least] += weights[i]
+        own += [i] * (least == rank)
+    return sorted(own)
 
 
 def evenly(weights: list[float], rank: int, world: int) -> slice:

@@ -471,7 +471,8 @@ def runs(home, out):
     # Three rows a rank and step; the cut makes one, two or three micro-batches of them.
     yield "sft", config(home, "sft", out / "text", micro_tokens=300, **base), {
         (trainer, "load_data"): half_text, (trainer, "images_key"): id,
-        (trainer, "evenly"): lambda weights, *ranks: trainer.mine(len(weights), *ranks)}  # fmt: skip
+        (trainer, "evenly"): lambda weights, rank, world: slice(rank * len(weights) // world,
+                                                               (rank + 1) * len(weights) // world)}  # fmt: skip
     # A turn is one dtr and one lor prompt, a rank each: the second rank's groups are all filtered out.
     # cispo: the value of the other losses is about 0 while the ratio is 1 and the lengths are equal.
     yield (

@@ -54,13 +54,19 @@ def test_order_is_an_epoch_a_time_in_runs_and_a_pure_function():
 def test_shares_tile_and_cuts_obey_the_budget():
     for count in range(9):
         for world in (1, 2, 3, 8):
-            rows = [i for rank in range(world) for i in range(count)[trainer.mine(count, rank, world)]]
-            assert rows == list(range(count))
             weights = [1 + 7 * i % 5 for i in range(count)]
+            hands = [trainer.deal(weights, rank, world) for rank in range(world)]
+            assert sorted(sum(hands, [])) == list(range(count)) and all(hand == sorted(hand) for hand in hands)
             shares = [range(count)[trainer.evenly(weights, rank, world)] for rank in range(world)]
             assert [row for share in shares for row in share] == list(range(count))
             heavy = [sum(weights[row] for row in share) for share in shares]
             assert max(heavy) <= sum(weights) / world + max(weights, default=0)
+            dealt = [sum(weights[row] for row in hand) for hand in hands]
+            assert max(dealt) - min(dealt) <= max(weights, default=0)
+    alternating = [4.0, 1.0] * 32  # whoever takes each other row has all the long ones
+    for world in (2, 8):
+        dealt = [sum(alternating[row] for row in trainer.deal(alternating, r, world)) for r in range(world)]
+        assert max(dealt) <= 1.1 * min(dealt)
     lengths = [5, 5, 5, 30, 1, 1, 9]
     cuts = [lengths[part] for part in trainer.cut(lengths, 11)]
     assert cuts == [[5, 5], [5], [30], [1, 1, 9]] and trainer.cut([], 11) == []
