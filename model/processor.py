@@ -198,6 +198,8 @@ def check_files(files: Path) -> None:
     for name in ("tokenizer_config.json", "tokenizer.json", "preprocessor_config.json"):
         if name not in held:
             raise CheckpointError(f"{files}: no {name}; copy it from the original checkpoint")
+    for path in files.glob("tokenizer*.json"):  # transformers' error on a torn one names no file
+        read_json(path)
 
 
 def plain(region):
