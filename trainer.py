@@ -312,9 +312,16 @@ class Reference:
 
 
 def load_data(cfg) -> tuple[list[Example], list[Example]]:
-    """The examples of --data and of --eval-data."""
-    skip = cfg.skip_bad_rows
-    return tuple(mendable(data.load, s, skip_bad_rows=skip) if s else [] for s in (cfg.data, cfg.eval_data))
+    """The examples of --data and of --eval-data; the bad rows of both in one list."""
+    sets, bad = [], []
+    for sources in (cfg.data, cfg.eval_data):
+        try:
+            sets.append(mendable(data.load, sources, skip_bad_rows=cfg.skip_bad_rows) if sources else [])
+        except data.BadRows as error:
+            bad += error.rows
+    if bad:
+        raise data.BadRows(list(dict.fromkeys(bad)))
+    return tuple(sets)
 
 
 class Order:

@@ -22,9 +22,10 @@ ROOT = Path(__file__).parent.parent
 # wait. scenes (380): which families are asked, and on which paths. train_rl (380): slots are chosen once, by
 # all ranks alike, and kept in config.json. Images made ahead: processor (570) says what comes next and keeps
 # it for a step; its Decoder is what workers get. trainer (512), train_sft (220), eval (396): --workers.
+# Bad rows of --data and --eval-data in one list (trainer 519).
 # perspective in words that a tiny model can compare (scenes 390); --vector-rate (optim 272, train_rl 382).
 BUDGETS = {
-    "srreal.py": 330, "train_sft.py": 220, "train_rl.py": 382, "eval.py": 396, "trainer.py": 512,
+    "srreal.py": 330, "train_sft.py": 220, "train_rl.py": 382, "eval.py": 396, "trainer.py": 519,
     "optim.py": 272, "report.py": 465, "model/qwen_vl.py": 360, "model/vision.py": 250, "model/region.py": 90,
     "model/head3d.py": 155, "model/checkpoint.py": 310, "model/processor.py": 570, "model/rollout.py": 475,
     "model/tiny.py": 150, "kernels/linear_logprob.py": 330, "kernels/policy_loss.py": 255,

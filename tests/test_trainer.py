@@ -28,11 +28,28 @@ import trainer
 from data.marks import Marked
 from kernels.policy_loss import policy_loss
 from model import ahead, lora
-from model.processor import Processor
+from model.processor import Processor, check_files
 from model.qwen_vl import QwenVL
 from model.rollout import Rollout
 from model.tiny import SPECIAL, configuration, write
 from srreal import Example, Scores
+
+
+def test_bad_rows_of_both_data_flags_come_in_one_list(tmp_path):
+    for name in ("train", "held_out"):
+        (tmp_path / f"{name}.jsonl").write_text("{torn\n")
+    paths = [str(tmp_path / f"{name}.jsonl") for name in ("train", "held_out")]
+    with pytest.raises(data.BadRows) as bad:
+        trainer.load_data(SimpleNamespace(data=paths[:1], eval_data=paths[1:], skip_bad_rows=False))
+    assert [row[:3] for row in bad.value.rows] == [(path, 1, "row") for path in paths]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_torn_tokenizer_file_is_named(tmp_path, name):
+    for file in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
+        (tmp_path / file).write_text("{}" if file != name else '{"model": ')
+    with pytest.raises(ValueError, match=f"/{name}: not the JSON"):
+        check_files(tmp_path)
 
 
 def test_order_is_an_epoch_a_time_in_runs_and_a_pure_function():
