@@ -11,11 +11,13 @@ A question is asked in each path by its own row, or by a copy of the row there i
   chance      the best constant answer to each task, chosen on the very questions that it is scored on; and
               for centres (in summary.json) the median position of the task's objects.
   detect      mean over the DTR answers to questions with known objects.
-  text m      median distance to the truth of the centres in <detect>, over the true objects that are placed.
+  text m      median distance to the truth of the centres in <detect>, over the true objects that are placed;
+              on path direct of those in its <3d_box> lines (`accuracy`, of equal text, is about 0 there).
   head m      the same for the 3D head, over regions with a known object. It reads the prompt alone.
   ±           one standard error. Questions of one image are not independent: residuals are summed by image
               first. Of a median: half the distance of the quantiles 1/2 ± 1/(2 sqrt(images)).
   unparsed    no answer could be read. truncated: no end token within --max-new-tokens. tokens: mean length.
+  size m      the mean difference of width, height and length, median over the boxes whose size is asked for.
   2D IoU      of the answer with the true box, where one is asked for (RefCOCO; `accuracy` is 0 there).
               IoU>.5: the share above, as published. Both only where there are such questions.
   (no depth)  the same of --again questions, asked once more without depth: predictions-no-depth.jsonl.
@@ -48,15 +50,15 @@ import data as datasets
 import trainer
 from data import benchmarks
 from data.marks import Marked
-from data.scorers import JUDGED, box_iou
+from data.scorers import JUDGED, box_iou, read_boxes_3d
 from model.processor import BOX_2D, object_of, truths
 from model.rollout import generate, predict_centres
 from srreal import Example, answer_score, parse, score
 
 COLUMNS = {"accuracy": "accuracy", "any_format": "any format", "chance": "chance", "format": "format",
            "detect": "detect", "total": "total", "text_errors": "text m", "head_errors": "head m",
-           "tokens": "tokens", "iou": "2D IoU", "iou50": "IoU>.5"}
-BOXED = ("iou", "iou50")
+           "size_errors": "size m", "tokens": "tokens", "iou": "2D IoU", "iou50": "IoU>.5"}
+BOXED = ("size_errors", "iou", "iou50")  # columns of questions about boxes
 COUNTS = ("unparsed", "truncated")
 CHUNK = 512  # answers between two writes
 
@@ -185,11 +187,29 @@ def box_of(example: Example, processor) -> str | None:
     return processor.decode(processor.target_ids(example)) if BOX_2D.search(example.answer) else None
 
 
+def boxes_said(text: str, example: Example) -> dict[str, tuple]:
+    """mention -> (centre, size or None) of a direct answer's boxes. Of a lone object it needs no mention."""
+    boxes = read_boxes_3d(text) if example.path == "direct" else {}
+    if len(example.objects) != 1:
+        return boxes
+    return {mention.lower(): box for mention, box in zip(example.objects, boxes.values(), strict=False)}
+
+
+def size_errors(said: dict[str, tuple], example: Example) -> dict[str, float]:
+    """mention -> the mean |difference| of its sides, of the objects whose size is asked for."""
+    asked = example.sizes if 'size="' in example.answer else None
+    true = {mention.lower(): size for mention, size in (asked or {}).items()}
+    return {mention: float(np.abs(np.subtract(said[mention][1], size)).mean())
+            for mention, size in true.items() if said.get(mention, (None, None))[1]}
+
+
 def answer_row(example: Example, rollout, head, constant: tuple, box: str | None = None) -> dict:
     """A line of predictions.jsonl. head (k, 3): the 3D head's centres, each in its region's image's frame."""
     parsed, scores = parse(rollout.text, example.path), score(rollout.text, example)
     images = [image_name(image) for image in example.images]
     boxes = {mention.lower(): centre for mention, _, centre in reversed(parsed.boxes)}  # the first counts
+    said = boxes_said(rollout.text, example)
+    boxes |= {mention: centre for mention, (centre, _) in said.items()}
     usual = true_centres(example, example.frame or 0)
     iou = None if box is None else box_iou(parsed.answer, box)
     regions = {k: centre for k, (centre, _) in enumerate(truths(example)) if np.isfinite(centre).all()}
@@ -207,6 +227,7 @@ def answer_row(example: Example, rollout, head, constant: tuple, box: str | None
         region_mentions=[object_of(text, example.objects) for text in example.question.split("<mask>")[:-1]],
         text_errors=distances(boxes, true_centres(example, parsed.frame)),
         head_errors=distances(dict(enumerate(head)), regions),
+        size_errors=size_errors(said, example),
         chance_errors=distances(dict.fromkeys(usual, constant[1]), usual))
 
 

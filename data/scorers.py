@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from srreal import CHOICE, DECIMAL, QUANTITY, UNITS, Example, answer_score, motion, number
+from srreal import CHOICE, DECIMAL, QUANTITY, UNITS, Example, answer_score, motion, number, split_mention
 
 JUDGED = {"blink": "official is its exact match; the published one asks GPT-3.5 to match what is left",
           "spatialrgpt-bench": "official is a rule; the published one is GPT-4 as a judge"}
@@ -100,8 +100,9 @@ def equal_official(text: str, example: Example) -> float:
 
 # ---- SpatialRGPT-Bench: what a judge would read off free text. Here truths are free text, too
 
-YES = re.compile(r"\b(?:(yes|correct|indeed|true)|(no|not|incorrect|false|wrong|isn't))\b", re.I)
-HOUR = re.compile(r"\b([0-9]{1,2})(?::[0-9]{2})?\s*o'?\s?clock", re.I)
+YES = re.compile(r"\b(?:(yes|correct|indeed|true)|(no|not|incorrect|false|wrong|isn['’]t"
+                 r"|(?<!.)(?:in fact|actually)(?=,?\s(?:region|it|the)\b)))\b", re.I | re.S)  # also no
+HOUR = re.compile(r"\b([0-9]{1,2})(?::[0-9]{2})?\s*o['’]?\s?clock", re.I)
 LENGTH = re.compile(rf"(?<![\w.]){DECIMAL}\s*(?ai:{'|'.join(UNITS)})(?!\w|\s+the\b)")  # not "2 in the"
 
 
@@ -111,7 +112,7 @@ def lengths(text: str) -> list[float]:
 
 
 def verdicts(text: str) -> list[bool]:
-    return [bool(found[1]) for found in YES.finditer(text)]
+    return [bool(found[1]) for found in YES.finditer(text.strip())]
 
 
 def regions_named(text: str) -> list[int]:
@@ -166,7 +167,7 @@ SOLE = re.compile(r"(?<![\w'’-])(A(?!\s+(?!or\b|and\b)[a-z])|[B-H])(?![\w'’-
 OPTION = re.compile(r"^\s*\(?([A-H])[).:]\s*(.+?)\s*$", re.M)
 SAID_NUMBER = re.compile(r"\b[Aa]nswer(?:\s+is\b\s*:?|\s*:)\s*" + QUANTITY.pattern + r"(?![\w.]*\w)")
 ANY_NUMBER = re.compile(rf"(?<![\w.,^+-]){QUANTITY.pattern}(?![\w^]|[.,][0-9])")
-ASKED_UNIT = re.compile(rf"\bin ({'|'.join(UNITS)})\b", re.I)
+ASKED_UNIT = re.compile(rf"\b(?:in|how many) ({'|'.join(UNITS)})\b", re.I)
 
 
 def plain(text: str) -> str:
@@ -242,6 +243,23 @@ def box_iou(said: str | None, true: str) -> float:
     (a, b, c, d), (e, f, g, h) = said, true
     common = max(min(c, g) - max(a, e), 0) * max(min(d, h) - max(b, f), 0)
     return common / ((c - a) * (d - b) + (g - e) * (h - f) - common)
+
+
+# ---- 3D boxes, as data/grounding.py asks for them
+
+TRIPLE = ",".join([DECIMAL] * 3)
+BOX_3D = re.compile(rf'<3d_box center="({TRIPLE})"(?: size="({TRIPLE})")?>([^<>]+)</3d_box>')
+
+
+def read_boxes_3d(text: str) -> dict[str, tuple]:
+    """mention (`red chair (region 1)`: region 1; without parentheses all of it), lower-cased -> (centre, size
+    or None), metres. The first box of a mention counts; what no room holds is none."""
+    boxes: dict[str, tuple] = {}
+    for centre, size, label in BOX_3D.findall(text):
+        centre, size = (tuple(map(float, triple.split(","))) if triple else None for triple in (centre, size))
+        if max(map(abs, centre + (size or ()))) < 1e6:
+            boxes.setdefault(split_mention(label.strip())[0].lower(), (centre, size))
+    return boxes
 
 
 # ---- Aggregates: pairs of (Example, score in 0..100) -> key -> mean

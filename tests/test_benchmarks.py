@@ -608,7 +608,8 @@ def test_choices_by_both_scorers(name, response, answer, official, robust):
 
 @pytest.mark.parametrize("response, k, official, robust", [
     ("No, it is right of it.", 0, 1, 1), ("Yes.", 0, 0, 0), ("Left.", 0, 0, None),
-    ("It isn't; yes?", 0, 1, None), ("Correct", 0, 0, 0),
+    ("It isn't; yes?", 0, 1, None), ("It isn’t.", 0, 1, 1), ("Correct", 0, 0, 0),
+    ("In fact, Region [1] is right of it.", 0, 1, 1), ("Actually, yes", 0, 0, 0), ("10 o’clock", 4, 1, 1),
     ("Region 1", 1, 1, 1), ("<answer>1</answer>", 1, 0, 1),
     ("Region [0] is smaller than region [1]", 1, 0, None),
     ("1 meter", 2, 1, 1), ("about 130 cm", 2, 0, 0), ("75 cm", 2, 1, 1), ("74 cm", 2, 0, 0),
@@ -621,9 +622,23 @@ def test_spatialrgpt_without_a_judge(response, k, official, robust):
         assert one("spatialrgpt-bench", scorer, response, answer, category, question) == value
 
 
+@pytest.mark.parametrize("truth, yes", [
+    ("Yes, Region [0] is above Region [1].", True), ("Indeed, Region [0] has a lesser height.", True),
+    ("Correct, Region [0] is not as tall as Region [1].", True), ("That is False.", False),
+    ("No.", False), ("Incorrect, Region [0] is not larger than Region [1].", False),
+    ("In fact, Region [0] is to the right of Region [1].", False),
+    ("Actually, Region [0] might be smaller than Region [1].", False)])  # fmt: skip
+def test_the_polarity_of_spatialrgpt_s_truths(truth, yes):
+    """All the forms in which the set says yes and no."""
+    for said in (True, False):
+        got = one("spatialrgpt-bench", "official", "Yes" if said else "No", truth, "left_predicate")
+        assert got == float(said == yes)
+
+
 def test_a_number_is_read_in_the_unit_that_is_asked_for():
     read = scorers.read_number
     assert read("2.5 m", "How far, in centimeters?") == pytest.approx(250) and read("250", "in cm?") == 250
+    assert read("2.5 m", "How many centimeters?") == pytest.approx(250)
     assert read("30 inches", "How wide?") == pytest.approx(0.762)
     assert read("It is -1.5 m.", "?") == -1.5 and read("1,200", "?") is None and read("nan", "?") is None
 

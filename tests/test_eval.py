@@ -191,6 +191,31 @@ def test_row_of_a_malformed_answer():
     assert empty["unparsed"] and empty["text_errors"] == {} and empty["any_format"] == 0
 
 
+BOX = '<3d_box center="{}" size="{}">{}</3d_box>'
+
+
+def test_row_of_an_answer_in_3d_boxes():
+    """Whatever a lone object is called; several by their mention, of which the first box counts."""
+    one = example(path="direct", answer=BOX.format("0.0,0.0,2.0", "1.0,2.0,3.0", "chair"),
+                  objects={"region 1": (0.0, 0.0, 2.0)}, sizes={"region 1": (1.0, 2.0, 3.0)})  # fmt: skip
+    row = answer_row(one, rollout("It is " + BOX.format("0,.3,2.4", "1,2.5,2", "seat")), HEAD[:1], CONSTANT)
+    assert row["text_errors"] == {"region 1": pytest.approx(0.5)}
+    assert row["size_errors"] == {"region 1": pytest.approx(0.5)}  # (0 + .5 + 1) / 3
+    assert row["chance_errors"] == {"region 1": 1} and row["accuracy"] == 0
+    bare = answer_row(one, rollout('<3d_box center="0,0,2">chair</3d_box>'), HEAD[:1], CONSTANT)
+    assert bare["text_errors"] == {"region 1": 0} and bare["size_errors"] == {}
+    for text in ("", "0,0,2", BOX.format("0,0", "1,2,3", "x"), BOX.format("0,0," + 400 * "9", "1,2,3", "x"),
+                 BOX.format("nan,0,0", "1,2,3", "x")):  # fmt: skip
+        row = answer_row(one, rollout(text), HEAD[:1], CONSTANT)
+        assert row["text_errors"] == row["size_errors"] == {}
+    several = example(path="direct", answer="-", objects={"region 1": (0.0, 0.0, 2.0), "Region 2": (1, 0, 2)})
+    lines = [f'<3d_box center="{c}">{label}</3d_box>' for c, label in (
+        ("1,0,5", "lamp (region 2)"), ("0,0,2.2", "a (nice) chair (Region 1)"), ("1,0,2", "lamp (region 2)"))]
+    row = answer_row(several, rollout("\n".join(lines)), HEAD, CONSTANT)
+    assert row["text_errors"] == {"region 1": pytest.approx(0.2), "region 2": 3} and row["size_errors"] == {}
+    assert answer_row(example(path="lor"), rollout(lines[0]), HEAD, CONSTANT)["text_errors"] == {}
+
+
 def test_several_views_are_measured_in_the_stated_frame():
     views = {"red bbox": {0: (0.0, 0.0, 2.0), 1: (1.0, 0.0, 2.0)}, "blue point": {0: (0.0, 0.0, 4.0)}}
     e = example(images=[Image.new("RGB", (40, 30))] * 2, objects=views,
