@@ -34,7 +34,7 @@ from data.llava import llava_rows, srreal_rows
 from data.marks import DepthMap, Marked
 from data.mixture import parts
 from data.rows import Bad, Row, broken, estimated, first_byte, matches, records
-from data.spar import spar_rows
+from data.spar import MARKS, spar_rows
 from data.spatialrgpt import spatialrgpt_rows
 from srreal import PATHS, Example
 
@@ -91,6 +91,8 @@ def open_source(source: str) -> Iterator[Row]:
     elif kind not in SOURCES:
         raise ValueError(f"unknown kind {kind!r} in {source!r}: one of {', '.join(SOURCES)}")
     file, _, root = path.rpartition("@") if "@" in path and not os.path.exists(path) else (path, "", None)
+    if kind == "srreal" and os.path.isfile(os.path.join(file, "rows.jsonl")):
+        kind = "scenes"                                       # what data.coldstart writes is of our format
     if not os.path.exists(file):
         raise FileNotFoundError(f"no such file or folder: {file} (of source {source!r})")
     if root is not None and not os.path.isdir(root):
@@ -116,11 +118,15 @@ def recognise(path: Path) -> str:
         if '"conversations"' not in start:                    # else it is a single row
             return "spar" if '"annotation"' in start else "omni3d"
     row = next((row for _, row in records(path) if isinstance(row, dict)), {})
-    return next((kind for kind, fields in FIELDS_OF.items() if fields <= row.keys()), "scenes")
+    if "conversations" in row and "</think>" in str(row["conversations"]):
+        return "srreal"                                       # read as llava, its path would be direct
+    return next((kind for kind, *fields in FIELDS_OF if row.keys() >= {*fields}), "scenes")
 
-FIELDS_OF = {  # the first that the row has
-    "spatialrgpt": {"filename", "conversations"}, "srreal": {"conversations", "3d_pos"},
-    "spar": {"conversations", "type", "image"}, "llava": {"conversations"}, "refcoco": {"bbox", "answer"}}
+FIELDS_OF = [  # the first whose fields the row has
+    ("spatialrgpt", "conversations", "filename"), *(
+        ("srreal", "conversations", own) for own in ("3d_pos", "cot", "main_frame_idx")),
+    ("spar", "conversations", "type", "image"), *(("srreal", "conversations", mark) for mark in MARKS),
+    ("llava", "conversations"), ("refcoco", "bbox", "answer")]
 
 # ---- our own format
 XYZ, FOUR = tuple[float, float, float], tuple[float, float, float, float]
@@ -159,6 +165,7 @@ def own_row(row: dict, base: str) -> Example:
     row["depths"] = depths if any(depths) else None
     row["intrinsics"] = [k and tuple(k) for k in row.get("intrinsics", ())] or None
     row["regions"] = [(image, tuple(box)) for image, box in row.get("regions", ())]
+    row["sizes"] = {mention: tuple(size) for mention, size in row.get("sizes", {}).items()} or None
     views = {str(k): k for k in range(len(row["images"]))}    # another key stays as it is, for check to name
     for mention, truth in row.get("objects", {}).items():
         by_view = isinstance(truth, dict) and {views.get(k, k): tuple(xyz) for k, xyz in truth.items()}

@@ -25,8 +25,8 @@ Departures: marks and boxes must lie on the same place, or the row is bad; names
 labels."""
 import os
 import re
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from pathlib import Path
 
 from data.rows import REGIONS, Bad, Notes, Row, depth_map, each, maps_of, set_name, size, turns, typed
@@ -44,14 +44,17 @@ SRREAL = OPTIONAL | MARKS | {
     "bbox_img_idx": list[list[int]], "point_img_idx": list[list[int]]}
 TEMPLATE = re.compile(r"^.*</answer>.*?\bQuestion:\s*", re.S)  # official prompts: before the raw question
 
-def images_of(row: dict, base: str) -> tuple[list[str], list]:
-    """Paths of the images and of their depth maps (None: there is none)."""
+def images_of(row: dict, base: str) -> tuple[list[str], Callable]:
+    """Paths of the images; and what looks for their depth maps (None: there is none), once the row is taken:
+    looking at a network's disk takes longer than reading the row. It returns (images, depth maps)."""
     listed = (row.get(name, ()) for name in ("image", "depth"))
     images, depths = ([os.path.join(base, file) for file in ([files] if isinstance(files, str) else files)]
                       for files in listed)
     if not images:
         raise Bad("image", "no image")
-    return images, maps_of(depths, images)
+    if len(depths or images) != len(images):
+        raise Bad("depth", f"wrong count: {len(depths)} for {len(images)} images")
+    return images, lru_cache(1)(lambda: (images, maps_of(depths, images)))
 
 # ---- llava
 def llava_rows(path: Path, root: str | None) -> Iterator[Row]:
@@ -59,24 +62,29 @@ def llava_rows(path: Path, root: str | None) -> Iterator[Row]:
 
 def conversation(root: str | None, file: Path, number: int, row: dict) -> Iterator[Row]:
     row = typed(row, REQUIRED, OPTIONAL)
-    yield from split(file, number, row, *images_of(row, root or str(file.parent)))
+    images, look = images_of(row, root or str(file.parent))
+    yield from split(file, number, row, len(images), look)
 
-def split(file: Path, number: int, row: dict, images: list, depths: list, path=None,
+def files_of_row(look: Callable) -> tuple:
+    return tuple(file for files in look() for file in files if file)
+
+def split(file: Path, number: int, row: dict, views: int, look: Callable, path=None,
           make=None) -> Iterator[Row]:
     """A Row a turn, whose id ends in /k where there are several; each with its share of the regions."""
     said, done = turns(row), 0
     kind = next((kind for kind in REGIONS if row.get(kind)), "bbox")
-    given, count = placed(row, kind, len(images)), sum(question.count("<mask>") for question, _ in said)
+    given, count = placed(row, kind, views), sum(question.count("<mask>") for question, _ in said)
     if count != len(given):
         raise Bad(kind, f"<mask> count: {count} for {len(given)} regions")
     for k, (question, answer) in enumerate(said):
         own = given[done:done + question.count("<mask>")]
         done += len(own)
         name = f"{set_name(file)}/{row.get('id', '')}#{number}" + (f"/{k}" if len(said) > 1 else "")
-        work = partial(make or direct, name, images, depths, question, answer, kind, own)
-        yield Row(str(file), number, name, work, (*images, *filter(None, depths)), path)
+        work = partial(make or direct, name, look, question, answer, kind, own)
+        yield Row(str(file), number, name, work, partial(files_of_row, look), path)
 
-def direct(name, images, depths, question, answer, kind, given, sizes: dict) -> list[Example]:
+def direct(name, look, question, answer, kind, given, sizes: dict) -> list[Example]:
+    images, depths = look()
     shapes = [size(image, sizes) for image in images]
     depths = [depth_map(depth, shape, sizes) for depth, shape in zip(depths, shapes, strict=True)]
     return [Example(name, "direct", images, question, answer, depths if any(depths) else None,
@@ -109,12 +117,13 @@ def srreal_row(root: str | None, notes: Notes, file: Path, number: int, row: dic
         beside = (file.with_suffix(suffix) for suffix in (".jpg", ".jpeg", ".png"))
         row["image"] = next((image.name for image in beside if image.is_file()), None)
     row = typed(row, REQUIRED, SRREAL)
-    row["image"], depths = images_of(row, root or str(file.parent))
+    row["image"], look = images_of(row, root or str(file.parent))
     name = f"{set_name(file)}/{row.get('id', '')}#{number}"
-    yield Row(str(file), number, name, partial(srreal_example, name, row, depths, notes),
-              (*row["image"], *filter(None, depths)), notes=notes)
+    yield Row(str(file), number, name, partial(srreal_example, name, row, look, notes),
+              partial(files_of_row, look), notes=notes)
 
-def srreal_example(name: str, row: dict, depths: list, notes: Notes, sizes: dict) -> list[Example]:
+def srreal_example(name: str, row: dict, look: Callable, notes: Notes, sizes: dict) -> list[Example]:
+    _, depths = look()
     shapes, ((question, answer), *more) = [size(image, sizes) for image in row["image"]], turns(row)
     if more:
         raise Bad("conversations", f"wrong count: {1 + len(more)} turns")

@@ -34,9 +34,13 @@ def build(base: str, file: Path, number: int, row: dict) -> Iterator[Row]:
     row = typed(row, REQUIRED, OPTIONAL)
     row["conversations"] = [part | {"value": re.sub(r"\s*<depth>", "", part.get("value", ""))}
                             for part in row["conversations"]]
-    image = find(base, row["filename"])
-    yield from split(file, number, {"id": row["filename"]} | row, [image], [estimated(image)], "direct",
-                     both_paths)
+    look = lru_cache(1)(partial(files, base, row["filename"]))
+    yield from split(file, number, {"id": row["filename"]} | row, 1, look, "direct", both_paths)
+
+def files(base: str, name: str) -> tuple[list, list]:
+    """(its image, its depth map or None), looked for when a row is taken."""
+    image = find(base, name)
+    return [image], [estimated(image)]
 
 @lru_cache(1)
 def folders(base: str) -> tuple[str, ...]:
@@ -49,14 +53,14 @@ def find(base: str, name: str) -> str:
     places = [os.path.join(folder, name) for folder in sorted(folders(base), key=lambda f: f != likely)]
     return next(filter(os.path.isfile, places), places[0])  # the first is what will be said to be missing
 
-def both_paths(name, images, depths, question, answer, kind, given, sizes: dict) -> list[Example]:
+def both_paths(name, look, question, answer, kind, given, sizes: dict) -> list[Example]:
     if "<mask>" in answer:
         raise Bad("conversations", "<mask> in an answer")
-    width, height = size(images[0], sizes)
+    width, height = size(look()[0][0], sizes)
     if kind == "bbox":
         given = [(view, (max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)))
                  for view, (x0, y0, x1, y1) in given]
-    examples = direct(name, images, depths, question, answer, kind, given, sizes)
+    examples = direct(name, look, question, answer, kind, given, sizes)
     short = quantity(answer)
     return examples + [replace(e, path="lor", answer=short) for e in examples if short]
 

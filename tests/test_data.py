@@ -105,6 +105,7 @@ def test_good_rows_come_back_whole(folder):
     assert one.images == [str(folder / "a.png")] and one.depths == [str(folder / "d.png")]
     assert one.regions == [(0, (1, 2, 30, 20))] and one.intrinsics == [(50, 50, 15.5, 11.5)]
     assert one.objects == {"red bbox": (0.1, 0.2, 2.1)} and one.frame is None and one.task == "depth"
+    assert one.sizes == {"red bbox": (0.5, 0.4, 0.3)}
     assert two.objects == {"red bbox": {0: (0, 0, 2), 1: (1, 0, 2)}} and two.frame == 1
     assert two.depths == [str(folder / "d.png"), None] and two.intrinsics[1] is None
 
@@ -168,6 +169,7 @@ def test_sources(folder, tmp_path_factory):
     other = write(elsewhere, [TWO], "some.jsonl")
     read = data.load([f"scenes:{folder}", f"scenes:{other}@{folder}"])
     assert [e.images[0] for e in read] == [str(folder / "a.png")] * 2
+    assert data.load([f"srreal:{folder}"]) == data.load([folder])              # what data.coldstart writes
     with pytest.raises(data.BadRows) as error:               # of one set: all its images are missing
         data.load([folder, other])
     assert {file for file, *_ in error.value.rows} == {str(other)}
@@ -251,6 +253,9 @@ LLAVA = {"image": "a.png", "conversations": [{"from": "human", "value": "?"}, {"
 
 @pytest.mark.parametrize("kind, row", [
     ("llava", LLAVA), ("srreal", LLAVA | {"3d_pos": {}}), ("spar", LLAVA | {"type": "t", "image": ["a.png"]}),
+    ("srreal", LLAVA | {"type": "t", "cot": "so"}), ("srreal", LLAVA | {"red_point": [[5, 5]]}),
+    ("srreal", LLAVA | {"conversations": [{"from": "human", "value": "?"}, {
+        "from": "gpt", "value": "<think>so</think>\n<answer>1</answer>"}]}),
     ("spatialrgpt", {"filename": "a.png", "conversations": LLAVA["conversations"]}), ("scenes", GOOD),
     ("refcoco", {"file_name": "a.png", "answer": ["x"], "bbox": [1, 2, 3, 4]})])
 def test_kinds_are_recognised_by_the_first_row(folder, kind, row):

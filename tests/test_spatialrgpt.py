@@ -7,6 +7,7 @@ import pytest
 import rooms
 
 import data
+from data import spatialrgpt
 from data.spatialrgpt import quantity
 from srreal import answer_score
 
@@ -64,6 +65,15 @@ def test_turns_regions_and_short_answers(tmp_path, one):
     ("There are 2 in the image.", None), ("It is 12 in.", "12 in"), ("A width of 12 in, roughly.", "12 in")])
 def test_the_quantity_of_a_sentence(text, short):
     assert quantity(text) == short
+
+
+def test_only_rows_that_are_taken_have_their_files_looked_for(tmp_path, one, monkeypatch):
+    rooms.save(one[0].images[0], tmp_path / "0a1b2c.jpg")
+    file, looked = write(tmp_path, *[row(one) for _ in range(50)]), []
+    find = spatialrgpt.find
+    monkeypatch.setattr(spatialrgpt, "find", lambda *place: looked.append(place) or find(*place))
+    taken = data.load([f"spatialrgpt:{file}@{tmp_path},cap=3"])
+    assert len(taken) == 3 and 1 <= len(looked) <= 3
 
 
 def test_a_box_over_the_edge_ends_there(tmp_path, one):
