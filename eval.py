@@ -23,7 +23,8 @@ A question is asked in each path by its own row, or by a copy of the row there i
   (no depth)  the same of --again questions, asked once more without depth: predictions-no-depth.jsonl.
 
 A benchmark also gets its own table, by its published scorer and by ours (data/scorers.py), in per cent; the
-last column is somebody else's figure. Its --data is where it was downloaded to.
+last column is somebody else's figure. What each answer got by both stands in predictions.jsonl (`official`,
+`robust`). Its --data is where it was downloaded to.
 
 Several ranks share the questions and give the numbers of one. Interrupted, the same command goes on behind
 the answers in predictions.jsonl; after a finished eval, or with other settings, it starts again.
@@ -38,6 +39,7 @@ import os
 from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -397,10 +399,16 @@ def main(config: Config) -> dict | None:
     print_table(results)
     for path in results if config.benchmark else ():
         answers = zip(examples, rows["predictions.jsonl"], strict=True)
-        pairs = [(example, row["text"]) for example, row in answers if example.path == path]
-        marks = {s: benchmarks.score(config.benchmark, pairs, s) for s in ("official", "robust")}
+        answers = [(example, row) for example, row in answers if example.path == path]
+        marks = {}
+        for scorer in ("official", "robust"):
+            mark = partial(benchmarks.score, config.benchmark, scorer=scorer)
+            marks[scorer] = mark([(example, row["text"]) for example, row in answers])
+            for example, row in answers:
+                row[scorer] = mark([(example, row["text"])])["overall"]
         summary.setdefault("benchmark", {})[path] = marks
         print_benchmark(config.benchmark, path, marks)
+    write_rows(Path(config.out), "predictions.jsonl", rows["predictions.jsonl"])  # with both scorers' marks
     (Path(config.out) / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False))
     return summary
 

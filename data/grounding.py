@@ -159,7 +159,8 @@ def ca1m_rows(path: Path, root: str | None) -> Iterator[Row]:
     for frame in frames:
         file = frame / "instances.json"
         try:
-            matrix = json.loads((frame / "image" / "K.json").read_text())
+            place = min((frame / "image").glob("[Kk].json"), default=frame / "image" / "K.json")
+            matrix = json.loads(place.read_text())
             view = camera(np.reshape(matrix, (3, 3)).tolist()), stated_size(frame)
             listed = json.loads(file.read_text())
             things = [typed(thing, INSTANCE, {"box_2d_rend": FOUR, "box_2d_proj": FOUR}) for thing in listed]

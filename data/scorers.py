@@ -9,7 +9,7 @@ official  the published rule, bugs included, on the first <answer> block (withou
     cv-bench    the first letter of the text: "The answer is B" is T
     sat, erqa, realworldqa, blink    equal but for case, ( ) . and blanks
     spatialrgpt-bench    the first yes or no, region, clock hour or length in the text; a length is right
-                within 25 %, a direction within an hour
+                within 25 %, a direction within an hour. "In fact, ..." and "Actually, ..." are noes
 robust    reads one answer or none, and none is wrong: in <answer> only the forms that srreal.answer_score
     takes, or an option's text; without <answer> also the last "answer is X", else the only letter (number) in
     the text. Signed numbers with units; MRA with exact ties, and truth and answer in their places.
@@ -162,7 +162,8 @@ def judged_robust(response: str, example: Example) -> float | None:
 # ---- The robust scorer
 
 LETTERS = "ABCDEFGH"
-EXPLICIT = re.compile(r"\b[Aa]nswer(?:\s+is\b\s*:?|\s*:)[\s*_\"'`(\[{]*(?:[Oo]ption\s+)?([A-H])(?![\w'’-])")
+EXPLICIT = re.compile(r"\b[Aa]nswer(?:\s+is\b\s*:?|\s*:)[\s*_\"'`(\[{]*(?:[Oo]ption\s+)?[(\[{]?"
+                      r"([A-H]|(?<=[(\[{])[a-h](?=[)\]}]))(?![\w'’-])")  # in brackets in either case
 SOLE = re.compile(r"(?<![\w'’-])(A(?!\s+(?!or\b|and\b)[a-z])|[B-H])(?![\w'’-])")  # "A chair": an article
 OPTION = re.compile(r"^\s*\(?([A-H])[).:]\s*(.+?)\s*$", re.M)
 SAID_NUMBER = re.compile(r"\b[Aa]nswer(?:\s+is\b\s*:?|\s*:)\s*" + QUANTITY.pattern + r"(?![\w.]*\w)")
@@ -183,7 +184,7 @@ def read_choice(response: str, question: str) -> str | None:
     if forms or worded or block is not None:
         return [*forms, *worded, None][0]
     explicit, alone = EXPLICIT.findall(text), set(SOLE.findall(text))
-    return explicit[-1] if explicit else alone.pop() if len(alone) == 1 else None
+    return explicit[-1].upper() if explicit else alone.pop() if len(alone) == 1 else None
 
 
 def read_number(response: str, question: str) -> float | None:

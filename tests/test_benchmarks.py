@@ -599,7 +599,8 @@ def test_spar_by_both_scorers(response, true, task, official, robust):
     ("realworldqa", "2.0", "2", 0, 1),
     ("realworldqa", "It is 2 or 3", "2", 0, None),
     ("blink", "(B)", "B", 1, 1),
-    ("blink", "Option B", "B", 0, 1)])  # fmt: skip
+    ("blink", "The answer is (b)", "B", 0, 1), ("blink", "Not A. Answer: option (B)", "B", 0, 1),
+    ("blink", "the answer is a table", "C", 0, None), ("blink", "Option B", "B", 0, 1)])  # fmt: skip
 def test_choices_by_both_scorers(name, response, answer, official, robust):
     question = "Which?\n(A) door\n(B) cabinet\n(C) table\n(D) cart"
     assert one(name, "official", response, answer, "t", question) == official
@@ -761,6 +762,8 @@ def test_eval_prints_both_scorers(tmp_path, monkeypatch, capsys):
                                out=str(tmp_path / "out"))  # fmt: skip
     scores = evaluation.main(config)["benchmark"]["direct"]
     assert scores["official"]["overall"] == 0 and scores["robust"]["overall"] == 100
+    rows = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").read_text().splitlines()]
+    assert rows and all((row["official"], row["robust"]) == (0, 100) for row in rows)
     lines = capsys.readouterr().out.splitlines()
     assert "SpatialThinker" in next(line for line in lines if line.startswith("cv-bench direct"))
     assert next(line for line in lines if line.startswith("  overall ")).split()[1:] == [

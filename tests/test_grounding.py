@@ -162,8 +162,10 @@ def ca1m(folder, found, depth=True):
 
 
 def test_ca1m(tmp_path, one):
-    ca1m(tmp_path, one)
+    frame = ca1m(tmp_path, one)
     examples = data.load([tmp_path])                                          # recognised
+    (frame / "image" / "K.json").rename(frame / "image" / "k.json")           # as webdataset writes it
+    assert [e.answer for e in data.load([tmp_path])] == [e.answer for e in examples]
     check_grounding(one, examples)
     depth = np.asarray(examples[0].depths[0])
     assert depth.shape == rooms.SIZE[::-1]
