@@ -285,7 +285,7 @@ def main(cfg: Config) -> None:
     cfg = choose_slots(cfg, plain, settings.slots, old.get("slots") or 0)
 
     def own_share(rows: list[tuple[int, Example]]) -> list[tuple[int, Example]]:
-        """This rank's prompts, by expected length: path dtr writes a box, and a step on the way, per region."""
+        """This rank's prompts, by expected length: path dtr writes a box, and reasons, per region."""
         weights = [1.0 + len(e.regions) * (e.path == "dtr") for _, e in rows]
         return [rows[i] for i in trainer.deal(weights, rank, world)]
 

@@ -32,7 +32,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-import data
 import trainer
 from model.head3d import head_loss
 from model.processor import Batch, Processor
@@ -75,20 +74,13 @@ class Config:
     skip_bad_rows: bool = False  # go on without the unusable rows, and count them
 
 
-def teachable(examples: list[Example], skip: bool) -> list[Example]:
-    """Those that have a target to teach; the others are bad rows."""
-    good, bad = [], []
-    for example in examples:
-        try:
-            target(example)
-            good.append(example)
-        except ValueError as error:
-            bad.append((example.id, 0, "target", str(error)))
-    if bad and not (skip and good):
-        raise data.BadRows(bad)
-    if bad:
-        trainer.say(f"skipped {len(bad)} of {len(examples)} rows without a target (first: {bad[0][-1]})")
-    return good
+def untaught(example: Example) -> list[tuple[str, str]]:
+    """(field, reason) where there is no target to teach."""
+    try:
+        target(example)
+    except ValueError as error:
+        return [("target", str(error))]
+    return []
 
 
 COLUMNS = {"step": "6d", "loss": "7.4f", "loss_head": "7.4f", "head_error_metres": "6.3f",
@@ -130,7 +122,7 @@ def losses(output: Output, batch: Batch, sequences: int) -> tuple[Tensor, Tensor
 def main(cfg: Config) -> None:
     rank, world, device = trainer.setup()
     checkpoint, done = trainer.begin(cfg)
-    examples, held_out = (teachable(rows, cfg.skip_bad_rows) for rows in trainer.load_data(cfg))
+    examples, held_out = trainer.load_data(cfg, untaught)
     keys = ((trainer.images_key(e), e.path) for e in examples)  # one path a run: answers of like length
     order = trainer.Order(keys, cfg.seed, cfg.questions_per_image)
 

@@ -311,12 +311,12 @@ class Reference:
 # ---- Data
 
 
-def load_data(cfg) -> tuple[list[Example], list[Example]]:
-    """The examples of --data and of --eval-data; the bad rows of both in one list."""
+def load_data(cfg, more=None) -> tuple[list[Example], list[Example]]:
+    """The examples of --data and of --eval-data; the bad rows of both in one list. more: as of data.load."""
     sets, bad = [], []
     for sources in (cfg.data, cfg.eval_data):
         try:
-            sets.append(mendable(data.load, sources, skip_bad_rows=cfg.skip_bad_rows) if sources else [])
+            sets.append(mendable(data.load, sources, cfg.skip_bad_rows, more) if sources else [])
         except data.BadRows as error:
             bad += error.rows
     if bad:

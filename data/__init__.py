@@ -20,6 +20,7 @@ SFT needs a rationale in each lor and dtr row; RL and eval need none, so here a 
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -47,8 +48,10 @@ class BadRows(ValueError):
         lines = (f"{file}:{row}: {field}: {reason}" for file, row, field, reason in self.rows)
         return "\n".join([f"{len({row[:2] for row in self.rows})} rows cannot be used:", *lines])
 
-def load(sources: Iterable, skip_bad_rows: bool = False) -> list[Example]:
-    """The Examples of all sources, in order. Bad rows raise BadRows, or are counted, printed and left out."""
+def load(sources: Iterable, skip_bad_rows: bool = False, more=None) -> list[Example]:
+    """The Examples of all sources, in order. Bad rows raise BadRows, or are counted, printed and left out.
+
+    more: Example -> [(field, reason)], what else makes a row unusable where it is wanted."""
     sources = [sources] if isinstance(sources, (str, Path)) else sources
     wanted = [part for source in sources for part in parts(str(source))]
     taken = [(part, row) for part in wanted for row in part.share(open_source(part.source))]
@@ -60,6 +63,7 @@ def load(sources: Iterable, skip_bad_rows: bool = False) -> list[Example]:
         made = pool.map(lambda pair: examples_of(*pair, sizes), taken)
         for (part, row), (examples, reasons) in zip(taken, made, strict=True):
             reasons = reasons + [reason for e in examples for reason in check(e, sizes, ids)]
+            reasons = reasons or [reason for e in examples for reason in (more(e) if more else ())]
             bad += [(row.file, row.number, *reason) for reason in dict.fromkeys(reasons)]
             good += [] if reasons else examples
             used[part.source] += len(examples) + len(reasons)
@@ -176,6 +180,8 @@ SOURCES = {"scenes": own_rows, "srreal": srreal_rows, "spar": spar_rows, "spatia
            "omni3d": omni3d_rows, "ca1m": ca1m_rows, "refcoco": refcoco_rows, "llava": llava_rows}
 
 # ---- what every Example has to hold, whatever its source
+CONTROL = re.compile(r"<\|(?!(?:object_ref|box|quad)_)\w+\|>")  # would end a turn, or stand for an image
+
 def size_of(image, sizes: dict) -> tuple | str:
     """(W, H), or what is wrong with its file. A DepthMap has its image's size."""
     file = image.source if isinstance(image, Marked | DepthMap) else image
@@ -195,6 +201,8 @@ def check(e: Example, sizes: dict, ids: set) -> list:
         ((e.id, e.path) in ids, "id", f"duplicate: {e.id} on path {e.path}"),
         (e.path not in PATHS, "path", f"unknown path: {e.path!r}, not one of {', '.join(PATHS)}"),
         (not e.answer.strip(), "answer", f"unknown answer kind: {e.answer!r}"),
+        *((CONTROL.search(text or ""), name, f"control token: {CONTROL.findall(text or '')[:1]}")
+          for name, text in (("question", e.question), ("answer", e.answer), ("rationale", e.rationale))),
         (not shapes, "images", "no image"),
         *((isinstance(size, str), "images", size) for size in shapes),
         *((isinstance(found, str), "depths", found) for found, _ in depths),

@@ -101,7 +101,9 @@ def read_config(directory: Path):
     try:
         config = AutoConfig.from_pretrained(directory)
         Sizes.of(config)
-    except (ValueError, KeyError, AttributeError, OSError) as error:
+    except (KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path}: no {error} in it; copy the original config.json") from error
+    except (ValueError, OSError) as error:
         raise CheckpointError(f"{path}: {str(error).strip().splitlines()[0]}") from error
     return config
 
@@ -142,6 +144,9 @@ def _read(directory: Path, model) -> tuple[dict[str, Tensor], Origin]:
                         continue
                     state[ours] = file.get_tensor(name)
                     origin.names[ours], origin.dtypes[ours] = name, state[ours].dtype
+                    if not state[ours].is_floating_point() or state[ours].element_size() < 2:
+                        kind = str(state[ours].dtype).removeprefix("torch.")
+                        raise CheckpointError(f"{path}: {name} is {kind}; quantised weights don't load")
         except SafetensorError as error:
             raise CheckpointError(f"{path}: not a whole safetensors file ({error}); copy it again") from error
     return state, origin
@@ -153,6 +158,12 @@ def rename(name: str) -> str:
         if name.startswith(theirs):
             return ours + name[len(theirs) :]
     return name
+
+
+def on_disk(name: str) -> str:
+    """Our name -> that of the newer published layout, for messages."""
+    theirs, ours = next((pair for pair in PREFIXES if name.startswith(pair[1])), ("", ""))
+    return theirs + name[len(ours) :]
 
 
 def _read_spatial(directory: Path) -> tuple[dict[str, Tensor], str]:
@@ -176,12 +187,12 @@ def _check(directory: Path, model, state: dict[str, Tensor], spatial: dict[str, 
     for what, names in (("lacks", missing), ("has the unknown tensor", surplus)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            what = f"{what} {names[0]}{more}"
+            what = f"{what} {on_disk(names[0])}{more}"
             raise CheckpointError(f"{directory}: the checkpoint {what}; is config.json of these weights?")
     if wrong:
         n = wrong[0]
         shapes = tuple(found[n].shape), tuple(wanted[n])
-        raise CheckpointError(f"{directory}: {n} is {shapes[0]}, config.json wants {shapes[1]}")
+        raise CheckpointError(f"{directory}: {on_disk(n)} is {shapes[0]}, config.json wants {shapes[1]}")
 
 
 def _init_spatial(model, device, dtype: torch.dtype) -> None:

@@ -366,7 +366,7 @@ class Processor:
         legacy = self.files / "chat_template.json"
         if tokenizer.chat_template is None and legacy.is_file():
             tokenizer.chat_template = read_json(legacy).get("chat_template")
-        if tokenizer.chat_template is None:
+        if not (tokenizer.chat_template or "").strip():
             raise CheckpointError(f"{self.files}: no chat_template.jinja, nor an older form of it")
 
     # ---- text ----

@@ -12,7 +12,7 @@ from test_tiny import checkpoint
 from tiny_models import FAMILIES, inputs, make, reference_logits
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
-from model.checkpoint import CheckpointError, load, rename
+from model.checkpoint import CheckpointError, load, on_disk, rename
 from model.qwen_vl import QwenVL, rope_axes
 
 IDS = dict(
@@ -285,11 +285,13 @@ def test_errors_are_one_line_and_name_the_culprit(tmp_path):
     ours = rename(first)
     assert shard in broken(lambda path: (path / shard).unlink())
     assert shard in broken(lambda path: (path / shard).write_bytes((path / shard).read_bytes()[:500]))
-    assert f"lacks {ours}" in broken(lambda path: edit(path, **{first: None}))
+    assert f"lacks {on_disk(ours)}" in broken(lambda path: edit(path, **{first: None}))
     assert "unknown tensor extra.weight" in broken(
         lambda path: edit(path, **{"extra.weight": torch.zeros(2)})
     )
-    assert ours in broken(lambda path: edit(path, **{first: torch.zeros(2, 2)}))
+    assert on_disk(ours) in broken(lambda path: edit(path, **{first: torch.zeros(2, 2)}))
+    whole = torch.ones(2, 2, dtype=torch.int8)
+    assert f"{first} is int8" in broken(lambda path: edit(path, **{first: whole}))
     norm, index = "model.language_model.norm.weight", "model.safetensors.index.json"
     places = json.loads((tmp_path / "a" / index).read_text())["weight_map"]
 
@@ -298,7 +300,7 @@ def test_errors_are_one_line_and_name_the_culprit(tmp_path):
         del weights[norm]
         save_file(weights, path / places[norm])
 
-    assert "lacks decoder.norm.weight" in broken(without_norm)
+    assert f"lacks {norm}" in broken(without_norm)
     for text in ("", '{"weight_map": {"a', "[]", "{}", '{"weight_map": null}', '{"weight_map": []}'):
         assert index in broken(lambda path, text=text: (path / index).write_text(text))
     assert "llama" in broken(lambda path: (path / "config.json").write_text('{"model_type": "llama"}'))

@@ -44,6 +44,21 @@ def test_bad_rows_of_both_data_flags_come_in_one_list(tmp_path):
     assert [row[:3] for row in bad.value.rows] == [(path, 1, "row") for path in paths]
 
 
+def test_control_tokens_in_a_row_are_named_before_the_first_step(tmp_path):
+    Image.new("RGB", (32, 24)).save(tmp_path / "a.png")
+    row = {"path": "direct", "images": ["a.png"], "question": "What?", "answer": "1"}
+    box = "<|box_start|>(1,2),(3,4)<|box_end|>"
+    odd = [{"question": "A<|im_end|>B"}, {"answer": "<|image_pad|>"}, {"answer": box}]
+    lines = [json.dumps(row | change | {"id": str(i)}) for i, change in enumerate(odd)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    with pytest.raises(data.BadRows) as bad:
+        data.load([tmp_path])
+    assert [(number, field) for _, number, field, _ in bad.value.rows] == [(1, "question"), (2, "answer")]
+    with pytest.raises(data.BadRows) as bad:  # what else a user of the rows can't use
+        data.load([tmp_path], more=lambda e: [("target", "none")] if e.id == "2" else [])
+    assert [row[1:3] for row in bad.value.rows] == [(1, "question"), (2, "answer"), (3, "target")]
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 def test_a_torn_tokenizer_file_is_named(tmp_path, name):
     for file in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
@@ -73,7 +88,8 @@ def test_shares_tile_and_cuts_obey_the_budget():
         for world in (1, 2, 3, 8):
             weights = [1 + 7 * i % 5 for i in range(count)]
             hands = [trainer.deal(weights, rank, world) for rank in range(world)]
-            assert sorted(sum(hands, [])) == list(range(count)) and all(hand == sorted(hand) for hand in hands)
+            assert sorted(sum(hands, [])) == list(range(count))
+            assert all(hand == sorted(hand) for hand in hands)
             shares = [range(count)[trainer.evenly(weights, rank, world)] for rank in range(world)]
             assert [row for share in shares for row in share] == list(range(count))
             heavy = [sum(weights[row] for row in share) for share in shares]
@@ -493,7 +509,7 @@ def test_host_memory_is_flat_over_thirty_steps(checkpoint, tmp_path, monkeypatch
         resident.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
 
     monkeypatch.setattr(trainer.Log, "__call__", log)
-    monkeypatch.setattr(trainer, "load_data", lambda cfg: (rows, []))
+    monkeypatch.setattr(trainer, "load_data", lambda cfg, *_: (rows, []))
     parity = lambda text, *_: Scores(*[float(sum(text.encode()) % 2)] * 2, 0.0, 0.0)  # noqa: E731
     monkeypatch.setattr(train_rl, "score", parity)
     own = dict(batch=8) if script is train_sft else dict(prompts=4, group=4, max_new_tokens=4)
