@@ -238,7 +238,8 @@ def begin(config: Config, asked: dict[str, list[Example]]) -> dict[str, dict]:
     out, checkpoint = Path(config.out), sorted(Path(config.model).glob("*.safetensors"))
     out.mkdir(parents=True, exist_ok=True)
     settings = asdict(replace(config, out="")) | {"checkpoint": [
-        (file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint]}
+        (file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint],
+        "columns": [*COLUMNS]}  # rows that an older version wrote lack some
     settings, old, done = json.loads(json.dumps(settings)), None, {name: {} for name in asked}
     with suppress(OSError, ValueError):
         old = json.loads((out / "settings.json").read_text())

@@ -832,6 +832,12 @@ def test_an_interrupted_eval_goes_on(tmp_path, monkeypatch):
     asked.clear()
     evaluation.main(evaluation.replace(config, max_new_tokens=7))
     assert len(asked) == 12
+    (tmp_path / "b" / "summary.json").unlink()  # begun by a version with fewer columns: its rows won't do
+    settings = json.loads((tmp_path / "b" / "settings.json").read_text())
+    (tmp_path / "b" / "settings.json").write_text(json.dumps(settings | {"columns": ["accuracy"]}))
+    asked.clear()
+    evaluation.main(evaluation.replace(config, max_new_tokens=7))
+    assert len(asked) == 12
 
 
 def test_ranks_give_the_numbers_of_one(tmp_path, monkeypatch):
