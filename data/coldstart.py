@@ -115,24 +115,29 @@ def sampler(cfg: Config):
 
 # ---- rows out
 def as_row(e: Example, think: str, out: Path) -> dict:
-    """A row of our own format, files relative to `out`. Images and depths that are no files are saved; a
-    region that is a mask becomes its box, as the format holds no masks."""
-    stem = hashlib.sha1(f"{e.id} {e.path}".encode()).hexdigest()[:16]
+    """A row of our own format, files relative to `out`. Images and depths that are no files are saved, once
+    for both paths; a region that is a mask becomes its box, as the format holds no masks."""
+    stem, ends = hashlib.sha1(e.id.encode()).hexdigest()[:16], {"images": "jpg", "depths": "png"}
     row = {key: v for key, v in vars(e).items() if v not in (None, "", [], {})} | {"rationale": think}
     for folder in {"images", "depths"} & row.keys():
+        files = (f"{folder}/{stem}-{k}.{ends[folder]}" for k in range(len(row[folder])))
         row[folder] = [item and os.path.relpath(item, out) if isinstance(item, str | Path | None) else
-                       saved(item, out, f"{folder}/{stem}-{k}.png") for k, item in enumerate(row[folder])]
+                       saved(item, out, file) for item, file in zip(row[folder], files, strict=True)]
     return row | {"regions": [(view, box_of(region)) for view, region in e.regions]}
 
 def saved(item, out: Path, file: str) -> str:
-    """An image, or a depth map in metres as millimetres."""
+    """An image as a JPEG (as PNGs a set's photographs fill the disk), a depth map in metres as millimetres."""
+    part = out / f"{file}.part"
+    if (out / file).is_file():
+        return file
     if file.startswith("depths/"):
         metres = np.nan_to_num(np.asarray(item), posinf=0)
         picture = Image.fromarray((metres * 1000).round().clip(0, 65535).astype(np.uint16))
     else:
         picture = item.convert("RGB")
-    (out / file).parent.mkdir(exist_ok=True)
-    picture.save(out / file)
+    part.parent.mkdir(exist_ok=True)
+    picture.save(part, file[-3:].replace("jpg", "jpeg"), quality=95, subsampling=0)
+    os.replace(part, out / file)
     return file
 
 def box_of(region) -> list:

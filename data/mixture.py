@@ -7,9 +7,9 @@
     data = "spar:$SPAR/scannet"
     weight = 0.1
 
-A row is taken by the hash of (seed, its id): so the share depends neither on the order of the rows nor on the
-number of ranks, a larger share holds a smaller one, and of an array of millions only the share stays in
-memory."""
+A row is taken by the hash of (seed, its id): so the share doesn't depend on the number of ranks, a larger
+share holds a smaller one, and of an array of millions only the share stays in memory. Where a set has no ids
+of its own, an id holds the row's place in its file: then the files must stay as they are."""
 import hashlib
 import heapq
 import os
