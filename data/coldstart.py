@@ -126,7 +126,7 @@ def as_row(e: Example, think: str, out: Path) -> dict:
     return row | {"regions": [(view, box_of(region)) for view, region in e.regions]}
 
 def saved(item, out: Path, file: str) -> str:
-    """An image as a JPEG (as PNGs a set's photographs fill the disk), a depth map in metres as millimetres."""
+    """An image as a JPEG (photographs as PNGs fill the disk), a depth map in metres as millimetres."""
     part = out / f"{file}.part"
     if (out / file).is_file():
         return file
