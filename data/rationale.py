@@ -18,6 +18,7 @@ Thing = namedtuple("Thing", "text mention at")  # at: (x, y, z) as the detect bl
 CAMERA = Thing("the camera", "camera", (0.0, 0.0, 0.0))
 WAYS = (("left", "right"), ("up", "down"), ("nearer", "farther"))
 AXES = (("left", "right"), ("above|higher", "below|lower"), ("front|nearer|closer", "behind|farther|further"))
+REFERENCE = re.compile(r"\b(relative to|relation to|respect to|compared (to|with)|from)\s[\w\s]*\(?$", re.I)
 EXTREME = r"(near|clos|farth|furth)(?:er|est)\b(?P<than> to| from)?"
 
 def r(value) -> float:
@@ -43,6 +44,10 @@ def depth(question, a, b=None):
     working = f"From {a.text} to {b.text} the depth changes by dz = {minus(b.at[2], z)}"
     return abs(r(b.at[2] - z)), working, " and ".join(words)
 
+def told_depth(question, *things):
+    """SPAR tells the depth of what is red; asked is that of the other, or by how much two others differ."""
+    return depth(question, *(t for t in things if not t.mention.startswith("red")))
+
 def distance(question, a, b=None):
     _, far, working, words = hop(a, b) if b else hop(CAMERA, a)
     return far, working, words if b else f"From the camera it is about {far:.1f} m to {a.text}"
@@ -50,7 +55,8 @@ def distance(question, a, b=None):
 def extreme(question, *things):
     """Which thing is closest to (or farthest from) one of them, or the camera?"""
     match = re.search(EXTREME, question, re.I)
-    behind = question[match.end():] if match["than"] else ""
+    rest = question[match.end():]  # "closer to a: b or c", or "closer: b or c to a"
+    behind = rest if match["than"] else re.split(r"\b(?:to|from)\b", rest)[-1] if " to " in rest else ""
     camera = re.match(r"\W*(?:the )?(?:camera|observer|viewer|you|me)\b", behind, re.I)
     named = [] if camera else [t for t in things if t.mention in behind]
     anchor = min(named, key=lambda t: behind.find(t.mention), default=CAMERA)
@@ -65,6 +71,8 @@ def extreme(question, *things):
 
 def relation(question, a, b):
     """Where is a, seen from b, along those axes of the camera that the question names?"""
+    if REFERENCE.search(question[:question.find(a.mention)]):
+        a, b = b, a
     steps, _, _, words = hop(b, a)
     axes = [i for i, names in enumerate(AXES) if re.search("|".join(names), question, re.I)]
     working = [f"along {'xyz'[i]}, {a.text} is at {minus(a.at[i], b.at[i])} from {b.text}, which is "
@@ -80,8 +88,15 @@ def perspective(question, a, b, c):
             total = r(i * tx + j * tz)
             found.append(names[total > 0])
             working.append(f"{i} * {tx} + {j} * {tz} = {total}, and negative is {names[0].partition('|')[0]}")
+    if re.search("|".join(AXES[1]), question, re.I):
+        found.append(AXES[1][c.at[1] > a.at[1]])
+        working.append(f"Along y, {c.text} is {minus(c.at[1], a.at[1])} from {a.text}, and negative is above")
     return found, ". ".join(working), f"{hop(a, b)[3]}; {hop(a, c)[3].replace('From', 'from', 1)}"
 
+SPAR = (  # (how a task's name begins, for how many things, rule)
+    ("depth_prediction_oc", (2,), told_depth), ("depth_prediction_oo", (3,), told_depth),
+    ("distance_prediction", (1, 2), distance), ("distance_infer_center", (3,), extreme),
+    ("obj_spatial_relation", (2,), relation), ("spatial_imagination_oc", (3,), perspective))
 RULES = (  # (what the question says, for how many things, rule); the truth decides whether it was the right
     ("standing|facing|imagine|perspective", (3,), perspective), (EXTREME, (2, 3, 4), extreme),
     ("depth|deep", (1, 2), depth), ("far|distance|apart", (1, 2), distance),
@@ -116,7 +131,8 @@ def compute(e: Example, seed: str) -> str | None:
     rng = random.Random(f"{seed} {e.id} {e.path}")
     form, boxes = rng.choice(("the {} ({})", "the {} at the {}")), centres(e) if taught(e, "dtr") else []
     things = [Thing(form.format(name, m) if name != m else m, m, xyz) for m, name, xyz in boxes]
-    for says, counts, rule in RULES:
+    known = [(".", *rule[1:]) for rule in SPAR if (e.task or "").startswith(rule[0])]
+    for says, counts, rule in known or RULES:
         question = e.question if rule in (relation, perspective) else OPTION.sub("", e.question)  # no options
         if len(things) in counts and re.search(says, question, re.I):
             break

@@ -212,6 +212,40 @@ def test_rows_that_no_view_can_teach(tmp_path, capsys):
     assert "1 dtr rows without objects" in capsys.readouterr().out
 
 
+RED, BLUE, GREEN = (f"{name} ({mention} point <mask>)" for name, mention in (
+    ("the bag", "red"), ("the box", "blue"), ("the chair", "green")))
+SPAR = [  # task, question, answer: red at (0, 0, 2), blue at (3, 0, 2), green at (0, -1, 4)
+    ("depth_prediction_oc", f"{RED} is 2.0 meters deep. How deep is {BLUE}?", "2.0"),
+    ("depth_prediction_oo_mv", f"{RED} is 2.0 meters deep. By how much do {BLUE} and {GREEN} differ?", "2.0"),
+    ("distance_prediction_oc", f"How many meters separate the camera and {BLUE}?", "3.6"),
+    ("distance_prediction_oo", f"What is the gap between {RED} and {BLUE}?", "3.0"),
+    ("distance_infer_center_oo",
+     f"Which is closer: {GREEN} or {BLUE} to {RED}? A. the chair (green point) B. the box (blue point)", "A"),
+    ("distance_infer_center_oo_mv",
+     f"Which is farther from {RED}: {GREEN} or {BLUE}? A. chair (green point) B. box (blue point)", "B"),
+    ("obj_spatial_relation_oo",
+     f"Relative to {RED}, where is {GREEN}? A. above, behind B. below, behind C. above, front", "A"),
+    ("obj_spatial_relation_oo_mv",
+     f"Where is {GREEN} in relation to {RED}? A. above, behind B. below, behind C. above, front", "A"),
+    ("spatial_imagination_oc", f"The observer walks to {RED} and turns to {BLUE}. {GREEN} is then: "
+     "A. left, above B. right, above C. left, below", "A")]
+
+
+@pytest.mark.parametrize("task, question, answer", SPAR, ids=[task for task, *_ in SPAR])
+@pytest.mark.parametrize("path", ["lor", "dtr"])
+def test_spar_tasks_have_rules_whatever_their_words(path, task, question, answer):
+    places = {"red point": (0.0, 0.0, 2.0), "blue point": (3.0, 0.0, 2.0), "green point": (0.0, -1.0, 4.0)}
+    own = {m: xyz for m, xyz in places.items() if f"{m} <mask>" in question}
+    e = Example("s", path, [Image.new("RGB", (64, 48))], question, answer, objects=own, task=task,
+                regions=[(0, (1, 2, 30, 40))] * len(own), names=dict.fromkeys(own, "thing"))
+    for seed in range(4):
+        text = compute(e, str(seed))
+        thrown = judge(text, e, CONFIG, set())
+        assert thrown is None, (thrown, text)
+        false = replace(e, answer="C" if "C. " in question else "B" if answer == "A" else "7.7")
+        assert judge(compute(false, str(seed)), false, CONFIG, set()) == "answer"
+
+
 def test_perspective_against_an_independent_angle():
     """c's bearing in degrees from the way a -> b, by atan2 in the plane seen from above."""
     rng, asked = np.random.default_rng(0), 0
