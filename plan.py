@@ -20,7 +20,9 @@ of the N GPUs of a box. Of A parameters T learn; b bytes a weight (2); t tokens 
 
 The peak is what stays and the larger of rollout and update. The first candidate that fits into the memory
 less RESERVE is chosen: replicated before sharded, whole activations before checkpointing, fp32 masters before
-rounding, all of these before LoRA; then as many slots as the update leaves room for, or BUSY.
+rounding, all of these before LoRA; then as many slots as the update leaves room for, or BUSY. At the peak the
+cache has made room for the update. Where there is room for both, it stays, and the sampler's CUDA graph with
+it: that is the other peak, `cache kept`. Else the graph is recorded again in every step.
 """
 
 import sys
@@ -68,6 +70,7 @@ class Settings:
     lora: int = 0
     micro_tokens: int = 16384
     slots: int = 0
+    keep: bool = False  # the cache of so many slots, and the graph that reads it, stay during the update
 
 
 def count(config, train: str, lora: int) -> dict[str, int]:
@@ -94,7 +97,7 @@ def tally(model) -> dict[str, int]:
 
 
 def estimate(config, cfg: Config, s: Settings, n: dict[str, int]) -> dict[str, float]:
-    """GB a GPU of each part, and of the peak."""
+    """GB a GPU of each part, of the peak, and of that with the cache kept."""
     z, vision, b = Sizes.of(config), config.vision_config, {"bf16": 2, "fp32": 4}[cfg.dtype]
     parts, query, kv = cfg.gpus if s.shard else 1, z.heads * z.head_dim, z.kv_heads * z.head_dim
     state = 8 if b == 4 else 12 if s.fp32_master else 4  # fp32 weights are their own masters
@@ -119,8 +122,10 @@ def estimate(config, cfg: Config, s: Settings, n: dict[str, int]) -> dict[str, f
     update = {"gradients": n["trained"] * b / parts + (gathered if s.shard else 0),
               "activations": s.micro_tokens * (kept + 3 * z.inner * b), "pixels": patches * pixels,
               "logits": 64 * 2**20 + n["head"] * (6 if b == 2 else 4)}  # fmt: skip
-    peak = sum(stays.values()) + max(sum(rollout.values()), sum(update.values()))
-    return {name: size / 1e9 for name, size in (stays | rollout | update | {"peak": peak}).items()}
+    both = rollout["cache"] + rollout["sampler"]  # the logits lie in the graph's own memory
+    always, longest = sum(stays.values()), max(sum(rollout.values()), sum(update.values()))
+    peaks = {"peak": always + longest, "cache kept": always + max(longest, both + sum(update.values()))}
+    return {name: size / 1e9 for name, size in (stays | rollout | update | peaks).items()}
 
 
 def candidates(cfg: Config) -> Iterator[Settings]:
@@ -150,7 +155,7 @@ def choose(
         for slots in range(most, 0, -cfg.group) or [0]:
             found = estimate(config, cfg, replace(s, slots=slots), counts(s.lora))
             if found["peak"] <= (min(alone, room) if slots > BUSY else room):
-                return replace(s, slots=slots), found
+                return replace(s, slots=slots, keep=found["cache kept"] <= room), found
     raise ValueError(
         f"nothing fits into {cfg.gpus} x {cfg.memory:g} GB: more memory, fewer --new-tokens, or --lora"
     )
@@ -170,6 +175,7 @@ def main(cfg: Config) -> None:
     n = count(config, cfg.train, s.lora)
     whole, own = n["all"] / 1e9, n["trained"] / 1e9
     print(f"{cfg.model}: {whole:.3f} B parameters, {own:.3f} B of them learn; GB a GPU:")
+    kept = gb.pop("cache kept")
     for name, size in (gb | {"left": cfg.memory - gb["peak"]}).items():
         print(f"  {name:20}{size:7.2f}")
     said = {True: "always", False: "never"}
@@ -177,6 +183,10 @@ def main(cfg: Config) -> None:
     flags += [f"--micro-tokens {s.micro_tokens}"] + ["--rounding"] * (not s.fp32_master)
     flags += [f"--lora {s.lora}"] * bool(s.lora)
     print(*flags, f" ({s.slots} samples at a time)")
+    if s.keep:
+        print(f"their cache and the graph of a step stay during the update: then the peak is {kept:.1f} GB")
+    else:
+        print(f"their cache goes before the update (kept: {kept:.1f} GB); every step records its graph again")
     if cfg.kl and cfg.gpus == 1:
         size = n["trained"] * (2 if cfg.dtype == "bf16" else 4) / 1e9
         print(f"and {size:.1f} GB of host memory for the reference policy")

@@ -311,7 +311,8 @@ def main(cfg: Config) -> None:
         processor.expect([example for _, example in own + offered(step + 1)])
         wanted = -(-len(own) // cfg.tries) if cfg.tries > 1 else 0
         groups = roll_out(plain, processor, own, cfg, noise, wanted)
-        release()  # the update needs the cache's room; to record the graph again takes seconds a step
+        if not settings.keep or cfg.slots > settings.slots:
+            release()  # the update needs the cache's room: the next step records the graph again
         trainer.reduce([0.0])  # the wait for the slowest rank is the rollout's
         clock.append(time.perf_counter())
         row = grade(groups, paths, cfg.rules)

@@ -59,7 +59,7 @@ RANK = int(os.environ.get("RANK", 0))
 FIRST = RANK == 0  # the rank that prints and writes
 TIMEOUT = float(os.environ.get("RANK_TIMEOUT", 1800))  # seconds that a rank waits for the others
 PHASE = ["start", 0.0]  # what this rank is doing, and since when
-MEMORY = ("micro_tokens", "max_pixels")  # flags that bound it
+MEMORY = ("micro_tokens", "slots", "max_pixels")  # flags that bound it
 # Of a collective that took too long, or whose other end is gone.
 HUNG = ("imed out", "imeout", "Connection closed by peer", "Connection reset by peer")
 
@@ -207,7 +207,8 @@ def load_processor(source: str, cfg) -> Processor:
 
 
 def settle(cfg, model: QwenVL, world: int, **sizes) -> plan.Settings:
-    """What --shard and --checkpointing come to: where auto, what `plan.py` chooses for this rank's memory.
+    """What --shard and --checkpointing come to: where auto, what `plan.py` chooses for this rank's memory;
+    with the slots of a rollout, and whether their cache may stay during the update.
     sizes: prompts, group, new_tokens, kl of the plan."""
     near = int(os.environ.get("LOCAL_WORLD_SIZE", world))  # ranks of this box
     cuda = model.device.type == "cuda"

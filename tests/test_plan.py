@@ -294,14 +294,29 @@ def test_more_memory_never_chooses_less(configs):
     for memory in (24, 32, 48, 64, 80, 141):
         s, gb = choose(configs["Qwen2.5-VL-3B"], Config("m", memory=memory))
         assert gb["peak"] <= (memory - plan.RESERVE[0]) * (1 - plan.RESERVE[1])
-        places.append(order.index(replace(s, slots=0)))
+        places.append(order.index(replace(s, slots=0, keep=False)))
     assert places == sorted(places, reverse=True) and len(set(places)) > 2
 
 
 def test_a_tiny_model_fits_anywhere():
     cfg = Config("m", memory=4, dtype="fp32", prompts=8, prompt_tokens=100, new_tokens=64)
     s, gb = choose(tiny("qwen3_vl"), cfg)
-    assert s == Settings(slots=64) and gb["peak"] < 1
+    assert s == Settings(slots=64, keep=True) and gb["peak"] < 1
+
+
+@pytest.mark.parametrize("name, cfg, keep", [
+    ("Qwen2.5-VL-3B", Config("m"), True), ("Qwen2.5-VL-7B", Config("m", gpus=8), True),
+    ("Qwen2.5-VL-3B", Config("m", memory=62), False),
+    ("Qwen2.5-VL-7B", Config("m", gpus=8, memory=58), False),
+    ("Qwen3-VL-8B", Config("m", gpus=8, new_tokens=4096), False)])  # fmt: skip
+def test_the_cache_stays_where_the_update_fits_beside_it(configs, name, cfg, keep):
+    """Else it is released, and the run fits all the same."""
+    s, gb = choose(configs[name], cfg)
+    update = sum(gb[part] for part in ("gradients", "activations", "pixels", "logits"))
+    both = gb["weights"] + gb["master and moments"] + gb["reference"] + update + gb["cache"] + gb["sampler"]
+    room = (cfg.memory - plan.RESERVE[0]) * (1 - plan.RESERVE[1])
+    assert gb["cache kept"] >= both and gb["peak"] <= room
+    assert s.keep == (gb["cache kept"] <= room) == keep
 
 
 # ---- the command
@@ -313,7 +328,10 @@ def test_the_command_prints_parts_and_settings(configs, capsys):
                  "samples at a time"):  # fmt: skip
         assert name in said
     plan.main(Config(configs["Qwen2.5-VL-3B"].folder))
-    assert "6.2 GB of host memory for the reference" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "6.2 GB of host memory for the reference" in said and "stay during the update" in said
+    plan.main(Config(configs["Qwen2.5-VL-3B"].folder, memory=62))
+    assert "goes before the update" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags, reason", [

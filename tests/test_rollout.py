@@ -16,10 +16,12 @@ from transformers import AutoModelForImageTextToText
 
 import train_rl
 import trainer
+from model import lora
 from model.processor import Processor
 from model.qwen_vl import QwenVL
 from model.rollout import Slots, generate, kept, predict_centres, release
 from model.tiny import write
+from optim import AdamW
 from srreal import Example, Scores
 
 ROOT = Path(__file__).parent.parent
@@ -258,6 +260,32 @@ def test_calls_leave_nothing_behind(tiny):
     assert after[9] == after[1]
 
 
+@pytest.mark.parametrize("adapters", [0, 2])
+def test_a_graph_outlives_what_a_step_does_to_the_weights(tiny, adapters):
+    """It reads addresses: the reference's turn, an update, merging for a checkpoint, `gather` keep them."""
+    _, processor, path = tiny
+    model = QwenVL.from_pretrained(str(path), dtype=torch.bfloat16)
+    lora.learn(model, "lm", adapters)
+    engine, optimizer = Slots(model, 2, 4, 1.0, 1.0, 4), AdamW(model.named_parameters())
+    engine.begin(processor, 4)
+    engine.graph = recorded = object()
+    before = [p.detach().clone() for p in optimizer.params.values()]
+    with trainer.Reference(model):
+        model(processor(examples()[:1], [[[50]]]))
+    model(processor(examples()[:1], [[[50, 51]]])).logprob.sum().backward()
+    optimizer.step(1.0, 1.0, 0.0, "a step")
+    with lora.merged(model):
+        pass
+    trainer.gather(model, model)
+    engine.begin(processor, 4)
+    assert engine.graph is recorded
+    assert any((p != old).any() for p, old in zip(optimizer.params.values(), before, strict=True))
+    weight = model.decoder.layers[-1].mlp.down_proj.weight
+    weight.data = weight.data.clone()  # one that has moved
+    engine.begin(processor, 4)
+    assert engine.graph is None
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_graph_samples_what_a_cpu_does(tiny, monkeypatch):
     """In fp32: refilled slots, room for prompts that grows while samples are live, one graph for two calls,
@@ -342,6 +370,20 @@ def test_slots_are_chosen_once(tmp_path, monkeypatch):
     assert slots() == 3 and set(used) == {3}
     run(tmp_path / "tiny", tmp_path / "other", resume=True, slots=1)
     assert json.loads((tmp_path / "other" / "config.json").read_text())["slots"] == 1
+
+
+@pytest.mark.parametrize("keep, slots, released",
+                         [(True, None, 0), (True, 4, 0), (True, 5, 2), (False, 4, 2)])  # fmt: skip
+def test_the_cache_goes_before_the_update_where_it_must(tmp_path, monkeypatch, keep, slots, released):
+    """The plan's word holds for as many slots as it planned with."""
+    write("qwen3_vl", str(tmp_path / "tiny"), seed=1)
+    settle, calls = trainer.settle, []
+    fixed = lambda *args, **sizes: dataclasses.replace(settle(*args, **sizes), keep=keep, slots=4)  # noqa: E731
+    monkeypatch.setattr(trainer, "settle", fixed)
+    monkeypatch.setattr(train_rl, "default_slots", lambda *_: 3)
+    monkeypatch.setattr(train_rl, "release", lambda: calls.append(1))
+    run(tmp_path / "tiny", tmp_path / "run", slots=slots)
+    assert len(calls) == released
 
 
 def test_ranks_with_uneven_work(tmp_path):

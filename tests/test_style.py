@@ -24,18 +24,19 @@ ROOT = Path(__file__).parent.parent
 # it for a step; its Decoder is what workers get. trainer (512), train_sft (220), eval (396): --workers.
 # Bad rows of --data and --eval-data in one list (trainer 527). Names as published, whole numbers as weights
 # refused (checkpoint 320).
-# Answers in 3D boxes are measured, both scorers' marks kept by answer (scorers 367, eval 417);
+# Answers in 3D boxes are measured, both scorers' marks kept by answer (scorers 367, eval 418);
 # files are looked for of the rows that are taken (llava 195, spatialrgpt 75).
+# plan (202): the cache and its graph stay where the update fits beside them.
 # rationale (145): SPAR's tasks by name, as their wordings vary.
 # perspective in words that a tiny model can compare (scenes 390); --vector-rate (optim 272); prompts dealt
-# by length (train_rl 388).
+# by length (train_rl 390).
 BUDGETS = {
-    "srreal.py": 330, "train_sft.py": 220, "train_rl.py": 388, "eval.py": 417, "trainer.py": 527,
+    "srreal.py": 330, "train_sft.py": 220, "train_rl.py": 390, "eval.py": 418, "trainer.py": 527,
     "optim.py": 272, "report.py": 465, "model/qwen_vl.py": 360, "model/vision.py": 250, "model/region.py": 90,
     "model/head3d.py": 155, "model/checkpoint.py": 320, "model/processor.py": 570, "model/rollout.py": 475,
     "model/tiny.py": 150, "kernels/linear_logprob.py": 330, "kernels/policy_loss.py": 255,
     "kernels/rewards.py": 230, "kernels/attention.py": 360, "kernels/sample.py": 190, "data/__init__.py": 290,
-    "data/scenes.py": 390, "kernels/layers.py": 335, "model/lora.py": 100, "plan.py": 190,
+    "data/scenes.py": 390, "kernels/layers.py": 335, "model/lora.py": 100, "plan.py": 202,
     "data/rows.py": 250, "model/ahead.py": 90,
     "data/mixture.py": 90, "data/marks.py": 55, "data/spar.py": 235, "data/embodiedscan.py": 175,
     "data/llava.py": 195, "data/spatialrgpt.py": 75, "data/grounding.py": 245, "data/benchmarks.py": 405,
