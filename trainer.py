@@ -234,7 +234,7 @@ def settle(cfg, model: QwenVL, world: int, **sizes) -> plan.Settings:
 def shard(model: QwenVL, world: int, settings: plan.Settings) -> QwenVL:
     """Cuts what learns over the ranks, layer by layer; returns the plain copy that rollouts and `save` read.
 
-    Where nothing is cut, the copy is the model itself, and the optimiser sums the gradients, once a step. What
+    Where nothing is cut, the copy is the model itself, and the optimiser sums the gradients once a step. What
     is cut is reduced behind each pass: to wait would keep 4 bytes a parameter on every rank. Beyond one box
     the shards of one are replicated on the others. Frozen parameters stay whole on each rank and are the
     copy's too, so that a rank without images may skip a frozen tower.
