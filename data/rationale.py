@@ -131,7 +131,7 @@ def compute(e: Example, seed: str) -> str | None:
     rng = random.Random(f"{seed} {e.id} {e.path}")
     form, boxes = rng.choice(("the {} ({})", "the {} at the {}")), centres(e) if taught(e, "dtr") else []
     things = [Thing(form.format(name, m) if name != m else m, m, xyz) for m, name, xyz in boxes]
-    known = [(".", *rule[1:]) for rule in SPAR if (e.task or "").startswith(rule[0])]
+    known = [(".", n, rule) for task, n, rule in SPAR if (e.task or "").startswith(task) and len(things) in n]
     for says, counts, rule in known or RULES:
         question = e.question if rule in (relation, perspective) else OPTION.sub("", e.question)  # no options
         if len(things) in counts and re.search(says, question, re.I):

@@ -334,7 +334,7 @@ def run(home: Path, out: Path, **options) -> None:
     text = [Example(f"t{i}", "direct", [], f"Say {i}.", "A") for i in range(3)]
     seen = [Example(f"s{i}", "lor", [picture(128, 96, i)], f"Where is it, {i}?", "A") for i in range(3)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "load_data", lambda cfg: (text + seen, []))
+        patch.setattr(trainer, "load_data", lambda cfg, *_: (text + seen, []))
         patch.setattr(train_rl, "score", lambda text, *_: Scores(len(text) % 5, len(text) % 5, 0.0, 0.0))
         load = trainer.load_processor
 
