@@ -5,8 +5,8 @@
 #
 # python plan.py --model Qwen/Qwen2.5-VL-7B-Instruct --gpus 8 --prompts 512 --group 5 --prompt-tokens 2048 \
 #   --new-tokens 2048     GB: weights 18.5, master and moments 11.4, reference 1.9, gradients 10.3,
-#   activations 7.8, logits 3.3, cache 20.6, prefill 3.5, peak 56.1, left 23.9;
-#   --shard always --checkpointing always --micro-tokens 16384 (125 samples at a time)
+#   activations 7.8, logits 3.3, cache 20.6, prefill 1.8, peak 54.4, left 25.6;
+#   --shard always --checkpointing always --micro-tokens 16384 (125 samples at a time; their cache stays: 74.1 GB)
 # cold start (--train all --kl 0 --group 1 --new-tokens 256): peak 57.3, left 22.7
 #
 # The paper (NVILA 8B, 64 GPUs): SFT 2 epochs, lr 5e-6, cosine, 3 % warm-up, no decay, all parts learn. RL: 512

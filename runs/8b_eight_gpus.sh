@@ -4,10 +4,10 @@
 # More boxes: TORCHRUN="torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500"
 #
 # python plan.py --model Qwen/Qwen3-VL-8B-Instruct --gpus 8     GB: weights 19.6, master and moments 12.3,
-#   reference 2.1, gradients 11.1, activations 8.3, logits 3.8, cache 12.1, prefill 4.4, peak 57.2, left 22.8;
-#   --shard always --checkpointing always --micro-tokens 16384 (64 samples at a time)
+#   reference 2.0, gradients 11.1, activations 8.3, logits 3.8, cache 12.1, prefill 2.2, peak 57.2, left 22.8;
+#   --shard always --checkpointing always --micro-tokens 16384 (64 samples at a time; their cache stays: 69.4 GB)
 # cold start (--train all --kl 0 --group 1 --new-tokens 256): peak 59.8, left 20.2
-# LoRA on one GPU: plan.py --gpus 1 --lora 32: peak 47.6; python train_rl.py ... --lora 32 --checkpointing always
+# LoRA on one GPU: plan.py --gpus 1 --lora 32: peak 45.4; python train_rl.py ... --lora 32 --checkpointing always
 #
 # The paper (NVILA 8B, 64 GPUs): SFT 2 epochs, lr 5e-6, cosine, 3 % warm-up, no decay, all parts learn. RL: 512
 # prompts x 5, four updates of 128, at most 2,048 + 2,048 tokens, lr 1e-6 constant, decay .01, clip 1, KL .01
