@@ -17,12 +17,13 @@ noise in the smaller parts would be learnt. Three policies stand beside the one 
              no second model: what learns changes places with what it was (trainer.Reference)
 
 Metrics of a step: loss; reward, the mean total of all completions; groups, how many were sampled, and kept,
-their share that is trained on; truncated, of completions without an end token; of each path P: P_reward,
-P_accuracy, P_format, P_detect, P_length (tokens), P_truncated, P_kept, P_entropy (nats), P_kl. Over the
-trained tokens: entropy, kl (k3 to ref), clip_low, clip_high (shares whose loss the clip binds), ratio_max,
-mismatch_kl, and mismatch_mean and mismatch_max of |log p_old - log p_rollout|. grad_norm is before the clip;
-times are without validation and saving. With --eval-data: val_P_accuracy and so on, greedy, after the row's
-update; val0_* in the first row, before any.
+their share that is trained on; discarded, samples that ended behind the last group that --tries wanted;
+truncated, of completions without an end token; of each path P: P_reward, P_accuracy, P_format, P_detect,
+P_length (tokens), P_truncated, P_kept, P_entropy (nats), P_kl. Over the trained tokens: entropy, kl (k3 to
+ref), clip_low, clip_high (shares whose loss the clip binds), ratio_max, mismatch_kl, and mismatch_mean and
+mismatch_max of |log p_old - log p_rollout|. grad_norm is before the clip; times are without validation and
+saving. With --eval-data: val_P_accuracy and so on, greedy, after the row's update; val0_* in the first row,
+before any.
 
 Departures from the paper and the official code:
  1. Rewards are strict (srreal.py says how); --rules official gives the official numbers.
@@ -152,8 +153,9 @@ def choose_slots(cfg: Config, model, planned: int, earlier: int) -> Config:
 
 
 def roll_out(model, processor: Processor, prompts, cfg: Config, seed: int, wanted=0, greedy=False):
-    """Groups of the prompts in their order; with `wanted`, up to the one that is so many's last to differ."""
-    n, temperature = (1, 0.0) if greedy else (cfg.group, cfg.temperature)
+    """Groups of the prompts in their order, and how many samples were in vain: with `wanted`, groups end with
+    the one that is so many's last to differ."""
+    n, temperature, ended = *((1, 0.0) if greedy else (cfg.group, cfg.temperature)), []
     quiet, examples, heard = None if trainer.FIRST else True, [e for _, e in prompts], []
 
     def enough(rollouts: list[Rollout]) -> bool:
@@ -164,11 +166,13 @@ def roll_out(model, processor: Processor, prompts, cfg: Config, seed: int, wante
     with tqdm(total=len(prompts) * n, desc="rollout", leave=False, disable=quiet) as bar:
         rollouts = trainer.mendable(
             generate, model, processor, examples, n=n, max_new_tokens=cfg.max_new_tokens,
-            temperature=temperature, seed=seed, progress=bar.update,
+            temperature=temperature, seed=seed,
+            progress=lambda count: ended.append(count) or bar.update(count),
             slots=None if greedy else cfg.slots,  # prompts of one sample each take more memory
             enough=enough if wanted else None,
         )  # fmt: skip
-    return [Group(example, turn, own) for (turn, example), own in zip(prompts, rollouts, strict=False)]
+    groups = [Group(example, turn, own) for (turn, example), own in zip(prompts, rollouts, strict=False)]
+    return groups, max(sum(ended) - len(groups) * n, 0)
 
 
 def means(sums: dict[str, Counter], names: dict[str, str | None]) -> dict[str, float]:
@@ -270,7 +274,10 @@ def main(cfg: Config) -> None:
 
     processor = trainer.load_processor(str(checkpoint or cfg.model), cfg)
     model = trainer.load(cfg.model, device, cfg.train, cfg.lora)  # what has learnt comes by `restore`
-    sizes = dict(prompts=cfg.prompts, group=cfg.group, new_tokens=cfg.max_new_tokens, kl=cfg.kl)
+    some = examples[:: len(examples) // 64 + 1]
+    processor.expect(some)
+    sizes = dict(prompts=cfg.prompts, group=cfg.group, new_tokens=cfg.max_new_tokens, kl=cfg.kl,
+                 prompt_tokens=max(len(processor.prompt_ids(e)) for e in some))  # fmt: skip
     settings = trainer.settle(cfg, model, world, **sizes)
     plain = trainer.shard(model, world, settings)  # what samples: the model, or a whole copy of it
     reference = trainer.Reference(model) if cfg.kl > 0 else None
@@ -292,7 +299,7 @@ def main(cfg: Config) -> None:
     def validate(prefix: str) -> dict[str, float]:
         chosen = own_share([exam[i] for i in range(questions)])
         processor.expect([example for _, example in chosen])
-        groups = roll_out(plain, processor, chosen, cfg, seed=0, greedy=True)
+        groups, _ = roll_out(plain, processor, chosen, cfg, seed=0, greedy=True)
         values = grade(groups, exam.paths, cfg.rules).items()
         return {prefix + name: value for name, value in values if not name.endswith("kept")}
 
@@ -310,10 +317,10 @@ def main(cfg: Config) -> None:
         own, noise = offered(step), cfg.seed * 1_000_003 + step
         processor.expect([example for _, example in own + offered(step + 1)])
         wanted = -(-len(own) // cfg.tries) if cfg.tries > 1 else 0
-        groups = roll_out(plain, processor, own, cfg, noise, wanted)
+        groups, in_vain = roll_out(plain, processor, own, cfg, noise, wanted)
         if not settings.keep or cfg.slots > settings.slots:
             release()  # the update needs the cache's room: the next step records the graph again
-        trainer.reduce([0.0])  # the wait for the slowest rank is the rollout's
+        in_vain = trainer.reduce([float(in_vain)])[0]  # the wait for the slowest rank is the rollout's
         clock.append(time.perf_counter())
         row = grade(groups, paths, cfg.rules)
         kept = [group for group in groups if group.differs or cfg.filter == "none"]
@@ -374,7 +381,7 @@ def main(cfg: Config) -> None:
         log({
             "step": step + 1, "seconds": clock[-1] - clock[0], "loss": fmean(losses or [0.0]),
             "grad_norm": fmean(norms or [0.0]), "lr": lr, **row, "rollout_seconds": rollout,
-            "score_seconds": scoring, "update_seconds": update,
+            "discarded": in_vain, "score_seconds": scoring, "update_seconds": update,
             "peak_memory_mib": trainer.peak_memory(device),
             "rollout_tokens_per_second": row["sampled_tokens"] / rollout,
             "update_tokens_per_second": row["tokens"] / update,

@@ -242,8 +242,8 @@ def test_the_peak_of_a_whole_run(checkpoint, tmp_path, monkeypatch, script, flag
     with Alive() as memory:
         script.main(cfg)
     (model, sizes), = asked
-    prompt = len(Processor.from_pretrained(checkpoint).prompt_ids(rows[0]))
-    wanted = Config("", train=cfg.train, lora=cfg.lora, dtype="fp32", prompt_tokens=prompt, **sizes)
+    sizes["prompt_tokens"] = len(Processor.from_pretrained(checkpoint).prompt_ids(rows[0]))
+    wanted = Config("", train=cfg.train, lora=cfg.lora, dtype="fp32", **sizes)
     said = estimate(model.config, wanted, Settings(
         checkpointing=cfg.checkpointing == "always", lora=cfg.lora, micro_tokens=max(passes),
         slots=48 if script is train_rl else 0), plan.tally(model))["peak"] * 1e9  # fmt: skip

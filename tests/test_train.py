@@ -635,10 +635,12 @@ def test_tries_go_on_in_prompt_order_until_enough_groups_differ(home, tmp_path, 
     cfg = config(home, "rl", tmp_path, prompts=2, group=3, tries=4, slots=2)
     model, processor = QwenVL.from_pretrained(cfg.model), trainer.load_processor(cfg.model, cfg)
     prompts = list(enumerate(data.load(cfg.data)[:8]))
-    groups = train_rl.roll_out(model, processor, prompts, cfg, seed=0, wanted=2)
+    groups, in_vain = train_rl.roll_out(model, processor, prompts, cfg, seed=0, wanted=2)
+    assert 0 <= in_vain < 8 * 3 - 3 * len(groups)
     assert [g.example.id for g in groups] == [e.id for _, e in prompts[:4]]
     seen.clear()
-    assert len(train_rl.roll_out(model, processor, prompts, cfg, seed=0, wanted=3)) == 8  # in vain
+    groups, in_vain = train_rl.roll_out(model, processor, prompts, cfg, seed=0, wanted=3)
+    assert len(groups) == 8 and in_vain == 0  # there are only two
 
 
 def test_several_updates_move_the_ratio(home, tmp_path):
