@@ -23,8 +23,8 @@ A question is asked in each path by its own row, or by a copy of the row there i
   (no depth)  the same of --again questions, asked once more without depth: predictions-no-depth.jsonl.
 
 A benchmark also gets its own table, by its published scorer and by ours (data/scorers.py), in per cent; the
-last column is somebody else's figure. What each answer got by both stands in predictions.jsonl (`official`,
-`robust`). Its --data is where it was downloaded to.
+last column is somebody else's figure, unless --limit or one task is asked for. What each answer got by both
+stands in predictions.jsonl (`official`, `robust`). Its --data is where it was downloaded to.
 
 Several ranks share the questions and give the numbers of one. Interrupted, the same command goes on behind
 the answers in predictions.jsonl; after a finished eval, or with other settings, it starts again.
@@ -52,7 +52,7 @@ import data as datasets
 import trainer
 from data import benchmarks
 from data.marks import Marked
-from data.scorers import JUDGED, box_iou, read_boxes_3d
+from data.scorers import JUDGED, box_iou, judged_errors, read_boxes_3d
 from model.processor import BOX_2D, object_of, truths
 from model.rollout import generate, predict_centres
 from srreal import Example, answer_score, parse, score
@@ -343,25 +343,33 @@ def print_table(results: dict) -> None:
               + f"{row['unparsed']:>10}{row['truncated']:>11}")
 
 
-def print_benchmark(name: str, path: str, scores: dict[str, dict]) -> None:
-    """Per cent by both scorers, beside somebody else's figure of somebody else's model."""
-    name = name.partition("/")[0]
+def print_benchmark(config: Config, path: str, scores: dict[str, dict], asked: list[Example]) -> None:
+    """Per cent by both scorers, beside somebody else's figure of somebody else's model where all is asked."""
+    name, _, task = config.benchmark.partition("/")
     model, source, figures = benchmarks.BENCHMARKS[name].others
-    print(f"\n{name + ' ' + path:34}{'official':>10}{'robust':>10}    {model} ({source})")
+    whole = not task and config.limit is None
+    others = f"    {model} ({source})" if whole else ""
+    print(f"\n{config.benchmark + ' ' + path:34}{'official':>10}{'robust':>10}{others}")
     for key, value in scores["official"].items():
-        other = f"{figures[key]:>14.1f}" if key in figures else ""
+        other = f"{figures[key]:>14.1f}" if whole and key in figures else ""
         print(f"  {key:32}{value:>10.1f}{scores['robust'][key]:>10.1f}{other}")
+    for column, error in scores.get("errors", {}).items():
+        print(f"  {column + (' off, degrees' if column == 'direction' else ' off / truth'):32}{error:>10.2f}")
+    if path == "dtr":
+        print(f"  ({sum(bool(e.regions) for e in asked)} of {len(asked)} questions had regions)")
     if name in JUDGED:
         print(f"  ({JUDGED[name]})")
 
 
 def questions(config: Config) -> list[Example]:
     if config.benchmark:
-        root = config.data[0] if config.data else None
+        if len(config.data) > 1:
+            raise trainer.Stop(f"--data {' '.join(config.data)}: a benchmark lies in one place")
+        root, skip = config.data[0] if config.data else None, config.skip_bad_rows
         try:
-            examples = trainer.mendable(benchmarks.load, config.benchmark, root, config.path)
+            examples = trainer.mendable(benchmarks.load, config.benchmark, root, config.path, skip)
         except datasets.BadRows as bad:
-            raise trainer.Stop(f"{bad}\n(a benchmark is read whole, or not at all)") from None
+            raise trainer.Stop(f"{bad}\n(a benchmark is read whole, or with --skip-bad-rows)") from None
     else:
         examples = trainer.mendable(datasets.load, config.data, skip_bad_rows=config.skip_bad_rows)
     if config.limit is not None and config.limit < 1 or config.again < 0:
@@ -407,8 +415,10 @@ def main(config: Config) -> dict | None:
             marks[scorer] = mark([(example, row["text"]) for example, row in answers])
             for example, row in answers:
                 row[scorer] = mark([(example, row["text"])])["overall"]
+        if config.benchmark.startswith("spatialrgpt-bench"):
+            marks["errors"] = judged_errors([(example, row["text"]) for example, row in answers])
         summary.setdefault("benchmark", {})[path] = marks
-        print_benchmark(config.benchmark, path, marks)
+        print_benchmark(config, path, marks, [example for example, _ in answers])
     write_rows(Path(config.out), "predictions.jsonl", rows["predictions.jsonl"])  # with both scorers' marks
     (Path(config.out) / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False))
     return summary

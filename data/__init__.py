@@ -34,7 +34,7 @@ from data.grounding import ca1m_rows, omni3d_rows, refcoco_rows
 from data.llava import llava_rows, srreal_rows
 from data.marks import DepthMap, Marked
 from data.mixture import parts
-from data.rows import Bad, Row, broken, estimated, first_byte, matches, records
+from data.rows import RELATIVE, Bad, Row, broken, estimated, first_byte, matches, metric, records
 from data.spar import MARKS, spar_rows
 from data.spatialrgpt import spatialrgpt_rows
 from srreal import PATHS, Example
@@ -47,6 +47,11 @@ class BadRows(ValueError):
     def __str__(self):
         lines = (f"{file}:{row}: {field}: {reason}" for file, row, field, reason in self.rows)
         return "\n".join([f"{len({row[:2] for row in self.rows})} rows cannot be used:", *lines])
+
+def say(text: str) -> None:
+    """Once, not on each of torchrun's ranks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
 
 def load(sources: Iterable, skip_bad_rows: bool = False, more=None) -> list[Example]:
     """The Examples of all sources, in order. Bad rows raise BadRows, or are counted, printed and left out.
@@ -67,22 +72,26 @@ def load(sources: Iterable, skip_bad_rows: bool = False, more=None) -> list[Exam
             bad += [(row.file, row.number, *reason) for reason in dict.fromkeys(reasons)]
             good += [] if reasons else examples
             used[part.source] += len(examples) + len(reasons)
+    noted = {}                                                # a row's notes are its own, or its set's
     for part, notes in {id(row.notes): (part, row.notes) for part, row in taken if row.notes}.values():
-        print(f"{part.source}: " + ", ".join(f"{count} {note}" for note, count in notes.most_common()))
+        noted.setdefault(part.source, Counter()).update(notes)
+    for source, notes in noted.items():
+        say(f"{source}: " + ", ".join(f"{count} {note}" for note, count in notes.most_common()))
     if unused := [source for source, count in used.items() if not count]:
-        print(f"nothing was taken of {', '.join(unused)}")
+        say(f"nothing was taken of {', '.join(unused)}")
     if bad and not (skip_bad_rows and good):
         raise BadRows(bad)
     if bad:
         kinds = Counter(f"{field}: {reason.partition(':')[0]}" for *_, field, reason in bad).most_common()
         why = "; ".join(f"{count} x {kind}" for kind, count in kinds)
-        print(f"skipped {len({row[:2] for row in bad})} of {len(taken)} rows: {why}")
+        say(f"skipped {len({row[:2] for row in bad})} of {len(taken)} rows: {why}")
     return good
 
 def examples_of(part, row: Row, sizes: dict) -> tuple[list[Example], list]:
     """(the Examples on the path that is wanted, why there are none)."""
     try:
-        return [e for e in row.make(sizes) if (part.path or row.path) in (None, e.path)], []
+        made = (e for e in row.make(sizes) if (part.path or row.path) in (None, e.path))
+        return [metric(e, sizes, row.notes) for e in made], []
     except Bad as error:
         return [], error.args[0]
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
@@ -116,6 +125,8 @@ def recognise(path: Path) -> str:
     if path.suffix not in (".json", ".jsonl"):
         raise FileNotFoundError(
             f"{path}: neither a folder with rows.jsonl (a whole set) nor a .json or .jsonl file")
+    if not first_byte(path):
+        return "llava"                                        # its reader names an empty file
     if path.suffix == ".json" and first_byte(path) == b"{":
         with open(path, errors="replace") as file:
             start = file.read(4096)
@@ -164,8 +175,9 @@ def own_row(row: dict, base: str) -> Example:
     if bad:
         raise Bad(bad)
     row["images"] = [os.path.join(base, file) for file in row["images"]]
-    depths = [file and os.path.join(base, file) for file in row.get("depths", ())]
-    depths = depths or [estimated(image) for image in row["images"]]
+    named = [file and os.path.join(base, file) for file in row.get("depths") or [None] * len(row["images"])]
+    depths = [file or estimated(image) for file, image in zip(named, row["images"], strict=False)]
+    depths += named[len(depths):]                             # of another count: check names it
     row["depths"] = depths if any(depths) else None
     row["intrinsics"] = [k and tuple(k) for k in row.get("intrinsics", ())] or None
     row["regions"] = [(image, tuple(box)) for image, box in row.get("regions", ())]
@@ -203,8 +215,12 @@ def check(e: Example, sizes: dict, ids: set) -> list:
         (not e.answer.strip(), "answer", f"unknown answer kind: {e.answer!r}"),
         *((CONTROL.search(text or ""), name, f"control token: {CONTROL.findall(text or '')[:1]}")
           for name, text in (("question", e.question), ("answer", e.answer), ("rationale", e.rationale))),
+        *(("<mask>" in (text or ""), name, "<mask>: only a question has regions")
+          for name, text in (("answer", e.answer), ("rationale", e.rationale))),
         (not shapes, "images", "no image"),
         *((isinstance(size, str), "images", size) for size in shapes),
+        *((max(size) > 200 * min(size), "images", f"too long and thin: {size}")  # Qwen-VL's processor's limit
+          for size in shapes if not isinstance(size, str)),
         *((isinstance(found, str), "depths", found) for found, _ in depths),
         *((found != size, "depths", f"wrong size: {found}, not {size}")
           for found, size in depths if not isinstance(found, str) and not isinstance(size, str)),
@@ -257,7 +273,7 @@ def probe(file: str, decode: bool) -> tuple | str:
                 image.load()
             if decode and image.mode.startswith("I") and 0 < image.getextrema()[1] < 100:
                 return f"depth in metres, not millimetres?: {file}: at most {image.getextrema()[1]}"
-            return *image.size, image.mode
+            return *image.size, RELATIVE if image.info.get("kind") == RELATIVE else image.mode
     except FileNotFoundError:
         return f"missing file: {file} (kind:path@image_root says where the images of a set lie)"
     except Exception as error:                                # Pillow raises all sorts on bad bytes

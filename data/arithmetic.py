@@ -13,6 +13,7 @@ from itertools import combinations, pairwise
 
 NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?![\w%])")
 SIGN, CHAIN = re.compile("[=~<>]"), re.compile(r"(?:sqrt|[-+*/^().\d\s=~<>])++")
+BETWEEN = re.compile(r"\bbetween (\d+(?:\.\d+)?) ?and (\d+(?:\.\d+)?)")
 CLAUSE = re.compile(r"[.,;:](?:\s|$)|\n")
 PLAIN = str.maketrans(dict(zip("×·−≈≤≥²√", "* * - ~ < > ^2 sqrt".split(), strict=True)))
 FORMS = ((r"\\sqrt\{([^{}]*)\}", r"sqrt(\1)"), (r"\\approx", "~"), (r"\\times|\\cdot", "*"), (r"\$", ""),
@@ -66,15 +67,17 @@ def wrong(left: str, sign: str, right: str) -> bool:
 
 def unknown_numbers(text: str, given: str, points: Iterable[tuple[float, float, float]]) -> list[str]:
     """Numbers that `given` lacks and that don't follow from points (x, y, z) in metres: neither steps between
-    two (or the origin), nor distances, nor squares of these, nor an equation's result from known numbers."""
+    two (or the origin), nor distances, nor squares of these, nor an equation's result from known numbers. All
+    up to half a unit of the last digit; a unit, where they stand in "between 3 and 4 m"."""
     pairs = combinations([(0.0, 0.0, 0.0), *points], 2)
     steps = [[abs(q - p) for p, q in zip(a, b, strict=True)] for a, b in pairs]
     measured = {v for s in steps for v in (*s, *(x * x for x in s), math.hypot(*s), math.hypot(*s) ** 2)}
     measured |= {math.hypot(*(round(x, 1) for x in s)) for s in steps}  # some work with one decimal
+    between = {n for pair in BETWEEN.findall(plain(text)) for n in pair}
     known = {0.0, 1.0, 2.0, 90.0, 180.0, 360.0, *map(float, NUMBER.findall(given))}
 
     def fits(number: str) -> bool:
-        n, near = float(number), (half_unit(number) if "." in number else 1) + 1e-9  # "between 3 and 4 m"
+        n, near = float(number), half_unit(number) * (2 if number in between else 1) + 1e-9
         return any(abs(n - v) <= near for v in known) or any(abs(n - v) <= near + .011 for v in measured)
     for left, _, right in equations(text):
         if all(map(fits, NUMBER.findall(left))):

@@ -9,12 +9,14 @@ task: blink/Relative_Depth. What a row asks on each path:
     lor     the set's own question, without such words, as SR-REAL does
     dtr     as lor, and with regions: spar-bench from SR-REAL's sparbench_region_prompts.json where that lies
             under root, else where all marks are found in the images (data/found_marks.py); embspatial unless
-            a box leaves its image (the official code looks at x alone); spatialrgpt-bench on every path
+            a box leaves its image (the official code looks at x alone); spatialrgpt-bench on every path. A
+            row without regions is asked with the DTR prompt all the same, where SR-REAL's DTR column has it
+            on LOR: eval.py says how many had regions
 
 Departures: sat is asked in both orders of its options, drawn from the row's number, not from a rank's
-generator. erqa's images stand where visual_indices puts them. A row that can't be used stops the run: a
-benchmark is read whole. A count that differs from the published one is a warning. SPAR-Bench's RGBD variants
-(--data) come with depth and cameras, which the model gets to see.
+generator. erqa's images stand where visual_indices puts them. A row that can't be used stops the run, as a
+benchmark is read whole, unless skip_bad_rows leaves it out. A count that differs from the published one is a
+warning. SPAR-Bench's RGBD variants (--data) come with depth and cameras, which the model gets to see.
 """
 import ast
 import base64
@@ -23,6 +25,7 @@ import csv
 import json
 import os
 import random
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -32,7 +35,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import BadRows, scorers
+from data import BadRows, say, scorers
 from data.embodiedscan import SCANNET
 from data.found_marks import find_marks
 from data.marks import DepthMap, Marked, opened
@@ -61,10 +64,10 @@ class Item:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a row stands. Numbers count from 1, through all files of a set."""
+    """Where a row stands."""
     folder: Path
     file: Path
-    number: int
+    number: int  # from 1, through all files of the set: ids and orders are made of it
     path: str  # what is asked for: lor and direct need no region
 
 
@@ -213,8 +216,10 @@ def embspatial(row: dict, at: Place) -> Iterator[Item]:
 
 def sat(row: dict, at: Place) -> Iterator[Item]:
     images = pictures(row["image_bytes"] if "image_bytes" in row else row["images"], at)
-    options, true = [text.strip() for text in nested(row["answers"])], row["correct_answer"].strip()
-    need(true in options, "correct_answer", f"{true!r} is none of {options}")
+    options, said = [text.strip() for text in nested(row["answers"])], row["correct_answer"].strip()
+    bare = lambda text: re.sub(r",?\s+in the first frame\.?$", "", text)  # noqa: E731 - one side may have it
+    true = next((option for same in (str, bare) for option in options if same(option) == same(said)), None)
+    need(true is not None, "correct_answer", f"{said!r} is none of {options}")
     random.Random(f"sat {at.number}").shuffle(options)
     for k, order in enumerate((options, options[::-1])):
         question = row["question"] + "\nSelect the correct response from the given choices."
@@ -304,7 +309,7 @@ BENCHMARKS = {
                       ("Qwen3-VL-8B", "Qwen3-VL's report", {"overall": 45.8})),
     "spatialrgpt-bench": Benchmark(
         "a8cheng/SpatialRGPT-Bench", 1406, spatialrgpt, ("**/val*.parquet", "**/SpatialRGPT-Bench_v1.json"),
-        (QWEN, "N3D-VLM, a judge", {"qualitative": 74.4, "quantitative": 38.2}))}
+        (QWEN, "N3D-VLM, a judge", {"qualitative": 74.4, "quantitative_columns": 38.2}))}
 
 
 def find(name: str, root) -> tuple[Path, list[Path]]:
@@ -371,28 +376,34 @@ def usable(row: dict, at: Place, path: str, read: Callable) -> tuple[list[Exampl
         return [], [("row", f"of another schema: {error}")]
 
 
-def load(name: str, root=None, path: str = "both") -> list[Example]:
+def load(name: str, root=None, path: str = "both", skip_bad_rows: bool = False) -> list[Example]:
     """Its questions on a path of srreal.PATHS; both: lor, and dtr where that is asked in another way. Raises
-    BadRows with all that can't be used, ValueError for an unknown name, OSError where nothing is found."""
+    BadRows with all that can't be used (or counts and prints them, and leaves them out), ValueError for an
+    unknown name, OSError where nothing is found."""
     name, _, task = name.partition("/")
     if name not in BENCHMARKS:
         raise ValueError(f"unknown benchmark {name!r}: one of {', '.join(BENCHMARKS)}")
     spec, examples, bad, ids, number = BENCHMARKS[name], [], [], Counter(), 0
     folder, files = find(name, root)
     for file in files:
+        place = 0
         try:
-            for row in rows_of(file):
+            for place, row in enumerate(rows_of(file), 1):
                 number += 1
                 good, wrong = usable(row, Place(folder, file, number, path), path, spec.read)
-                bad += [(str(file), number, *why) for why in wrong]
+                bad += [(str(file), place, *why) for why in wrong]
                 ids.update({(example.id, example.path) for example in good})
                 for example in good:  # an id that recurs gets the row's number
                     example.id += f"#{number}" if ids[example.id, example.path] > 1 else ""
                 examples += [example for example in good if task in ("", example.task)]
         except (ValueError, OSError) as error:
-            bad.append((str(file), number, "file", f"unreadable: {error}"))
-    if bad:
+            bad.append((str(file), place, "file", f"unreadable: {error}"))
+    if bad and not (skip_bad_rows and examples):
         raise BadRows(bad)
+    if bad:
+        kinds = Counter(f"{field}: {reason.partition(':')[0]}" for *_, field, reason in bad).most_common()
+        say(f"{name}: left out {len({why[:2] for why in bad})} of {number} rows: "
+            + "; ".join(f"{count} x {kind}" for kind, count in kinds))
     if not examples:
         raise ValueError(f"{name}: no task {task!r} in {folder}" if task else f"{name}: no rows in {folder}")
     if number != spec.rows:

@@ -17,6 +17,7 @@ miscalculates, and uses other centres than it detected. Names come from the rows
 """
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -33,7 +34,8 @@ from tqdm import tqdm
 import data
 from data.arithmetic import equations, unknown_numbers, wrong
 from data.rationale import centres, compute, taught
-from srreal import Example, answer_score, parse, write_detect
+from data.scorers import said_text
+from srreal import UNITS, Example, answer_score, number, parse, several_views, write_detect
 
 
 @dataclass
@@ -52,15 +54,26 @@ class Config:
     skip_bad_rows: bool = False  # go on without the unusable rows, and count them
 
 # ---- filters: (parsed, example, config, rationales kept so far) -> True: throw it out. The first is counted.
+GIVEN, WHAT = "(?:provided|given|supplied|stated)", "(?:answer|cent|coord|3d|box)"
 LEAK = re.compile(
-    r"scene[ _-]?graph|detect section|ground[ _-]?truth|annotat|metadata|center_?3d|bbox_?2d|the hint"
-    r"|(?:provided|given|supplied|stated) (?:answer|cent|coord|3d|box)"
-    r"|(?:was|were|been|am) (?:given|told|provided)", re.I)
-CLAIM = re.compile(r"(?i:answer is|answer:|option)[\s\"'(*]*([A-E]\b|[-+]?\d+(?:\.\d+)?)")
+    r"scene[ _-]?graph|detect section|ground[ _-]?truth|annotat|metadata|center_?3d|bbox_?2d"
+    rf"|the (?:\w+ )?hint|reference answer|{GIVEN} {WHAT}|{GIVEN} (?:that )?(?:the )?(?:\w+ )?answer"
+    rf"|\b{WHAT}\w* (?:(?:is|are|was|were) )?{GIVEN}|(?:was|were|been|am) (?:given|told|provided)", re.I)
+CLAIM = re.compile(r"(?i:answer is|answer:|option)[\s\"'(*]*([A-E]\b|[-+]?\d+(?:\.\d+)?"
+                   rf"(?:\s*(?ai:{'|'.join(UNITS)})\b(?<!in(?= \w)))?)")  # not: 2 in the image
+
+def claimed(think: str, truth: str) -> bool:
+    """Whether the answer that <think> says last, where it says one, is the true one."""
+    if truth in tuple("ABCDE") or math.isfinite(number(truth)):
+        return all(answer_score(said, truth) > .999 for said in CLAIM.findall(think)[-1:])
+    said = said_text(think)  # "yes, as it is red" says yes
+    return said is None or any(answer_score(said[:end.start()].strip("\"'"), truth) > .999
+                               for end in re.finditer(r"[,;] (?!move_|rotate_)|$", said))
+
 FILTERS = {
     "grammar": lambda p, e, cfg, kept: not (p.well_formed and taught(e, e.path, p.think)),
-    "answer": lambda p, e, cfg, kept: any(answer_score(claim, e.answer) < .999 for claim in (
-        p.answer, *CLAIM.findall(p.think)[-1:])),  # <answer>, and what <think> says last
+    "answer": lambda p, e, cfg, kept: not (  # <answer>, and what <think> says last
+        answer_score(p.answer, e.answer) > .999 and claimed(p.think, e.answer)),
     "leak": lambda p, e, cfg, kept: LEAK.search(p.think),
     "length": lambda p, e, cfg, kept: not (  # the two behind it take bounded time by that
         cfg.words[0] <= len(p.think.split()) <= cfg.words[1] and len(p.think) <= 10 * cfg.words[1]),
@@ -176,12 +189,22 @@ def finish(tried: list[dict], out: Path) -> dict:
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary
 
+NAMED = r"\bfirst\b", *(rf"\b{nth} (?:image|frame|view|picture|photo)\b" for nth in ("second", "third"))
+
+def framed(e: Example) -> Example:
+    """With the view that a rationale speaks of, as in the paper: the question's, else its first mark's."""
+    if e.frame is not None or not several_views(e):
+        return e
+    named = (k for k, words in enumerate(NAMED) if re.search(words, e.question, re.I))
+    k = next(named, e.regions[0][0] if e.regions else None)
+    return replace(e, frame=k) if e.objects and all(k in views for views in e.objects.values()) else e
+
 def questions(cfg: Config) -> list[Example]:
     """Those that can be taught: on path dtr, with objects and a view of them all."""
     if not (cfg.samples >= 1 and 1 <= cfg.words[0] <= cfg.words[1]):
         raise ValueError(f"--samples {cfg.samples} --words {cfg.words[0]} {cfg.words[1]}: "
                          "at least 1, and least <= most")
-    asked = [e for e in data.load(cfg.data, cfg.skip_bad_rows) if e.path in ("lor", "dtr")]
+    asked = [framed(e) for e in data.load(cfg.data, cfg.skip_bad_rows) if e.path in ("lor", "dtr")]
     examples = [e for e in asked if taught(e, e.path)]
     if not examples:
         raise ValueError(f"{' '.join(cfg.data)}: no row on path lor or dtr"

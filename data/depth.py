@@ -7,8 +7,8 @@ All loaders take that file where a row names no depth. What a model of metric de
 millimetres (0 where it is not finite, at most 65.535 m). One of relative depth says a disparity d, which has
 no unit: written is 1 / (1/10 + 9/10 d) m with d brought to 0..1, so that the nearest pixel is at 1 m and the
 farthest at 10 m; the relative point map (model/head3d.py) takes no notice of that scale, the metric one would
-take it for true. Each PNG says in its text fields which model and kind it is from. A second call goes on with
-the images that have no depth yet.
+take it for true, so data.load leaves it out and says so. Each PNG says in its text fields which model and
+kind it is from. A second call goes on with the images that have no depth yet.
 """
 import os
 import sys

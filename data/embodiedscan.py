@@ -6,8 +6,8 @@ pose of every image. A mark's object is the only one whose projection fits it:
     point    closer than 40 to the centre of the projection, in 1/1000 of the image
 none or two, and the row has no truth. So far the paper. Its code doesn't ask whether the object can be seen:
 a box fits whatever stands in front of it. Here the depth map, where one was measured, must lie between the
-box's nearest and farthest corner on at least a fifth of the mark's pixels. As in the paper, an object has to
-project into every view.
+box's nearest and farthest corner on at least a fifth of the mark's pixels (a source's `occlusion=off` is the
+paper's rule). As in the paper, an object has to project into every view.
 
 The .pkl is data, and is read as such: an unpickler that knows builtins and numpy arrays, and calls nothing
 else."""
@@ -127,8 +127,8 @@ class Scenes:
                        for name, scene in read(file, file.stat().st_mtime_ns).items()}
         self.notes = notes
 
-    def truth(self, images: list[str], shapes: list, marks: list, depths: list) -> dict | None:
-        """objects, names and sizes of an Example, or None: why is in the notes."""
+    def truth(self, images: list[str], shapes: list, marks: list, depths: list | None) -> dict | None:
+        """objects, names and sizes of an Example, or None: why is in the notes. depths None: not checked."""
         found = self.find(images, shapes, marks, depths)
         self.notes.add(f"rows {found}" if isinstance(found, str) else "rows with DTR truth")
         return None if isinstance(found, str) else found
@@ -153,7 +153,7 @@ class Scenes:
             k = fits(mark, views[mark.view][1], len(images) > 1)
             if len(k) != 1:
                 return f"with {'several candidates' if len(k) else 'no candidate'} for a mark"
-            k, depth = k[0], depths[mark.view]
+            k, depth = k[0], depths and depths[mark.view]
             if any(np.isnan(rectangles[k]).any() for _, rectangles, _ in views):
                 return "with an object outside of a view"
             if depth and not visible(depth, mark.box(), *views[mark.view][2][k]):
@@ -162,7 +162,7 @@ class Scenes:
             truth["objects"][mark.mention] = centres if len(images) > 1 else centres[0]
             truth["names"][mark.mention] = labels[k]
             truth["sizes"][mark.mention] = tuple(boxes[k, [3, 5, 4]].tolist())  # w, h (its z is up), l
-        if not all(depths[mark.view] for mark in marks):
+        if depths and not all(depths[mark.view] for mark in marks):
             self.notes.add("of them without a depth map to check")
         return truth
 

@@ -8,8 +8,9 @@ forward):
     <3d_box center="x,y,z">chair (region 1)</3d_box>
 In both sets an object's own x is its length, y its height, z its width.
 
-omni3d    the JSON files of Omni3D (.json or a folder of them), images relative to @root. Objects are left out
-          by the set's rules: behind the camera, not valid in 3D, without extent, truncated or hidden by a
+omni3d    the JSON files of Omni3D (.json or a folder of them; of a folder, *_val and *_test, of which
+          SpatialRGPT-Bench and CV-Bench are made, are left out), images relative to @root. Objects are left
+          out by the set's rules: behind the camera, not valid in 3D, without extent, truncated or hidden by a
           third and more, lower than a sixteenth of the image, without lidar or segmentation points, depth
           off; so are flagged images. The 2D box is the tight one, else the truncated or the projected one,
           cut off at the image
@@ -24,6 +25,7 @@ import math
 import os
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +34,7 @@ import numpy as np
 from data.marks import Marked
 from data.rows import (
     Bad,
+    Notes,
     Row,
     broken,
     camera,
@@ -42,6 +45,7 @@ from data.rows import (
     files_of,
     set_name,
     size,
+    training,
     typed,
 )
 from srreal import Example
@@ -102,9 +106,10 @@ def clip(box, shape: tuple[int, int]) -> tuple[float, ...]:
 
 # ---- Omni3D
 def omni3d_rows(path: Path, root: str | None) -> Iterator[Row]:
-    for file in files_of(path, (".json",)):
+    notes = Notes()
+    for file in files_of(path, (".json",), notes):
         try:
-            yield from omni3d_file(file, root or str(file.parent))
+            yield from (replace(row, notes=notes) for row in omni3d_file(file, root or str(file.parent)))
         except ValueError as error:
             yield broken(file, 0, Bad("row", f"unreadable: {error}"))
 
@@ -156,27 +161,35 @@ def ca1m_rows(path: Path, root: str | None) -> Iterator[Row]:
     frames = [path.parent] if path.name == "instances.json" else sorted(path.rglob("*.wide"))
     if not frames:
         raise FileNotFoundError(f"{path}: no VIDEO/TIME.wide folders; unpack CA-1M's captures with tar -xf")
-    for frame in frames:
-        file = frame / "instances.json"
-        try:
-            place = min((frame / "image").glob("[Kk].json"), default=frame / "image" / "K.json")
-            matrix = json.loads(place.read_text())
-            view = camera(np.reshape(matrix, (3, 3)).tolist()), stated_size(frame)
-            listed = json.loads(file.read_text())
-            things = [typed(thing, INSTANCE, {"box_2d_rend": FOUR, "box_2d_proj": FOUR}) for thing in listed]
-        except Bad as error:
-            yield broken(file, 1, error)
-            continue
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            yield broken(file, 1, Bad("row", f"unreadable: {error}"))
-            continue
-        boxes = [thing.get("box_2d_rend") or thing.get("box_2d_proj") for thing in things]
-        objects = [(thing["category"], thing["position"], tuple(thing["scale"][::-1]), box)
-                   for thing, box in zip(things, boxes, strict=True) if box and min(thing["scale"]) > 0]
-        places = (frame.with_suffix(".gt") / "depth.png", frame / "depth.png")
-        depth = next((str(place) for place in places if place.is_file()), estimated(str(frame / "image.png")))
-        key = f"{frame.parent.name}/{frame.stem}"
-        yield from questions(file, 1, key, str(frame / "image.png"), depth, view, objects)
+    notes = Notes()
+    for frame in training(path, frames, notes):
+        yield from (replace(row, notes=notes) for row in ca1m_frame(frame))
+
+def ca1m_frame(frame: Path) -> Iterator[Row]:
+    file = frame / "instances.json"
+    try:
+        place = min((frame / "image").glob("[Kk].json"), default=frame / "image" / "K.json")
+        matrix = json.loads(place.read_text())
+        view = camera(np.reshape(matrix, (3, 3)).tolist()), stated_size(frame)
+        listed = json.loads(file.read_text())
+        things = [typed(thing, INSTANCE, {"box_2d_rend": FOUR, "box_2d_proj": FOUR}) for thing in listed]
+    except Bad as error:
+        yield broken(file, 1, error)
+        return
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        yield broken(file, 1, Bad("row", f"unreadable: {error}"))
+        return
+    objects = []
+    for number, thing in enumerate(things, 1):
+        box = thing.get("box_2d_rend") or thing.get("box_2d_proj")
+        if box and max(abs(a - b) for a, b in zip(box, clip(box, view[1]), strict=True)) > 2:  # pixels
+            yield broken(file, number, Bad("box_2d", f"outside its image: {box}, of {view[1]}"))
+        elif box and min(thing["scale"]) > 0:
+            objects.append((thing["category"], thing["position"], tuple(thing["scale"][::-1]), box))
+    places = (frame.with_suffix(".gt") / "depth.png", frame / "depth.png")
+    depth = next((str(place) for place in places if place.is_file()), estimated(str(frame / "image.png")))
+    key = f"{frame.parent.name}/{frame.stem}"
+    yield from questions(file, 1, key, str(frame / "image.png"), depth, view, objects)
 
 def stated_size(frame: Path) -> tuple[int, int]:
     """(width, height) for which K and boxes hold: TIME._wide/image/size.json, or what all of the set have."""
@@ -187,16 +200,24 @@ def stated_size(frame: Path) -> tuple[int, int]:
 
 # ---- RefCOCO
 def refcoco_rows(path: Path, root: str | None) -> Iterator[Row]:
-    build = partial(reference, root)
-    if path.suffix == ".parquet" or path.is_dir() and any(path.rglob("*.parquet")):
-        for file in files_of(path, (".parquet",)):
-            for number, row in enumerate(parquet(file), 1):
-                try:
-                    yield from [row] if isinstance(row, Row) else build(file, number, row)
-                except Bad as error:
-                    yield broken(file, number, error)
-    else:
-        yield from each(path, (".json", ".jsonl"), build)
+    notes, build = Notes(), partial(reference, root)
+    held = path.suffix == ".parquet" or path.is_dir() and any(path.rglob("*.parquet"))
+    suffixes = (".parquet",) if held else (".json", ".jsonl")
+    try:
+        found = files_of(path, suffixes, notes)
+    except FileNotFoundError:                                 # the hub's copy has no other splits
+        found = files_of(path, suffixes)
+        notes.update(f"read of {file.name}: others evaluate on this split" for file in found)
+    for file in found:
+        rows = parquet_rows(file, build) if held else each(file, suffixes, build)
+        yield from (replace(row, notes=notes) for row in rows)
+
+def parquet_rows(file: Path, build) -> Iterator[Row]:
+    for number, row in enumerate(parquet(file), 1):
+        try:
+            yield from [row] if isinstance(row, Row) else build(file, number, row)
+        except Bad as error:
+            yield broken(file, number, error)
 
 def parquet(file: Path) -> Iterator[dict | Row]:
     """Its rows, or the Row that says why they cannot be read."""

@@ -14,8 +14,8 @@ srreal    one question, on path dtr if the row has `3d_pos` or its answer a <det
                     of 5); bbox_img_idx or point_img_idx: their views, in the order that `type`, the SPAR
                     task, tells; of no such task, the `current_frame` in `3d_pos`
     bbox, mask_idx  regions in pixels: a list, or of several images {image: list} with the place of the k-th
-                    <mask>, {k: [image, index]} (without: in the order of the images). Without <mask>s the
-                    marks are the regions
+                    <mask>, {k: [image, index]} (without: in the order of the images); else rle or
+                    segmentation, as in llava. Without <mask>s the marks are the regions
     image_hw        [height, width] of the first image; depth: one 16-bit PNG an image
     3d_pos          {"red_bbox": {"center_cam": [x, y, z], "label"}}, metres; several views:
                     {"all_frame_3d": {"0": {"center_cam"}, ...}, "current_frame_3d": {"label"}}
@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
 
-from data.rows import REGIONS, Bad, Notes, Row, depth_map, each, maps_of, set_name, size, turns, typed
+from data.rows import REGIONS, Bad, Notes, Row, depth_map, each, estimated, set_name, size, turns, typed
 from data.spar import FIRST, MARKS, insert_masks, marked, marks_of
 from srreal import Example, parse
 
@@ -46,7 +46,8 @@ TEMPLATE = re.compile(r"^.*</answer>.*?\bQuestion:\s*", re.S)  # official prompt
 
 def images_of(row: dict, base: str) -> tuple[list[str], Callable]:
     """Paths of the images; and what looks for their depth maps (None: there is none), once the row is taken:
-    looking at a network's disk takes longer than reading the row. It returns (images, depth maps)."""
+    looking at a network's disk takes longer than reading the row. It returns (images, depth maps, estimated
+    ones where the row names none that is there)."""
     listed = (row.get(name, ()) for name in ("image", "depth"))
     images, depths = ([os.path.join(base, file) for file in ([files] if isinstance(files, str) else files)]
                       for files in listed)
@@ -54,7 +55,10 @@ def images_of(row: dict, base: str) -> tuple[list[str], Callable]:
         raise Bad("image", "no image")
     if len(depths or images) != len(images):
         raise Bad("depth", f"wrong count: {len(depths)} for {len(images)} images")
-    return images, lru_cache(1)(lambda: (images, maps_of(depths, images)))
+    named = depths or [None] * len(images)
+    return images, lru_cache(1)(lambda: (images, [
+        found if found and os.path.isfile(found) else estimated(image) or found
+        for found, image in zip(named, images, strict=True)]))
 
 # ---- llava
 def llava_rows(path: Path, root: str | None) -> Iterator[Row]:
@@ -68,11 +72,13 @@ def conversation(root: str | None, file: Path, number: int, row: dict) -> Iterat
 def files_of_row(look: Callable) -> tuple:
     return tuple(file for files in look() for file in files if file)
 
+def kind_of(row: dict) -> str:
+    return next((kind for kind in REGIONS if row.get(kind)), "bbox")
+
 def split(file: Path, number: int, row: dict, views: int, look: Callable, path=None,
           make=None) -> Iterator[Row]:
     """A Row a turn, whose id ends in /k where there are several; each with its share of the regions."""
-    said, done = turns(row), 0
-    kind = next((kind for kind in REGIONS if row.get(kind)), "bbox")
+    said, done, kind = turns(row), 0, kind_of(row)
     given, count = placed(row, kind, views), sum(question.count("<mask>") for question, _ in said)
     if count != len(given):
         raise Bad(kind, f"<mask> count: {count} for {len(given)} regions")
@@ -119,17 +125,18 @@ def srreal_row(root: str | None, notes: Notes, file: Path, number: int, row: dic
     row = typed(row, REQUIRED, SRREAL)
     row["image"], look = images_of(row, root or str(file.parent))
     name = f"{set_name(file)}/{row.get('id', '')}#{number}"
-    yield Row(str(file), number, name, partial(srreal_example, name, row, look, notes),
-              partial(files_of_row, look), notes=notes)
+    made = lru_cache(1)(lambda: [estimated(image) for image in row["image"]])  # in place of 8-bit ones
+    yield Row(str(file), number, name, partial(srreal_example, name, row, look, made, notes),
+              lambda: (*files_of_row(look), *filter(None, made())), notes=notes)
 
-def srreal_example(name: str, row: dict, look: Callable, notes: Notes, sizes: dict) -> list[Example]:
+def srreal_example(name: str, row: dict, look: Callable, made, notes: Notes, sizes: dict) -> list[Example]:
     _, depths = look()
     shapes, ((question, answer), *more) = [size(image, sizes) for image in row["image"]], turns(row)
     if more:
         raise Bad("conversations", f"wrong count: {1 + len(more)} turns")
     if relative := [d for d in depths if d and sizes[d][2:] == ("L",)]:  # the official code's have no unit
         notes.add("depth maps left out: 8 bits, so relative", len(relative))
-        depths = [None if d in relative else d for d in depths]
+        depths = [other if d in relative else d for d, other in zip(depths, made(), strict=True)]
     if "image_hw" in row and shapes[0] != tuple(row["image_hw"][::-1]):
         raise Bad("image_hw", f"wrong size: {row['image_hw']}, the image has {list(shapes[0][::-1])}")
     question = TEMPLATE.sub("", question)
@@ -160,14 +167,15 @@ def regions_of(row: dict, question: str, marks: list, shapes: list) -> tuple[str
     if "<mask>" not in question:
         question, marks = insert_masks(question, marks, len(shapes) > 1)
         return question, [(mark.view, mark.pixels(shapes[mark.view])) for mark in marks]
-    boxes = [(view, tuple(box)) for view, box in placed(row, "bbox", len(shapes))]
-    for (view, box), text in zip(boxes, question.split("<mask>"), strict=False):
+    kind = kind_of(row)
+    found = [(view, REGIONS[kind](region, shapes[view])) for view, region in placed(row, kind, len(shapes))]
+    for (view, box), text in zip(found, question.split("<mask>"), strict=False):
         mark = next((mark for mark in marks if text.rstrip().endswith(mark.mention)), None)
         at = mark and (mark.view, mark.pixels(shapes[mark.view]))
-        if at and not (view == at[0] and near(box, at[1])):
-            raise Bad("bbox", f"not in pixels, or of another object?: {box} in image {view}, "
-                              f"where {mark.mention} is {at[1]} in image {at[0]}")
-    return question, boxes
+        if at and not (view == at[0] and (kind != "bbox" or near(box, at[1]))):
+            raise Bad(kind, f"not in pixels, or of another object?: {kind} {box} in image {view}, "
+                            f"where {mark.mention} is {at[1]} in image {at[0]}")
+    return question, found
 
 def near(a: tuple, b: tuple) -> bool:
     """Equal up to rounding, and to the 1/1000 grid of the marks."""

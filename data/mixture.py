@@ -1,6 +1,6 @@
 """Which rows a training run takes: sources with their shares, on the command line or in a .toml file.
 
-    kind:path@image_root,weight=.1,cap=1000,seed=1,path=dtr
+    kind:path@image_root,weight=.1,cap=1000,seed=1,path=dtr,occlusion=off
 
     seed = 0                              in a file; $NAME is an environment variable
     [[source]]
@@ -16,13 +16,14 @@ import os
 import re
 import tomllib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from data.rows import Row, matches
 from srreal import PATHS
 
-KEYS = ("weight", "cap", "seed", "path")
+KEYS = ("weight", "cap", "seed", "path", "occlusion")
 OPTIONS = re.compile(rf"(.*?)((?:,(?:{'|'.join(KEYS)})=[^,]*)+)")
 
 @dataclass
@@ -32,6 +33,7 @@ class Part:
     cap: int | None = None  # at most so many rows: those with the lowest hashes
     seed: int = 0
     path: str | None = None  # only its Examples on this path
+    occlusion: str = "on"  # of spar: off leaves out data/embodiedscan.py's check of depth
 
     def __post_init__(self):
         try:                                                  # of a command line's text, too
@@ -40,12 +42,16 @@ class Part:
             good = 0 < self.weight <= 1 and (self.cap is None or self.cap >= 1)
         except (ValueError, TypeError):
             good = False
+        if self.occlusion != "on" and not (self.occlusion == "off" and self.source.startswith("spar:")):
+            raise ValueError(f"{self.source}: occlusion={self.occlusion}: it is on, or off for a spar:PATH")
         if not good or self.path not in (None, *PATHS):
             raise ValueError(f"{self.source}: weight={self.weight}, cap={self.cap}, seed={self.seed}, path="
                              f"{self.path}: it takes 0 < weight <= 1, whole cap >= 1 and seed, path one of "
                              f"{', '.join(PATHS)}")
 
     def share(self, rows: Iterable[Row]) -> Iterable[Row]:
+        if self.occlusion == "off":
+            rows = (replace(row, make=partial(row.make, occlusion=False)) for row in rows)
         placed = ((self.place(row), k, row) for k, row in enumerate(rows))
         share = (item for item in placed if item[0] < self.weight)
         share = sorted(heapq.nsmallest(self.cap, share), key=lambda item: item[1]) if self.cap else share

@@ -12,6 +12,7 @@ from collections import namedtuple
 from dataclasses import replace
 
 from data.arithmetic import NUMBER, half_unit
+from data.scorers import OPTION
 from srreal import Example, number, parse, target, write_detect
 
 Thing = namedtuple("Thing", "text mention at")  # at: (x, y, z) as the detect block has it
@@ -101,7 +102,6 @@ RULES = (  # (what the question says, for how many things, rule); the truth deci
     ("standing|facing|imagine|perspective", (3,), perspective), (EXTREME, (2, 3, 4), extreme),
     ("depth|deep", (1, 2), depth), ("far|distance|apart", (1, 2), distance),
     ("left|right|above|below|front|behind|higher|lower", (2,), relation))
-OPTION = re.compile(r"(?<![\w(])\(?([A-E])[.)]\s*(.+?)(?=\s+\(?[A-E][.)]|\s*$)", re.S)
 STARTS = ("", "", "In metres, x right, y down, z forward. ", "First the positions. ", "Step by step. ")
 SO = ", so the answer is {}.", ". So the answer is {}.", ". That makes the answer {}.", ". The answer is {}."
 

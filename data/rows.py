@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from data.marks import DepthMap
+from srreal import Example
 
 
 class Bad(ValueError):
@@ -46,7 +47,7 @@ class Row:
     notes: Notes = field(default_factory=Notes)  # a source's own; printed
 
 def broken(file, number: int, error: Bad) -> Row:
-    def fail(sizes):
+    def fail(sizes, **options):
         raise error
     return Row(str(file), number, f"{file}#{number}", fail)
 
@@ -69,12 +70,24 @@ def each(path: Path, suffixes: tuple, build: Callable) -> Iterator[Row]:
             except Bad as error:
                 yield broken(file, number, error)
 
-def files_of(path: Path, suffixes: tuple) -> list[Path]:
-    """The file itself, or all in a folder, in order of their names."""
+def files_of(path: Path, suffixes: tuple, notes: Notes | None = None) -> list[Path]:
+    """The file itself, or all in a folder, in order of their names; with notes, but for val and test."""
     found = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in suffixes)
     if not found:
         raise FileNotFoundError(f"{path}: no {' or '.join(suffixes)} in this folder")
-    return found
+    return found if notes is None else training(path, found, notes)
+
+HELD_OUT = re.compile(r"(?:^|[/_-])(?:val|test[AB]?)(?=$|[/._-])")
+
+def training(path: Path, found: list[Path], notes: Notes) -> list[Path]:
+    """Of a folder's files those whose names below it are of no val or test split: these make benchmarks. The
+    path itself may name them."""
+    kept = [file for file in found if path.is_file() or not HELD_OUT.search(str(file.relative_to(path)))]
+    if not kept:
+        raise FileNotFoundError(f"{path}: val and test splits alone: to be read, the path has to name them")
+    if len(kept) < len(found):
+        notes.add("left out: of val and test splits, which the path does not name", len(found) - len(kept))
+    return kept
 
 def records(file: Path) -> Iterator[tuple[int, dict | Bad]]:
     """(number from 1, row or what is wrong with it): of JSON lines, an object, or an array of any size."""
@@ -170,10 +183,7 @@ def size(file: str, sizes: dict, name: str = "image") -> tuple[int, int]:
     return sizes[file][:2]
 
 def maps_of(named: list, images: list[str]) -> list:
-    """A depth file an image: the one that the row names, else the estimated one, or None."""
-    if len(named or images) != len(images):
-        raise Bad("depth", f"wrong count: {len(named)} for {len(images)} images")
-    named = named or [None] * len(images)
+    """A depth file an image: the one that is named, else the estimated one, or None."""
     return [found or estimated(image) for found, image in zip(named, images, strict=True)]
 
 def depth_map(file: str | None, image: tuple[int, int], sizes: dict):
@@ -184,6 +194,17 @@ def depth_map(file: str | None, image: tuple[int, int], sizes: dict):
     if not abs(width / height / stretch - 1) < .02:
         raise Bad("depth", f"wrong shape: {width} x {height} for an image of {image[0]} x {image[1]}")
     return DepthMap(file, image)
+
+RELATIVE = "relative"  # what data.depth writes into a PNG by a model without unit, and data.probe finds
+
+def metric(e: Example, sizes: dict, notes: Notes) -> Example:
+    """The Example without such depth maps."""
+    files = [depth.source if isinstance(depth, DepthMap) else depth for depth in e.depths or ()]
+    if any(lost := [isinstance(file, str) and sizes[file][2:] == (RELATIVE,) for file in files]):
+        note = "depth maps left out: relative (data.depth --kind relative), point maps are metric here"
+        notes.add(note, sum(lost))
+        e.depths = [None if gone else depth for gone, depth in zip(lost, e.depths, strict=True)]
+    return e
 
 @lru_cache(4096)
 def matrix(file: Path) -> list | None:

@@ -351,7 +351,7 @@ class Config:
     size: tuple[int, int] = (256, 192)  # width and height of the images in pixels
     ask: tuple[str, ...] = ()  # only these families of questions; empty: all of them
     lor: float = 1.0  # share of the scenes that are asked about on path lor, too; dtr asks about all
-    workers: int = os.cpu_count() or 1  # processes; the set does not depend on their number
+    workers: int = len(os.sched_getaffinity(0))  # processes; the set does not depend on their number
 
 def make(config, index):
     """One scene on disk: images and depth; -> its rows as text."""

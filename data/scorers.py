@@ -1,18 +1,22 @@
 """What an answer to a benchmark earns, by two scorers, and the aggregates that the benchmark publishes.
 
 official  the published rule, bugs included, on the first <answer> block (without one: on the whole response)
-    spar-bench  numbers: MRA of the first number (single view) or the last (several), unsigned; ties fall as
-                numpy's floats do. Options: equal, or a substring of the truth (so the empty answer is right),
-                or the first character. Camera motion: mean MRA over five axes with truth and answer swapped:
-                the error is divided by the answer. All compared as they are, not stripped.
-    embspatial  the first standalone A to D of the upper-cased text: the article "a" is option A
-    cv-bench    the first letter of the text: "The answer is B" is T
-    sat, erqa, realworldqa, blink    equal but for case, ( ) . and blanks
-    spatialrgpt-bench    the first yes or no, region, clock hour or length in the text; a length is right
-                within 25 %, a direction within an hour. "In fact, ..." and "Actually, ..." are noes
+    spar-bench  SPAR's and lmms-eval's. Numbers: MRA of the first (single view) or the last (several),
+                unsigned; ties fall as numpy's floats do. Options: equal, or a substring of the truth (so the
+                empty answer is right), or the first character. Camera motion: mean MRA over five axes with
+                truth and answer swapped: the error is divided by the answer. All as they are, not stripped.
+    embspatial  SR-REAL's: the first standalone A to D of the upper-cased text: the article "a" is option A
+    cv-bench    lmms-eval's: the first letter of the text: "The answer is B" is T
+    erqa, realworldqa    lmms-eval's: a truth of A to D against the letter that is extracted (read_choice),
+                any other by equality of the lower-cased text without its last dots
+    sat, blink  SR-REAL's, BLINK's first step: equal but for case, ( ) . and blanks
+    spatialrgpt-bench    the judge's instructions: the first yes or no, region, clock hour or length in the
+                text; a length is right within 25 %, a direction within an hour. "In fact, ..." and "Actually,
+                ..." are noes; a truth without what its category asks for earns nothing
 robust    reads one answer or none, and none is wrong: in <answer> only the forms that srreal.answer_score
-    takes, or an option's text; without <answer> also the last "answer is X", else the only letter (number) in
-    the text. Signed numbers with units; MRA with exact ties, and truth and answer in their places.
+    takes, or an option's text; without <answer> what the last "answer is X" says, else the only letter
+    (number) in the text, or a text of a few words. Where an A may be an article beside another letter, none.
+    Signed numbers with units; MRA with exact ties, and truth and answer in their places.
 
 Where the published scorer is a language model (JUDGED), `official` is a rule without it. `unparsed`: the
 share of responses in which the robust scorer reads no answer, given with both.
@@ -98,17 +102,23 @@ def equal_official(text: str, example: Example) -> float:
     return float(said == true)
 
 
+def letter_official(text: str, example: Example) -> float:
+    if example.answer in tuple("ABCD"):
+        return float(read_choice(text, example.question) == example.answer)
+    return float(text.lower().strip().rstrip(".") == example.answer.lower().strip())
+
+
 # ---- SpatialRGPT-Bench: what a judge would read off free text. Here truths are free text, too
 
 YES = re.compile(r"\b(?:(yes|correct|indeed|true)|(no|not|incorrect|false|wrong|isn['’]t"
                  r"|(?<!.)(?:in fact|actually)(?=,?\s(?:region|it|the)\b)))\b", re.I | re.S)  # also no
 HOUR = re.compile(r"\b([0-9]{1,2})(?::[0-9]{2})?\s*o['’]?\s?clock", re.I)
-LENGTH = re.compile(rf"(?<![\w.]){DECIMAL}\s*(?ai:{'|'.join(UNITS)})(?!\w|\s+the\b)")  # not "2 in the"
+LENGTH = re.compile(rf"(?<![\w.])(?<!\d,)({DECIMAL}\s*)(?ai:({'|'.join(UNITS)})|foot)(?!\w|\s+the\b)")
 
 
 def lengths(text: str) -> list[float]:
-    """Metres; a bare number is no length."""
-    return [number(found[0]) for found in LENGTH.finditer(text)]
+    """Metres; a bare number is no length, nor is "2 in the", nor a part of 1,200 m."""
+    return [number(value + (unit or "feet")) for value, unit in LENGTH.findall(text)]
 
 
 def verdicts(text: str) -> list[bool]:
@@ -133,10 +143,16 @@ def read_judged(example: Example) -> Callable[[str], list]:
 
 def judged_score(said, example: Example) -> float:
     read = read_judged(example)
-    true = (read(example.answer) or [True])[0]  # "Region [0] is behind it": an affirmative sentence
+    found = read(example.answer) or [True] * (read is verdicts)  # "Region [0] is behind it": it affirms
+    if not found:
+        return 0.0
     if read is hours:
-        return float(min(abs(said - true), 12 - abs(said - true)) <= 1)
-    return float(0.75 * true <= said <= 1.25 * true if read is lengths else said == true)
+        return float(clock(said, found[0]) <= 1)
+    return float(0.75 * found[0] <= said <= 1.25 * found[0] if read is lengths else said == found[0])
+
+
+def clock(a: int, b: int) -> int:
+    return min(abs(a - b), 12 - abs(a - b))
 
 
 def judged_official(text: str, example: Example) -> float:
@@ -162,13 +178,22 @@ def judged_robust(response: str, example: Example) -> float | None:
 # ---- The robust scorer
 
 LETTERS = "ABCDEFGH"
-EXPLICIT = re.compile(r"\b[Aa]nswer(?:\s+is\b\s*:?|\s*:)[\s*_\"'`(\[{]*(?:[Oo]ption\s+)?[(\[{]?"
-                      r"([A-H]|(?<=[(\[{])[a-h](?=[)\]}]))(?![\w'’-])")  # in brackets in either case
-SOLE = re.compile(r"(?<![\w'’-])(A(?!\s+(?!or\b|and\b)[a-z])|[B-H])(?![\w'’-])")  # "A chair": an article
-OPTION = re.compile(r"^\s*\(?([A-H])[).:]\s*(.+?)\s*$", re.M)
-SAID_NUMBER = re.compile(r"\b[Aa]nswer(?:\s+is\b\s*:?|\s*:)\s*" + QUANTITY.pattern + r"(?![\w.]*\w)")
+# Of a question, each in its line or all in one; data/rationale.py reads them by this, too.
+OPTION = re.compile(r"(?<![\w(])\(?([A-H])[.)]\s*(.+?)(?=\s+\(?[A-H][.)]|\s*$|\.?\s+(?:Please|Answer)\b)",
+                    re.M)
+SAYS = r"\b(?i:answer(?:\s+is\b\s*:?|\s*:))[\s*_\"'`]*"
+# In lower case, b to h are no words, and a is none at the end or before a sign.
+EXPLICIT = re.compile(SAYS + r"(?:[Oo]ption\s+)?[(\[{]?([A-Hb-h]|a(?=[^\w\s]|\s*(?:\n|$)))(?!\.?\w|['’-])"
+                      r"(?!\s*(?:or|and|/)\s*\(?[A-Ha-h]\b)")
+ALONE = r"(?<![\w'’-])({})(?![\w'’-])"
+NO_NOUN = "is|are|was|or|and|because|since|as|but|for|seems|looks|appears|has|would|must|should|can"
+ANY = re.compile(ALONE.format("[A-H]"))
+SURE = re.compile(ALONE.format(  # "A chair" has an article
+    r"[B-H]|(?<=[Oo]ption )A|(?<=[Cc]hoice )A|(?<=[Ll]etter )A" rf"|A(?![ \t]+(?!(?:{NO_NOUN})\b)\w)"))
+SAID_NUMBER = re.compile(SAYS + r"\(?" + QUANTITY.pattern + r"(?![\w.]*\w)")
 ANY_NUMBER = re.compile(rf"(?<![\w.,^+-]){QUANTITY.pattern}(?![\w^]|[.,][0-9])")
 ASKED_UNIT = re.compile(rf"\b(?:in|how many) ({'|'.join(UNITS)})\b", re.I)
+FEW = 4  # words of a response that can be an answer by itself; more is prose
 
 
 def plain(text: str) -> str:
@@ -179,18 +204,20 @@ def read_choice(response: str, question: str) -> str | None:
     """The letter that a response chooses, or None."""
     block = answer_block(response)
     text = (response if block is None else block).strip()
-    forms = [letter for letter in LETTERS if re.fullmatch(CHOICE.replace("L", letter), text, re.I | re.S)]
+    if block is None and (explicit := EXPLICIT.findall(text)):
+        return explicit[-1].upper()
+    sure = set(SURE.findall(text)) if block is None else set()
+    forms = [letter for letter in LETTERS if sure <= {letter}  # not "A. It is near.\nB. It is far."
+             and re.fullmatch(CHOICE.replace("L", letter), text, re.I | re.S)]
     worded = [letter for letter, option in OPTION.findall(question) if plain(option) == plain(text)]
-    if forms or worded or block is not None:
-        return [*forms, *worded, None][0]
-    explicit, alone = EXPLICIT.findall(text), set(SOLE.findall(text))
-    return explicit[-1].upper() if explicit else alone.pop() if len(alone) == 1 else None
+    sole = sure if len(sure) == 1 and sure == set(ANY.findall(text)) else ()
+    return next(iter((*forms, *worded, *sole)), None)
 
 
 def read_number(response: str, question: str) -> float | None:
     """The number that a response states, in the unit that the question asks for, else in metres."""
     block = answer_block(response)
-    text = (response if block is None else block).strip()
+    text = (response.replace("**", "") if block is None else block).strip()
     found = QUANTITY.fullmatch(text)
     if not found and block is None:
         explicit, every = [*SAID_NUMBER.finditer(text)], [*ANY_NUMBER.finditer(text)]
@@ -203,9 +230,20 @@ def read_number(response: str, question: str) -> float | None:
     return stated / number(f"1 {asked[1]}") if unit and asked else stated
 
 
-def read_text(response: str) -> str | None:
+def said_text(text: str) -> str | None:
+    """What the last "answer is" says, to the end of its sentence."""
+    ends = [found.end() for found in re.finditer(SAYS, text)]
+    said = re.split(r"[.!](?:\s|$)|\n", text[ends[-1]:], maxsplit=1)[0] if ends else ""
+    return said.strip(" *_\"'`") or None
+
+
+def read_text(response: str, words: int = FEW) -> str | None:
+    """What <answer> holds, else what the last "answer is" says, else a response of at most so many words."""
     block = answer_block(response)
-    return plain(response if block is None else block) or None
+    if block is None:
+        text = response.replace("**", "")
+        block = said_text(text) or (text if len(text.split()) <= words else "")
+    return plain(block) or None
 
 
 def robust(response: str, example: Example) -> float | None:
@@ -214,14 +252,14 @@ def robust(response: str, example: Example) -> float | None:
         letter = read_choice(response, example.question)
         return letter and float(letter == example.answer.strip())
     if example.task == "view_change_infer":
-        axes, true = motion(read_text(response) or ""), motion(example.answer)
+        axes, true = motion(read_text(response, 10) or ""), motion(example.answer)
         pairs = list(zip(axes, true, strict=True))
         return float(np.mean([mra(*p, 1e-9) for p in pairs])) if all(map(math.isfinite, axes)) else None
-    if math.isfinite(true := number(example.answer)):
-        value = read_number(response, example.question)
+    if math.isfinite(number(example.answer)):
+        value, true = (read_number(text, example.question) for text in (response, example.answer))
         exact = value is not None and math.isclose(value, true, abs_tol=1e-9)
         return value if value is None else mra(value, true, 1e-9) if example.task in LOW else float(exact)
-    said = read_text(response)
+    said = read_text(response, max(FEW, len(example.answer.split())))
     return said and answer_score(said, example.answer)
 
 
@@ -335,17 +373,34 @@ def spatialrgpt_column(task: str) -> str | None:
 
 
 def spatialrgpt(pairs: list) -> dict[str, float]:
-    """Success by column of the published table; qualitative and quantitative are the means of six each."""
+    """Success by column of the published table. qualitative and quantitative are of their rows, as the set's
+    script prints them; `_columns`: the means of six columns each."""
     table = means(pairs, lambda e: spatialrgpt_column(e.task))
-    parts = averages(table, {"qualitative": list(COLUMNS)[:6], "quantitative": list(COLUMNS)[6:]})
-    return {"overall": float(np.mean([value for _, value in pairs]))} | parts | table
+    halves = {"qualitative": list(COLUMNS)[:6], "quantitative": list(COLUMNS)[6:]}
+    half = {column: name for name, columns in halves.items() for column in columns}
+    columns = averages(table, {f"{name}_columns": members for name, members in halves.items()})
+    rows = means(pairs, lambda e: half[spatialrgpt_column(e.task)])
+    return {"overall": float(np.mean([value for _, value in pairs]))} | rows | columns | table
+
+
+def judged_errors(pairs: Iterable[tuple[Example, str]]) -> dict[str, float]:
+    """Column of SpatialRGPT-Bench -> mean |said - true| / true of its lengths, or degrees of its directions,
+    over the answers and truths that are read."""
+    found: dict[str, list[float]] = {}
+    for example, response in pairs:
+        read, block = read_judged(example), answer_block(response)
+        said, true = (read(text) for text in (response if block is None else block, example.answer))
+        if read in (hours, lengths) and said and true and (read is hours or true[0] > 0):
+            error = 30 * clock(said[0], true[0]) if read is hours else abs(said[0] - true[0]) / true[0]
+            found.setdefault(spatialrgpt_column(example.task), []).append(float(error))
+    return {column: float(np.mean(errors)) for column, errors in found.items()}
 
 
 OFFICIAL = {  # benchmark -> (official rule, robust rule, aggregates)
     "spar-bench": (spar_official, robust, spar), "spar-bench-tiny": (spar_official, robust, spar),
     "embspatial": (embspatial_official, robust, embspatial), "sat": (equal_official, robust, sat),
     "cv-bench": (first_letter_official, robust, cv_bench), "blink": (equal_official, robust, blink),
-    "realworldqa": (equal_official, robust, by_sample), "erqa": (equal_official, robust, by_sample),
+    "realworldqa": (letter_official, robust, by_sample), "erqa": (letter_official, robust, by_sample),
     "spatialrgpt-bench": (judged_official, judged_robust, spatialrgpt)}
 
 

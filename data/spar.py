@@ -2,8 +2,8 @@
     spar/<source>/qa_jsonl/<split>/<task>/<format>/*.jsonl
     spar/<source>/images/<scene>/{image,video}_color/N.jpg
 any part of it, one .jsonl, or an index of the set's own generate_data_json.py (without its repeat_time:
-mixtures have weights). Of folders the formats fill and select of all tasks but the video's are read; a file
-or an index is read as it is.
+mixtures have weights). Of folders the formats fill and select of all tasks but the video's are read, and of
+one above `train` no `val`; a file or an index is read as it is.
 
 Points and boxes are in 1/1000 of the image, and drawn when it is opened, as the set's own tool does: a disc
 of radius 20 pixels, a stroke of 20 that lies outside the box but for 2.5. Which view a colour is marked in
@@ -150,10 +150,10 @@ def spar_rows(path: Path, root: str | None) -> Iterator[Row]:
     places = (path, *path.absolute().parents[:7])
     if pickles := next(filter(None, (sorted(up.glob("embodiedscan_infos_*.pkl")) for up in places)), []):
         scenes = Scenes(pickles, notes)
-    for file, base in annotations(path, root):
+    for file, base in annotations(path, root, notes):
         yield from each(file, (".jsonl",), partial(build, base, notes, scenes))
 
-def annotations(path: Path, root: str | None) -> Iterator[tuple[Path, str]]:
+def annotations(path: Path, root: str | None, notes: Notes) -> Iterator[tuple[Path, str]]:
     """(file of rows, folder of its images) of an index, a folder, or a file."""
     if path.suffix == ".json":
         for name, part in read_index(path).items():
@@ -164,8 +164,8 @@ def annotations(path: Path, root: str | None) -> Iterator[tuple[Path, str]]:
                     f"{path}: {name}: neither beside nor above it: {part['annotation']}, {part['root']}")
             yield found[0][0], root or str(found[1][0])
         return
-    files = [f for f in files_of(path, (".jsonl",)) if path.is_file() or f.parent.name in ("fill", "select")
-             and not VIDEO.search(f.parent.parent.name)]
+    files = [f for f in files_of(path, (".jsonl",), notes) if path.is_file()
+             or f.parent.name in ("fill", "select") and not VIDEO.search(f.parent.parent.name)]
     if not files:
         raise FileNotFoundError(f"{path}: no fill/*.jsonl nor select/*.jsonl of a task about images")
     for file in files:
@@ -204,7 +204,7 @@ def source_of(file: Path) -> str:
     at = parts.index("qa_jsonl") if "qa_jsonl" in parts[1:-2] else len(parts)
     return "/".join((*parts[at - 1:at], *parts[at + 1:at + 2])) or file.absolute().parent.name
 
-def examples(name: str, row: dict, look, notes: Notes, scenes, sizes: dict) -> list[Example]:
+def examples(name: str, row: dict, look, notes: Notes, scenes, sizes: dict, occlusion=True) -> list[Example]:
     (question, answer), *more = turns(row)
     if more:
         raise Bad("conversations", f"wrong count: {1 + len(more)} turns")
@@ -219,7 +219,7 @@ def examples(name: str, row: dict, look, notes: Notes, scenes, sizes: dict) -> l
         frame=0 if len(files) > 1 and FIRST.search(question) else None)
     lor.intrinsics = lor.intrinsics if any(lor.intrinsics) else None
     # An estimated depth cannot tell what is hidden.
-    truth = scenes.truth(files, shapes, marks, measured) if scenes and marks else None
+    truth = scenes.truth(files, shapes, marks, measured if occlusion else None) if scenes and marks else None
     if not truth:
         return [lor]
     return [replace(lor, path=path, **truth) for path in ("lor", "dtr")]

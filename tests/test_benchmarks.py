@@ -271,6 +271,10 @@ def test_sat(tmp_path):
             assert options["AB".index(e.answer)] == f"{e.answer}. {('left', 'right')[k % 2]}"
     assert len({e.question.split("\n")[2] for e in got[::2]}) == 2  # the first order is not always the same
     assert [e.question for e in benchmarks.load("sat", tmp_path)] == [e.question for e in got]
+    stray = dict(sat_rows(1)[0], correct_answer="left in the first frame")  # on one side alone
+    write(tmp_path / "a" / "SAT_test.parquet", [stray], image_bytes=pa.list_(pa.binary()))
+    assert [(e.question, e.answer) for e in benchmarks.load("sat", tmp_path / "a")] == [
+        (e.question, e.answer) for e in got[:2]]  # fmt: skip
     rows = [dict(sat_rows(1)[0], correct_answer="up")]
     write(tmp_path / "b" / "SAT_test.parquet", rows, image_bytes=pa.list_(pa.binary()))
     with pytest.raises(BadRows, match=r"SAT_test.parquet:1: correct_answer: 'up' is none of \['"):
@@ -465,6 +469,23 @@ def test_a_bad_row_is_named(tmp_path):
         benchmarks.load("embspatial", tmp_path)
 
 
+def test_bad_rows_can_be_left_out_and_are_counted_by_file(tmp_path, capsys):
+    rows = [dict(question_id=f"q{k}", question="?", question_type="Other", answer="A", images=[image(0)],
+                 visual_indices=[0]) for k in range(4)]  # fmt: skip
+    rows[3]["answer"] = "Z"
+    for k in range(2):
+        part = rows[2 * k : 2 * k + 2]
+        root = write(tmp_path / "data" / f"test-{k}.parquet", part, images=pa.list_(IMAGE))
+    with pytest.raises(BadRows, match="test-1.parquet:2: answer: no letter of 8 options: 'Z'"):
+        benchmarks.load("erqa", root)
+    got = benchmarks.load("erqa", root, skip_bad_rows=True)
+    assert [e.id for e in got] == ["q0", "q1", "q2"]
+    assert "erqa: left out 1 of 4 rows: 1 x answer: no letter of 8 options" in capsys.readouterr().out
+    bad = write(tmp_path / "bad" / "test-0.parquet", rows[3:], images=pa.list_(IMAGE))
+    with pytest.raises(BadRows):  # nothing is left
+        benchmarks.load("erqa", bad, skip_bad_rows=True)
+
+
 def test_where_it_was_looked_for(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"sat: no \*\*/SAT_test\*.parquet or .* in "):
         benchmarks.load("sat", tmp_path)
@@ -545,6 +566,7 @@ def test_mra_at_ties_of_floats(said, true, official, exact):
     ("1.5 m", "1.5", "distance_prediction_oo", 1, 1),
     ("150 cm", "1.5", "distance_prediction_oo", 0, 1),
     ("so the answer is 1.5 m, not 3", "1.5", "distance_prediction_oo", 1, 1),
+    ("So the answer is **1.5** m, not 3.", "1.5", "distance_prediction_oo", 1, 1),
     ("no idea", "1.5", "depth_prediction_oc", 0, None),
     ("", "1.5", "depth_prediction_oc_mv", 0, None),
     ("<think>2</think><answer>1.5</answer>", "1.5", "depth_prediction_oc", 1, 1),
@@ -564,6 +586,19 @@ def test_mra_at_ties_of_floats(said, true, official, exact):
     ("I first thought the answer is A, but the answer is B", "B", "position_matching", 0, 1),
     ("A chair is nearer", "A", "position_matching", 1, None),  # an article
     ("Both look alike to me.", "B", "position_matching", 1, None),
+    ("A. It is 2 m away.\nB. It is 1 m away.\nThe answer is B.", "B", "position_matching", 0, 1),
+    ("A) is wrong, since it is far. So the answer is (B).", "B", "position_matching", 0, 1),
+    ("A. It is 2 m away.\nB. It is 1 m away.", "B", "position_matching", 0, None),
+    ("Option A is correct.", "A", "position_matching", 0, 1),
+    ("A is correct", "A", "position_matching", 1, 1),
+    ("The correct choice is A because it is nearer", "A", "position_matching", 0, 1),
+    ("B is wrong, A is nearer.", "A", "position_matching", 0, None),
+    ("A chair is nearer: B", "B", "position_matching", 0, None),  # perhaps an article, beside another letter
+    ("B. A chair", "B", "position_matching", 1, 1),
+    ("Answer: b", "B", "position_matching", 0, 1),
+    ("the answer is b.", "B", "position_matching", 0, 1),
+    ("the answer is a.", "A", "position_matching", 0, 1),
+    ("The answer is A or B", "A", "position_matching", 0, None),
     # camera motion: five axes; the three that nobody moves on count
     ("move_right:2", "move_right:1", "view_change_infer", (0.1 + 4) / 5, 4 / 5),  # divided by the answer
     ("move_right:0.5", "move_right:1", "view_change_infer", 4 / 5, (0.1 + 4) / 5),
@@ -572,6 +607,8 @@ def test_mra_at_ties_of_floats(said, true, official, exact):
     ("move_right:1", "move_right:1,rotate_left:30", "view_change_infer", 4 / 5, 4 / 5),
     ("move_left:0.4", "move_right:0.4", "view_change_infer", 4 / 5, 4 / 5),
     ("go right", "move_right:1", "view_change_infer", 0, None),
+    ("The answer is move_right:0.4,rotate_left:30.", "move_right:0.4,rotate_left:30", "view_change_infer",
+     (0.3 + 4) / 5, 1),
     ("move_right:1,sing:2", "move_right:1", "view_change_infer", 1, None)])  # fmt: skip
 def test_spar_by_both_scorers(response, true, task, official, robust):
     assert spar("official", response, true, task) == pytest.approx(official)
@@ -598,6 +635,14 @@ def test_spar_by_both_scorers(response, true, task, official, robust):
     ("realworldqa", "<think>so</think> <answer>2 </answer>", "2", 1, 1),
     ("realworldqa", "2.0", "2", 0, 1),
     ("realworldqa", "It is 2 or 3", "2", 0, None),
+    ("realworldqa", "2.5", "25", 0, 0),  # only the last dots go
+    ("realworldqa", "Answer: B", "B", 1, 1),
+    ("realworldqa", "The answer is Yes.", "yes", 0, 1),
+    ("realworldqa", "**No**", "yes", 0, 0),
+    ("realworldqa", "It is hard to say from this picture.", "yes", 0, None),  # prose
+    ("realworldqa", "250 cm", "250 cm", 1, 1),
+    ("erqa", "The answer is B", "B", 1, 1),
+    ("erqa", "A or B", "B", 0, None),
     ("blink", "(B)", "B", 1, 1),
     ("blink", "The answer is (b)", "B", 0, 1), ("blink", "Not A. Answer: option (B)", "B", 0, 1),
     ("blink", "the answer is a table", "C", 0, None), ("blink", "Option B", "B", 0, 1)])  # fmt: skip
@@ -613,6 +658,7 @@ def test_choices_by_both_scorers(name, response, answer, official, robust):
     ("In fact, Region [1] is right of it.", 0, 1, 1), ("Actually, yes", 0, 0, 0), ("10 o’clock", 4, 1, 1),
     ("Region 1", 1, 1, 1), ("<answer>1</answer>", 1, 0, 1),
     ("Region [0] is smaller than region [1]", 1, 0, None),
+    ("1,200 m", 3, 0, None), ("5 foot", 3, 1, 1),
     ("1 meter", 2, 1, 1), ("about 130 cm", 2, 0, 0), ("75 cm", 2, 1, 1), ("74 cm", 2, 0, 0),
     ("39.37 inches", 2, 1, 1), ("It is 1 m, or 4 ft", 2, 1, None), ("big", 2, 0, None), ("1.0", 2, 0, 1),
     ("2 feet away, 5 meters", 3, 0, None), ("1.2 meters", 3, 1, 1),
@@ -621,6 +667,13 @@ def test_spatialrgpt_without_a_judge(response, k, official, robust):
     _, category, question, answer = SRGPT[k]
     for scorer, value in (("official", official), ("robust", robust)):
         assert one("spatialrgpt-bench", scorer, response, answer, category, question) == value
+
+
+def test_a_truth_without_a_length_earns_nothing():
+    truth = "Region [0] directly supports Region [1], with no vertical distance between them."
+    for scorer in ("official", "robust"):
+        assert one("spatialrgpt-bench", scorer, "1 meter", truth, "vertical_distance_data") == 0
+        assert one("spatialrgpt-bench", scorer, "Yes", "Region [0] is behind it.", "behind_predicate") == 1
 
 
 @pytest.mark.parametrize("truth, yes", [
@@ -641,7 +694,17 @@ def test_a_number_is_read_in_the_unit_that_is_asked_for():
     assert read("2.5 m", "How far, in centimeters?") == pytest.approx(250) and read("250", "in cm?") == 250
     assert read("2.5 m", "How many centimeters?") == pytest.approx(250)
     assert read("30 inches", "How wide?") == pytest.approx(0.762)
+    for said, asked in (("250", "cm"), ("250 cm", "cm"), ("2.5 m", "cm"), ("250 cm", "m"), ("2.5", "m")):
+        question = f"How far is it, in {asked}?"
+        assert one("realworldqa", "robust", said, "250 cm", question=question) == 1, (said, asked)
     assert read("It is -1.5 m.", "?") == -1.5 and read("1,200", "?") is None and read("nan", "?") is None
+
+
+def test_options_of_one_line():
+    question = "Which way? Choices: A. left B. right C. up D. down. Please answer directly with the letter."
+    for text, letter in zip("left right up down".split(), "ABCD", strict=True):
+        assert one("erqa", "robust", f"<answer>{text}</answer>", letter, question=question) == 1
+        assert one("erqa", "robust", f"<answer>{text}</answer>", "H", question=question) == 0
 
 
 # ---- Aggregates
@@ -666,6 +729,15 @@ def test_spar_aggregates():
     assert got["High_samples"] == pytest.approx(60) and got["distance_infer_center_oo"] == 75
     assert (got["single_select"], got["multi_select"]) == (75, 50) and got["multi_fill"] == pytest.approx(90)
     assert "single_fill" not in got and got["unparsed"] == 0
+
+
+def test_errors_of_spatialrgpt_s_lengths_and_directions():
+    """|p - g| / g and 30 degrees an hour, over what is read."""
+    cases = [("distance_data", "It is 2 m.", "1 m"), ("distance_data", "It is 2 m.", "2 m"),
+             ("distance_data", "It is 2 m.", "far"), ("distance_data", "On it.", "1 m"),
+             ("direction", "1 o'clock", "<answer>11 o'clock</answer>"), ("above_predicate", "Yes", "No")]
+    pairs = [(Example("x", "direct", [], "?", truth, task=task), said) for task, truth, said in cases]
+    assert scorers.judged_errors(pairs) == {"direct": 0.25, "direction": 60}
 
 
 def test_cv_bench_aggregates():
@@ -699,6 +771,11 @@ def test_other_aggregates():
     )
     assert got["horizontal"] == 0 and got["direction"] == got["width"] == got["tall/short"] == 100
     assert got["unparsed"] == 20
+    yes = [("above_predicate", "1", 1), ("above_predicate", "2", 1), ("left_predicate", "3", 0)]
+    pairs = [(Example(key, "direct", [], "?", "Yes", task=task), "Yes" if right else "No")
+             for task, key, right in yes]  # fmt: skip
+    got = benchmarks.score("spatialrgpt-bench", pairs, "official")  # the set's script counts rows
+    assert got["qualitative"] == pytest.approx(200 / 3) and got["qualitative_columns"] == 50
     for bad in (("spar", pairs, "robust"), ("sat", pairs, "strict"), ("sat", [], "robust")):
         with pytest.raises(ValueError, match="wanted one of spar-bench, "):
             benchmarks.score(*bad)
@@ -774,7 +851,18 @@ def test_eval_prints_both_scorers(tmp_path, monkeypatch, capsys):
     config = evaluation.Config("m", (spatialrgpt(tmp_path / "srgpt"),), benchmark="spatialrgpt-bench",
                                out=str(tmp_path / "out2"))  # fmt: skip
     assert set(evaluation.main(config)["benchmark"]) == {"lor", "dtr"}
-    assert "GPT-4 as a judge" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "GPT-4 as a judge" in table and table.count("(5 of 5 questions had regions)") == 1
+    assert table.count("  width off / truth ") == table.count("  direction off, degrees ") == 2
+    part = evaluation.Config("m", (cv_bench(tmp_path / "set"),), benchmark="cv-bench", path="both",
+                             out=str(tmp_path / "out3"), limit=2)  # fmt: skip
+    evaluation.main(part)
+    evaluation.main(evaluation.replace(part, benchmark="cv-bench/Count", limit=None))
+    table = capsys.readouterr().out  # of a part, no figure that somebody else has for the whole
+    assert "SpatialThinker" not in table and "68.6" not in table and "cv-bench/Count lor" in table
+    assert "(0 of 2 questions had regions)" in table
+    with pytest.raises(trainer.Stop, match="--data a b: a benchmark lies in one place"):
+        evaluation.main(evaluation.Config("m", ("a", "b"), benchmark="cv-bench"))
     rows = [json.loads(line) for line in (tmp_path / "out2" / "predictions.jsonl").read_text().splitlines()]
     assert len({row["cluster"] for row in rows}) == 1 and rows[0]["cluster"].startswith("sha1 ")
     (tmp_path / "set" / "test_3d.parquet").write_bytes(b"torn")
@@ -782,6 +870,8 @@ def test_eval_prints_both_scorers(tmp_path, monkeypatch, capsys):
         evaluation.main(
             evaluation.Config("m", config.data[:0] + (str(tmp_path / "set"),), benchmark="cv-bench")
         )
+    summary = evaluation.main(evaluation.replace(part, limit=None, skip_bad_rows=True, path="lor"))
+    assert summary["results"]["lor"]["all"]["n"] == 3
 
 
 def test_an_interrupted_eval_goes_on(tmp_path, monkeypatch):

@@ -92,6 +92,49 @@ def test_choice_claims_and_language_only_numbers():
     assert judge(text.format("2 + 2 = 5. So B."), choice, CONFIG, set()) == "arithmetic"
 
 
+@pytest.mark.parametrize("truth, say, sound", [
+    ("3.5 feet", "So the answer is 3.5 feet.", True), ("12 in", "So the answer is 12 inches.", True),
+    ("40 cm", "So the answer is 40 cm.", True), ("40 cm", "So the answer is 40 m.", False),
+    ("1.5", "So the answer is 1.5 in the end.", True), ("yes", "So the answer is yes, as it is near.", True),
+    ("yes", "So the answer is no.", False), ("left, above", "So the answer is 'left, above'.", True),
+    ("yes", "That much can be seen.", True),
+    ("move_right:0.4,rotate_left:30", "So the answer is move_right:0.4, rotate_left:30.", True),
+    ("move_right:0.4", "So the answer is move_right:0.4, rotate_left:30.", False)])
+def test_the_last_claim_is_the_truth_whatever_its_kind(truth, say, sound):
+    e = replace(ONE, path="lor", answer=truth)
+    text = f"<think>It stands right in front of the wall. {say}</think><answer>{truth}</answer>"
+    assert judge(text, e, CONFIG, set()) == (None if sound else "answer")
+
+
+@pytest.mark.parametrize("text, leak", [
+    ("The correct answer is given as B.", True), ("Hence the answer provided is B.", True),
+    ("The coordinates provided show it.", True), ("Given that the answer is B, it is nearer.", True),
+    ("That is the given hint.", True), ("The reference answer is B.", True),
+    ("Given that the box is left of it, it is nearer.", False)])
+def test_ways_to_leak(text, leak):
+    assert judge(response(f"{text} {WORKED}"), ONE, CONFIG, set()) == ("leak" if leak else None)
+
+
+@pytest.mark.parametrize("question, frame", [
+    ("How far are a (red bbox <mask>) and b (blue bbox <mask>) apart?", 1),  # the first mark's view
+    ("As seen first, how far are a (red bbox <mask>) and b (blue bbox <mask>) apart?", 0),
+    ("In the third image, how far are a (red bbox <mask>) and b (blue bbox <mask>) apart?", 2)])
+def test_the_view_of_several_that_a_target_speaks_of(tmp_path, question, frame):
+    """As the paper chooses it; centres are then that view's."""
+    Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
+    views = {m: {str(k): [x + k, y, z] for k in range(3)} for m, (x, y, z) in CENTRES.items()}
+    row = {"id": "q", "path": "dtr", "images": ["a.png"] * 3, "question": question, "answer": "1.6",
+           "regions": [[1, [1, 2, 30, 40]], [2, [1, 2, 30, 40]]], "objects": views}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    coldstart.main(Config((str(tmp_path),), tmp_path / "out"))
+    (e,) = data.load([tmp_path / "out"])
+    assert e.frame == frame and target(e).startswith(
+        f"<detect>After aligning to the reference frame {frame}, find 2 relevant objects:\n"
+        f'<3d_box center="{round(0.61 + frame, 2)},-0.01,4.52">')
+    assert coldstart.framed(replace(e, frame=None, question="?", objects={
+        m: {k: xyz for k, xyz in truth.items() if k != 1} for m, truth in e.objects.items()})).frame is None
+
+
 def test_every_rationale_that_the_rooms_come_with_passes(rooms):
     """Written elsewhere, with steps and lengths of one decimal: no filter throws out sound reasoning."""
     examples = data.load([rooms])
@@ -137,7 +180,8 @@ def test_a_response_without_end_is_too_long_before_its_numbers_are_checked(monke
 @pytest.mark.parametrize("text, left", [
     ("0.47 and 1.55 and 1.63", []), ("2.66 is 1.63 squared", []), ("half of 1.63 is 0.815", ["0.815"]),
     ("1.63 / 2 = 0.815, and 0.815 it is", []), ("0.5 m right, 0.2 m down and 1.5 m nearer, 1.6 m in all", []),
-    ("7.7 / 2 = 3.85", ["7.7", "3.85"]), ("between 1 and 2 m, room 12", []), ("7 chairs, 7 of 7", ["7"])])
+    ("7.7 / 2 = 3.85", ["7.7", "3.85"]), ("between 1 and 2 m, room 12", []), ("7 chairs, 7 of 7", ["7"]),
+    ("about 4 m deep", ["4"]), ("about 5 m deep", []), ("between 4 m and 5 m deep", []), ("3 things", [])])
 def test_where_numbers_come_from(text, left):
     """The steps are 0.47, 0.19 and -1.55, the distance 1.63 m."""
     assert unknown_numbers(text, "room 12", CENTRES.values()) == left

@@ -75,6 +75,10 @@ BAD = {  # kind: (changes to GOOD, the field it is reported at, how its reason b
     "frame out of range": ({"frame": 1}, "frame", "no such view"),
     "boolean frame": ({"frame": True}, "frame", "wrong type"),
     "duplicate id": ({"id": "a"}, "id", "duplicate"),
+    "region in a rationale": ({"rationale": "the box <mask> is near"}, "rationale", "<mask>"),
+    "region in an answer": ({"answer": "<mask>"}, "answer", "<mask>"),
+    "image like a thread": ({"images": ["thread.png"], "depths": None, "regions": [], "question": "?"},
+                            "images", "too long and thin"),
 }
 
 
@@ -87,6 +91,7 @@ def folder(tmp_path):
     (tmp_path / "cut.png").write_bytes(whole[:len(whole) // 2])
     (tmp_path / "text.png").write_text("not an image")
     Image.new("L", (32, 24), 2).save(tmp_path / "grey.png")
+    Image.new("RGB", (1000, 4)).save(tmp_path / "thread.png")
     Image.fromarray(np.full((24, 32), 2100, np.uint16)).save(tmp_path / "d.png")
     Image.fromarray(np.full((12, 16), 2100, np.uint16)).save(tmp_path / "small.png")
     Image.fromarray(np.full((24, 32), 2, np.uint16)).save(tmp_path / "metres.png")
@@ -226,6 +231,11 @@ def test_depth_beside_an_image_is_picked_up(folder):
     assert data.load([folder])[0].depths is None
     Image.fromarray(np.full((24, 32), 2100, np.uint16)).save(folder / "a.depth.png")
     assert data.load([folder])[0].depths == [str(folder / "a.depth.png")]
+    write(folder, [TWO | {"depths": [None, "d.png"]}])        # also of one image of several
+    assert data.load([folder])[0].depths == [str(folder / "a.depth.png"), str(folder / "d.png")]
+    write(folder, [TWO | {"depths": [None]}])
+    with pytest.raises(data.BadRows, match="depths: wrong count: 1 for 2 images"):
+        data.load([folder])
 
 
 def test_a_missing_image_says_where_it_was_looked_for(folder):

@@ -130,6 +130,23 @@ def test_loaders_find_it(images, tmp_path):
     assert rows.estimated(str(images / "sub/c.png")) is None
 
 
+def test_relative_depth_is_not_taken_for_metres(images, tmp_path, capsys):
+    """Left out by data.load, and said; a second call of data.depth still goes on behind it."""
+    model = anything(tmp_path / "model", "relative")
+    main(Config((str(images),), model))
+    first, *_ = data.load([images])
+    said = capsys.readouterr().out
+    assert first.images == [str(images / "a.png")] and not any(first.depths or ())
+    assert "4 depth maps left out: relative (data.depth --kind relative), point maps are metric" in said
+    os.remove(place(str(images / "b.jpg")))
+    main(Config((str(images),), model))
+    assert "1 depth maps, relative" in capsys.readouterr().out
+    os.remove(place(str(images / "a.png")))
+    main(Config((str(images),), anything(tmp_path / "metric", "metric")))
+    first, *_ = data.load([images])
+    assert first.depths == [place(str(images / "a.png"))]
+
+
 def test_kinds(tmp_path):
     assert kind_of(DPTConfig()) == "relative" and kind_of(ZoeDepthConfig()) == "metric"
     for kind in ("metric", "relative"):

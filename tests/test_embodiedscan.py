@@ -106,6 +106,20 @@ def test_why_there_is_no_truth(tmp_path, two, capsys):
     assert "1 of them without a depth map" in capsys.readouterr().out
 
 
+def test_the_check_of_depth_can_be_switched_off(tmp_path, two, capsys):
+    write(tmp_path / "embodiedscan_infos_train.pkl", two[0])
+    source = spar(tmp_path, two)
+    depth = tmp_path / "spar/scannet/images" / rooms.SCENE / "image_depth" / "0.png"
+    Image.fromarray(np.minimum(two[0].depths[0], 500)).save(depth)            # a wall half a metre away
+    assert [e.path for e in data.load([source])] == ["lor"]
+    assert [e.path for e in data.load([f"{source},occlusion=off"])] == ["lor", "dtr"]
+    assert "to check" not in capsys.readouterr().out
+    with open(next(tmp_path.rglob("fill_1.jsonl")), "a") as more:             # a bad row keeps its reason
+        more.write("{torn\n")
+    with pytest.raises(data.BadRows, match="2: row: unreadable"):
+        data.load([f"{source},occlusion=off"])
+
+
 def test_a_corrupt_depth_map_is_named(tmp_path, two):
     write(tmp_path / "embodiedscan_infos_train.pkl", two[0])
     source = spar(tmp_path, two)

@@ -94,6 +94,21 @@ def test_omni3d(tmp_path, one):
     assert len({e.id for e in examples}) == len(examples)
 
 
+def test_omni3d_of_a_folder_leaves_val_and_test_out(tmp_path, one, capsys):
+    """The released zip has all splits in one folder; benchmarks ask about images of val and test."""
+    file = omni3d(tmp_path / "zip", one).partition(":")[2]
+    for split in ("val", "test"):
+        (tmp_path / "zip" / f"SUNRGBD_{split}.json").write_bytes((tmp_path / "zip" / file).read_bytes())
+    read = data.load([f"omni3d:{tmp_path / 'zip'}"])
+    assert read == data.load([file]) and all("_train/" in e.id for e in read)
+    assert "2 left out: of val and test splits, which the path does not name" in capsys.readouterr().out
+    named = data.load([f"omni3d:{tmp_path / 'zip' / 'SUNRGBD_val.json'}"])
+    assert len(named) == len(read) and "left out" not in capsys.readouterr().out
+    (tmp_path / "zip" / "SUNRGBD_train.json").unlink()
+    with pytest.raises(FileNotFoundError, match="val and test splits alone"):
+        data.load([f"omni3d:{tmp_path / 'zip'}"])
+
+
 IGNORED = [{"behind_camera": True}, {"valid3D": False}, {"dimensions": [1, 0, 1]}, {"lidar_pts": 0},
            {"segmentation_pts": 0}, {"depth_error": .6}, {"truncation": .4}, {"visibility": .3},
            {"bbox2D_trunc": [5, 5, 50, 8]}, {"image_id": 6}, {"center_cam": [0, 0, -1]}]  # fmt: skip
@@ -172,6 +187,29 @@ def test_ca1m(tmp_path, one):
     assert np.allclose(depth[::2, ::2] * 1000, one[0].depths[0][1::2, 1::2], atol=.01)
 
 
+def test_ca1m_of_a_folder_leaves_val_captures_out(tmp_path, one, capsys):
+    ca1m(tmp_path / "ca1m-train-42", one)
+    ca1m(tmp_path / "ca1m-val-43", one)
+    read = data.load([f"ca1m:{tmp_path}"])
+    assert {e.images[0] for e in read} == {str(tmp_path / "ca1m-train-42/42/123456.wide/image.png")}
+    assert "1 left out: of val and test splits" in capsys.readouterr().out
+    assert len(data.load([f"ca1m:{tmp_path / 'ca1m-val-43'}"])) == len(read)
+
+
+def test_ca1m_reports_a_box_outside_its_image(tmp_path, one):
+    """Up to 2 pixels are rounding, and cut off."""
+    frame = ca1m(tmp_path, one)
+    whole, listed = data.load([tmp_path]), json.loads((frame / "instances.json").read_text())
+    for over in (2, 3):
+        listed[1]["box_2d_rend"] = [5, 6, rooms.SIZE[0] + over, 90]
+        (frame / "instances.json").write_text(json.dumps(listed))
+        if over == 2:
+            read = data.load([tmp_path])
+            assert len(read) == len(whole) and (0, (5, 6, rooms.SIZE[0], 90)) in read[2].regions
+    with pytest.raises(data.BadRows, match=r"s.json:2: box_2d: outside its image: \[5, 6, 323, 90\], of"):
+        data.load([tmp_path])
+
+
 def test_ca1m_without_depth_takes_an_estimated_one(tmp_path, one):
     frame = ca1m(tmp_path, one, depth=False)
     assert data.load([f"ca1m:{tmp_path}"])[0].depths is None
@@ -209,7 +247,7 @@ def reference(found, **changes):
             "bbox": [x0, y0, x1 - x0, y1 - y0], "iscrowd": 0, "file_name": "COCO_0.jpg"} | changes
 
 
-def test_refcoco_rows_and_parquet(tmp_path, one):
+def test_refcoco_rows_and_parquet(tmp_path, one, capsys):
     room, (a, *_) = one
     rooms.save(room.images[0], tmp_path / "train2014" / "COCO_0.jpg")
     file = rooms.jsonl(tmp_path / "refcoco.jsonl", [reference(one)])
@@ -226,7 +264,9 @@ def test_refcoco_rows_and_parquet(tmp_path, one):
     room.images[0].save(held, "PNG")
     image = {"bytes": held.getvalue(), "path": "COCO_0.jpg"}
     file = parquet(tmp_path / "data", [reference(one, image=image)])
+    capsys.readouterr()
     third, _ = data.load([tmp_path / "data"])
+    assert "read of val.parquet: others evaluate on this split" in capsys.readouterr().out
     assert third.answer == first.answer and third.images[0].size == rooms.SIZE
     assert np.array_equal(np.asarray(third.images[0].convert("RGB")), np.asarray(room.images[0]))
     parquet(tmp_path / "data", [reference(one, image=image | {"bytes": b"no image"}),

@@ -165,6 +165,20 @@ def test_relative_depth_of_8_bits_is_left_out_and_said(tmp_path, two, capsys):
     assert e.depths is None and "1 depth maps left out: 8 bits" in capsys.readouterr().out
 
 
+def test_estimated_depth_stands_in_for_one_of_8_bits_or_none(tmp_path, two):
+    """Image by image; a file that is named and nowhere is still named."""
+    pictures(two[0], tmp_path)
+    rooms.save(Image.new("L", rooms.SIZE, 100), tmp_path / "grey.png")
+    rooms.save(Image.fromarray(two[0].depths[0]), tmp_path / "0.depth.png")
+    for depth in ("grey.png", "gone.png"):
+        (e,) = load(tmp_path, [one_view(two) | {"depth": depth}])
+        assert e.depths == [str(tmp_path / "0.depth.png")]
+        (e,) = load(tmp_path, [two_views(two) | {"depth": [depth, "depth/1.png"]}])
+        assert e.depths == [str(tmp_path / "0.depth.png"), str(tmp_path / "depth/1.png")]
+    with pytest.raises(data.BadRows, match="depths: missing file: .*gone.png"):
+        load(tmp_path, [two_views(two) | {"depth": ["depth/0.png", "gone.png"]}])
+
+
 def test_depth_made_beside_the_image_is_picked_up(tmp_path, two):
     pictures(two[0], tmp_path)
     rooms.save(Image.fromarray(two[0].depths[0]), tmp_path / "0.depth.png")
@@ -331,6 +345,18 @@ def test_run_lengths(two):
         assert np.array_equal(rle({"size": list(mask.shape), "counts": counts}, rooms.SIZE), mask)
     with pytest.raises(ValueError, match="wrong size or counts"):
         rle({"size": list(mask.shape[::-1]), "counts": counts}, rooms.SIZE)
+
+
+def test_masks_and_polygons_in_srreal_s_rows(tmp_path, two):
+    room, (a, b, *_) = two
+    pictures(room, tmp_path)
+    masks = [room.owners[0] == k for k in (a, b)]
+    codes = [{"size": list(mask.shape), "counts": packed(counts_of(mask))} for mask in masks]
+    outlines = [[[10, 10, 50, 10, 50, 40, 10, 40]]] * 2
+    row = one_view(two) | {"bbox": None}
+    e, polygon = load(tmp_path, [row | {"rle": codes}, row | {"segmentation": outlines}])
+    assert all(np.array_equal(found, mask) for (_, found), mask in zip(e.regions, masks, strict=True))
+    assert polygon.regions[1][1].sum() == 41 * 31 and e.path == "dtr"
 
 
 def test_masks_and_polygons_as_regions(tmp_path, two):

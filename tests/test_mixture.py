@@ -99,6 +99,13 @@ def test_a_mixture_takes_no_options_from_outside(tmp_path):
         data.load([f"{tmp_path / 'mix.toml'},weight=.5,cap=3"])
 
 
+def test_occlusion_is_an_option_of_spar_alone(many):
+    assert Part("spar:x", occlusion="off").occlusion == "off"
+    for source, value in ((str(many), "off"), ("spar:x", "no")):
+        with pytest.raises(ValueError, match=f"occlusion={value}: it is on, or off for a spar:PATH"):
+            data.load([f"{source},occlusion={value}"])
+
+
 def test_a_source_may_have_commas_in_its_path(many):
     folder = many.parent / "a,weight=1"
     folder.mkdir()
@@ -137,7 +144,9 @@ def test_the_shipped_mixtures_name_known_kinds(name, monkeypatch, tmp_path):
                      "REGION_IMAGES SPAR").split():
         monkeypatch.setenv(variable, str(tmp_path))
     found = list(parts(str(ROOT / "runs" / f"{name}.toml")))
-    assert len(found) == {"sft_mixture": 7, "rl_mixture": 2}[name]
+    assert len(found) == {"sft_mixture": 12, "rl_mixture": 2}[name]
+    train = {"omni3d": "_train.json@", "ca1m": "/train", "spar": "/train"}    # the rest are benchmarks'
+    assert all(train.get(part.source.partition(":")[0], "") in part.source for part in found)
     assert all(part.source.partition(":")[0] in {*data.SOURCES, str(tmp_path)} for part in found)
 
 

@@ -222,6 +222,19 @@ def test_a_folder_is_read_for_fill_and_select_and_an_index_for_what_it_names(tmp
         data.load([f"spar:{tmp_path}/spar/scannet/qa_jsonl/train/depth_prediction_oc/sentence"])
 
 
+def test_a_folder_above_train_is_not_read_for_val(tmp_path, three, capsys):
+    room, (a, *_) = three
+    images, _ = rooms.spar_images(room, tmp_path)
+    row = rooms.spar_row("depth_prediction_oc", images[:1], "(red point)?", "2", red_point=point(room, a, 0))
+    train = rooms.spar_file(tmp_path, "depth_prediction_oc", [row]).parents[2]
+    other = rooms.spar_file(tmp_path / "other", "depth_prediction_oc", [row]).parents[2]
+    val = other.rename(train.parent / "val")
+    assert [e.id.split("/")[1] for e in data.load([f"spar:{tmp_path}/spar"])] == ["train"]
+    assert "1 left out: of val and test splits" in capsys.readouterr().out
+    assert [e.id.split("/")[1] for e in data.load([f"spar:{val}"])] == ["val"]
+    assert "left out" not in capsys.readouterr().out
+
+
 def test_images_elsewhere_without_depth_or_with_a_coarser_one(tmp_path, three):
     room, (a, *_) = three
     rooms.spar_images(room, tmp_path)
