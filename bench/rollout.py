@@ -14,7 +14,8 @@ while samples grow to 256 tokens (1,024 keys a sample in the mean). A step can't
 
 with the weights of the decoder's layers and the head, a prompt's keys and values once, and the bandwidth of a
 copy and the rate of a matrix product as measured in the same run. `share` is that bound over the measured
-step. Timed are steps alone, by events, without prefill; `generate_tokens_per_second` is of whole calls, with
+step. Timed are steps and the look at their flags, by events, without prefill; `host_share` is the host's part
+of that time, without its wait for the flags; `generate_tokens_per_second` is of whole calls, with
 prefill and texts.
 """
 
@@ -176,6 +177,18 @@ def bound(model, engine: Slots, own: float, bandwidth: float, rate: float) -> fl
     return max(weights * model.dtype.itemsize / bandwidth, compute) + cached / bandwidth
 
 
+class Waited:
+    """An event that counts the seconds for which the host waits for it."""
+
+    def __init__(self, event: torch.cuda.Event):
+        self.event, self.record, self.seconds = event, event.record, 0.0
+
+    def synchronize(self) -> None:
+        start = time.perf_counter()
+        self.event.synchronize()
+        self.seconds += time.perf_counter() - start
+
+
 @torch.no_grad()
 def decode(model, processor, count: int, bandwidth: float, rate: float, tokens: int = 256) -> dict:
     """`count` slots, full from the first step to the last."""
@@ -192,14 +205,18 @@ def decode(model, processor, count: int, bandwidth: float, rate: float, tokens: 
     warm, start, end = 8, *(torch.cuda.Event(enable_timing=True) for _ in range(2))
     for _ in range(warm):  # records the graph
         engine.step()
+        engine.collect()
     torch.cuda.synchronize()
+    engine.copied = Waited(engine.copied)
     start.record()
     clock = time.perf_counter()
     for _ in range(tokens - warm):
         engine.step()
-    host = (time.perf_counter() - clock) / (tokens - warm)
+        engine.collect()
+    host = (time.perf_counter() - clock - engine.copied.seconds) / (tokens - warm)
     end.record()
     end.synchronize()
+    engine.copied = engine.copied.event
     step = start.elapsed_time(end) / 1e3 / (tokens - warm)
     least, graph = bound(model, engine, (warm + tokens) / 2, bandwidth, rate), engine.graph
     whole = []
@@ -223,6 +240,7 @@ def gpu() -> dict:
     for shape, slots in (("qwen2.5-vl-3b", (1, 64, 256)), ("qwen3-vl-4b", (64,)), ("qwen3-vl-8b", (64,))):
         with tempfile.TemporaryDirectory() as folder:
             model, processor = train.load(train.Config(shape), folder, torch.device("cuda"))
+        endless(processor)
         more = model.decoder.sizes.vocab - len(processor.banned)  # ids of the true vocabulary
         processor.banned = torch.nn.functional.pad(processor.banned, (0, more), value=True)
         for count in slots:

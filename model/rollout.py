@@ -38,12 +38,11 @@ from kernels.sample import sample, sequence_key
 from srreal import Example
 
 SLOTS = 256  # at most: more live samples hardly raise the throughput, neither of a GPU nor of a CPU
-KV_BYTES, KV_SHARE = 2**31, 0.4  # of keys and values: on a CPU; on CUDA the share of what is free
+KV_BYTES, KV_SHARE = 2**31, 0.4  # for keys and values: on a CPU; on CUDA the share of what is free
 PREFILL = {"cpu": 4096, "cuda": 8192}  # tokens a packed forward (of 8B 1.8 GB); a longer prompt goes alone
 POLL = 8  # steps between two looks at the flags on CUDA: an ended sample idles for 4 + 8 steps in the mean
 PAD = 256  # prompt rows have room for a multiple of so many tokens
 ODD = 8  # more places than needed: slots at powers of two apart would share the sets of a CPU's caches
-CENTRES = 128  # examples a forward of predict_centres
 CLOSE = 0.75  # on a CPU: gaps between live slots are closed when fewer than this share of the rows is live
 
 
@@ -64,12 +63,14 @@ def generate(
     model, processor, examples: list[Example], n: int = 1, max_new_tokens: int = 256,
     temperature: float = 1.0, top_p: float = 1.0, seed: int = 0, progress: Callable | None = None,
     slots: int | None = None, enough: Callable[[list[Rollout]], bool] | None = None,
+    wasted: Callable[[int, int], None] | None = None,
 ) -> list[list[Rollout]]:  # fmt: skip
     """n completions per example, in the examples' order; temperature 0 is greedy.
 
     `progress` hears how many samples have ended. `slots`: live samples, None: see `default_slots`. `enough`
     hears every example's rollouts, in the order of the examples and never in that of finishing, which would
-    prefer short ones; once it returns True the result ends there, and what runs behind it is thrown away.
+    prefer short ones; once it returns True the result ends there, and what runs behind it is thrown away:
+    `wasted` hears of how many samples, and tokens.
     """
     if not (examples and n and max_new_tokens):
         return [[Rollout("", [], [], False) for _ in range(n)] for _ in examples]
@@ -108,6 +109,8 @@ def generate(
             if enough:
                 out += engine.read(processor, whole - 1, whole)
                 if enough(out[-1]):
+                    if wasted:
+                        wasted(len(examples) * n - len(waiting) - whole * n, engine.tokens_behind(whole))
                     return out
     return out or engine.read(processor, 0, len(examples))
 
@@ -116,12 +119,32 @@ def default_slots(model, n: int, max_new_tokens: int, prompt: int = 1024) -> int
     """As many as fit with their keys and values and prompts of `prompt` tokens: on a CPU from shapes alone,
     on CUDA from the memory that is free now.
     """
-    s, device, room = model.decoder.sizes, model.device, KV_BYTES
-    token = 2 * s.layers * s.kv_heads * s.head_dim * model.dtype.itemsize
-    if device.type == "cuda":  # what PyTorch keeps in reserve is free too
-        spare = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        room = KV_SHARE * (torch.cuda.mem_get_info(device)[0] + spare)
-    return int(max(1, min(SLOTS, room // (token * (max_new_tokens + 2 * prompt / n)))))
+    room = kv_room(model.device) / token_bytes(model)
+    return int(max(1, min(SLOTS, room // (max_new_tokens + 2 * prompt / n))))
+
+
+def kv_room(device: torch.device) -> float:
+    """Bytes that keys and values may take from now on."""
+    if device.type == "cpu":
+        return KV_BYTES
+    spare = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return KV_SHARE * (torch.cuda.mem_get_info(device)[0] + spare)  # PyTorch's reserve is free, too
+
+
+def token_bytes(model) -> int:
+    """Of a token's keys and values in all layers."""
+    s = model.decoder.sizes
+    return 2 * s.layers * s.kv_heads * s.head_dim * model.dtype.itemsize
+
+
+def fitting(processor, examples: list[Example], budget: int) -> list[int]:
+    """Prompt lengths of the first of the examples, as many as `budget` tokens hold; one at least."""
+    lengths = []
+    for example in examples:
+        lengths.append(len(processor.prompt_ids(example)))
+        if sum(lengths) > budget:
+            return lengths[:-1] or lengths
+    return lengths
 
 
 @dataclass
@@ -140,7 +163,7 @@ class Slots:
         self.model, self.n, self.room, self.sampling = model, n, max_new_tokens, (temperature, top_p)
         self.count = slots or default_slots(model, n, max_new_tokens)
         s, self.device = model.decoder.sizes, model.device
-        self.sizes, self.graph, self.weights, self.longest = s, None, [], 1
+        self.sizes, self.graph, self.weights = s, None, []
         self.fused = self.device.type == "cuda" or INTERPRET
         b = 2 * -(-self.count // n)  # the prompts of the samples in the slots, and as many for stragglers
         zeros = lambda *shape, dtype=torch.int64: blank(shape, dtype, self.device)  # noqa: E731
@@ -156,7 +179,7 @@ class Slots:
         self.logprobs = zeros(self.count, self.room + 1, dtype=torch.float32)
         self.banned, self.is_end = (zeros(s.vocab, dtype=torch.bool) for _ in range(2))
         # Text has one position on all three axes of mRoPE, which then is the plain rotary embedding.
-        self.inv_freq = s.theta ** -(torch.arange(0, s.head_dim, 2, device=self.device) / s.head_dim)
+        self.inv_freq = 1.0 / s.theta ** (torch.arange(0, s.head_dim, 2, device=self.device) / s.head_dim)
         if self.device.type == "cuda":
             self.flags = torch.zeros(self.count, dtype=torch.bool, pin_memory=True)
             self.copied = torch.cuda.Event()
@@ -165,7 +188,7 @@ class Slots:
         """Empties the slots for a call of `samples` samples, with the weights as they are now."""
         self.rows = min(self.count, samples) if self.device.type == "cpu" else self.count
         self.jobs, self.free = [None] * self.rows, list(range(self.rows))[::-1]
-        self.lengths, self.free_rows = [0] * len(self.after), list(range(len(self.after)))
+        self.lengths, self.free_rows = [0] * len(self.after), list(range(len(self.prefix[0])))
         self.clock, self.looked, self.since = 0, 0, 0
         self.ended.fill_(True)
         self.length.fill_(1)
@@ -185,18 +208,16 @@ class Slots:
     # ---- 1. prefill ----
 
     def prefill(self, processor, examples: list[Example]) -> list[int]:
-        """Encodes the first of the examples, as many as the budget and the free rows hold; their rows."""
-        budget = PREFILL[self.device.type]
-        examples = examples[: min(len(self.free_rows), max(budget // self.longest, 1))]
-        batch = processor(examples)
-        while len(examples) > 1 and len(batch.input_ids) > budget:
-            examples = examples[: len(examples) // 2]
-            batch = processor(examples)
-        lengths = [end - start for start, end, *_ in batch.segments]
-        self.longest = max(self.longest, *lengths)
-        self._make_room(self.longest)
+        """Encodes the first of the examples, as many as the budget and the free rows hold; their rows. None
+        where their room has to wait until others' rows are free.
+        """
+        lengths = fitting(processor, examples[: len(self.free_rows)], PREFILL[self.device.type])
+        if not self._make_room(max(lengths)):
+            return []
+        lengths = lengths[: len(self.free_rows)]
+        batch = processor(examples[: len(lengths)])
         self.free_rows.sort()
-        rows, self.free_rows = self.free_rows[: len(examples)], self.free_rows[len(examples) :]
+        rows, self.free_rows = self.free_rows[: len(lengths)], self.free_rows[len(lengths) :]
         for row, length in zip(rows, lengths, strict=True):
             self.lengths[row] = length
         batch, at = batch.to(self.device), sent(rows, self.device)
@@ -211,15 +232,24 @@ class Slots:
             room[at, :, : max(lengths)] = packed[index].transpose(1, 2)
         return rows
 
-    def _make_room(self, length: int) -> None:
-        """For prompts of `length` tokens. New addresses: the graph is recorded again."""
-        if length > self.prefix[0].shape[2]:
-            used = 1 + max(set(range(len(self.after))) - set(self.free_rows), default=-1)
-            room = -(-length // PAD) * PAD
+    def _make_room(self, length: int) -> bool:
+        """For prompts of `length` tokens: longer rows, and fewer where memory has it so; False as long as
+        more rows are in use than would be left. New addresses: the graph is recorded again.
+        """
+        count, _, room, _ = self.prefix[0].shape
+        if length > room:
+            used = 1 + max(set(range(count)) - set(self.free_rows), default=-1)
+            wider, row = -(-length // PAD) * PAD, token_bytes(self.model)
+            fits = (kv_room(self.device) + count * room * row) // (wider * row)
+            count = int(max(min(count, fits), 1))
+            if used >= count and used:
+                return False
             for i, old in enumerate(self.prefix):
-                self.prefix[i] = blank((*old.shape[:2], room, old.shape[3]), old.dtype, self.device)
-                self.prefix[i][:used, :, : old.shape[2]] = old[:used]
+                self.prefix[i] = blank((count, old.shape[1], wider, old.shape[3]), old.dtype, self.device)
+                self.prefix[i][:used, :, :room] = old[:used]
+            self.free_rows = [row for row in self.free_rows if row < count]
             self.graph = None
+        return True
 
     # ---- 2. load ----
 
@@ -230,7 +260,8 @@ class Slots:
                 self.jobs[slot] = Job(number, row, self.clock)
             at, _, rows, self.key[at] = sent(jobs, self.device).T
             self.hidden[at], self.start[at] = self.last[rows], self.after[rows]
-            self.length[at], self.ended[at] = 0, False
+            self.length.index_fill_(0, at, 0)  # unlike [at] = 0, which waits for a copy of the 0
+            self.ended.index_fill_(0, at, False)
             self._link()
 
     def _link(self) -> None:
@@ -275,7 +306,7 @@ class Slots:
         return graph
 
     def _whole(self) -> tuple[int, int, int, int]:
-        return self.count, len(self.after), self.prefix[0].shape[2], self.room
+        return self.count, len(self.prefix[0]), self.prefix[0].shape[2], self.room
 
     def _step(self, rows: int, prompts: int, reach: int, own: int) -> None:
         """A token for the first `rows` slots; no host synchronisation. Prompts are read up to `reach`, the
@@ -344,13 +375,13 @@ class Slots:
     def collect(self) -> list[int]:
         """Takes the samples that have ended out of their slots; their numbers."""
         flags, when = self._flags()
-        slots = [s for s, job in enumerate(self.jobs) if job and flags[s] and job.began < when]
+        slots = [s for s, job in enumerate(self.jobs) if job and job.began < when and flags[s]]
         numbers = [self.jobs[slot].number for slot in slots]
         if slots:
             at, to = sent(slots, self.device), sent(numbers, self.device)
             for result, t in zip(self.results, (self.tokens, self.logprobs, self.length), strict=True):
                 result[to] = t[at]
-            self.length[at] = 1  # an idle slot must not lie behind the reach of the live ones
+            self.length.index_fill_(0, at, 1)  # an idle slot must not lie behind the live ones' reach
         for slot in slots:
             self.jobs[slot] = None
         self.free += slots[::-1]
@@ -387,6 +418,11 @@ class Slots:
         for job in self.jobs:
             job.row = place.get(job.row, job.row)
         self._link()
+
+    def tokens_behind(self, whole: int) -> int:
+        """How many were sampled for the examples from `whole` on."""
+        live = [slot for slot, job in enumerate(self.jobs) if job and job.number >= whole * self.n]
+        return int(self.results[2][whole * self.n :].sum() + self.length[live].sum())
 
     def read(self, processor, first: int, stop: int) -> list[list[Rollout]]:
         """The groups of examples first .. stop - 1."""
@@ -465,8 +501,9 @@ def predict_centres(model, processor, examples: list[Example]) -> list[np.ndarra
     own image.
     """
     out = []
-    for start in range(0, len(examples), CENTRES):
-        batch = processor(examples[start : start + CENTRES]).to(model.device)
+    while len(out) < len(examples):
+        count = len(fitting(processor, examples[len(out) :], PREFILL[model.device.type]))
+        batch = processor(examples[len(out) : len(out) + count]).to(model.device)
         centres = model.head3d(model.hidden(batch)[batch.region_token])[0].cpu().numpy()
         ends = [end for _, end, *_ in batch.segments]
         at = np.searchsorted(ends, batch.region_token.cpu().numpy(), side="right")

@@ -19,7 +19,7 @@ import trainer
 from model import lora
 from model.processor import Processor
 from model.qwen_vl import QwenVL
-from model.rollout import Slots, generate, kept, predict_centres, release
+from model.rollout import Job, Slots, generate, kept, predict_centres, release, token_bytes
 from model.tiny import write
 from optim import AdamW
 from srreal import Example, Scores
@@ -187,6 +187,35 @@ def test_slots_prefill_budget_and_refills_change_nothing(tiny, monkeypatch):
     assert tokens_of(small) == tokens_of(whole)
 
 
+def test_a_long_prompt_waits_for_room(tiny, monkeypatch):
+    """Rows grow for it and get fewer, so it comes when others have left; the samples are the same."""
+    model, processor, _ = tiny
+    many = [dataclasses.replace(e, id=f"{e.id} {i}") for i in range(3) for e in examples()[2:]]
+    whole = generate(model, processor, many, n=2, max_new_tokens=6, seed=1)
+    rows, grow = [], Slots._make_room
+
+    def listen(self, length):
+        grown = grow(self, length)
+        rows.append((grown, len(self.prefix[0]), self.prefix[0].shape[2]))
+        return grown
+
+    monkeypatch.setattr(Slots, "_make_room", listen)
+    monkeypatch.setattr("model.rollout.PAD", 8)
+    monkeypatch.setattr("model.rollout.PREFILL", {"cpu": 8})
+    places = max(len(processor.prompt_ids(e)) for e in many)
+    monkeypatch.setattr("model.rollout.kv_room", lambda device: places * token_bytes(model))
+    again = generate(model, processor, many, n=2, max_new_tokens=6, seed=1, slots=4)
+    assert tokens_of(again) == tokens_of(whole)
+    assert not all(grown for grown, *_ in rows) and len({count for _, count, _ in rows}) > 1
+
+
+def test_samples_are_collected_on_a_gpu_when_it_is_looked_at():
+    """A slot is refilled only by flags of a step behind its start; between two looks there are none."""
+    engine = Slots.__new__(Slots)
+    engine.device, engine.clock, engine.jobs, engine.free = torch.device("cuda"), 1, [Job(0, 0, 0)], []
+    assert engine.collect() == []
+
+
 def test_enough_takes_groups_in_the_order_of_the_prompts(tiny, monkeypatch):
     """The first groups with signal, not the first to finish: those would be the short ones."""
     model, processor, _ = tiny
@@ -201,8 +230,13 @@ def test_enough_takes_groups_in_the_order_of_the_prompts(tiny, monkeypatch):
         heard.append(group)
         return sum(map(signal, heard)) == wanted
 
-    got = generate(model, processor, many, n=2, max_new_tokens=40, seed=2, slots=24, enough=enough)
+    wasted, steps, step = [], [], Slots.step
+    monkeypatch.setattr(Slots, "step", lambda self: step(self) or steps.append(1))
+    got = generate(model, processor, many, n=2, max_new_tokens=40, seed=2, slots=24, enough=enough,
+                   wasted=lambda *counts: wasted.extend(counts))  # fmt: skip
     assert tokens_of(got) == tokens_of(whole)[: len(got)] == tokens_of(heard)
+    behind = [r for group in whole[len(got) :] for r in group]  # all had slots from the first step on
+    assert wasted == [len(behind), sum(min(len(steps), len(r.tokens)) for r in behind)]
     assert sum(map(signal, got)) == wanted and signal(got[-1]) and len(got) < len(many)
     longest = [max(len(r.tokens) for r in group) for group in whole]
     in_order, by_time = range(len(got)), sorted(range(len(many)), key=longest.__getitem__)
