@@ -79,8 +79,12 @@ class VisionAttention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: list[int]) -> Tensor:
         q, k, v = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)  # (P, heads, head_dim) each
         q, k = rotate(q.float(), cos, sin).to(x.dtype), rotate(k.float(), cos, sin).to(x.dtype)
-        parts = zip(*(t.transpose(0, 1).split(lengths, dim=1) for t in (q, k, v)), strict=True)
-        out = [F.scaled_dot_product_attention(*(t[None] for t in part))[0] for part in parts]
+        parts, out = [t.transpose(0, 1).split(lengths, dim=1) for t in (q, k, v)], [None] * len(lengths)
+        for length in set(lengths):  # one call for all windows of a size: an image has 50 and more of them
+            own = [i for i, other in enumerate(lengths) if other == length]
+            alike = (torch.stack([t[i] for i in own]) for t in parts)  # (windows, heads, length, head_dim)
+            for i, attended in zip(own, F.scaled_dot_product_attention(*alike).unbind(), strict=True):
+                out[i] = attended
         return self.proj(torch.cat(out, dim=1).transpose(0, 1).flatten(1))
 
 
