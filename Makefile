@@ -8,25 +8,28 @@ PYTHON ?= .venv/bin/python
 # Idle threads sleep instead of spinning: on a busy machine spinning costs more than it saves.
 export OMP_WAIT_POLICY = passive
 
-speedrun: $(filter .venv/bin/python,$(PYTHON))
+# A file of its own says that the installation is whole: .venv/bin/python is a link to the system's.
+READY = $(if $(filter .venv/bin/python,$(PYTHON)),.venv/installed)
+
+speedrun: $(READY)
 	PYTHON="$(PYTHON)" sh runs/speedrun.sh
 
-test: $(filter .venv/bin/python,$(PYTHON))
+test: $(READY)
 	$(PYTHON) -m pytest -q
 
-lint: $(filter .venv/bin/python,$(PYTHON))
+lint: $(READY)
 	$(PYTHON) -m ruff check .
 
-bench: $(filter .venv/bin/python,$(PYTHON))
+bench: $(READY)
 	$(PYTHON) -m bench.kernels
 	$(PYTHON) -m bench.table
 	$(PYTHON) -m bench.rollout
 	$(PYTHON) -m bench.train
 	$(PYTHON) -m bench.data
 
-.venv/bin/python: requirements.txt
+.venv/installed: requirements.txt
 	python3 -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	touch .venv/bin/python
+	touch .venv/installed
 
 .PHONY: speedrun test lint bench

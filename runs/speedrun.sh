@@ -6,7 +6,7 @@ set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python} OUT=${OUT:-out/speedrun} SEED=${SEED:-0}
 SFT_STEPS=${SFT_STEPS:-2900} RL_STEPS=${RL_STEPS:-140}
-RANKS=${RANKS:-$("$PYTHON" -c 'import os, torch; print(torch.cuda.device_count() or min(os.cpu_count(), 4))')}
+RANKS=${RANKS:-$("$PYTHON" -c 'import os, torch; print(torch.cuda.device_count() or min(len(os.sched_getaffinity(0)), 4))')}
 # Idle threads sleep instead of spinning: on a busy machine spinning costs more than it saves.
 export OMP_WAIT_POLICY=passive OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TRANSFORMERS_VERBOSITY=error
 
@@ -22,9 +22,9 @@ scenes() {
 ask() { [ -f "$OUT/$1/summary.json" ] || ranks eval.py --data "$OUT/scenes/test" --max-new-tokens 320 --out "$OUT/$@"; }
 
 stage "1/6 render rooms: train, RL and test share no scene"
-scenes train 4000 $((SEED + 1000)) --lor 0.5  # a centre takes more learning than an answer
-scenes rl 600 $((SEED + 2000)) --ask depth distance nearest  # where sampling loses most: the metric families
-scenes rl-all 600 $((SEED + 4000)) --lor 0  # DTR forgets the others, if it isn't asked about them, too
+scenes train 4000 $((SEED * 10000 + 1000)) --lor 0.5  # a centre takes more learning than an answer
+scenes rl 600 $((SEED * 10000 + 2000)) --ask depth distance nearest  # where sampling loses most: the metric families
+scenes rl-all 600 $((SEED * 10000 + 4000)) --lor 0  # DTR forgets the others, if it isn't asked about them, too
 scenes test 190 3000  # the same test questions for every seed
 
 stage "2/6 a tiny random Qwen3-VL checkpoint"
@@ -49,6 +49,6 @@ ranks train_rl.py --model "$SFT" --data "$OUT/scenes/rl" "$OUT/scenes/rl-all" --
 
 stage "6/6 test it again, on the same questions"
 RL=$OUT/rl/step-$(printf %06d "$RL_STEPS")
-ask eval-rl --model "$RL"
 ask eval-rl-sampled --model "$RL" --temperature 1 --again 0
+ask eval-rl --model "$RL"
 "$PYTHON" report.py --run "$OUT"
