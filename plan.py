@@ -6,7 +6,8 @@ The training scripts ask `choose` too: it is what --shard auto and --checkpointi
 config.json is read; parameters are counted on the model itself, on the meta device. GB are 1e9 bytes of each
 of the N GPUs of a box. Of A parameters T learn; b bytes a weight (2); t tokens a pass (--micro-tokens).
 
-    weights             A b, and T b / N more where training is sharded: the rollout reads a whole copy
+    weights             A b, and T b / N more where training is sharded: the rollout reads a whole copy. SFT
+                        needs none: (A - T) b + T b / N
     master and moments  T (4 + 4 + 4), with --rounding T (2 + 2); / N if sharded
     reference           T b / N; with one GPU on the host; none at --kl 0; with LoRA next to nothing
     cache               rollout: (slots R + 2 prompts P) 2 layers (key-value heads) (head width) b
@@ -21,8 +22,8 @@ of the N GPUs of a box. Of A parameters T learn; b bytes a weight (2); t tokens 
 The peak is what stays and the larger of rollout and update. The first candidate that fits into the memory
 less RESERVE is chosen: replicated before sharded, whole activations before checkpointing, fp32 masters before
 rounding, all of these before LoRA; then as many slots as the update leaves room for, or BUSY. At the peak the
-cache has made room for the update. Where there is room for both, it stays, and the sampler's CUDA graph with
-it: that is the other peak, `cache kept`. Else the graph is recorded again in every step.
+cache has made room for the update. Where there is room for both (with BUSY slots at least), it stays, and the
+sampler's CUDA graph with it: that is the other peak, `cache kept`. Else every step records the graph again.
 """
 
 import sys
@@ -38,13 +39,12 @@ import tyro
 from transformers import AutoConfig
 
 from model.checkpoint import read_config
-from model.lora import learn
+from model.lora import LORA_RANK, learn
 from model.qwen_vl import QwenVL, Sizes
 
 RESERVE = 1.5, 0.05  # GB of CUDA, its libraries and NCCL; share of the rest that lies in gaps
 BUSY, SLOTS = 128, 384  # live samples that keep a GPU busy; above SLOTS the matrix products gain nothing more
 PREFILL = 8192  # tokens of prompts that are encoded at a time: model.rollout's
-LORA = 32  # the rank that is suggested
 
 
 @dataclass
@@ -52,11 +52,11 @@ class Config:
     model: str  # checkpoint directory or hub id
     gpus: int = 1  # of one box
     memory: float = 80.0  # GB of each
-    prompts: int = 64  # a step, over all GPUs
+    prompts: int = 64  # a step, over all GPUs; 0: SFT, which samples nothing
     group: int = 8  # completions a prompt (G)
     prompt_tokens: int = 1024  # P, the image's included
     new_tokens: int = 1024  # R, of a completion
-    train: Literal["lm", "all", "spatial"] = "lm"  # which parameters learn
+    train: Literal["lm", "all", "spatial", "lora"] = "lm"  # which parameters learn
     kl: float = 0.01  # 0: no reference policy
     lora: int | None = None  # rank; 0: never; None: if nothing else fits
     dtype: Literal["bf16", "fp32"] = "bf16"  # of the weights; fp32 is a CPU's
@@ -115,7 +115,8 @@ def estimate(config, cfg: Config, s: Settings, n: dict[str, int]) -> dict[str, f
     rows = 2 * -(-s.slots // cfg.group) * cfg.prompt_tokens  # of the prompts, and room for the next ones
     prefill = (2 * z.layers * kv + 3 * z.inner + 6 * z.hidden) * b
     reference = n["trained"] * b / cfg.gpus if cfg.kl and cfg.gpus > 1 else 0
-    stays = {"weights": n["all"] * b + (n["trained"] * b / parts if s.shard else 0),
+    cut = n["trained"] * b * (1 / parts - (cfg.prompts == 0)) if s.shard else 0  # SFT: no whole copy
+    stays = {"weights": n["all"] * b + cut,
              "master and moments": n["trained"] * state / parts, "reference": reference}  # fmt: skip
     rollout = {"cache": (s.slots * cfg.new_tokens + rows) * 2 * z.layers * kv * b,
                "prefill": min(rows, PREFILL) * prefill, "sampler": 3 * s.slots * z.vocab * 4}  # fmt: skip
@@ -133,7 +134,8 @@ def candidates(cfg: Config) -> Iterator[Settings]:
     least, group = cfg.prompt_tokens + cfg.new_tokens, cfg.prompt_tokens + cfg.group * cfg.new_tokens
     whole = [t for t in (16384, 8192, 4096) if t >= group] or [group]
     split = [t for t in (8192, 4096, 2048) if least <= t < group]  # groups in parts, prompts again
-    ranks = [0, LORA] if cfg.lora is None else [cfg.lora]
+    ranks = [LORA_RANK] if cfg.train == "lora" else [0, LORA_RANK]
+    ranks = ranks if cfg.lora is None else [cfg.lora]
     for lora, master, shard in product(ranks, (True, False), (False, True)):
         if (master or not lora) and (not shard or cfg.gpus > 1):
             yield Settings(shard, False, master, lora, whole[0])
@@ -152,17 +154,21 @@ def choose(
     most = min(-(-cfg.prompts // cfg.gpus) * cfg.group, max(SLOTS // cfg.group, 1) * cfg.group)
     for s in options:
         alone = estimate(config, cfg, s, counts(s.lora))["peak"]  # of the update
-        for slots in range(most, 0, -cfg.group) or [0]:
-            found = estimate(config, cfg, replace(s, slots=slots), counts(s.lora))
-            if found["peak"] <= (min(alone, room) if slots > BUSY else room):
-                return replace(s, slots=slots, keep=found["cache kept"] <= room), found
+        sizes = {n: estimate(config, cfg, replace(s, slots=n), counts(s.lora))
+                 for n in range(most, 0, -cfg.group) or [0]}  # fmt: skip
+        fit = [n for n, gb in sizes.items() if gb["peak"] <= (min(alone, room) if n > BUSY else room)]
+        stay = [n for n in fit if sizes[n]["cache kept"] <= room and n >= min(BUSY, fit[0])]
+        if fit:  # better fewer slots than to record the graph in every step
+            slots = (stay or fit)[0]
+            return replace(s, slots=slots, keep=bool(stay)), sizes[slots]
     raise ValueError(
         f"nothing fits into {cfg.gpus} x {cfg.memory:g} GB: more memory, fewer --new-tokens, or --lora"
     )
 
 
 def main(cfg: Config) -> None:
-    low = {k: v for k, v in vars(cfg).items() if isinstance(v, int | float) and v < (k not in ("kl", "lora"))}
+    low = {k: v for k, v in vars(cfg).items()
+           if isinstance(v, int | float) and v < (k not in ("kl", "lora", "prompts"))}  # fmt: skip
     if low:
         raise ValueError(", ".join(f"--{k.replace('_', '-')} {v}: too low" for k, v in low.items()))
     folder = Path(cfg.model)

@@ -17,26 +17,28 @@ noise in the smaller parts would be learnt. Three policies stand beside the one 
              no second model: what learns changes places with what it was (trainer.Reference)
 
 Metrics of a step: loss; reward, the mean total of all completions; groups, how many were sampled, and kept,
-their share that is trained on; discarded, samples that ended behind the last group that --tries wanted;
-truncated, of completions without an end token; of each path P: P_reward, P_accuracy, P_format, P_detect,
-P_length (tokens), P_truncated, P_kept, P_entropy (nats), P_kl. Over the trained tokens: entropy, kl (k3 to
-ref), clip_low, clip_high (shares whose loss the clip binds), ratio_max, mismatch_kl, and mismatch_mean and
-mismatch_max of |log p_old - log p_rollout|. grad_norm is before the clip; times are without validation and
-saving. With --eval-data: val_P_accuracy and so on, greedy, after the row's update; val0_* in the first row,
-before any.
+their share that is trained on; discarded and discarded_tokens, samples (also begun ones) behind the last
+group that --tries wanted; truncated, of completions without an end token; of each path P: P_reward,
+P_accuracy, P_format, P_detect, P_length (tokens), P_truncated, P_kept, P_entropy (nats), P_kl. Over the
+trained tokens: entropy, kl (k3 to ref), clip_low, clip_high (shares whose loss the clip binds), ratio_max,
+mismatch_kl, and mismatch_mean and mismatch_max of |log p_old - log p_rollout|. grad_norm is before the clip;
+times are without validation and saving. With --eval-data: val_P_accuracy and so on, greedy, after the row's
+update; val0_* in the first row, before any.
 
 Departures from the paper and the official code:
  1. Rewards are strict (srreal.py says how); --rules official gives the official numbers.
  2. Groups are filtered on accuracy, not on .2 < mean total < .99, which keeps all-right groups whose boxes
     differ. Filtered groups are not replaced unless --tries says so (DAPO's dynamic sampling, in the order
-    of the prompts: in that of finishing, short answers would be preferred).
+    of the prompts: in that of finishing, short answers would be preferred; each rank wants its share).
  3. The loss is divided by the global number of trained tokens, not by micro-batch.
- 4. Sampling is not cut (top_p 1; theirs .99), and the sampler's own log-probs correct the loss.
+ 4. Sampling is not cut (top_p 1; theirs .99), and the sampler's own log-probs correct the loss. Completions
+    that were cut at --max-new-tokens are trained on as they are: ill-formed, they earn nothing.
  5. One set of weights samples and trains; theirs keeps the prompts' embeddings from a frozen copy.
  6. The paths have equal shares of each step; theirs is one shuffled list.
 """
 
 import json
+import math
 import time
 from collections import Counter
 from contextlib import nullcontext
@@ -53,6 +55,7 @@ from tqdm import tqdm
 import trainer
 from kernels.policy_loss import policy_loss
 from kernels.rewards import group_advantages
+from model.lora import LORA_RANK
 from model.processor import Batch, Processor
 from model.rollout import Rollout, default_slots, generate, release
 from optim import AdamW, learning_rate
@@ -87,7 +90,7 @@ class Config:
     weight_decay: float = 0.01  # of matrices
     beta2: float = 0.999  # of AdamW
     clip_norm: float = 1.0  # gradients are shrunk to this global norm
-    train: Literal["lm", "all", "spatial"] = "lm"  # which parameters learn (TRAIN in model/lora.py)
+    train: Literal["lm", "all", "spatial", "lora"] = "lm"  # which parameters learn (TRAIN in model/lora.py)
     lora: int = 0  # rank of adapters on the decoder, which then stays as it is; merged on saving; 0: none
     rounding: bool = False  # bf16 on CUDA: no fp32 masters, but bf16 moments and stochastic rounding
     regions: Literal["token", "text"] = "token"  # as the model was trained to read a region
@@ -101,8 +104,12 @@ class Config:
     eval_limit: int = 256  # at most so many validation prompts, equally many of each path
     seed: int = 0  # order of the data, sampling noise
     save_every: int = 50  # steps between checkpoints
+    keep: int = 0  # so many of them stay such that --resume can go on from them; 0: all
     resume: bool = False  # go on from the newest whole checkpoint in --out
     skip_bad_rows: bool = False  # go on without the unusable rows, and count them
+
+    def __post_init__(self):
+        self.lora = self.lora or LORA_RANK * (self.train == "lora")
 
 
 COLUMNS = {"step": "5d", "reward": "6.3f", "loss": "8.4f", "kl": "7.4f", "entropy": "6.3f", "kept": "4.2f",
@@ -153,10 +160,10 @@ def choose_slots(cfg: Config, model, planned: int, earlier: int) -> Config:
 
 
 def roll_out(model, processor: Processor, prompts, cfg: Config, seed: int, wanted=0, greedy=False):
-    """Groups of the prompts in their order, and how many samples were in vain: with `wanted`, groups end with
-    the one that is so many's last to differ."""
-    n, temperature, ended = *((1, 0.0) if greedy else (cfg.group, cfg.temperature)), []
-    quiet, examples, heard = None if trainer.FIRST else True, [e for _, e in prompts], []
+    """Groups of the prompts in their order, and how many samples and tokens were in vain: with `wanted`,
+    groups end with the one that is so many's last to differ."""
+    n, temperature = (1, 0.0) if greedy else (cfg.group, cfg.temperature)
+    quiet, examples, heard, in_vain = None if trainer.FIRST else True, [e for _, e in prompts], [], []
 
     def enough(rollouts: list[Rollout]) -> bool:
         accuracies = [score(r.text, examples[len(heard)], cfg.rules).accuracy for r in rollouts]
@@ -166,13 +173,12 @@ def roll_out(model, processor: Processor, prompts, cfg: Config, seed: int, wante
     with tqdm(total=len(prompts) * n, desc="rollout", leave=False, disable=quiet) as bar:
         rollouts = trainer.mendable(
             generate, model, processor, examples, n=n, max_new_tokens=cfg.max_new_tokens,
-            temperature=temperature, seed=seed,
-            progress=lambda count: ended.append(count) or bar.update(count),
+            temperature=temperature, seed=seed, progress=bar.update,
             slots=None if greedy else cfg.slots,  # prompts of one sample each take more memory
-            enough=enough if wanted else None,
+            enough=enough if wanted else None, wasted=lambda *counts: in_vain.extend(counts),
         )  # fmt: skip
     groups = [Group(example, turn, own) for (turn, example), own in zip(prompts, rollouts, strict=False)]
-    return groups, max(sum(ended) - len(groups) * n, 0)
+    return groups, in_vain or [0, 0]
 
 
 def means(sums: dict[str, Counter], names: dict[str, str | None]) -> dict[str, float]:
@@ -189,7 +195,9 @@ def grade(groups: list[Group], paths: list[str], rules: str) -> dict[str, float]
     """Scores the groups, fills in their advantages, and says how they did."""
     sums = {path: Counter() for path in paths}
     for group in groups:
-        group.scores = [score(r.text, group.example, rules) for r in group.rollouts]
+        scores = [score(r.text, group.example, rules) for r in group.rollouts]
+        # The official rules take "nan" for a number.
+        group.scores = [s if math.isfinite(s.total) else s._make([0.0] * len(s)) for s in scores]
     parts = torch.tensor([(s.total, s.accuracy) for g in groups for s in g.scores], dtype=torch.float64)
     starts = torch.tensor([0, *(len(g.scores) for g in groups)]).cumsum(0)
     advantages, differs = group_advantages(*parts.view(-1, 2).T, starts)
@@ -235,32 +243,37 @@ def micro(pieces: list, processor: Processor, paths: list[str], world: int, devi
     examples = trainer.pad([example for example, _, _ in pieces], world)
     completions = [[r.tokens for r in rollouts] for _, rollouts, _ in pieces]
     completions += [[[processor.end_ids[0]]]] * (len(examples) - len(pieces))
-    batch = processor(examples, completions).to(device)
+    batch = processor(examples, completions)
     owner = [paths.index(e.path) for e, rollouts, _ in pieces for r in rollouts for _ in r.tokens]
     advantage = [a for _, _, advantages in pieces for a in advantages]
     sampled = [logprob for _, rollouts, _ in pieces for r in rollouts for logprob in r.logprobs]
     owner, advantage, sampled = (torch.tensor(x, device=device) for x in (owner, advantage, sampled))
-    return Micro(batch, owner, advantage, batch.cu_targets[: len(advantage) + 1], sampled)
+    return Micro(batch, owner, advantage, batch.cu_targets[: len(advantage) + 1].to(device), sampled)
 
 
 def forward(model, one: Micro, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies (L,)."""
-    output = model(one.batch, temperature)
+    """Log-probs and entropies (L,). The batch is on the host: a step's pixels would fill a GPU."""
+    output = model(one.batch.to(one.cu.device), temperature)
     return output.logprob[: len(one.rollout)], output.entropy[: len(one.rollout)]
 
 
 @torch.no_grad()
 def token_stats(one: Micro, sums: dict[str, Counter], logprob: Tensor, entropy: Tensor, metrics: dict):
     """Adds the pass to `sums` (by path, in their order; "" is of all); returns its maxima."""
-    gaps = (one.old - one.rollout).abs()
+    gaps = torch.cat((logprob.new_zeros(1), (one.old - one.rollout).abs()))
     d = torch.zeros_like(logprob) if one.ref is None else one.ref - logprob
-    for i, path in enumerate(path for path in sums if path):
-        own = one.owner == i
-        kl = (torch.expm1(d[own]) - d[own]).sum()
-        sums[path].update(tokens=int(own.sum()), entropy=entropy[own].sum().item(), kl=kl.item())
-    shares = {name: metrics[name].item() * len(d) for name in ("clip_low", "clip_high", "mismatch_kl")}
-    sums[""].update(shares, trained=len(d), mismatch_mean=gaps.sum().item())
-    return Counter(ratio_max=metrics["ratio_max"].item(), mismatch_max=max(gaps.tolist(), default=0.0))
+    each = torch.stack((torch.ones_like(d), entropy, torch.expm1(d) - d), 1).double()
+    paths, names = [path for path in sums if path], ("clip_low", "clip_high", "mismatch_kl", "ratio_max")
+    own = each.new_zeros(len(paths), 3).index_add_(0, one.owner.long(), each)
+    values = [*(metrics[name] for name in names), gaps.sum(), gaps.max()]
+    values = torch.cat((own.flatten(), torch.stack(values).double())).tolist()  # the one wait for the device
+    *own, low, high, mismatch, ratio, gap, most = values
+    for i, path in enumerate(paths):
+        tokens, nats, kl = own[3 * i : 3 * i + 3]
+        sums[path].update(tokens=tokens, entropy=nats, kl=kl)
+    shares = {"clip_low": low * len(d), "clip_high": high * len(d), "mismatch_kl": mismatch * len(d)}
+    sums[""].update(shares, trained=len(d), mismatch_mean=gap)
+    return Counter(ratio_max=ratio, mismatch_max=most)
 
 
 def main(cfg: Config) -> None:
@@ -277,7 +290,7 @@ def main(cfg: Config) -> None:
     some = examples[:: len(examples) // 64 + 1]
     processor.expect(some)
     sizes = dict(prompts=cfg.prompts, group=cfg.group, new_tokens=cfg.max_new_tokens, kl=cfg.kl,
-                 prompt_tokens=max(len(processor.prompt_ids(e)) for e in some))  # fmt: skip
+                 prompt_tokens=max(len(trainer.mendable(processor.prompt_ids, e)) for e in some))  # fmt: skip
     settings = trainer.settle(cfg, model, world, **sizes)
     plain = trainer.shard(model, world, settings)  # what samples: the model, or a whole copy of it
     reference = trainer.Reference(model) if cfg.kl > 0 else None
@@ -320,7 +333,7 @@ def main(cfg: Config) -> None:
         groups, in_vain = roll_out(plain, processor, own, cfg, noise, wanted)
         if not settings.keep or cfg.slots > settings.slots:
             release()  # the update needs the cache's room: the next step records the graph again
-        in_vain = trainer.reduce([float(in_vain)])[0]  # the wait for the slowest rank is the rollout's
+        in_vain = trainer.reduce(in_vain)  # the wait for the slowest rank is the rollout's
         clock.append(time.perf_counter())
         row = grade(groups, paths, cfg.rules)
         kept = [group for group in groups if group.differs or cfg.filter == "none"]
@@ -328,7 +341,7 @@ def main(cfg: Config) -> None:
 
         # Pack. Log-probs of the reference, and, if there are several updates, of the policy before the first.
         shares = [[g for g in kept if g.turn % cfg.updates == u] for u in range(cfg.updates)]
-        shares = [pack(share, processor, paths, cfg, world, device) for share in shares]
+        shares = [trainer.mendable(pack, share, processor, paths, cfg, world, device) for share in shares]
         trainer.phase(f"step {step + 1}, log-probs")
         with torch.no_grad():
             with reference or nullcontext():
@@ -338,6 +351,7 @@ def main(cfg: Config) -> None:
                 one.old = forward(model, one, cfg.temperature)[0] if cfg.updates > 1 else None
 
         # Update.
+        clock.append(time.perf_counter())
         trainer.phase(f"step {step + 1}, update")
         lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup, cfg.schedule)
         sums, peaks, losses, norms = {path: Counter() for path in (*paths, "")}, Counter(), [], []
@@ -347,7 +361,7 @@ def main(cfg: Config) -> None:
             if tokens == 0:
                 continue
             losses.append(0.0)
-            for one in share:
+            for one in trainer.passes(model, share):
                 logprob, entropy = forward(model, one, cfg.temperature)
                 one.old = logprob.detach() if one.old is None else one.old
                 loss, metrics = policy_loss(
@@ -366,7 +380,8 @@ def main(cfg: Config) -> None:
         clock.append(time.perf_counter())
 
         # Log, validate, save.
-        last, (rollout, scoring, update) = step + 1 == cfg.steps, (b - a for a, b in pairwise(clock))
+        rollout, scoring, logprobs, update = (b - a for a, b in pairwise(clock))
+        last = step + 1 == cfg.steps
         row |= means({"": sums.pop("")}, GAPS) | means(sums, TOKENS) | before
         names = ("ratio_max", "mismatch_max")
         row |= zip(names, trainer.reduce([float(peaks[name]) for name in names], "MAX"), strict=True)
@@ -381,7 +396,8 @@ def main(cfg: Config) -> None:
         log({
             "step": step + 1, "seconds": clock[-1] - clock[0], "loss": fmean(losses or [0.0]),
             "grad_norm": fmean(norms or [0.0]), "lr": lr, **row, "rollout_seconds": rollout,
-            "discarded": in_vain, "score_seconds": scoring, "update_seconds": update,
+            "discarded": in_vain[0], "discarded_tokens": in_vain[1], "score_seconds": scoring,
+            "logprob_seconds": logprobs, "update_seconds": update,
             "peak_memory_mib": trainer.peak_memory(device),
             "rollout_tokens_per_second": row["sampled_tokens"] / rollout,
             "update_tokens_per_second": row["tokens"] / update,

@@ -34,6 +34,7 @@ from torch import Tensor
 
 import trainer
 from model.head3d import head_loss
+from model.lora import LORA_RANK
 from model.processor import Batch, Processor
 from model.qwen_vl import Output
 from optim import AdamW, learning_rate
@@ -59,7 +60,7 @@ class Config:
     questions_per_image: int = 4  # at most so many questions of an image stand together
     regions: Literal["token", "text"] = "token"  # a region is read as its token, or as its box in text
     max_pixels: int | None = None  # image size limit; None: the checkpoint's own
-    train: Literal["all", "lm", "spatial"] = "all"  # which parameters learn (TRAIN in model/lora.py)
+    train: Literal["all", "lm", "spatial", "lora"] = "all"  # which parameters learn (TRAIN in model/lora.py)
     lora: int = 0  # rank of adapters on the decoder, which then stays as it is; merged on saving; 0: none
     rounding: bool = False  # bf16 on CUDA: no fp32 masters, but bf16 moments and stochastic rounding
     shard: Literal["auto", "always", "never"] = "auto"  # over the ranks (FSDP2); auto: if one can't hold it
@@ -70,8 +71,12 @@ class Config:
     eval_every: int = 0  # steps between validations; 0: only at the end
     seed: int = 0  # order of the data, dropped depths
     save_every: int = 500  # steps between checkpoints
+    keep: int = 0  # so many of them stay such that --resume can go on from them; 0: all
     resume: bool = False  # go on from the newest whole checkpoint in --out
     skip_bad_rows: bool = False  # go on without the unusable rows, and count them
+
+    def __post_init__(self):
+        self.lora = self.lora or LORA_RANK * (self.train == "lora")
 
 
 def untaught(example: Example) -> list[tuple[str, str]]:
@@ -102,9 +107,12 @@ def drop_depths(examples: list[Example], probability: float, seed: str) -> list[
 def micro_batches(examples: list[Example], processor: Processor, budget: int, world: int) -> list:
     """(batch, how many of its sequences count) each; behind those a filler may stand, for other ranks."""
     answers = [processor.target_ids(e) for e in examples]
-    lengths = [len(processor.prompt_ids(e)) + len(a) for e, a in zip(examples, answers, strict=True)]
+    prompts, keys = [processor.prompt_ids(e) for e in examples], [trainer.images_key(e) for e in examples]
+    lengths = [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)]
+    shared = [key == before and p.count(processor.image_token_id)  # what it has from its neighbour
+              for p, key, before in zip(prompts, keys, [None, *keys], strict=False)]  # fmt: skip
     out = []
-    for part in trainer.cut(lengths, budget):
+    for part in trainer.cut(lengths, budget, shared):
         padded = trainer.pad(examples[part], world)
         completions = answers[part] + [processor.target_ids(e) for e in padded[len(answers[part]) :]]
         out.append((processor(padded, [[c] for c in completions]), len(answers[part])))
@@ -130,7 +138,7 @@ def main(cfg: Config) -> None:
     source = cfg.model if cfg.lora else str(checkpoint or cfg.model)  # a checkpoint's adapters are merged
     model = trainer.load(source, device, cfg.train, cfg.lora)
     settings = trainer.settle(cfg, model, world, prompts=0, group=1, new_tokens=256, kl=0.0)
-    plain = trainer.shard(model, world, settings)
+    plain = trainer.shard(model, world, settings, samples=False)
     optimizer = trainer.mendable(
         AdamW, model.named_parameters(), cfg.weight_decay, (0.9, cfg.beta2), muon=cfg.optimizer == "muon",
         rounding=cfg.rounding, seed=cfg.seed,
@@ -166,7 +174,8 @@ def main(cfg: Config) -> None:
         regions = sum(int(torch.isfinite(batch.centres).all(1).sum()) for batch, _ in passes)
         tokens, regions = (max(1.0, count) for count in trainer.reduce([tokens, regions]))
         sums = torch.zeros(3, dtype=torch.float64, device=device)
-        for batch, sequences in trainer.even(passes, lambda: (processor([trainer.filler()], [[[0]]]), 0)):
+        passes = trainer.even(passes, lambda: (processor([trainer.filler()], [[[0]]]), 0))
+        for batch, sequences in trainer.passes(model, passes):
             batch = batch.to(device)
             with torch.set_grad_enabled(learn):
                 text, head, error = losses(model(batch), batch, sequences)

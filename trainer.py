@@ -99,7 +99,9 @@ def launch(main: Callable, config: type) -> None:
 
 def end(message: str, code: int) -> None:
     """At once: other ranks and background threads may hang in what this rank will not take part in."""
-    if FIRST or code == 1:
+    if code == 2 and not FIRST:
+        time.sleep(5)  # where all stop, rank 0 has said it by then, and torchrun has ended the others
+    if FIRST or code != 130:
         print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)
@@ -210,10 +212,13 @@ def settle(cfg, model: QwenVL, world: int, **sizes) -> plan.Settings:
     """What --shard and --checkpointing come to: where auto, what `plan.py` chooses for this rank's memory;
     with the slots of a rollout, and whether their cache may stay during the update.
     sizes: prompts, group, new_tokens, kl of the plan."""
+    phase("loading and sharding")
     near = int(os.environ.get("LOCAL_WORLD_SIZE", world))  # ranks of this box
+    sizes["prompts"] = -(-sizes["prompts"] * near // world)
     cuda = model.device.type == "cuda"
     host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / near
     memory = (torch.cuda.mem_get_info(model.device)[1] if cuda else host) / 1e9
+    memory = -reduce([-memory], "MAX")[0]  # the least: all ranks have to choose alike
     wanted = plan.Config(
         "", near, memory, train=cfg.train, lora=cfg.lora, dtype="bf16" if cuda else "fp32", **sizes
     )
@@ -231,8 +236,9 @@ def settle(cfg, model: QwenVL, world: int, **sizes) -> plan.Settings:
     return settings
 
 
-def shard(model: QwenVL, world: int, settings: plan.Settings) -> QwenVL:
-    """Cuts what learns over the ranks, layer by layer; returns the plain copy that rollouts and `save` read.
+def shard(model: QwenVL, world: int, settings: plan.Settings, samples: bool = True) -> QwenVL:
+    """Cuts what learns over the ranks, layer by layer; returns the plain copy that rollouts and `save` read:
+    where none samples, on the first rank's host alone.
 
     Where nothing is cut, the copy is the model itself, and the optimiser sums the gradients once a step. What
     is cut is reduced behind each pass: to wait would keep 4 bytes a parameter on every rank. Beyond one box
@@ -243,6 +249,8 @@ def shard(model: QwenVL, world: int, settings: plan.Settings) -> QwenVL:
     if settings.shard:
         frozen = {p for p in model.parameters() if not p.requires_grad}
         plain = copy.deepcopy(model, {id(p): p for p in frozen})
+        for p in () if samples else set(plain.parameters()) - frozen:
+            p.data = p.data.cpu() if FIRST else p.data.new_empty(0)
         near = int(os.environ.get("LOCAL_WORLD_SIZE", world))
         sizes = (world,) if near == world else (world // near, near)
         mesh = init_device_mesh(model.device.type, sizes, mesh_dim_names=("boxes", "shard")[-len(sizes) :])
@@ -271,7 +279,9 @@ def gather(model: QwenVL, plain: QwenVL) -> None:
     reshard(model)
     for p, whole in zip(model.parameters(), plain.parameters(), strict=True):
         if p is not whole:
-            whole.copy_(p.full_tensor())
+            full = p.full_tensor()
+            if whole.numel():
+                whole.copy_(full)
 
 
 class Reference:
@@ -310,6 +320,14 @@ class Reference:
         self._change()
 
 
+def passes(model: QwenVL, batches: list) -> Iterator:
+    """Each of the batches; beyond one box, gradients go from box to box behind the last of them alone."""
+    for i, batch in enumerate(batches, 1):
+        if isinstance(model, FSDPModule):
+            model.set_requires_all_reduce(i == len(batches))
+        yield batch
+
+
 # ---- Data
 
 
@@ -323,6 +341,8 @@ def load_data(cfg, more=None) -> tuple[list[Example], list[Example]]:
             bad += error.rows
     if bad:
         raise data.BadRows(list(dict.fromkeys(bad)))
+    if not sets[0]:
+        raise Stop("no row is left to train on: see what --data takes")
     return tuple(sets)
 
 
@@ -377,13 +397,15 @@ def ahead(make: Callable, items: Iterable) -> Iterator:
         yield from (future.result() for future in coming)
 
 
-def cut(lengths: list[int], budget: int) -> list[slice]:
-    """Consecutive items in micro-batches of at most `budget` tokens (or of one item that alone is longer)."""
+def cut(lengths: list[int], budget: int, shared: list[int] | None = None) -> list[slice]:
+    """Consecutive items in micro-batches of at most `budget` tokens (or of one item that alone is longer).
+    shared: what an item has in common with the one before, and only needs as the first of a micro-batch."""
     starts, used = [], 0
     for i, length in enumerate(lengths):
-        if not starts or used + length > budget:
-            starts, used = [*starts, i], 0
-        used += length
+        more = length - (shared[i] if shared else 0)
+        if not starts or used + more > budget:
+            starts, used, more = [*starts, i], 0, length
+        used += more
     return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(lengths)], strict=True)] if starts else []
 
 
@@ -424,13 +446,16 @@ def begin(cfg) -> tuple[Path | None, int]:
     if old and not cfg.resume:
         raise Stop(f"{out} holds a run ({old[-1].name}) already: --resume it, or choose another --out")
     found = newest(out) if cfg.resume else None
+    done = record(found)["step"] if found else 0
+    if reduce([done], "MAX") != [-least for least in reduce([-done], "MAX")]:
+        raise Stop(f"{out}: the ranks find different checkpoints in it; --out has to be on a shared disk")
     if cfg.resume:
         say(f"going on from {found}" if found else f"no whole checkpoint in {out}: starting at step 0")
     if FIRST:
         out.mkdir(parents=True, exist_ok=True)
         config = {"script": Path(sys.argv[0]).stem, **asdict(cfg)}
         write_config(out, config)
-    return found, record(found)["step"] if found else 0
+    return found, done
 
 
 def save(cfg, step: int, model: QwenVL, plain: QwenVL, processor, optimizer: AdamW, **same) -> None:
@@ -453,6 +478,8 @@ def save(cfg, step: int, model: QwenVL, plain: QwenVL, processor, optimizer: Ada
         state = {"step": step, "updates": optimizer.updates, "ranks": ranks(), "same": same, "files": files}
         (aside / "trainer" / "state.json").write_text(json.dumps(state, indent=1, allow_nan=False))
         huggingface.replace(aside, final)
+        for old in sorted(Path(cfg.out).glob("step-*[0-9]"))[: -cfg.keep] if cfg.keep else ():
+            shutil.rmtree(old / "trainer", ignore_errors=True)
     reduce([0.0])  # nobody goes on before it is there
 
 

@@ -2,10 +2,15 @@
 shared prefix.
 
     python -m bench.train [--shape cpu] [--steps 2]                             ours and the peer, in turn
-    python -m bench.train --shape qwen2.5-vl-3b --group 8 --image 832 768 --new-tokens 1024      (a GPU: ours)
+    for s in qwen3-vl-2b qwen2.5-vl-3b qwen3-vl-4b                                       (an 80 GB GPU: ours)
+    do python -m bench.train --shape $s --image 832 768 --new-tokens 1024 --checkpointing; done
+    for s in qwen2.5-vl-7b qwen3-vl-8b                                           (the same GPU, adapters only)
+    do python -m bench.train --shape $s --image 832 768 --new-tokens 1024 --checkpointing --lora 32; done
 
 Writes bench/results/<device>-train.json. Weights are random, and no end token is drawn, so every completion
-has --new-tokens tokens. The language model learns (fp32 on a CPU, bf16 with fp32 masters on a GPU), kl is 0.
+has --new-tokens tokens. The language model learns (fp32 on a CPU, bf16 with fp32 masters on a GPU), kl is 0:
+`logprobs`, a pass without gradients as --kl and --updates take it, is timed, and no part of `step`. Full
+training of 7B and 8B takes several GPUs: there train_rl.py's own metrics.jsonl has the same times.
 
     ours      model.rollout.generate; a group packed as P + G R tokens; linear_logprob, policy_loss,
               optim.AdamW
@@ -40,6 +45,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer, TrainerCall
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
+import plan
 import srreal
 import train_rl
 import trainer
@@ -47,7 +53,7 @@ from kernels.policy_loss import policy_loss
 from model import lora, tiny
 from model.processor import Processor
 from model.qwen_vl import QwenVL
-from model.rollout import generate
+from model.rollout import default_slots, generate, release
 from optim import AdamW
 from srreal import Example
 
@@ -75,6 +81,8 @@ class Config:
     update_tokens: int = 300  # R of that; 0: leave it out
     micro_tokens: int = 16384  # tokens of a forward pass
     checkpointing: bool = False  # as the training scripts'
+    lora: int = 0  # likewise
+    rounding: bool = False  # likewise
     steps: int = 2  # timed steps of each, after one of ours on one prompt to warm up
     baseline: bool = True  # and the peer: TRL, else the baseline; a CPU's only
     tflops: float = 989.0  # of the device in bf16, for MFU
@@ -118,7 +126,7 @@ def load(cfg: Config, folder: str, device: torch.device) -> tuple[QwenVL, Proces
     else:
         tiny.write(family, folder)
         model = trainer.load(folder, device)
-    lora.learn(model, "lm")
+    lora.learn(model, "lm", cfg.lora)
     processor = Processor.from_pretrained(folder)
     processor.end_ids = [model.config.image_token_id]  # never sampled
     missing = model.decoder.sizes.vocab - len(processor.banned)  # the files are a smaller model's
@@ -163,18 +171,46 @@ def update(model, optimizer, micros: list, tokens: int) -> float:
 
 def ours(cfg: Config, model, processor, optimizer, examples, seed: int) -> dict[str, float]:
     options = dict(n=cfg.group, max_new_tokens=cfg.new_tokens, temperature=1.0, seed=seed)
-    began = time.perf_counter()
+    began, peaks = time.perf_counter(), []
     rollout, rollouts = clocked(model.device, lambda: generate(model, processor, examples, **options))
+    release()
+    peaks.append(peak(model.device))
     settings = train_rl.Config("", (), "", micro_tokens=cfg.micro_tokens)
 
+    def pack():
+        return train_rl.pack(groups_of(examples, rollouts), processor, ["lor"], settings, 1, model.device)
+
     def learn():
-        groups = groups_of(examples, rollouts)
-        micros = train_rl.pack(groups, processor, ["lor"], settings, 1, model.device)
-        return update(model, optimizer, micros, len(examples) * cfg.group * cfg.new_tokens)
+        return update(model, optimizer, pack(), len(examples) * cfg.group * cfg.new_tokens)
 
     seconds, norm = clocked(model.device, learn)
-    return {"rollout": rollout, "update": seconds, "step": rollout + seconds,
-            "wall_step": time.perf_counter() - began, "norm": norm}  # fmt: skip
+    wall = time.perf_counter() - began
+    peaks.append(peak(model.device))
+    with torch.no_grad():
+        micros = pack()
+        logprobs, _ = clocked(model.device, lambda: [train_rl.forward(model, one, 1.0) for one in micros])
+    return {"rollout": rollout, "update": seconds, "step": rollout + seconds, "wall_step": wall, "norm": norm,
+            "logprobs": logprobs, "rollout_peak_mib": peaks[0], "update_peak_mib": peaks[1]}  # fmt: skip
+
+
+def peak(device: torch.device) -> float:
+    """MiB on a GPU since the last call. A process's would be the peer's, too: 0."""
+    if device.type == "cpu":
+        return 0.0
+    found = torch.cuda.max_memory_allocated() / 2**20
+    torch.cuda.reset_peak_memory_stats()
+    return found
+
+
+def planned(cfg: Config, model, prompt: int) -> dict[str, float]:
+    """GB of each part, as plan.py has it for what was run here."""
+    wanted = plan.Config(
+        "", prompts=cfg.prompts, group=cfg.group, prompt_tokens=prompt, new_tokens=cfg.new_tokens, kl=0.0,
+        dtype="bf16" if model.device.type == "cuda" else "fp32",
+    )  # fmt: skip
+    slots = min(default_slots(model, cfg.group, cfg.new_tokens), cfg.prompts * cfg.group)
+    settings = plan.Settings(False, cfg.checkpointing, not cfg.rounding, cfg.lora, cfg.micro_tokens, slots)
+    return plan.estimate(model.config, wanted, settings, plan.tally(model))
 
 
 def theirs(
@@ -340,7 +376,8 @@ def main(cfg: Config) -> dict:
         model, processor = load(cfg, folder, device)
         if cfg.checkpointing:
             model.checkpoint_blocks()
-        examples, optimizer = examples_of(cfg.prompts, cfg.image), AdamW(model.named_parameters())
+        examples = examples_of(cfg.prompts, cfg.image)
+        optimizer = AdamW(model.named_parameters(), rounding=cfg.rounding)
         ours(cfg, model, processor, optimizer, examples[:1], 0)
 
         def turn(row: dict[str, float] | None = None) -> None:
@@ -356,8 +393,9 @@ def main(cfg: Config) -> dict:
             for _ in range(cfg.steps):
                 turn()
     keys = ("rollout", "update", "step", "wall_step")
-    result = {name: {key: statistics.median(row[key] for row in own) for key in keys}
-              for name, own in rows.items()}  # fmt: skip
+    more = ("logprobs", "rollout_peak_mib", "update_peak_mib")
+    result = {name: {key: statistics.median(row[key] for row in own)
+                     for key in (*keys, *more) if key in own[0]} for name, own in rows.items()}  # fmt: skip
     if peer:
         result["ratio"] = {key: result[peer][key] / result["ours"][key] for key in keys}
     prompt = len(processor.prompt_ids(examples[0]))
@@ -371,7 +409,7 @@ def main(cfg: Config) -> dict:
                      for name in ("torch", "transformers") + (("trl",) if peer == "trl" else ())},
         "config": {key: str(value) for key, value in vars(cfg).items() if key != "out"},
         "parameters_million": sum(p.numel() for p in model.parameters()) / 1e6, "prompt_tokens": prompt,
-        "peak_memory_mib": trainer.peak_memory(device) if cuda else None,  # a process's is the peer's too
+        "planned_gb": planned(cfg, model, prompt),
         "completion_tokens_per_second": cfg.prompts * cfg.group * cfg.new_tokens / result["ours"]["step"],
         "update_mfu_computed": 6 * sizes * packed / seconds if cuda else None,
         "update_mfu_padded": 6 * sizes * padded / seconds if cuda else None,

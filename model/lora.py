@@ -18,8 +18,11 @@ from torch import Tensor, nn
 
 # --train: prefixes of the parameters that learn. RL's default is lm (the paper froze the rest), SFT's is all.
 # With --lora RANK the decoder's projections have adapters, and of the language model only these learn: beside
-# them nothing else (lm), the tower too (all), or region token, point map and head (spatial: what SFT wants).
-TRAIN = {"all": ("",), "lm": ("decoder.", "lm_head."), "spatial": ("region.", "points.", "head3d.")}
+# them nothing else (lm, or lora, which needs no --lora), the tower too (all), or region token, point map and
+# head (spatial: what SFT wants).
+TRAIN = {"all": ("",), "lm": ("decoder.", "lm_head."), "lora": (),
+         "spatial": ("region.", "points.", "head3d.")}  # fmt: skip
+LORA_RANK = 32  # of --train lora
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SCALE = 2.0  # alpha / rank
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AddedToken, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
@@ -175,8 +175,11 @@ def recorded_points(files: Path, wanted: str | None) -> str:
     """The kind of point map that the checkpoint was trained with; mixing is refused."""
     path, recorded = files / "spatial.safetensors", None
     if path.is_file():
-        with safe_open(path, framework="np") as file:
-            recorded = (file.metadata() or {}).get("points")
+        try:
+            with safe_open(path, framework="np") as file:
+                recorded = (file.metadata() or {}).get("points")
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: not a whole safetensors file ({error}); copy it again") from error
     if recorded and wanted not in (None, recorded):
         raise ValueError(f"{files}: trained with {recorded} point maps, asked for {wanted}")
     return wanted or recorded or "metric"

@@ -13,6 +13,7 @@ from tiny_models import FAMILIES, inputs, make, reference_logits
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 from model.checkpoint import CheckpointError, load, on_disk, rename
+from model.head3d import head_loss
 from model.qwen_vl import QwenVL, rope_axes
 
 IDS = dict(
@@ -331,6 +332,43 @@ def test_region_token_starts_as_loud_as_an_embedding(tmp_path):
     tokens = model.region(features, region, torch.arange(40), torch.full((40,), 0.5), 20)
     rms = model.decoder.embed_tokens.weight.pow(2).mean().sqrt()
     assert 0.7 < tokens.pow(2).mean().sqrt() / rms < 1.4
+
+
+def test_gradients_of_region_token_and_head_reach_the_patches(tmp_path):
+    """Of the patches of its region and of no other; the token by its weights, the head by differences."""
+    make("qwen3_vl").save_pretrained(tmp_path)
+    model = load(str(tmp_path)).double()
+    features = torch.randn(9, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    features.requires_grad_()
+    patch, weight = torch.tensor([0, 3, 3, 7]), torch.tensor([0.25, 0.75, 0.5, 0.5], dtype=torch.float64)
+    region, truth = torch.tensor([0, 0, 1, 1]), torch.tensor([[0.1, 0.2, 2.0], [torch.nan] * 3])
+
+    def loss(features, owner=slice(None)):
+        tokens = model.region(features, region, patch, weight, 2)
+        centres, sizes = model.head3d(tokens)
+        return tokens[owner].square().sum(), head_loss(centres, sizes, truth, torch.full((2, 3), torch.nan))
+
+    for owner, seen in ((0, [0, 3]), (1, [3, 7])):
+        (grad,) = torch.autograd.grad(loss(features, owner)[0], features)
+        assert grad.abs().sum(1).nonzero()[:, 0].tolist() == seen
+    (grad,) = torch.autograd.grad(loss(features)[1], features)  # only the first region's centre is known
+    assert grad.abs().sum(1).nonzero()[:, 0].tolist() == [0, 3]
+    with torch.no_grad():
+        bump = torch.zeros_like(features)
+        bump[3, 5] = 1e-2  # the head answers in fp32
+        slope = (loss(features + bump)[1] - loss(features - bump)[1]) / 2e-2
+    assert slope.item() == pytest.approx(grad[3, 5].item(), rel=0.05, abs=1e-4)
+
+
+def test_head_loss_in_closed_form():
+    """Smooth-L1 with its bend at 0.1 m: d^2 / 0.2 below, d - 0.05 above; rows of NaN count for nothing."""
+    centres = torch.tensor([[0.0, 0.0, 2.0], [5.0, 5.0, 5.0]], requires_grad=True)
+    sizes, nan = torch.ones(2, 3), torch.full((3,), torch.nan)
+    truth = torch.stack([torch.tensor([0.05, -1.0, 2.0]), nan])
+    total = head_loss(centres, sizes, truth, torch.stack([nan, torch.tensor([1.0, 1.3, 1.0])]))
+    assert total.item() == pytest.approx(0.05**2 / 0.2 + 0.95 + 0.25)
+    total.backward()
+    assert torch.allclose(centres.grad, torch.tensor([[-0.5, 1.0, 0.0], [0.0, 0.0, 0.0]]))
 
 
 def test_rope_axes():
