@@ -52,7 +52,7 @@ class Config:
     model: str  # checkpoint directory or hub id
     gpus: int = 1  # of one box
     memory: float = 80.0  # GB of each
-    prompts: int = 64  # a step, over all GPUs; 0: SFT, which samples nothing
+    prompts: int = 64  # a step, over all GPUs; 0: SFT, which samples nothing (one target a prompt, no KL)
     group: int = 8  # completions a prompt (G)
     prompt_tokens: int = 1024  # P, the image's included
     new_tokens: int = 1024  # R, of a completion
@@ -171,6 +171,7 @@ def main(cfg: Config) -> None:
            if isinstance(v, int | float) and v < (k not in ("kl", "lora", "prompts"))}  # fmt: skip
     if low:
         raise ValueError(", ".join(f"--{k.replace('_', '-')} {v}: too low" for k, v in low.items()))
+    cfg = cfg if cfg.prompts else replace(cfg, group=1, kl=0.0)
     folder = Path(cfg.model)
     try:
         config = read_config(folder) if folder.is_dir() else AutoConfig.from_pretrained(cfg.model)
@@ -188,10 +189,10 @@ def main(cfg: Config) -> None:
     flags = [f"--shard {said[s.shard]} --checkpointing {said[s.checkpointing]}"]
     flags += [f"--micro-tokens {s.micro_tokens}"] + ["--rounding"] * (not s.fp32_master)
     flags += [f"--lora {s.lora}"] * bool(s.lora)
-    print(*flags, f" ({s.slots} samples at a time)")
-    if s.keep:
+    print(*flags, f" ({s.slots} samples at a time)" if s.slots else "")
+    if s.slots and s.keep:
         print(f"their cache and the graph of a step stay during the update: then the peak is {kept:.1f} GB")
-    else:
+    elif s.slots:
         print(f"their cache goes before the update (kept: {kept:.1f} GB); every step records its graph again")
     if cfg.kl and cfg.gpus == 1:
         size = n["trained"] * (2 if cfg.dtype == "bf16" else 4) / 1e9

@@ -6,7 +6,7 @@
 #   gradients 6.2, activations 5.0, logits 1.9, cache 11.3, prefill 1.0, peak 57.7, left 22.3;
 #   --checkpointing always --micro-tokens 16384 (240 samples at a time; their cache stays: 69.5 GB),
 #   6.2 GB of host memory for the reference
-# cold start (--train all --kl 0 --group 1 --new-tokens 256): master and moments 45.2, peak 71.7, left 8.3
+# cold start (--train all --prompts 0 --new-tokens 256): master and moments 45.2, peak 71.7, left 8.3
 #
 # The paper (NVILA 8B, 64 GPUs): SFT 2 epochs, lr 5e-6, cosine, 3 % warm-up, no decay, all parts learn. RL: 512
 # prompts x 5, four updates of 128, at most 2,048 + 2,048 tokens, lr 1e-6 constant, decay .01, clip 1, KL .01
@@ -19,6 +19,6 @@ SFT_DATA=${SFT_DATA:-runs/sft_mixture.toml} RL_DATA=${RL_DATA:-runs/rl_mixture.t
 SFT_STEPS=${SFT_STEPS:-2000} RL_STEPS=${RL_STEPS:-200}
 
 python train_sft.py --model "$MODEL" --data "$SFT_DATA" --out "$OUT/sft" --steps "$SFT_STEPS" --batch 64 \
-    --lr 5e-6 --schedule cosine --warmup $((SFT_STEPS * 3 / 100)) --save-every 500 --resume
+    --lr 5e-6 --schedule cosine --warmup $((SFT_STEPS * 3 / 100)) --save-every 500 --keep 2 --resume
 python train_rl.py --model "$OUT/sft/step-$(printf %06d "$SFT_STEPS")" --data "$RL_DATA" --out "$OUT/rl" \
-    --steps "$RL_STEPS" --prompts 64 --group 8 --max-new-tokens 1024 --lr 1e-6 --kl 0.01 --save-every 50 --resume
+    --steps "$RL_STEPS" --prompts 64 --group 8 --max-new-tokens 1024 --lr 1e-6 --kl 0.01 --save-every 50 --keep 2 --resume

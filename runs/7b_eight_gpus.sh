@@ -7,7 +7,7 @@
 #   --new-tokens 2048     GB: weights 18.5, master and moments 11.4, reference 1.9, gradients 10.3,
 #   activations 7.8, logits 3.3, cache 20.6, prefill 1.8, peak 54.4, left 25.6;
 #   --shard always --checkpointing always --micro-tokens 16384 (125 samples at a time; their cache stays: 74.1 GB)
-# cold start (--train all --kl 0 --group 1 --new-tokens 256): peak 57.3, left 22.7
+# cold start (--train all --prompts 0 --new-tokens 256): peak 40.7, left 39.3
 #
 # The paper (NVILA 8B, 64 GPUs): SFT 2 epochs, lr 5e-6, cosine, 3 % warm-up, no decay, all parts learn. RL: 512
 # prompts x 5, four updates of 128, at most 2,048 + 2,048 tokens, lr 1e-6 constant, decay .01, clip 1, KL .01
@@ -20,7 +20,7 @@ SFT_DATA=${SFT_DATA:-runs/sft_mixture.toml} RL_DATA=${RL_DATA:-runs/rl_mixture.t
 SFT_STEPS=${SFT_STEPS:-2000} RL_STEPS=${RL_STEPS:-200} TORCHRUN=${TORCHRUN:-torchrun --nproc_per_node 8}
 
 $TORCHRUN train_sft.py --model "$MODEL" --data "$SFT_DATA" --out "$OUT/sft" --steps "$SFT_STEPS" --batch 512 \
-    --lr 5e-6 --schedule cosine --warmup $((SFT_STEPS * 3 / 100)) --save-every 100 --resume
+    --lr 5e-6 --schedule cosine --warmup $((SFT_STEPS * 3 / 100)) --save-every 100 --keep 2 --resume
 $TORCHRUN train_rl.py --model "$OUT/sft/step-$(printf %06d "$SFT_STEPS")" --data "$RL_DATA" --out "$OUT/rl" \
     --steps "$RL_STEPS" --prompts 512 --group 5 --updates 4 --max-new-tokens 2048 --lr 1e-6 --kl 0.01 \
-    --save-every 20 --resume
+    --save-every 20 --keep 2 --resume

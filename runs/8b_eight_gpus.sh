@@ -6,7 +6,7 @@
 # python plan.py --model Qwen/Qwen3-VL-8B-Instruct --gpus 8     GB: weights 19.6, master and moments 12.3,
 #   reference 2.0, gradients 11.1, activations 8.3, logits 3.8, cache 12.1, prefill 2.2, peak 57.2, left 22.8;
 #   --shard always --checkpointing always --micro-tokens 16384 (64 samples at a time; their cache stays: 69.4 GB)
-# cold start (--train all --kl 0 --group 1 --new-tokens 256): peak 59.8, left 20.2
+# cold start (--train all --prompts 0 --new-tokens 256): peak 42.3, left 37.7
 # LoRA on one GPU: plan.py --gpus 1 --lora 32: peak 45.4; python train_rl.py ... --lora 32 --checkpointing always
 #
 # The paper (NVILA 8B, 64 GPUs): SFT 2 epochs, lr 5e-6, cosine, 3 % warm-up, no decay, all parts learn. RL: 512
@@ -20,7 +20,7 @@ SFT_DATA=${SFT_DATA:-runs/sft_mixture.toml} RL_DATA=${RL_DATA:-runs/rl_mixture.t
 SFT_STEPS=${SFT_STEPS:-2000} RL_STEPS=${RL_STEPS:-200} TORCHRUN=${TORCHRUN:-torchrun --nproc_per_node 8}
 
 $TORCHRUN train_sft.py --model "$MODEL" --data "$SFT_DATA" --out "$OUT/sft" --steps "$SFT_STEPS" --batch 512 \
-    --lr 5e-6 --schedule cosine --warmup $((SFT_STEPS * 3 / 100)) --save-every 100 --resume
+    --lr 5e-6 --schedule cosine --warmup $((SFT_STEPS * 3 / 100)) --save-every 100 --keep 2 --resume
 $TORCHRUN train_rl.py --model "$OUT/sft/step-$(printf %06d "$SFT_STEPS")" --data "$RL_DATA" --out "$OUT/rl" \
     --steps "$RL_STEPS" --prompts 512 --group 5 --updates 4 --max-new-tokens 2048 --lr 1e-6 --kl 0.01 \
-    --save-every 20 --resume
+    --save-every 20 --keep 2 --resume
