@@ -44,7 +44,7 @@ class LoRALinear(nn.Module):
 
     def whole(self) -> Tensor:
         """W + s B A, summed in fp32, in W's dtype."""
-        delta = self.lora_b.float() @ self.lora_a.float()
+        delta = (self.lora_b.float() @ self.lora_a.float()).to(self.weight.device)  # a saved copy's: the host
         return (self.weight.float() + SCALE * delta).to(self.weight.dtype)
 
 

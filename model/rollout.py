@@ -208,8 +208,8 @@ class Slots:
     # ---- 1. prefill ----
 
     def prefill(self, processor, examples: list[Example]) -> list[int]:
-        """Encodes the first of the examples, as many as the budget and the free rows hold; their rows. None
-        where their room has to wait until others' rows are free.
+        """Encodes the first of the examples, as many as the budget and the free rows hold; their rows. It is
+        no one while room for them has to wait for rows in use.
         """
         lengths = fitting(processor, examples[: len(self.free_rows)], PREFILL[self.device.type])
         if not self._make_room(max(lengths)):
