@@ -1,17 +1,21 @@
 """Every kernel beside what people use instead: time, share of the machine's ceiling, peak memory.
 
     python -m bench.kernels [--only NAME ...]     (make bench; a GPU: some minutes, a CPU: about one)
+    python -m bench.kernels --judged              (a CPU: linear_logprob at full size; 6 minutes and 16 GB)
 
-Writes bench/results/<device>.json; `python -m bench.table` renders that into the README. All contenders of a
-case see the same random inputs and are timed in turn (interleaved), so that a disturbance hits all of them;
-the median counts. So are the ceilings, a copy and a square matmul. Peak memory is
-beyond the inputs and their gradients: on a CPU the high-water mark of a process of its own (Linux).
+Writes bench/results/<device>.json, after every case; `python -m bench.table` renders that into the README.
+All contenders of a case see the same random inputs and are timed in turn (interleaved), so that a disturbance
+hits all of them; the median counts. So are the ceilings, a copy and a square matmul. On a GPU the L2 cache is
+flushed before each call, and where ours takes less than a millisecond the host gets a head start, so that
+GPU time is compared and not Python's. Peak memory is beyond the inputs and their gradients: on a CPU the
+high-water mark of a process of its own (Linux). --judged takes the time in such processes, too.
 
 Contenders: ours; naive, the plain PyTorch that a kernel replaces; compiled, torch.compile of that (CUDA);
 liger, the op of the same name; trl, its chunked log-prob, or the few lines below in its manner; cce, Apple's
-cut-cross-entropy, which gives no entropy and drops small gradients. What is not installed is left out. On a
-CPU the shapes are small, ratios say more than times, and ours is the reference itself for policy_loss,
-rewards, SwiGLU and the rotation. decode_attention's bytes are each key and value once, a prompt's too.
+cut-cross-entropy, which gives no entropy and drops small gradients. What is not installed is left out, and
+named; so is what runs out of memory. On a CPU the shapes are small, ratios say more than times, and ours is
+the reference itself for policy_loss, rewards, SwiGLU and the rotation. decode_attention's bytes are each key
+and value once, a prompt's too.
 """
 
 import argparse
@@ -38,7 +42,13 @@ CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
 REPEATS = 20 if CUDA else 3
 VOCAB = 151_936 if CUDA else 16_000
-PEERS = ("torch", "triton", "liger-kernel", "trl", "cut-cross-entropy", "nvidia-cutlass-dsl")
+JUDGED = 4096, 512, 151_936  # N, H, V
+SHORT, HEAD_START = 1e-3, 10_000_000  # seconds; cycles of the GPU, about 6 ms
+VERSIONS = ("torch", "triton", "numpy", "liger-kernel", "trl", "cut-cross-entropy", "nvidia-cutlass-dsl")
+PEERS = {"trl": ("trl", "trl")} | ({  # contender: module, what to install; the last two need a GPU
+    "liger": ("liger_kernel", "liger-kernel[cutedsl]"),
+    "cce": ("cut_cross_entropy", "cut-cross-entropy"),
+} if CUDA else {})  # fmt: skip
 
 
 @dataclass
@@ -52,10 +62,11 @@ class Case:
     backward: bool = False
     flops: float = 0.0  # useful: without what is computed again; else
     bytes: float = 0.0  # the least that has to move
+    apart: int = 0  # so many times in processes of their own instead of in turn
 
 
-def installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+def installed(peer: str) -> bool:
+    return peer in PEERS and importlib.util.find_spec(PEERS[peer][0]) is not None
 
 
 def normal(*shape, scale=1.0, grad=True, dtype=DTYPE) -> Tensor:
@@ -89,27 +100,33 @@ def logprob_contenders() -> dict[str, Callable]:
 
         more = 1.0, 8192, None, 1.0, ("entropy",)  # temperature, columns of a tile, softcap, scale, outputs
         contenders["trl"] = lambda h, w, t: Chunked.apply(h, w, None, t, *more)[:2]
-    if installed("liger_kernel") and CUDA:
+    if installed("liger"):
         from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as Liger
 
         contenders["liger"] = lambda h, w, t: Liger.apply(h, w, t, 1.0, -100, 1, True)
-    if installed("cut_cross_entropy") and CUDA:
+    if installed("cce"):
         from cut_cross_entropy import linear_cross_entropy
 
         contenders["cce"] = lambda h, w, t: linear_cross_entropy(h, w, t, reduction="none")
     return contenders
 
 
+def logprob_case(n: int, h: int, v: int, contenders: dict[str, Callable], backward: bool, apart=0) -> Case:
+    make = lambda: [normal(n, h), normal(v, h, scale=h**-0.5), torch.randint(v, (n,), device=DEVICE)]  # noqa: E731
+    return Case("linear_logprob", f"N={n} H={h} V={v}", make, contenders, backward,
+                flops=(8 if backward else 2) * n * h * v, apart=apart)
+
+
 def logprob_cases() -> list[Case]:
-    contenders, cases = logprob_contenders(), []
+    contenders = logprob_contenders()
     shapes = [(n, h) for h in (2048, 3584, 4096) for n in (2048, 8192, 32_768)] if CUDA else [(512, 256)]
-    for n, h in shapes:
-        make = lambda n=n, h=h: [normal(n, h), normal(VOCAB, h, scale=h**-0.5),  # noqa: E731
-                                 torch.randint(VOCAB, (n,), device=DEVICE)]
-        for backward, flops in ((False, 2 * n * h * VOCAB), (True, 8 * n * h * VOCAB)):
-            name = f"N={n} H={h} V={VOCAB}"
-            cases.append(Case("linear_logprob", name, make, contenders, backward, flops=flops))
-    return cases
+    return [logprob_case(*shape, VOCAB, contenders, way) for shape in shapes for way in (False, True)]
+
+
+def judged_cases() -> list[Case]:
+    """At a real vocabulary on a CPU: eager PyTorch holds 15 GB."""
+    contenders = {"ours": linear_logprob.linear_logprob, "naive": naive_logprob}
+    return [logprob_case(*JUDGED, contenders, backward=True, apart=2)]
 
 
 def policy_cases() -> list[Case]:
@@ -139,20 +156,26 @@ def rewards_cases() -> list[Case]:
 
 
 def sample_cases() -> list[Case]:
+    """As the sampler has it: fp32 logits, and ids that are never drawn."""
     b, v = (256, VOCAB) if CUDA else (32, VOCAB)
-    make = lambda: [normal(b, v, scale=3.0, grad=False),  # noqa: E731
+    banned = torch.arange(v, device=DEVICE) >= v - 300
+    make = lambda: [normal(b, v, scale=3.0, grad=False, dtype=torch.float32),  # noqa: E731
                     *torch.randint(1 << 40, (2, b), device=DEVICE)]
 
-    def naive(logits, keys, positions):  # noise of torch's own; the same work otherwise
-        token = torch.multinomial(logits.float().softmax(-1), 1)
-        return token, logits.float().log_softmax(-1).gather(1, token)
+    def ours(logits, keys, positions):
+        return sample.sample(logits, keys, positions, banned=banned)
 
-    both = {"ours": sample.sample, "naive": naive}
-    return [Case("sample", f"B={b} V={v}", make, both, bytes=b * v * DTYPE.itemsize)]
+    def naive(logits, keys, positions):  # noise of torch's own; the same work otherwise
+        race = logits.masked_fill(banned, -torch.inf).softmax(-1) / torch.empty_like(logits).exponential_()
+        token = race.argmax(-1, keepdim=True)
+        return token, logits.log_softmax(-1).gather(1, token)
+
+    return [Case("sample", f"B={b} V={v}", make, with_compiled({"ours": ours, "naive": naive}),
+                 bytes=4 * b * v)]
 
 
 def liger_ops() -> dict[str, Callable]:
-    if not (installed("liger_kernel") and CUDA):
+    if not installed("liger"):
         return {}
     from liger_kernel import ops
 
@@ -220,31 +243,38 @@ def decode_cases() -> list[Case]:
 
 
 CASES = {"linear_logprob": logprob_cases, "policy_loss": policy_cases, "rewards": rewards_cases,
-         "sample": sample_cases, "layers": layer_cases, "decode_attention": decode_cases}  # fmt: skip
+         "sample": sample_cases, "layers": layer_cases, "decode_attention": decode_cases,
+         "judged": judged_cases}  # fmt: skip
+KERNELS = [name for name in CASES if name != "judged"]
 
 
 # ---- Measuring
 
 
-def step(call: Callable, inputs: list, backward: bool) -> None:
+def step(call: Callable, inputs: list, backward: bool, grads: list[Tensor] | None = None) -> list[Tensor]:
+    """Returns the outputs' gradients, for the next call: making them isn't the contender's work."""
     with torch.set_grad_enabled(backward):
         out = call(*inputs)
     out = [x for x in (out if isinstance(out, tuple) else (out,)) if x.requires_grad]
+    grads = [torch.full_like(x, 0.1) for x in out] if grads is None else grads
     if out:
-        torch.autograd.backward(out, [torch.full_like(x, 0.1) for x in out])
+        torch.autograd.backward(out, grads)
     for x in inputs:
         if isinstance(x, Tensor):
             x.grad = None
+    return grads
 
 
-def seconds(call: Callable, inputs: list, backward: bool = False) -> float:
+def seconds(call: Callable, inputs: list, backward=False, grads=None, head_start=False) -> float:
     if not CUDA:
         start = time.perf_counter()
-        step(call, inputs, backward)
+        step(call, inputs, backward, grads)
         return time.perf_counter() - start
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if head_start:
+        torch.cuda._sleep(HEAD_START)
     start.record()
-    step(call, inputs, backward)
+    step(call, inputs, backward, grads)
     end.record()
     torch.cuda.synchronize()
     return start.elapsed_time(end) / 1e3
@@ -252,18 +282,24 @@ def seconds(call: Callable, inputs: list, backward: bool = False) -> float:
 
 def interleaved(calls: dict[str, Callable], inputs: list, backward: bool = False) -> dict[str, float]:
     """Median seconds of each, after two calls to warm up, in which compilers run."""
-    times = {name: [] for name in calls}
-    for repeat in range(REPEATS + 2):
+    times, flush = {name: [] for name in calls}, torch.empty(1 << 26, device=DEVICE) if CUDA else None
+    own = dict.fromkeys(calls, inputs)
+    if "liger" in calls:  # which works in place
+        own["liger"] = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
+    grads = {name: step(call, own[name], backward) for name, call in calls.items()}
+    for _ in range(REPEATS + 1):
         for name, call in calls.items():
-            taken = seconds(call, inputs, backward)
-            times[name] += [taken] if repeat >= 2 else []
-    return {name: statistics.median(taken) for name, taken in times.items()}
+            if CUDA:
+                flush.zero_()
+            short = CUDA and times.get("ours", []) and times["ours"][0] < SHORT
+            times[name].append(seconds(call, own[name], backward, grads[name], short))
+    return {name: statistics.median(taken[1:]) for name, taken in times.items()}
 
 
 def probes() -> tuple[dict[str, Callable], dict[str, float]]:
     """What the machine can do, timed in turn with the contenders: a copy, a matmul in the kernels' dtype. And
     their work: bytes read and written, FLOPs."""
-    size, side = (1 << 30, 8192) if CUDA else (1 << 26, 512)
+    size, side = (1 << 30, 8192) if CUDA else (1 << 26, 1536)
     source, a = torch.randn(size // 4, device=DEVICE), normal(side, side, grad=False)
     target = torch.empty_like(source)
     return ({"copy": lambda *_: target.copy_(source), "matmul": lambda *_: a @ a},
@@ -271,53 +307,94 @@ def probes() -> tuple[dict[str, Callable], dict[str, float]]:
 
 
 def high_water() -> int:
-    """Bytes; of a process's whole life."""
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    """Bytes; of a process's whole life. 0 where there is no /proc."""
+    status = Path("/proc/self/status")
+    return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) * 1024 if status.exists() else 0
 
 
-def peak(name: str, index: int, contender: str) -> float:
-    """MB beyond inputs and gradients, of one call."""
+def alone(name: str, index: int, contender: str) -> tuple[float, float]:
+    """MB beyond inputs and gradients, and seconds, of one call."""
     torch.manual_seed(0)
     case = CASES[name]()[index]
     inputs, mark = case.make(), torch.cuda.max_memory_allocated if CUDA else high_water
+    call, grads = case.contenders[contender], None
     learning = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad] if case.backward else []
     gradients = [torch.ones_like(x) for x in learning]
     if CUDA:
-        seconds(case.contenders[contender], inputs, case.backward)  # compilers and autotuners run here
+        grads = step(call, inputs, case.backward)  # compilers and autotuners run here
         torch.cuda.reset_peak_memory_stats()
     before = mark()
     del gradients
-    seconds(case.contenders[contender], inputs, case.backward)
-    return max(mark() - before, 0) / 1e6
+    taken = seconds(call, inputs, case.backward, grads)
+    return max(mark() - before, 0) / 1e6, taken
 
 
-def peak_apart(*arguments) -> float | None:
-    """`peak` in a fresh process on a CPU (None where /proc is missing); on CUDA the allocator counts."""
+def apart(*arguments) -> tuple[float, float]:
+    """`alone`, on a CPU in a fresh process; on CUDA the allocator counts."""
     if CUDA:
-        return peak(*arguments)
-    if not Path("/proc/self/status").exists():
-        return None
+        return alone(*arguments)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(peak, arguments)
+        return pool.apply(alone, arguments)
+
+
+def runs_apart(name: str, index: int, case: Case) -> tuple[dict[str, list], dict[str, str]]:
+    """(peak, seconds) of each contender's runs; and who can't run, with the reason."""
+    runs, lost = {who: [] for who in case.contenders}, {}
+    for who in list(case.contenders) * max(case.apart, 1):
+        if who not in lost:
+            try:
+                runs[who].append(apart(name, index, who))
+            except torch.OutOfMemoryError:
+                lost[who] = "out of memory"
+            except Exception as error:
+                if who == "ours":
+                    raise
+                lost[who] = f"fails: {type(error).__name__}"
+                print(f"{case.kernel} {case.shape} {who}: {error}", flush=True)
+            if CUDA:
+                torch.cuda.empty_cache()
+    return runs, lost
+
+
+def in_turn(case: Case, memory: dict[str, float], lost: dict[str, str], probe: dict) -> dict[str, float]:
+    while True:
+        calls = {who: case.contenders[who] for who in memory} | probe
+        try:
+            return interleaved(calls, case.make(), case.backward)
+        except torch.OutOfMemoryError:  # it ran alone, but has to go beside the probes' memory
+            most = max(memory, key=memory.get)
+            lost[most] = "out of memory"
+            del memory[most]
 
 
 def measure(name: str, index: int, case: Case) -> list[dict]:
-    memory = {who: peak_apart(name, index, who) for who in case.contenders}
+    if CUDA:
+        torch._dynamo.reset()  # else the ninth shape would silently run eagerly
+    runs, lost = runs_apart(name, index, case)
     torch.manual_seed(0)
     probe, work = probes()
-    taken, rows = interleaved(case.contenders | probe, case.make(), case.backward), []
+    memory = {who: max(mb for mb, _ in own) for who, own in runs.items() if who not in lost}
+    if case.apart:
+        taken = interleaved(probe, []) | {who: statistics.median(t for _, t in runs[who]) for who in memory}
+    else:
+        taken = in_turn(case, memory, lost, probe)
     limit = "matmul" if case.flops else "copy"
     top = work[limit] / taken[limit]  # FLOP or bytes a second
+    unit, scale = ("tflop_per_s", 1e12) if case.flops else ("gb_per_s", 1e9)
+    ceiling = f"{limit} {top / 1e12:.3g} TFLOP/s" if case.flops else f"{limit} {top / 1e9:.4g} GB/s"
+    rows, way = [], "fwd+bwd" if case.backward else "fwd"
     for who in case.contenders:
+        row = {"case": name, "kernel": case.kernel, "shape": case.shape, "backward": case.backward,
+               "contender": who}  # fmt: skip
+        if who in lost:
+            rows.append(row | {"note": lost[who]})
+            print(f"{case.kernel} {case.shape} {way:8} {who:9} {lost[who]}", flush=True)
+            continue
         rate = (case.flops or case.bytes) / taken[who]
-        rows.append({"kernel": case.kernel, "shape": case.shape, "backward": case.backward, "contender": who,
-                     "ms": taken[who] * 1e3, "peak_mb": memory[who], "percent_of_ceiling": 100 * rate / top,
-                     **({"tflop_per_s": rate / 1e12} if case.flops else {"gb_per_s": rate / 1e9}),
-                     "ceiling": f"{limit} {top / 1e12:.3g} TFLOP/s" if case.flops else
-                                f"{limit} {top / 1e9:.4g} GB/s"})  # fmt: skip
-        print(f"{case.kernel} {case.shape} {'fwd+bwd' if case.backward else 'fwd':8} {who:9} "
-              f"{taken[who] * 1e3:.3f} ms, {rows[-1]['percent_of_ceiling']:.1f} % of {rows[-1]['ceiling']}, "
-              f"peak {memory[who] or 0:9.1f} MB", flush=True)
+        rows.append(row | {"ms": taken[who] * 1e3, "peak_mb": memory[who], unit: rate / scale,
+                           "percent_of_ceiling": 100 * rate / top, "ceiling": ceiling})  # fmt: skip
+        print(f"{case.kernel} {case.shape} {way:8} {who:9} {taken[who] * 1e3:.3f} ms, "
+              f"{100 * rate / top:.1f} % of {ceiling}, peak {memory[who]:9.1f} MB", flush=True)
     return rows
 
 
@@ -338,7 +415,7 @@ def fused_rows() -> dict[int, int]:
 
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for package in PEERS:
+    for package in VERSIONS:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -354,29 +431,38 @@ def device_name() -> str:
     return f"{model[1] if model else platform.processor()}, {torch.get_num_threads()} threads"
 
 
-def main(only: list[str]) -> None:
+def main(names: list[str]) -> None:
     if linear_logprob.INTERPRET:
         raise SystemExit("TRITON_INTERPRET=1: the interpreter's times say nothing")
+    if CUDA and "judged" in names:
+        raise SystemExit("--judged is a CPU's row: CUDA_VISIBLE_DEVICES= python -m bench.kernels --judged")
     file = RESULTS / (re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-") + ".json")
-    old = json.loads(file.read_text())["rows"] if file.exists() else []
-    names = only or list(CASES)
+    old = json.loads(file.read_text()) if file.exists() else {}
+    report = {"device": device_name(), "cuda": CUDA, "dtype": str(DTYPE), "versions": versions()}
+    report |= {"fused_rows": old["fused_rows"]} if "fused_rows" in old else {}
+    report["rows"] = [row for row in old.get("rows", []) if row.get("case") not in names]
     print(device_name())
-    rows = [row for row in old if row["kernel"] not in names]
+    for peer, (module, package) in PEERS.items():
+        if not installed(peer):
+            print(f"{peer} is left out: no module {module}; pip install '{package}'")
+    RESULTS.mkdir(exist_ok=True)
+    write = lambda: file.write_text(json.dumps(report, indent=1) + "\n")  # noqa: E731
     for name in names:
         for index, case in enumerate(CASES[name]()):
-            rows += measure(name, index, case)
-    report = {"device": device_name(), "dtype": str(DTYPE), "versions": versions()}
+            report["rows"] += measure(name, index, case)
+            write()
     if CUDA and "linear_logprob" in names:
         report["fused_rows"] = fused_rows()
+        write()
         print(f"kernels/linear_logprob.py: FUSED_ROWS = {report['fused_rows']}")
     elif "linear_logprob" in names:
         print("kernels/linear_logprob.py: FUSED_ROWS needs a GPU to be measured; it stays a guess")
-    RESULTS.mkdir(exist_ok=True)
-    file.write_text(json.dumps(report | {"rows": rows}, indent=1) + "\n")
     print(f"wrote {file}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Time the kernels beside their peers.")
-    parser.add_argument("--only", nargs="*", choices=CASES, default=[], help="kernels; default: all")
-    main(parser.parse_args().only)
+    parser.add_argument("--only", nargs="*", choices=KERNELS, default=[], help="kernels; default: all")
+    parser.add_argument("--judged", action="store_true", help="linear_logprob on a CPU, full size")
+    arguments = parser.parse_args()
+    main(["judged"] if arguments.judged else arguments.only or KERNELS)

@@ -6,6 +6,8 @@
 import json
 from pathlib import Path
 
+from bench.kernels import KERNELS
+
 ROOT = Path(__file__).parent.parent
 START, END = "<!-- bench -->\n", "<!-- end of bench -->"
 PEERS = ("naive", "compiled", "liger", "trl", "chunked", "cce")
@@ -14,34 +16,47 @@ PEERS = ("naive", "compiled", "liger", "trl", "chunked", "cce")
 def time_and_memory(row: dict | None) -> str:
     if row is None:
         return ""
-    memory = "" if row["peak_mb"] is None else f" / {row['peak_mb']:,.0f}"
-    return f"{row['ms']:.3g}{memory}" if row["ms"] < 100 else f"{row['ms']:.0f}{memory}"
+    if "note" in row:
+        return row["note"]
+    return f"{row['ms']:{'.3g' if row['ms'] < 100 else ',.0f'}} / {row['peak_mb']:,.0f}"
 
 
 def rate(row: dict) -> str:
+    if "note" in row:
+        return ""
     value = f"{row['tflop_per_s']:.3g} TFLOP/s" if "tflop_per_s" in row else f"{row['gb_per_s']:.3g} GB/s"
     return f"{value}, {row['percent_of_ceiling']:.0f} % of {row['ceiling']}"
 
 
-def table(report: dict) -> str:
-    """One device's: a line a kernel, shape and direction."""
+def line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def table(reports: list[dict]) -> str:
+    """A line a kernel, shape, direction and device; and a line for each kernel that no GPU has run."""
     cases: dict[tuple, dict] = {}
-    for row in report["rows"]:
-        cases.setdefault((row["kernel"], row["shape"], row["backward"]), {})[row["contender"]] = row
+    for letter, report in zip("ABCDEFGH", reports, strict=False):
+        for row in report["rows"]:
+            key = KERNELS.index(row["kernel"]), row["shape"], letter, row["backward"]
+            cases.setdefault(key, {})[row["contender"]] = row
     peers = [peer for peer in PEERS if any(peer in found for found in cases.values())]
-    versions = ", ".join(f"{k} {v}" for k, v in report["versions"].items())
-    lines = [
-        f"{report['device']}, {report['dtype'].removeprefix('torch.')} ({versions}). Milliseconds / peak MB "
-        "beyond inputs and gradients; the ceiling is a matmul or a copy, timed in turn with the contenders:",
-        "",
-        "| kernel, shape | | ours | ours reaches | " + " | ".join(peers) + " |",
-        "|---|---|---|---|" + "---|" * len(peers),
-    ]
-    for (kernel, shape, backward), found in cases.items():
-        cells = [time_and_memory(found.get(peer)) for peer in peers]
-        ours, way = found["ours"], "fwd + bwd" if backward else "fwd"
-        cells = [f"`{kernel}` {shape}", way, time_and_memory(ours), rate(ours), *cells]
-        lines.append("| " + " | ".join(cells) + " |")
+    lines = ["Milliseconds / peak MB beyond inputs and gradients. The ceiling: a matmul or a copy, timed in "
+             "turn with the contenders. On:", ""]  # fmt: skip
+    for letter, report in zip("ABCDEFGH", reports, strict=False):
+        versions = ", ".join(f"{k} {v}" for k, v in report["versions"].items())
+        dtype = report["dtype"].removeprefix("torch.")
+        lines.append(f"- {letter}: {report['device']}, {dtype} ({versions})")
+    lines += ["", line("kernel, shape", "on", "", "ours", "ours reaches", *peers),
+              "|" + "---|" * (5 + len(peers))]  # fmt: skip
+    measured = {row["kernel"] for report in reports if report["cuda"] for row in report["rows"]}
+    for i, kernel in enumerate(KERNELS):
+        if kernel not in measured:
+            lines.append(line(f"`{kernel}`", "a GPU", "", "not measured", *[""] * (1 + len(peers))))
+        for (k, shape, letter, backward), found in cases.items():
+            if k == i:
+                ours, way = found["ours"], "fwd + bwd" if backward else "fwd"
+                lines.append(line(f"`{kernel}` {shape}", letter, way, time_and_memory(ours), rate(ours),
+                                  *(time_and_memory(found.get(peer)) for peer in peers)))  # fmt: skip
     return "\n".join(lines)
 
 
@@ -52,8 +67,7 @@ def main() -> None:
     before, found, rest = readme.read_text().partition(START)
     if not found or END not in rest:
         raise SystemExit(f"{readme}: no lines {START.strip()} and {END} to write between")
-    text = "\n\n".join(table(report) for report in reports)
-    readme.write_text(f"{before}{START}{text}\n{END}{rest.split(END, 1)[1]}")
+    readme.write_text(f"{before}{START}{table(reports)}\n{END}{rest.split(END, 1)[1]}")
 
 
 if __name__ == "__main__":

@@ -293,18 +293,26 @@ def _on_triton(x):
     return (x.is_cuda or INTERPRET) and x.dtype != torch.float64 and x.numel() > 0
 
 
+def _agree(*shapes):
+    if len(set(shapes)) > 1:  # a kernel would read past the smaller one
+        raise ValueError(f"shapes must agree: {' and '.join(str(list(shape)) for shape in shapes)}")
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """x (..., H), weight (H,) -> (..., H), differentiable in both."""
+    _agree(x.shape[-1:], weight.shape)
     return _Norm.apply(x, None, weight, eps)
 
 
 def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     """x, delta (..., H) -> the residual stream h = x + delta, and rms_norm(h), both (..., H)."""
+    _agree(x.shape, delta.shape), _agree(x.shape[-1:], weight.shape)
     return _Norm.apply(x, delta, weight, eps)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up of one shape."""
+    _agree(gate.shape, up.shape)
     return _SwiGLU.apply(gate, up) if _on_triton(gate) else reference_swiglu(gate, up)
 
 
@@ -312,6 +320,8 @@ def qk_norm_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tenso
                  k_weight: Tensor | None = None, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     """q (T, A, D), k (T, K, D): normed where both weights (D,) are given, rotated by cos, sin (T, D), whose
     two halves are equal. Differentiable in q, k and the weights."""
+    _agree(q.shape[::2], k.shape[::2], cos.shape, sin.shape)
+    _agree(q.shape[2:], *(weight.shape for weight in (q_weight, k_weight) if weight is not None))
     if _on_triton(q):
         return _Rope.apply(q, k, cos, sin, q_weight, k_weight, eps)
     if q_weight is not None:

@@ -31,7 +31,7 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-WORKSPACE = 64 << 20  # bytes: the tile, its copy in the matmul's dtype, a chunk of hidden and of dhidden
+WORKSPACE = 64_000_000  # bytes: the tile, its copy in the matmul's dtype, a chunk of hidden and of dhidden
 MIN = torch.finfo(torch.float32).min / 2  # the max of nothing, finite so that MIN - m is too
 MIN_ = tl.constexpr(MIN)
 # Up to width H: up to so many rows the fused forward, else tiles. A GUESS (launches), not measured on any
@@ -140,11 +140,12 @@ def _dlogits_triton(tile_RC, scratch_RC, targets_R, column, inv_temperature, sta
 # ---- Backend A: tiles
 
 
-def _tile_shape(n, v, h, cuda):
-    """Rows and columns of a tile, by workspace bytes (by V / H, a large V gets a thousand matmuls)."""
+def _tile_shape(n, v, most, cell, row, column):
+    """Rows and columns of a tile, by workspace bytes (by V / H, a large V gets a thousand matmuls): so much a
+    cell, a row and a column; at most so many cells."""
     cols = min(v, 2048)
-    rows = max(min(n, (1 << 22 if cuda else 1 << 21) // cols), 1)  # CPU: 8 MB, which stay in the cache
-    while max(rows, cols) > 1 and rows * (cols + h) * 8 + (0 if cuda else cols * h * 4) > WORKSPACE:
+    rows = max(min(n, most // cols), 1)
+    while max(rows, cols) > 1 and rows * cols * cell + rows * row + cols * column > WORKSPACE:
         rows, cols = ((rows + 1) // 2, cols) if rows >= cols else (rows, (cols + 1) // 2)
     return rows, cols
 
@@ -159,52 +160,57 @@ def _matmul(a, b, out, beta=0.0):
 class _Tiles:
     """Walks over the tiles: their operands in the matmul's dtype, and the raw products in fp32 (or fp64)."""
 
-    def __init__(self, hidden, weight):
+    def __init__(self, hidden, weight, backward):
         self.hidden, self.weight = hidden, weight
         self.wide = torch.promote_types(hidden.dtype, torch.float32)
         self.operand = hidden.dtype if hidden.is_cuda else self.wide
-        self.rows, self.cols = _tile_shape(len(hidden), len(weight), hidden.shape[1], hidden.is_cuda)
         on_triton = (hidden.is_cuda or INTERPRET) and self.wide == torch.float32
         steps = (_fold_triton, _dlogits_triton) if on_triton else (_fold_torch, _dlogits_torch)
         self.fold, self.dlogits = steps
+        in_place = on_triton and (self.operand == self.wide or not backward)
+        cell = self.wide.itemsize + (0 if in_place else self.operand.itemsize)
+        row = self.wide.itemsize * hidden.shape[1]
+        cast = 0 if self.operand == hidden.dtype else 2 * row  # one is made while the last is still held
+        # CUDA: 4096 x 2048; backward, with dz and dhidden, 2048 x 2048: 256 and 128 blocks of a matmul for an
+        # H100's 132 multiprocessors. CPU: 8 MB, which stay in the cache.
+        most = (1 << 22 if backward else 1 << 23) if hidden.is_cuda else 1 << 21
+        self.rows, self.cols = _tile_shape(len(hidden), len(weight), most, cell, cast + backward * row, cast)
         self.tile = hidden.new_empty(self.rows * self.cols, dtype=self.wide)
-        in_place = on_triton and self.operand == self.wide
-        self.scratch = None if in_place else hidden.new_empty(self.rows * self.cols, dtype=self.operand)
+        self.scratch = None if in_place else torch.empty_like(self.tile, dtype=self.operand)
+        self.d_hidden = hidden.new_empty(self.rows, hidden.shape[1], dtype=self.wide) if backward else None
 
     def chunks(self):
         for r in range(0, len(self.hidden), self.rows):
             yield slice(r, r + self.rows), self.hidden[r : r + self.rows].to(self.operand)
 
     def tiles(self, hidden_RH):
-        for c in range(0, len(self.weight), self.cols):
-            weight_CH = self.weight[c : c + self.cols].to(self.operand)
-            shape = len(hidden_RH), len(weight_CH)
+        for i, weight_CH in enumerate(self.weight.split(self.cols)):
+            shape, weight_CH = (len(hidden_RH), len(weight_CH)), weight_CH.to(self.operand)
             tile_RC, scratch_RC = (None if b is None else b[: shape[0] * shape[1]].view(shape)
                                    for b in (self.tile, self.scratch))
-            yield c, weight_CH, _matmul(hidden_RH, weight_CH.T, tile_RC), scratch_RC
+            yield i * self.cols, weight_CH, _matmul(hidden_RH, weight_CH.T, tile_RC), scratch_RC
 
 
 def _forward_tiles(hidden, weight, targets, temperature):
-    walk = _Tiles(hidden, weight)
+    walk = _Tiles(hidden, weight, backward=False)
     state_4N = hidden.new_zeros(4, len(hidden), dtype=walk.wide)
     state_4N[0] = MIN
     for chunk, hidden_RH in walk.chunks():
+        targets_R, state_4R = targets[chunk], state_4N[:, chunk]
         for column, _, tile_RC, scratch_RC in walk.tiles(hidden_RH):
-            walk.fold(tile_RC, scratch_RC, targets[chunk], column, 1 / temperature, state_4N[:, chunk])
+            walk.fold(tile_RC, scratch_RC, targets_R, column, 1 / temperature, state_4R)
     return state_4N
 
 
 def _backward_tiles(hidden, weight, targets, temperature, stats_3N, grads_2N, need_hidden, need_weight):
-    walk, d_hidden, d_weight = _Tiles(hidden, weight), None, None
-    if need_hidden:
-        d_hidden = torch.empty_like(hidden)
+    walk, d_hidden = _Tiles(hidden, weight, backward=True), torch.empty_like(hidden) if need_hidden else None
     if need_weight:
         d_weight = (weight.new_empty if len(hidden) else weight.new_zeros)(weight.shape, dtype=walk.wide)
     for chunk, hidden_RH in walk.chunks():
-        d_chunk_RH = hidden.new_empty(hidden_RH.shape, dtype=walk.wide) if need_hidden else None
+        targets_R, stats_3R, grads_2R = targets[chunk], stats_3N[:, chunk], grads_2N[:, chunk]
+        d_chunk_RH = walk.d_hidden[: len(hidden_RH)]
         for column, weight_CH, tile_RC, scratch_RC in walk.tiles(hidden_RH):
-            dz_RC = walk.dlogits(tile_RC, scratch_RC, targets[chunk], column, 1 / temperature,
-                                 stats_3N[:, chunk], grads_2N[:, chunk])
+            dz_RC = walk.dlogits(tile_RC, scratch_RC, targets_R, column, 1 / temperature, stats_3R, grads_2R)
             if need_hidden:
                 _matmul(dz_RC, weight_CH, d_chunk_RH, float(column > 0))
             if need_weight:
@@ -261,7 +267,7 @@ def _forward_fused(hidden, weight, targets, temperature):
     splits = triton.cdiv(v, columns)
     partial = torch.empty(splits, 4, n, dtype=torch.float32, device=hidden.device)
     a = TensorDescriptor.from_tensor(hidden.contiguous(), [tile["BM"], tile["BK"]])
-    b = TensorDescriptor.from_tensor(weight.contiguous(), [tile["BN"], tile["BK"]])
+    b = TensorDescriptor.from_tensor(weight, [tile["BN"], tile["BK"]])
     _fused_kernel[(row_blocks, splits)](a, b, targets, partial, n, v, h, columns, 1 / temperature,
                                         UPCAST=INTERPRET, **tile)
     m, s, x, t = partial.unbind(1)
@@ -271,11 +277,12 @@ def _forward_fused(hidden, weight, targets, temperature):
 
 
 def _fused_fits(hidden, weight):
-    """Few rows, of 16-bit numbers (fp32 is cuBLAS's), at addresses that the copy engine takes."""
-    on_triton, aligned = hidden.is_cuda or INTERPRET, hidden.shape[1] * hidden.element_size() % 16 == 0
+    """Few rows, of 16-bit numbers (fp32 is cuBLAS's), at addresses and strides that the copy engine takes."""
     rows = next((rows for width, rows in FUSED_ROWS.items() if hidden.shape[1] <= width), 0)
     small = 0 < len(hidden) <= rows and hidden.dtype in (torch.bfloat16, torch.float16)
-    return on_triton and small and aligned and weight.data_ptr() % 16 == 0
+    starts = hidden.data_ptr(), weight.data_ptr(), hidden.shape[1] * hidden.element_size()
+    aligned = weight.is_contiguous() and not any(start % 16 for start in starts)  # else: copy it whole
+    return (hidden.is_cuda or INTERPRET) and small and aligned
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -315,7 +322,12 @@ def linear_logprob(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Te
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
     bad = (targets < 0) | (targets >= v)
-    if bad.any():  # on CUDA a host sync: a log-prob of nothing would cost more
+    found = bad.any().to("cpu", non_blocking=True)
+    copied = torch.cuda.current_stream(bad.device).record_event() if bad.is_cuda else None
+    out = _LinearLogprob.apply(hidden, weight, targets.long().contiguous(), float(temperature))
+    if copied:
+        copied.synchronize()  # the host's only wait: the forward is queued by now
+    if found:
         i = int(bad.nonzero()[0])
         raise IndexError(f"targets[{i}] = {int(targets[i])} is outside of the vocabulary 0..{v - 1}")
-    return _LinearLogprob.apply(hidden, weight, targets.long().contiguous(), float(temperature))
+    return out

@@ -178,7 +178,7 @@ def _finaliser(partial, out, blocks, tokens, BLOCK: tl.constexpr):
             total = tl.maximum(total, x) if row == 5 else total + x
         value = tl.max(total, 0) if row == 5 else tl.sum(total, 0)
         tl.store(out + row, value if row == 0 or row == 5 else value / tl.maximum(tokens, 1))
-    tl.store(out + 6, tokens.to(tl.float32))
+    tl.store(out + 6, tl.zeros([], tl.float32) + tokens)  # a 1 comes as a Python int
 
 
 class _PolicyLoss(torch.autograd.Function):

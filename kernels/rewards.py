@@ -226,5 +226,5 @@ def rewards_and_advantages(a: Scored) -> Rewards:
         return reference_rewards_and_advantages(a)
     out, keep = a.answer.new_empty(5, n), a.well_formed.new_zeros(groups)
     if groups:
-        _rewards_kernel[(groups,)](*a, out, keep, n, BLOCK=32, num_warps=1)
+        _rewards_kernel[(groups,)](*(x.contiguous() for x in a), out, keep, n, BLOCK=32, num_warps=1)
     return Rewards(*out, keep)

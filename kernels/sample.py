@@ -11,15 +11,17 @@ probability 1e-9 is still drawn as often as it should be; it never reaches 1, wh
 top_p keeps the smallest set of tokens, by falling probability (ties: lower id first), with at least top_p of
 the allowed tokens' mass; it needs a sort, which is left to torch, also on a GPU.
 
-Why fuse: eager PyTorch reads or writes B x V about thirty times, this reads it once (256 x 151,936 in bf16:
-78 MB) and keeps a max, a sum and a best token for each part of a row. What it reaches on a GPU is not
-measured yet (`python -m bench.kernels --only sample`).
+Why fuse: eager PyTorch reads or writes B x V about thirty times, this reads it once (256 x 151,936 in fp32:
+156 MB) and keeps a max, a sum and a best token for each part of a row. Counted in sm_90's assembly, not
+timed: 36 instructions an element (fp32, banned ids; Triton 3.9; 38 with 3.6), where an H100 has time for 40
+while it copies. What it reaches on a GPU is not measured yet (`python -m bench.kernels --only sample`).
 
 Shapes: B sequences, V vocabulary.
 """
 
 import functools
 import hashlib
+import math
 import os
 
 import torch
@@ -30,6 +32,7 @@ MIX32 = 0x21F0AAAD, 0xD35A2D97  # multipliers of a 32-bit mixer with low bias
 MIX64 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 GOLDEN = 0x9E3779B9
 UNIT = 2.0**-31 - 2.0**-55  # the float below 2^-31: fp32 rounds the largest 31-bit integers up to 2^31
+BLOCK = 2048  # tokens of a part, a warp's 64 a lane: not by B, as the sums' order, so log-probs, would change
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -43,7 +46,8 @@ def _signed(c, bits):
     return c - (1 << bits) if c >> (bits - 1) else c
 
 
-A32, B32, GOLDEN_, UNIT_ = (tl.constexpr(c) for c in (*MIX32, GOLDEN, UNIT))
+A32, B32, GOLDEN_, UNIT_, LOG2E_, INTERPRET_ = (
+    tl.constexpr(c) for c in (*MIX32, GOLDEN, UNIT, math.log2(math.e), INTERPRET))
 A64, B64, C64 = (tl.constexpr(_signed(c, 64)) for c in MIX64)
 
 
@@ -99,69 +103,71 @@ def reference_sample(logits, keys, positions, temperature=1.0, top_p=1.0, banned
 
 
 @triton.jit
-def _race_times(first, second, token):
-    """The same bits as race_times; log(1 - u) by its series near 0, where 1 - u would lose its digits."""
-    x = token.to(tl.uint32) * GOLDEN_ + first
-    x = (x ^ (x >> 16)) * A32 ^ second
-    x = (x ^ (x >> 15)) * B32
-    u = (((x ^ (x >> 15)) & 0x7FFFFFFF).to(tl.float32) + 0.5) * UNIT_
-    return tl.where(u < 0.015625, u * (1 + u * (0.5 + u * (1 / 3 + u * 0.25))), -tl.log(1 - u))
+def _log2(x):
+    """One instruction, off by 2^-22 at most for x in (1/2, 2), relatively elsewhere; tl.log2 is twenty."""
+    return tl.log2(x) if INTERPRET_ else tl.inline_asm_elementwise(
+        "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
-def _part_kernel(logits, keys, positions, banned, floats, ids, vocab, stride, columns, temperature,
+def _race_times(first, second, token):
+    """race_times / ln 2, of the same bits; log(1 - u) by its series near 0, where 1 - u loses its digits."""
+    x = token.to(tl.uint32) * GOLDEN_ + first
+    x = (x ^ (x >> 16)) * A32
+    x = (x ^ (x >> 15) ^ (second ^ (second >> 15))) * B32  # the same for a row, so shifted once
+    u = tl.fma(((x ^ (x >> 15)) & 0x7FFFFFFF).to(tl.float32), UNIT_, UNIT_ / 2)
+    near = u * tl.fma(u, tl.fma(u, tl.fma(u, LOG2E_ / 4, LOG2E_ / 3), LOG2E_ / 2), LOG2E_)
+    return tl.where(u < 0.015625, near, -_log2(1 - u))
+
+
+@triton.jit
+def _part_kernel(logits, keys, positions, banned, floats, ids, vocab, stride, inv_temperature,
                  GREEDY: tl.constexpr, BLOCK: tl.constexpr):
-    """A program a part of a row: max, sum of exponentials, and the best token of the race."""
+    """A program a part of a row: max, sum of exponentials, and the best token of the race, in base 2."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     x = (tl.load(keys + row) ^ (tl.load(positions + row).to(tl.int64) * A64)) * B64
     x = (x ^ (x >> 32)) * C64
     x = x ^ (x >> 29)
+    i, scale = part * BLOCK + tl.arange(0, BLOCK), inv_temperature * LOG2E_
+    z = tl.load(logits + row * stride + i, mask=i < vocab, other=-float("inf")).to(tl.float32)
+    peak = tl.maximum(tl.max(z, 0), -1e38)
+    total = tl.sum(tl.exp2((z - peak) * scale), 0)
     first, second = x.to(tl.uint32), (x >> 32).to(tl.uint32)
-    peak, total = -1e38, 0.0
-    best, token = -float("inf"), 0
-    for at in range(part * columns, tl.minimum(part * columns + columns, vocab), BLOCK):
-        i, mask = at + tl.arange(0, BLOCK), at + tl.arange(0, BLOCK) < vocab
-        z = tl.load(logits + row * stride + i, mask=mask, other=-float("inf")).to(tl.float32) / temperature
-        higher = tl.maximum(peak, tl.max(z, 0))
-        total = total * tl.exp(peak - higher) + tl.sum(tl.exp(z - higher), 0)
-        peak = higher
-        score = z if GREEDY else z - tl.log(_race_times(first, second, i))
-        if banned is not None:
-            score = tl.where(tl.load(banned + i, mask=mask, other=1) != 0, -float("inf"), score)
-        top, where = tl.max(score, 0, return_indices=True)
-        token = tl.where(top > best, at + where, token)
-        best = tl.maximum(best, top)
+    score = z if GREEDY else tl.fma(z, scale, -_log2(_race_times(first, second, i)))
+    if banned is not None:
+        score = tl.where(tl.load(banned + i, mask=i < vocab) != 0, -float("inf"), score)
+    best, token = tl.max(score, 0, return_indices=True, return_indices_tie_break_left=GREEDY or INTERPRET_)
     out = row * tl.num_programs(1) + part
     tl.store(floats + 3 * out, peak)
     tl.store(floats + 3 * out + 1, total)
     tl.store(floats + 3 * out + 2, best)
-    tl.store(ids + out, token)
+    tl.store(ids + out, part * BLOCK + token)
 
 
 @triton.jit
-def _row_kernel(logits, floats, ids, tokens, logprobs, parts, stride, temperature, PARTS: tl.constexpr):
+def _row_kernel(logits, floats, ids, tokens, logprobs, parts, stride, inv_temperature, PARTS: tl.constexpr):
     """A program a row: its parts to the token and its log-prob."""
     row, part = tl.program_id(0).to(tl.int64), tl.arange(0, PARTS)
     at, mask = row * parts + part, part < parts
     peak = tl.load(floats + 3 * at, mask=mask, other=-1e38)
     higher = tl.max(peak, 0)
-    total = tl.sum(tl.load(floats + 3 * at + 1, mask=mask, other=0.0) * tl.exp(peak - higher), 0)
+    sums = tl.load(floats + 3 * at + 1, mask=mask, other=0.0)
+    total = tl.sum(sums * tl.exp2((peak - higher) * (inv_temperature * LOG2E_)), 0)
     where = tl.argmax(tl.load(floats + 3 * at + 2, mask=mask, other=-float("inf")), 0)
     token = tl.load(ids + row * parts + where)
-    z = tl.load(logits + row * stride + token).to(tl.float32) / temperature
+    z = tl.load(logits + row * stride + token).to(tl.float32)
     tl.store(tokens + row, token.to(tl.int64))
-    tl.store(logprobs + row, tl.minimum(z - higher - tl.log(total), 0.0))
+    tl.store(logprobs + row, tl.minimum((z - higher) * inv_temperature - tl.log(total), 0.0))
 
 
 def _sample_triton(logits, keys, positions, temperature, banned):
-    (b, v), block = logits.shape, 512 if INTERPRET else 2048
-    columns, scale = 8 * block, temperature or 1.0  # not by B: the sum's order, so the log-prob, would change
-    parts = triton.cdiv(v, columns)
+    (b, v), block = logits.shape, 512 if INTERPRET else BLOCK
+    parts, scale = triton.cdiv(v, block), 1 / (temperature or 1.0)
     floats, logprobs = (logits.new_empty(shape, dtype=torch.float32) for shape in ((b, parts, 3), (b,)))
     ids, tokens = keys.new_empty(b, parts, dtype=torch.int32), torch.empty_like(keys)
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    _part_kernel[(b, parts)](logits, keys, positions, banned, floats, ids, v, logits.stride(0), columns,
-                             scale, GREEDY=temperature == 0, BLOCK=block, num_warps=8)
+    _part_kernel[(b, parts)](logits, keys, positions, banned, floats, ids, v, logits.stride(0), scale,
+                             GREEDY=temperature == 0, BLOCK=block, num_warps=1)
     _row_kernel[(b,)](logits, floats, ids, tokens, logprobs, parts, logits.stride(0), scale,
                       PARTS=triton.next_power_of_2(parts), num_warps=1)
     return tokens, logprobs

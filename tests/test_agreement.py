@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from interpreter import needs_interpreter
 
 ROOT = Path(__file__).parent.parent
 # A micro checkpoint, and short runs on it. The random model earns nothing: it is paid for its text's parity.
@@ -64,6 +65,7 @@ def home(tmp_path_factory):
     return home
 
 
+@needs_interpreter
 @pytest.mark.parametrize("script", OPTIONS)
 def test_triton_and_references_train_alike(script, home):
     runs = {}

@@ -151,3 +151,17 @@ def test_caches_of_two_layouts_are_refused():
     with pytest.raises(ValueError, match="equal strides"):
         other, at = cache.transpose(1, 2).contiguous().transpose(1, 2), torch.zeros(1, dtype=torch.int64)
         layers.qk_norm_rope_write(q, q, q, q[:, 0], q[:, 0], cache, other, at)
+
+
+def test_shapes_that_disagree_are_refused():
+    x, cut, narrow = (torch.zeros(*shape, device=DEVICE) for shape in ((3, 8), (2, 8), (3, 4)))
+    q, weight = x.view(3, 2, 4), torch.ones(8, device=DEVICE)
+    for call, inputs in (
+        (layers.rms_norm, (x, weight[:4])), (layers.rms_norm, (x, weight[:1])),
+        (layers.add_rms_norm, (x, cut, weight)), (layers.add_rms_norm, (x, x, weight[:4])),
+        (layers.swiglu, (x, cut)), (layers.swiglu, (x, x[:1])),
+        (layers.qk_norm_rope, (q, q[:2], narrow, narrow)), (layers.qk_norm_rope, (q, q, narrow, narrow[:1])),
+        (layers.qk_norm_rope, (q, q, narrow, narrow, weight[:4], weight)),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="shapes must agree"):
+            call(*inputs)

@@ -274,3 +274,19 @@ def test_no_completions():
     assert len(compare([]).keep) == 0
     with pytest.raises(ValueError):
         rewards_and_advantages(pack([])._replace(path=torch.zeros(2)))
+
+
+def test_views_are_read_as_what_they_hold():
+    """Every second of twice as many, transposed centres."""
+    truth = (0.31, -0.81, 3.32)
+    xyz = ",".join(map(str, truth))
+    responses = [f'<detect>Find 1 relevant objects:\n<3d_box center="{xyz}">a (m)</3d_box></detect>'
+                 f"<think>t</think><answer>{answer}</answer>" for answer in "AAB"]  # fmt: skip
+    packed = pack([(Example("e", "dtr", [None], "?", "A", objects={"m": truth}), responses)])
+    strided = packed._replace(
+        **{k: x.repeat_interleave(2, 0)[::2] for k, x in packed._asdict().items()},
+    )
+    turned = strided._replace(box_centre=packed.box_centre.T.contiguous().T)
+    for views in (strided, turned):
+        for a, b in zip(rewards_and_advantages(packed), rewards_and_advantages(views), strict=True):
+            assert torch.equal(a, b)
