@@ -720,7 +720,8 @@ trainer.launch(main, train_sft.Config)
     assert run.returncode == 2 and "row 7" in run.stderr and "Traceback" not in run.stderr
 
 
-def test_a_bad_image_is_named_by_the_rank_that_reads_it(home, tmp_path):
+def test_a_bad_image_is_named_by_the_rank_that_reads_it(home, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # another's run might write to the user's
     lines = (home / "scenes" / "rows.jsonl").read_text().splitlines()
     for name in ("images", "depth"):
         shutil.copytree(home / "scenes" / name, tmp_path / name)
