@@ -74,16 +74,23 @@ class Table:
     def readers(self) -> Tensor:
         return self.members.flatten().clamp(min=0)
 
+    @cached_property
+    def in_order(self) -> bool:
+        """Whether slot i is the one reader of prompt i: nothing to gather."""
+        alone = self.members.shape == (len(self.home), 1)
+        return alone and torch.equal(self.home, torch.arange(len(self.home), device=self.home.device))
+
     def mask(self, lengths: Tensor, like: Tensor) -> Tensor:
         """0 for the keys of `like` (X, K, Y, D) that exist, HIDDEN for those behind them: (X, 1, 1, Y)."""
         behind = torch.arange(like.shape[2], device=like.device) >= lengths[:, None, None, None]
         return torch.zeros(behind.shape, dtype=like.dtype, device=like.device).masked_fill_(behind, HIDDEN)
 
-    def masks(self, prefix: Tensor, suffix: Tensor) -> tuple[Tensor, Tensor]:
+    def masks(self, prefix: Tensor, suffix: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+        """Those of (B K, P, D) and (S K, R, D), made for the first layer of a step."""
         if "_masks" not in vars(self):
-            own = self.mask(self.suffix_lengths, suffix)[:, 0]
-            own = own.repeat_interleave(suffix.shape[1], 0)  # (S K, 1, R)
-            self._masks = self.mask(self.prefix_lengths, prefix), own
+            lengths = (t.repeat_interleave(heads) for t in (self.prefix_lengths, self.suffix_lengths))
+            pairs = zip(lengths, (prefix, suffix), strict=True)
+            self._masks = [self.mask(n, keys[:, None])[:, 0] for n, keys in pairs]
         return self._masks
 
     def parts(self, q: Tensor, splits: int) -> tuple[Tensor, Tensor]:
@@ -110,25 +117,34 @@ def reference_decode_attention(
 
 
 def _decode_cpu(q, prefix_k, prefix_v, suffix_k, suffix_v, table):
-    """The prompts by PyTorch's flash attention, which gives the log-sum-exp too; the suffixes, with the few
-    queries of one slot each, by plain products."""
-    (b, kv_heads), d = prefix_k.shape[:2], q.shape[-1]
-    prefix_mask, suffix_mask = table.masks(prefix_k, suffix_k)
+    """Scores of the prompts and of the suffixes by a product each, one softmax over both. All heads and
+    samples that read a prompt's keys are the rows of one matrix, so that it is read once."""
+    (b, kv_heads), d, n = prefix_k.shape[:2], q.shape[-1], table.members.shape[1]
     grouped = q.unflatten(1, (kv_heads, -1))  # (S, K, A / K, D)
-    # All heads and samples that read a prompt's keys are the rows of one matrix product: (B, K, n A / K, D).
-    rows = grouped.flatten(2).transpose(0, 1).index_select(1, table.readers).view(kv_heads, b, -1, d)
-    shared, shared_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        rows.transpose(0, 1), prefix_k, prefix_v, attn_mask=prefix_mask)
-    places = b * table.members.shape[1]
-    back = lambda t: t.transpose(1, 2).reshape(places, -1, *t.shape[1:2], *t.shape[3:])  # noqa: E731
-    shared, shared_lse = (back(t).index_select(0, table.home).transpose(1, 2) for t in (shared, shared_lse))
-    k, v, each = suffix_k.flatten(0, 1), suffix_v.flatten(0, 1), grouped.flatten(0, 1)  # (S K, ...)
-    weights = torch.baddbmm(suffix_mask, each, k.transpose(1, 2), alpha=d**-0.5).to(shared_lse.dtype)
-    peak = weights.amax(-1, keepdim=True)
-    total = weights.sub_(peak).exp_().sum(-1, keepdim=True)
-    own, own_lse = torch.bmm(weights.to(v.dtype), v) / total, (peak + total.log()).view_as(shared_lse)
-    weight = torch.sigmoid(shared_lse - own_lse).to(q.dtype)  # (S, K, A / K)
-    return torch.lerp(own.to(q.dtype).view_as(grouped), shared, weight[..., None]).flatten(1, 2)
+
+    def by_prompt(t):  # (S, K, A / K, X) -> (B K, n A / K, X)
+        if table.in_order:
+            return t.reshape(b * kv_heads, -1, t.shape[-1])
+        t = t.index_select(0, table.readers).view(b, n, *t.shape[1:])
+        return t.transpose(1, 2).reshape(b * kv_heads, -1, t.shape[-1])
+
+    def by_slot(t):  # and back
+        t = t.view(b, kv_heads, n, -1, t.shape[-1])
+        if table.in_order:
+            return t[:, :, 0]
+        t = t.transpose(1, 2)
+        return t.reshape(b * n, *t.shape[2:]).index_select(0, table.home)
+
+    prefix_k, prefix_v, suffix_k, suffix_v = (
+        t.flatten(0, 1) for t in (prefix_k, prefix_v, suffix_k, suffix_v))  # fmt: skip
+    prefix_mask, suffix_mask = table.masks(prefix_k, suffix_k, kv_heads)
+    shared = torch.baddbmm(prefix_mask, by_prompt(grouped), prefix_k.transpose(1, 2), alpha=d**-0.5)
+    own = torch.baddbmm(suffix_mask, grouped.flatten(0, 1), suffix_k.transpose(1, 2), alpha=d**-0.5)
+    scores = torch.cat((by_slot(shared), own.view(*grouped.shape[:3], -1)), -1)
+    weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+    shared, own = weights.split((shared.shape[-1], own.shape[-1]), -1)
+    out = by_slot(torch.bmm(by_prompt(shared), prefix_v))
+    return (out + torch.bmm(own.flatten(0, 1), suffix_v).view_as(out)).flatten(1, 2)
 
 
 @triton.jit
