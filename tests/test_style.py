@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 # rationale (145): SPAR's tasks by name, as their wordings vary.
 # perspective in words that a tiny model can compare (scenes 390); --vector-rate (optim 272); prompts dealt
 # by length (train_rl 396), what --tries threw away.
-# rollout (550): a CPU's own norm and products; rows get fewer where prompts are long, prompts are taken by their lengths. trainer (556):
+# rollout (550): a CPU's own norm and products, rows get fewer where prompts are long. trainer (556):
 # ranks choose alike and find the same checkpoint, gradients cross boxes once, --keep. train_rl (412): the
 # log-probs' own time, one wait a pass. Scorers (425), coldstart (250), rows (270), grounding (265),
 # benchmarks (415): letters and numbers in prose, units in claims, folders with val and test, rows left out.
