@@ -282,15 +282,14 @@ def seconds(call: Callable, inputs: list, backward=False, grads=None, head_start
 
 def interleaved(calls: dict[str, Callable], inputs: list, backward: bool = False) -> dict[str, float]:
     """Median seconds of each, after two calls to warm up, in which compilers run."""
-    times, flush = {name: [] for name in calls}, torch.empty(1 << 26, device=DEVICE) if CUDA else None
+    times, flush = {name: [] for name in calls}, torch.empty(1 << 26, device=DEVICE)
     own = dict.fromkeys(calls, inputs)
     if "liger" in calls:  # which works in place
         own["liger"] = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
     grads = {name: step(call, own[name], backward) for name, call in calls.items()}
     for _ in range(REPEATS + 1):
         for name, call in calls.items():
-            if CUDA:
-                flush.zero_()
+            flush.zero_()  # or who comes behind the copy has cold caches, and the others don't
             short = CUDA and times.get("ours", []) and times["ours"][0] < SHORT
             times[name].append(seconds(call, own[name], backward, grads[name], short))
     return {name: statistics.median(taken[1:]) for name, taken in times.items()}
