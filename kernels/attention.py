@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default  # (out, log-sum-exp)
 HIDDEN = -1e30  # added to a score: it leaves exactly nothing, and unlike -inf no NaN where all are hidden
 Segment = tuple[int, int, int, int]  # start, end, prefix_start, prefix_end
 
@@ -86,12 +87,10 @@ class Table:
         behind = torch.arange(like.shape[2], device=like.device) >= lengths[:, None, None, None]
         return torch.zeros(behind.shape, dtype=like.dtype, device=like.device).masked_fill_(behind, HIDDEN)
 
-    def masks(self, prefix: Tensor, suffix: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-        """Those of (B K, P, D) and (S K, R, D), made for the first layer of a step."""
+    def masks(self, prefix: Tensor, suffix: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of (B, K, P, D) and (S, K, R, D), made for the first layer of a step."""
         if "_masks" not in vars(self):
-            lengths = (t.repeat_interleave(heads) for t in (self.prefix_lengths, self.suffix_lengths))
-            pairs = zip(lengths, (prefix, suffix), strict=True)
-            self._masks = [self.mask(n, keys[:, None])[:, 0] for n, keys in pairs]
+            self._masks = self.mask(self.prefix_lengths, prefix), self.mask(self.suffix_lengths, suffix)
         return self._masks
 
     def parts(self, q: Tensor, splits: int) -> tuple[Tensor, Tensor]:
@@ -118,34 +117,26 @@ def reference_decode_attention(
 
 
 def _decode_cpu(q, prefix_k, prefix_v, suffix_k, suffix_v, table):
-    """Scores of the prompts and of the suffixes by a product each, one softmax over both. All heads and
-    samples that read a prompt's keys are the rows of one matrix, so that it is read once."""
-    (b, kv_heads), d, n = prefix_k.shape[:2], q.shape[-1], table.members.shape[1]
+    """A call for the prompts and one for the suffixes, merged by log-sum-exp. All heads and samples that read
+    a prompt's keys are the rows of one matrix, so that it is read once."""
+    (b, kv_heads), n = prefix_k.shape[:2], table.members.shape[1]
     grouped = q.unflatten(1, (kv_heads, -1))  # (S, K, A / K, D)
 
-    def by_prompt(t):  # (S, K, A / K, X) -> (B K, n A / K, X)
+    def by_slot(t):  # (B, K, n A / K, X) -> (S, K, A / K, X)
         if table.in_order:
-            return t.reshape(b * kv_heads, -1, t.shape[-1])
-        t = t.index_select(0, table.readers).view(b, n, *t.shape[1:])
-        return t.transpose(1, 2).reshape(b * kv_heads, -1, t.shape[-1])
+            return t
+        t = t.unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1)
+        return t.index_select(0, table.home)
 
-    def by_slot(t):  # and back
-        t = t.view(b, kv_heads, n, -1, t.shape[-1])
-        if table.in_order:
-            return t[:, :, 0]
-        t = t.transpose(1, 2)
-        return t.reshape(b * n, *t.shape[2:]).index_select(0, table.home)
-
-    prefix_k, prefix_v, suffix_k, suffix_v = (
-        t.flatten(0, 1) for t in (prefix_k, prefix_v, suffix_k, suffix_v))  # fmt: skip
-    prefix_mask, suffix_mask = table.masks(prefix_k, suffix_k, kv_heads)
-    shared = torch.baddbmm(prefix_mask, by_prompt(grouped), prefix_k.transpose(1, 2), alpha=d**-0.5)
-    own = torch.baddbmm(suffix_mask, grouped.flatten(0, 1), suffix_k.transpose(1, 2), alpha=d**-0.5)
-    scores = torch.cat((by_slot(shared), own.view(*grouped.shape[:3], -1)), -1)
-    weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
-    shared, own = weights.split((shared.shape[-1], own.shape[-1]), -1)
-    out = by_slot(torch.bmm(by_prompt(shared), prefix_v))
-    return (out + torch.bmm(own.flatten(0, 1), suffix_v).view_as(out)).flatten(1, 2)
+    asked = grouped
+    if not table.in_order:
+        asked = grouped.index_select(0, table.readers).unflatten(0, (b, n)).transpose(1, 2).flatten(2, 3)
+    prefix_mask, suffix_mask = table.masks(prefix_k, suffix_k)
+    shared, shared_lse = FLASH(asked, prefix_k, prefix_v, attn_mask=prefix_mask)
+    own, own_lse = FLASH(grouped, suffix_k, suffix_v, attn_mask=suffix_mask)
+    weight = (by_slot(shared_lse[..., None]) - own_lse[..., None]).sigmoid_()  # fp32 in 16 bits, too
+    out = torch.lerp(own.to(weight.dtype), by_slot(shared).to(weight.dtype), weight)
+    return out.to(q.dtype).flatten(1, 2)
 
 
 @triton.jit
@@ -207,6 +198,9 @@ def _merge_kernel(parts, lse, out, splits, D: tl.constexpr, WIDE: tl.constexpr, 
 
 def _decode_triton(q, prefix_k, prefix_v, suffix_k, suffix_v, table):
     (s, q_heads, d), kv_heads, n = q.shape, prefix_k.shape[1], table.members.shape[1]
+    if not (len(suffix_k) == len(suffix_v) == s and len(prefix_k) == len(prefix_v) == len(table.members)):
+        raise ValueError(f"{s} queries, {len(suffix_k)} suffixes; {len(prefix_k)} prompts, "
+                         f"{len(table.members)} in the table")  # the kernel would read past the smaller one
     block, chunk = (16, 16) if INTERPRET else (64, 256)
     prefix_splits, suffix_splits = (max(triton.cdiv(k.shape[2], chunk), 1) for k in (prefix_k, suffix_k))
     splits = prefix_splits + suffix_splits

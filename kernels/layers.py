@@ -23,6 +23,7 @@ references run, but RMSNorm's backward is in closed form (`_norm_grad_torch` say
 Shapes: T tokens; H width; A query heads, K key-value heads, D head width; a row is a token, or its head.
 """
 
+import functools
 import os
 
 import torch
@@ -136,6 +137,18 @@ def _norm_grad_triton(h, weight, d_out, d_summed, eps):
     return d_h, partial.sum(0)
 
 
+scalar = functools.lru_cache(torch.tensor)
+
+
+def torch_norm(x, delta, weight, eps):
+    """(h, y), of any weights that can be multiplied with x. Rounded as the reference is, in half as many
+    operations as F.rms_norm has on a CPU."""
+    h, wide = x if delta is None else x + delta, torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(h, dim=-1, keepdim=True, dtype=wide)
+    square = torch.addcmul(scalar(eps, dtype=wide, device=x.device), norm, norm, value=1 / x.shape[-1])
+    return h, (h * square.rsqrt_()).to(x.dtype).mul_(weight)
+
+
 def _norm_grad_torch(h, weight, d_out, d_summed, eps):
     """Autograd's chain of small operators takes 2.9 times as long (one core, T = 3000, H = 128, 4.6 ms)."""
     n = h.to(torch.promote_types(h.dtype, torch.float32))
@@ -146,17 +159,20 @@ def _norm_grad_torch(h, weight, d_out, d_summed, eps):
     return (d_h if d_summed is None else d_h.add_(d_summed)).to(h.dtype), d_weight
 
 
+def _norm(x, delta, weight, eps):
+    """(h, y)"""
+    if _on_triton(x):
+        return _norm_triton(x.contiguous(), None if delta is None else delta.contiguous(), weight, eps)
+    return torch_norm(x, delta, weight, eps)
+
+
 class _Norm(torch.autograd.Function):
     """(h, y); without delta y alone."""
 
     @staticmethod
     def forward(ctx, x, delta, weight, eps):
         ctx.eps, ctx.triton, ctx.adds = eps, _on_triton(x), delta is not None
-        if ctx.triton:
-            h, out = _norm_triton(x.contiguous(), delta.contiguous() if ctx.adds else None, weight, eps)
-        else:
-            h = x + delta if ctx.adds else x
-            out = reference_rms_norm(h, weight, eps)
+        h, out = _norm(x, delta, weight, eps)
         ctx.save_for_backward(h, weight)
         return (h, out) if ctx.adds else out
 
@@ -301,13 +317,13 @@ def _agree(*shapes):
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """x (..., H), weight (H,) -> (..., H), differentiable in both."""
     _agree(x.shape[-1:], weight.shape)
-    return _Norm.apply(x, None, weight, eps)
+    return _Norm.apply(x, None, weight, eps) if torch.is_grad_enabled() else _norm(x, None, weight, eps)[1]
 
 
 def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     """x, delta (..., H) -> the residual stream h = x + delta, and rms_norm(h), both (..., H)."""
     _agree(x.shape, delta.shape), _agree(x.shape[-1:], weight.shape)
-    return _Norm.apply(x, delta, weight, eps)
+    return (_Norm.apply if torch.is_grad_enabled() else _norm)(x, delta, weight, eps)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

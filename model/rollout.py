@@ -26,7 +26,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.attention import INTERPRET, Table, decode_attention
-from kernels.layers import add_rms_norm, qk_norm_rope_write
+from kernels.layers import add_rms_norm, qk_norm_rope_write, torch_norm
 from kernels.sample import sample, sequence_key
 from srreal import Example
 
@@ -44,7 +44,6 @@ PREFILL = {"cpu": 4096, "cuda": 8192}  # tokens a packed forward (of 8B 1.8 GB);
 POLL = 8  # steps between two looks at the flags on CUDA: an ended sample idles for 4 + 8 steps in the mean
 PAD = 256  # prompt rows have room for a multiple of so many tokens
 ODD = 8  # more places than needed: slots at powers of two apart would share the sets of a CPU's caches
-SKINNY = 16  # on a CPU: for more rows than that a product with turned weights is a fifth faster
 CLOSE = 0.75  # on a CPU: gaps between live slots are closed when fewer than this share of the rows is live
 
 
@@ -167,11 +166,13 @@ class Slots:
         s, self.device = model.decoder.sizes, model.device
         self.sizes, self.graph, self.weights = s, None, []
         self.fused = self.device.type == "cuda" or INTERPRET
+        # A CPU's many small operations: without autograd's bookkeeping, too.
+        self.quick = partial(torch.inference_mode, self.device.type == "cpu")
         b = 2 * -(-self.count // n)  # the prompts of the samples in the slots, and as many for stragglers
         zeros = lambda *shape, dtype=torch.int64: blank(shape, dtype, self.device)  # noqa: E731
         wide = lambda *shape: zeros(*shape, dtype=model.dtype)  # noqa: E731
-        cache = lambda *room: [wide(*room, s.head_dim) for _ in range(2 * s.layers)]  # noqa: E731
-        # Of a prompt: keys (2 i) and values (2 i + 1) of layer i, last hidden state, position behind it.
+        cache = lambda *room: [wide(2, *room, s.head_dim) for _ in range(s.layers)]  # noqa: E731
+        # Of a prompt: a layer's (keys, values), last hidden state, position behind it.
         self.prefix, self.last, self.after = cache(b, s.kv_heads, PAD), wide(b, s.hidden), zeros(b)
         self.prefix_length, self.members = zeros(b), zeros(b, n)
         # Of a slot; in the last column of tokens and logprobs lands what a slot without a sample says.
@@ -190,7 +191,7 @@ class Slots:
         """Empties the slots for a call of `samples` samples, with the weights as they are now."""
         self.rows = min(self.count, samples) if self.device.type == "cpu" else self.count
         self.jobs, self.free = [None] * self.rows, list(range(self.rows))[::-1]
-        self.lengths, self.free_rows = [0] * len(self.after), list(range(len(self.prefix[0])))
+        self.lengths, self.free_rows = [0] * len(self.after), list(range(self.prefix[0].shape[1]))
         self.clock, self.looked, self.since = 0, 0, 0
         self.ended.fill_(True)
         self.length.fill_(1)
@@ -201,12 +202,14 @@ class Slots:
         self.results.append(self.length.new_zeros(samples))
         layers = self.model.decoder.layers
         if not self.fused:
-            join = partial(joined, self.rows > SKINNY)
-            self.qkv = [join(a.q_proj, a.k_proj, a.v_proj) for a in (layer.self_attn for layer in layers)]
+            self.qkv = [joined(a.q_proj, a.k_proj, a.v_proj) for a in (layer.self_attn for layer in layers)]
             self.qk_norm = [qk_weight(layer.self_attn, self.sizes) for layer in layers]
-            self.out = [join(layer.self_attn.o_proj) for layer in layers]
-            self.gate_up = [join(layer.mlp.gate_proj, layer.mlp.up_proj) for layer in layers]
-            self.down = [join(layer.mlp.down_proj) for layer in layers]
+            self.out = [joined(layer.self_attn.o_proj) for layer in layers]
+            self.gate_up = [joined(layer.mlp.gate_proj, layer.mlp.up_proj) for layer in layers]
+            self.down = [joined(layer.mlp.down_proj) for layer in layers]
+            # Where a slot's (key heads, value heads) start in a layer's flat suffix: (S, 2 K).
+            starts = torch.arange(0, self.suffix[0][..., 0].numel(), self.room + ODD)
+            self.places = starts.view(2, self.count, -1).transpose(0, 1).flatten(1)
         weights = [w.data_ptr() for w in (*self.model.decoder.parameters(), self.model.head_weight)]
         if weights != self.weights:  # a graph reads addresses: optimisers and `gather` write in place
             self.weights, self.graph = weights, None
@@ -227,22 +230,24 @@ class Slots:
         for row, length in zip(rows, lengths, strict=True):
             self.lengths[row] = length
         batch, at = batch.to(self.device), sent(rows, self.device)
-        hidden, cache = self.model.prefill(batch)
+        with self.quick():
+            hidden, cache = self.model.prefill(batch)
         self.last[at], self.after[at] = hidden[batch.last], batch.next_position
         self.prefix_length[at] = sent(lengths, self.device)
         # (T, K, D) packed -> (rows, K, P, D): behind its end a prompt repeats its last token, unseen.
         index = torch.tensor([start for start, *_ in batch.segments])[:, None] + torch.minimum(
             torch.arange(max(lengths)), torch.tensor(lengths)[:, None] - 1)  # fmt: skip
         index = sent(index, self.device)
-        for room, packed in zip(self.prefix, (t for layer in cache for t in layer), strict=True):
-            room[at, :, : max(lengths)] = packed[index].transpose(1, 2)
+        for rooms, layer in zip(self.prefix, cache, strict=True):
+            for room, packed in zip(rooms, layer, strict=True):
+                room[at, :, : max(lengths)] = packed[index].transpose(1, 2)
         return rows
 
     def _make_room(self, length: int) -> bool:
         """For prompts of `length` tokens: longer rows, and fewer where memory has it so; False as long as
         more rows are in use than would be left. New addresses: the graph is recorded again.
         """
-        count, _, room, _ = self.prefix[0].shape
+        _, count, heads, room, width = self.prefix[0].shape
         if length > room:
             used = 1 + max(set(range(count)) - set(self.free_rows), default=-1)
             wider, row = -(-length // PAD) * PAD, token_bytes(self.model)
@@ -251,8 +256,8 @@ class Slots:
             if used >= count and used:
                 return False
             for i, old in enumerate(self.prefix):
-                self.prefix[i] = blank((count, old.shape[1], wider, old.shape[3]), old.dtype, self.device)
-                self.prefix[i][:used, :, :room] = old[:used]
+                self.prefix[i] = blank((2, count, heads, wider, width), old.dtype, self.device)
+                self.prefix[i][:, :used, :, :room] = old[:, :used]
             self.free_rows = [row for row in self.free_rows if row < count]
             self.graph = None
         return True
@@ -282,15 +287,17 @@ class Slots:
         self.members.copy_(sent(members, self.device))
         self.home[: self.rows] = sent(home, self.device)
         self.since = min(job.began for _, job in live)
-        self.prompts = 1 + max(job.row for _, job in live)
-        self.reach = max(self.lengths[job.row] for _, job in live)
+        if self.device.type == "cpu":
+            prompts = 1 + max(job.row for _, job in live)
+            reach = max(self.lengths[job.row] for _, job in live)
+            self.asked = [t[:, :prompts, :, :reach] for t in self.prefix]
 
     # ---- 3. step ----
 
     def step(self) -> None:
         if self.device.type == "cpu":
-            with torch.inference_mode():  # many small operations: without autograd's bookkeeping, too
-                self._step(self.rows, self.prompts, self.reach, self.clock - self.since + 1)
+            with self.quick():
+                self._step(self.rows, self.clock - self.since + 1, self.asked)
         else:
             self.graph = self.graph or self._record()
             self.graph.replay()
@@ -300,24 +307,21 @@ class Slots:
         """The step over all slots and the whole of the buffers, as a CUDA graph."""
         # Once without a graph first: what compiles a kernel or sets up a library can't be recorded. No slot
         # takes part in that step, so it changes only these:
-        state = [self.hidden, self.length, self.ended, *(t[:, :, 0] for t in self.suffix)]
+        state = [self.hidden, self.length, self.ended, *(t[..., 0, :] for t in self.suffix)]
         before = [t.clone() for t in state]
         self.length.fill_(1)
         self.ended.fill_(True)
-        self._step(*self._whole())
+        self._step(self.count, self.room, self.prefix)
         for t, old in zip(state, before, strict=True):
             t.copy_(old)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's watchdog is another thread
-            self._step(*self._whole())
+            self._step(self.count, self.room, self.prefix)
         return graph
 
-    def _whole(self) -> tuple[int, int, int, int]:
-        return self.count, len(self.prefix[0]), self.prefix[0].shape[2], self.room
-
-    def _step(self, rows: int, prompts: int, reach: int, own: int) -> None:
-        """A token for the first `rows` slots; no host synchronisation. Prompts are read up to `reach`, the
-        slots' own tokens up to `own`.
+    def _step(self, rows: int, own: int, prefix: list[Tensor]) -> None:
+        """A token for the first `rows` slots, which read up to `own` tokens of their own, and of each layer
+        the prompts' keys and values in `prefix`; no host synchronisation.
         """
         ended, length, key, hidden = (t[:rows] for t in (self.ended, self.length, self.key, self.hidden))
         logits = fp32_logits(hidden, self.model.head_weight)  # (rows, V)
@@ -327,11 +331,11 @@ class Slots:
         self.logprobs[:rows].scatter_(1, column, logprob[:, None])
         length += ~ended
         ended |= self.is_end[chosen] | (length == self.room)
+        prompts = prefix[0].shape[1]
         table = Table(self.prefix_length[:prompts], length, self.members[:prompts], self.home[:rows])
-        prefix = [t[:prompts, :, :reach] for t in self.prefix]
-        hidden.copy_(self._decode(chosen, table, prefix, [t[:rows, :, :own] for t in self.suffix]))
+        hidden.copy_(self._decode(chosen, table, prefix, own))
 
-    def _decode(self, chosen: Tensor, table: Table, prefix: list[Tensor], suffix: list[Tensor]) -> Tensor:
+    def _decode(self, chosen: Tensor, table: Table, prefix: list[Tensor], own: int) -> Tensor:
         """The decoder on one text token a slot, (rows,), with fewer and larger operations than in training:
         (rows, H).
         """
@@ -340,46 +344,47 @@ class Slots:
         angles = (self.start[: len(chosen)] + at)[:, None].float() * self.inv_freq  # (rows, D / 2)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         cos, sin = torch.cat((cos, cos), -1), torch.cat((sin if self.fused else -sin, sin), -1)  # (rows, D)
-        if not self.fused:  # the place of each key and value in the flat cache
-            heads, (_, _, room, _) = self.sizes.kv_heads, self.suffix[0].shape
-            at = (torch.arange(len(x) * heads).view(-1, heads) * room + at[:, None]).flatten()
+        if not self.fused:
+            cos, sin = cos[:, None], sin[:, None]
+            at = (self.places[: len(x)] + at[:, None]).flatten()
+        qkv = self._fused_qkv if self.fused else self._qkv
         normed = decoder.layers[0].input_layernorm(x)
         following = [*(layer.input_layernorm for layer in decoder.layers[1:]), decoder.norm]
-        add_norm, qkv = (add_rms_norm, self._fused_qkv) if self.fused else (add_unit_norm, self._qkv)
         for i, (layer, last) in enumerate(zip(decoder.layers, following, strict=True)):
-            k, v, middle = suffix[2 * i], suffix[2 * i + 1], layer.post_attention_layernorm
-            q = qkv(i, normed, cos, sin, k, v, at)
-            out = decode_attention(q, prefix[2 * i], prefix[2 * i + 1], k, v, table).flatten(1)
+            middle = layer.post_attention_layernorm
+            q, k, v = qkv(i, normed, cos, sin, at)
+            out = decode_attention(q, *prefix[i], k[:, :, :own], v[:, :, :own], table).flatten(1)
             out = layer.self_attn.o_proj(out) if self.fused else self.out[i](out)
-            x, normed = add_norm(x, out, middle.weight, middle.eps)
+            x, normed = add_rms_norm(x, out, middle.weight, middle.eps)
             if self.fused:
                 out = layer.mlp(normed)
             else:
                 gate, up = self.gate_up[i](normed).chunk(2, -1)
                 out = self.down[i](F.silu(gate).mul_(up))
-            x, normed = add_norm(x, out, last.weight, last.eps)
+            x, normed = add_rms_norm(x, out, last.weight, last.eps)
         return normed
 
-    def _fused_qkv(self, i: int, x: Tensor, cos: Tensor, sin: Tensor, k: Tensor, v: Tensor, at: Tensor):
-        """Layer i's rotated queries (rows, A, D) of x (rows, H); writes keys and values to k, v[slot, :, at].
+    def _fused_qkv(self, i: int, x: Tensor, cos: Tensor, sin: Tensor, at: Tensor):
+        """Layer i's rotated queries (rows, A, D) of x (rows, H), and the slots' keys and values (rows, K,
+        room, D) with the new ones at [slot, :, at].
         """
-        attn = self.model.decoder.layers[i].self_attn
+        attn, (k, v) = self.model.decoder.layers[i].self_attn, self.suffix[i][:, : len(x)]
         qkv = (proj(x).unflatten(-1, (-1, attn.head_dim)) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
         norms = (attn.q_norm.weight, attn.k_norm.weight, attn.q_norm.eps) if attn.norms else ()
-        return qk_norm_rope_write(*qkv, cos, sin, k, v, at, *norms)
+        return qk_norm_rope_write(*qkv, cos, sin, k, v, at, *norms), k, v
 
-    def _qkv(self, i: int, x: Tensor, cos: Tensor, sin: Tensor, k: Tensor, v: Tensor, at: Tensor) -> Tensor:
-        """The same for a CPU: one matrix product, one norm and one rotation of queries and keys; sin's first
-        half is negative, and `at` are places in the whole cache.
+    def _qkv(self, i: int, x: Tensor, cos: Tensor, sin: Tensor, at: Tensor):
+        """The same for a CPU: one matrix product, one norm and one rotation of queries and keys, one write;
+        sin's first half is negative, and `at` are places in the layer's whole suffix.
         """
-        heads, width = self.sizes.heads, self.sizes.head_dim
-        qk, value = self.qkv[i](x).unflatten(-1, (-1, width)).split((heads + k.shape[1], k.shape[1]), 1)
+        heads, kv_heads, width = self.sizes.heads, self.sizes.kv_heads, self.sizes.head_dim
+        qkv = self.qkv[i](x).view(len(x), -1, width)
+        rotated = qk = qkv[:, : heads + kv_heads]
         if self.qk_norm[i] is not None:
-            qk = unit(qk, self.sizes.eps) * self.qk_norm[i]
-        qk = torch.addcmul(qk * cos[:, None], qk.roll(width // 2, -1), sin[:, None])
-        for cache, new in ((self.suffix[2 * i], qk[:, heads:]), (self.suffix[2 * i + 1], value)):
-            cache.view(-1, width).index_copy_(0, at, new.reshape(-1, width))
-        return qk[:, :heads]
+            _, qk = torch_norm(qk, None, self.qk_norm[i], self.sizes.eps)
+        torch.addcmul(qk * cos, qk.roll(width // 2, -1), sin, out=rotated)
+        self.suffix[i].view(-1, width).index_copy_(0, at, qkv[:, heads:].reshape(-1, width))
+        return qkv[:, :heads], *self.suffix[i][:, : len(x)]
 
     # ---- 4. collect ----
 
@@ -420,10 +425,11 @@ class Slots:
         if self.device.type != "cpu" or not live or len(live) > CLOSE * self.rows:
             return
         state = (self.hidden, self.key, self.start, self.length, self.ended, self.tokens, self.logprobs)
-        for slot, gap in moved(live, *state, *self.suffix).items():
+        for slot, gap in moved(live, *state, *(t for both in self.suffix for t in both)).items():
             self.jobs[gap] = self.jobs[slot]
         self.rows, self.jobs = len(live), self.jobs[: len(live)]
-        place = moved(sorted({job.row for job in self.jobs}), self.prefix_length, *self.prefix)
+        prompts = sorted({job.row for job in self.jobs})
+        place = moved(prompts, self.prefix_length, *(t for both in self.prefix for t in both))
         for row, gap in place.items():
             self.lengths[gap] = self.lengths[row]
         for job in self.jobs:
@@ -460,16 +466,19 @@ def release() -> None:
     _kept.clear()
 
 
-def joined(turn: bool, *layers) -> Callable[[Tensor], Tensor]:
-    """x -> the outputs of linear layers side by side: by one matrix product with a copy of their weights,
-    which is turned for many rows; one by one where there are adapters.
+def joined(*layers) -> Callable[[Tensor], Tensor]:
+    """x -> the outputs of linear layers side by side: by one matrix product with a copy of their weights; one
+    by one where there are adapters. In fp32 MKL gets the copy in its own order, which is quicker made than a
+    transpose, and a fifth to a third faster for few rows; of the last-but-one tensor it reads the shape only.
     """
     if any(type(layer) is not nn.Linear for layer in layers):
         return lambda x: torch.cat([layer(x) for layer in layers], -1)
     weight = torch.cat([layer.weight for layer in layers]) if len(layers) > 1 else layers[0].weight
-    weight = weight.T.contiguous().T if turn else weight
     bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-    return lambda x: F.linear(x, weight, bias)
+    if not (torch.backends.mkl.is_available() and weight.dtype == torch.float32):
+        return lambda x: F.linear(x, weight, bias)
+    packed, shape = torch.ops.mkl._mkl_reorder_linear_weight(weight, 32), torch.empty(1, 1).expand_as(weight)
+    return lambda x: torch.ops.mkl._mkl_linear(x, packed, shape, bias, len(x))
 
 
 def qk_weight(attn, sizes) -> Tensor | None:
@@ -478,20 +487,6 @@ def qk_weight(attn, sizes) -> Tensor | None:
         heads = attn.q_norm.weight.expand(sizes.heads, -1), attn.k_norm.weight.expand(sizes.kv_heads, -1)
         return torch.cat(heads)
     return None
-
-
-scalar = lru_cache(torch.tensor)
-
-
-def unit(x: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last axis, in fewer operations than PyTorch's own on a CPU."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    return (x * torch.addcmul(scalar(eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()).to(x.dtype)
-
-
-def add_unit_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    x = x + delta
-    return x, unit(x, eps).mul_(weight)
 
 
 def blank(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -236,6 +236,7 @@ def test_the_peak_of_a_whole_run(checkpoint, tmp_path, monkeypatch, script, flag
     monkeypatch.setattr(trainer, "settle", listen)
     monkeypatch.setattr(trainer, "load_data", lambda cfg, *_: (rows, []))
     monkeypatch.setattr(train_rl, "score", parity)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)  # what MKL packs hides its size
     own = dict(batch=40) if script is train_sft else dict(prompts=6, group=8, max_new_tokens=48)
     common = dict(model=checkpoint, data=(), out=str(tmp_path), steps=2, checkpointing="never")
     cfg = script.Config(**common | own | flags)

@@ -19,7 +19,7 @@ import trainer
 from model import lora
 from model.processor import Processor
 from model.qwen_vl import QwenVL
-from model.rollout import Job, Slots, generate, kept, predict_centres, release, token_bytes
+from model.rollout import Job, Slots, generate, joined, kept, predict_centres, release, token_bytes
 from model.tiny import write
 from optim import AdamW
 from srreal import Example, Scores
@@ -196,7 +196,7 @@ def test_a_long_prompt_waits_for_room(tiny, monkeypatch):
 
     def listen(self, length):
         grown = grow(self, length)
-        rows.append((grown, len(self.prefix[0]), self.prefix[0].shape[2]))
+        rows.append((grown, *self.prefix[0].shape[1:4:2]))
         return grown
 
     monkeypatch.setattr(Slots, "_make_room", listen)
@@ -342,6 +342,21 @@ def test_the_graph_samples_what_a_cpu_does(tiny, monkeypatch):
     release()
     with torch.no_grad():
         model.decoder.layers[0].mlp.down_proj.weight.div_(1.5)
+
+
+@pytest.mark.parametrize("mkl", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_joined_layers(bias, mkl, monkeypatch):
+    """Packed once by MKL, where there is one, for any number of rows; or not packed."""
+    if mkl and not torch.backends.mkl.is_available():
+        pytest.skip("needs MKL")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+    layers = [torch.nn.Linear(48, width, bias) for width in (40, 8, 17)]
+    with torch.no_grad():
+        both = joined(*layers)
+        for rows in (1, 2, 7, 32, 33, 200):
+            x = torch.randn(rows, 48, generator=torch.Generator().manual_seed(rows))
+            torch.testing.assert_close(both(x), torch.cat([layer(x) for layer in layers], -1))
 
 
 def test_nothing_to_sample(tiny):
