@@ -249,6 +249,8 @@ def shard(model: QwenVL, world: int, settings: plan.Settings, samples: bool = Tr
     if settings.shard:
         frozen = {p for p in model.parameters() if not p.requires_grad}
         plain = copy.deepcopy(model, {id(p): p for p in frozen})
+        if samples:
+            plain.adjoin()
         for p in () if samples else set(plain.parameters()) - frozen:
             p.data = p.data.cpu() if FIRST else p.data.new_empty(0)
         near = int(os.environ.get("LOCAL_WORLD_SIZE", world))

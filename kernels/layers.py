@@ -233,12 +233,12 @@ def _pair(pointer, at, half, mask):
 
 
 @triton.jit
-def _rotate(x, weight, cos, sin, at, out, tokens, heads, out_token, out_head, out_place, half, eps,
+def _rotate(x, weight, cos, sin, at, out, tokens, heads, x_token, out_token, out_head, out_place, half, eps,
             ROWS: tl.constexpr, HALF: tl.constexpr):
-    """Without cos a copy. x is contiguous; out_*: out's strides; at: the place of each token in a cache."""
+    """Without cos a copy. x_token, out_*: strides (a token of x is contiguous); at: its place in a cache."""
     r, c, rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, HALF)[None, :], tokens * heads
     token, head, mask = (r // heads).to(tl.int64), r % heads, (r < rows)[:, None] & (c < half)
-    a, b = _pair(x, (r.to(tl.int64) * 2 * half)[:, None] + c, half, mask)
+    a, b = _pair(x, (token * x_token + head * 2 * half)[:, None] + c, half, mask)
     if weight is not None:
         w1, w2 = _pair(weight, c, half, c < half)
         scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * half) + eps)[:, None]
@@ -256,26 +256,29 @@ def _rotate(x, weight, cos, sin, at, out, tokens, heads, out_token, out_head, ou
 
 @triton.jit
 def _rope_kernel(q, k, v, cos, sin, q_weight, k_weight, at, q_out, k_out, v_out, tokens, q_heads, k_heads,
-                 out_token, out_head, out_place, half, eps, ROWS: tl.constexpr, HALF: tl.constexpr):
+                 q_token, k_token, v_token, out_token, out_head, out_place, half, eps, ROWS: tl.constexpr,
+                 HALF: tl.constexpr):
     """Programs (i, 0) take queries, (i, 1) keys, (i, 2) values."""
     if tl.program_id(1) == 0:
-        _rotate(q, q_weight, cos, sin, None, q_out, tokens, q_heads, q_heads * 2 * half, 2 * half, 0, half,
-                eps, ROWS, HALF)
+        _rotate(q, q_weight, cos, sin, None, q_out, tokens, q_heads, q_token, q_heads * 2 * half, 2 * half, 0,
+                half, eps, ROWS, HALF)
     elif tl.program_id(1) == 1:
-        _rotate(k, k_weight, cos, sin, at, k_out, tokens, k_heads, out_token, out_head, out_place, half, eps,
-                ROWS, HALF)
+        _rotate(k, k_weight, cos, sin, at, k_out, tokens, k_heads, k_token, out_token, out_head, out_place,
+                half, eps, ROWS, HALF)
     elif v is not None:
-        _rotate(v, None, None, None, at, v_out, tokens, k_heads, out_token, out_head, out_place, half, eps,
-                ROWS, HALF)
+        _rotate(v, None, None, None, at, v_out, tokens, k_heads, v_token, out_token, out_head, out_place,
+                half, eps, ROWS, HALF)
 
 
 def _rope_triton(q, k, cos, sin, q_weight, k_weight, eps, k_out, v=None, v_out=None, at=None):
     (tokens, heads, width), k_heads, q_out = q.shape, k.shape[1], q.new_empty(q.shape)
     half, places = triton.next_power_of_2(width // 2), 0 if at is None else k_out.stride(2)
     blocks = triton.cdiv(tokens * max(heads, k_heads), TILE // half)
+    q, k, v = (x if x is None or x.stride()[1:] == (width, 1) else x.contiguous() for x in (q, k, v))
     _rope_kernel[blocks, 2 if v is None else 3](
         q, k, v, cos, sin, q_weight, k_weight, at, q_out, k_out, v_out, tokens, heads, k_heads,
-        *k_out.stride()[:2], places, width // 2, eps, ROWS=TILE // half, HALF=half, num_warps=8)
+        q.stride(0), k.stride(0), 0 if v is None else v.stride(0), *k_out.stride()[:2], places, width // 2,
+        eps, ROWS=TILE // half, HALF=half, num_warps=8)
     return q_out
 
 
@@ -355,5 +358,5 @@ def qk_norm_rope_write(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
         return reference_qk_norm_rope_write(q, k, v, cos, sin, cache_k, cache_v, at, q_weight, k_weight, eps)
     if cache_k.stride() != cache_v.stride() or cache_k.stride(3) != 1:
         raise ValueError(f"caches need equal strides, the last 1: {cache_k.stride()} and {cache_v.stride()}")
-    q, k, v, cos, sin = (x.contiguous() for x in (q, k, v, cos, sin))
+    cos, sin = cos.contiguous(), sin.contiguous()
     return _rope_triton(q, k, cos, sin, q_weight, k_weight, eps, cache_k, v, cache_v, at)

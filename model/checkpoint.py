@@ -72,6 +72,8 @@ def load(source: str, device=None, dtype: torch.dtype | None = None):
     model.load_state_dict(state, strict=False, assign=True)
     if not spatial:
         _init_spatial(model, device or "cpu", dtype)
+    state.clear()  # so that what is joined next leaves at once
+    model.adjoin()
     model.points_kind, model.origin = kind, origin
     return model.eval()
 

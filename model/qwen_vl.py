@@ -21,6 +21,7 @@ key-value heads, D head width, V vocabulary rows.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -99,6 +100,37 @@ class Attention(nn.Module):
         q, k = qk_norm_rope(q, k, cos, sin, *norms)
         out = attend(self.layer, q, k, v)  # (T, A, D)
         return self.o_proj(out.flatten(-2))
+
+
+def adjoin(*layers: nn.Linear) -> None:
+    """Moves the weights, and biases, of linear layers into one tensor, of which each has its rows. To be
+    done before an optimiser is made: in fp32 its masters are the parameters' own memory.
+    """
+    for kind in ("weight", "bias"):
+        parts = [getattr(layer, kind) for layer in layers]
+        if parts[0] is not None:
+            rows = torch.cat([p.data for p in parts]).split([len(p) for p in parts])
+            for p, own in zip(parts, rows, strict=True):
+                p.data = own
+
+
+def adjoined(*layers: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """(weight, bias) of linear layers in one tensor, so that one matrix product serves them all; None where
+    they lie apart: what is moved, or copied, has to be joined again.
+    """
+    if any(type(layer) is not nn.Linear for layer in layers):
+        return None
+    out = []
+    for parts in ([layer.weight for layer in layers], [layer.bias for layer in layers]):
+        if parts[0] is None:
+            out.append(None)
+            continue
+        storages = {p.untyped_storage().data_ptr() for p in parts}
+        if len(storages) > 1 or any(p.data_ptr() + p.nbytes != q.data_ptr() for p, q in pairwise(parts)):
+            return None
+        shape = sum(len(p) for p in parts), *parts[0].shape[1:]
+        out.append(parts[0].detach().as_strided(shape, parts[0].stride()))
+    return tuple(out)
 
 
 class Layer(nn.Module):
@@ -212,6 +244,13 @@ class QwenVL(nn.Module):
         from model.checkpoint import save
 
         save(self, directory, processor)
+
+    def adjoin(self) -> None:
+        """Puts the weights that a decoder's layer multiplies its input with side by side, for the sampler."""
+        for layer in self.decoder.layers:
+            attn, mlp = layer.self_attn, layer.mlp
+            adjoin(attn.q_proj, attn.k_proj, attn.v_proj)
+            adjoin(mlp.gate_proj, mlp.up_proj)
 
     def checkpoint_blocks(self) -> None:
         """From now on each block keeps only its input for the backward, which computes the rest again: a

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from kernels.attention import INTERPRET, Table, decode_attention
 from kernels.layers import add_rms_norm, qk_norm_rope_write, torch_norm
 from kernels.sample import sample, sequence_key
+from model.qwen_vl import adjoined
 from srreal import Example
 
 SLOTS = 256  # at most: more live samples hardly raise the throughput, neither of a GPU nor of a CPU
@@ -369,7 +370,11 @@ class Slots:
         room, D) with the new ones at [slot, :, at].
         """
         attn, (k, v) = self.model.decoder.layers[i].self_attn, self.suffix[i][:, : len(x)]
-        qkv = (proj(x).unflatten(-1, (-1, attn.head_dim)) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
+        projections, kv = (attn.q_proj, attn.k_proj, attn.v_proj), self.sizes.kv_heads
+        if one := adjoined(*projections):
+            qkv = F.linear(x, *one).view(len(x), -1, attn.head_dim).split((self.sizes.heads, kv, kv), 1)
+        else:
+            qkv = (proj(x).view(len(x), -1, attn.head_dim) for proj in projections)
         norms = (attn.q_norm.weight, attn.k_norm.weight, attn.q_norm.eps) if attn.norms else ()
         return qk_norm_rope_write(*qkv, cos, sin, k, v, at, *norms), k, v
 
@@ -467,14 +472,16 @@ def release() -> None:
 
 
 def joined(*layers) -> Callable[[Tensor], Tensor]:
-    """x -> the outputs of linear layers side by side: by one matrix product with a copy of their weights; one
-    by one where there are adapters. In fp32 MKL gets the copy in its own order, which is quicker made than a
-    transpose, and a fifth to a third faster for few rows; of the last-but-one tensor it reads the shape only.
+    """x -> the outputs of linear layers side by side: by one matrix product, or one by one where there are
+    adapters. In fp32 MKL gets a copy of the weights in its own order, which is quicker made than a transpose,
+    and a fifth to a third faster for few rows; of the weights themselves it reads the shape only.
     """
     if any(type(layer) is not nn.Linear for layer in layers):
         return lambda x: torch.cat([layer(x) for layer in layers], -1)
-    weight = torch.cat([layer.weight for layer in layers]) if len(layers) > 1 else layers[0].weight
-    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+    weight, bias = adjoined(*layers) or (
+        torch.cat([layer.weight for layer in layers]),
+        None if layers[0].bias is None else torch.cat([layer.bias for layer in layers]),
+    )
     if not (torch.backends.mkl.is_available() and weight.dtype == torch.float32):
         return lambda x: F.linear(x, weight, bias)
     packed, shape = torch.ops.mkl._mkl_reorder_linear_weight(weight, 32), torch.empty(1, 1).expand_as(weight)

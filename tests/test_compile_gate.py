@@ -69,7 +69,7 @@ def layer_kernels(width, head=128):
     bf16 = lambda names: pointers(names, " ".join(["bf16"] * len(names.split())))  # noqa: E731
     rows, warps = dict(rows="i32", width="i32", eps="fp32"), dict(num_warps=8)
     half = dict(ROWS=layers.TILE // (head // 2), HALF=head // 2)
-    strides = "tokens q_heads k_heads out_token out_head out_place half"
+    strides = "tokens q_heads k_heads q_token k_token v_token out_token out_head out_place half"
     rope = bf16("q k v cos sin q_weight k_weight q_out k_out v_out") | dict(at="*i64", eps="fp32")
     rope |= dict.fromkeys(strides.split(), "i32")
     return {

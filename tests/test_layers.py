@@ -113,11 +113,15 @@ def test_slices_of_a_joint_projection_and_transposed_gradients():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("normed", [True, False])
-def test_keys_and_values_are_written_to_their_places(normed, dtype):
+@pytest.mark.parametrize("one", [True, False])
+def test_keys_and_values_are_written_to_their_places(one, normed, dtype):
+    """one: queries, keys and values are parts of one product's output."""
     tokens, heads, kv_heads, width, places = 6, 4, 2, 20, 9
     inputs = rope_inputs(tokens, heads, kv_heads, width, normed)
     q, k, cos, sin, *weights = (x.to(DEVICE, dtype) for x in inputs)
     v, places_of = normal(tokens, kv_heads, width, seed=5).to(DEVICE, dtype), [0, 8, 3, 3, 1, 7]
+    if one:
+        q, k, v = torch.cat((q, k, v), 1).split((heads, kv_heads, kv_heads), 1)
     at = torch.tensor(places_of, device=DEVICE)
     caches = [normal(2, 3 * tokens, kv_heads, places, width, seed=6).to(DEVICE, dtype) for _ in range(2)]
     rows = [cache[:, ::3] for cache in caches]  # a view, rows not contiguous

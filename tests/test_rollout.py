@@ -1,5 +1,6 @@
 """Sampling against transformers' generate, and what it promises: groups, batches and order change nothing."""
 
+import copy
 import dataclasses
 import gc
 import json
@@ -18,7 +19,7 @@ import train_rl
 import trainer
 from model import lora
 from model.processor import Processor
-from model.qwen_vl import QwenVL
+from model.qwen_vl import QwenVL, adjoin, adjoined
 from model.rollout import Job, Slots, generate, joined, kept, predict_centres, release, token_bytes
 from model.tiny import write
 from optim import AdamW
@@ -346,17 +347,40 @@ def test_the_graph_samples_what_a_cpu_does(tiny, monkeypatch):
 
 @pytest.mark.parametrize("mkl", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-def test_joined_layers(bias, mkl, monkeypatch):
+@pytest.mark.parametrize("together", [True, False])
+def test_joined_layers(together, bias, mkl, monkeypatch):
     """Packed once by MKL, where there is one, for any number of rows; or not packed."""
     if mkl and not torch.backends.mkl.is_available():
         pytest.skip("needs MKL")
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
     layers = [torch.nn.Linear(48, width, bias) for width in (40, 8, 17)]
+    if together:
+        adjoin(*layers)
     with torch.no_grad():
         both = joined(*layers)
         for rows in (1, 2, 7, 32, 33, 200):
             x = torch.randn(rows, 48, generator=torch.Generator().manual_seed(rows))
             torch.testing.assert_close(both(x), torch.cat([layer(x) for layer in layers], -1))
+
+
+def test_loaded_weights_lie_together(tiny):
+    """Also when they learn; and what learns is what is sampled from."""
+    _, processor, path = tiny
+    model = QwenVL.from_pretrained(str(path))
+    attn = model.decoder.layers[0].self_attn
+    projections = attn.q_proj, attn.k_proj, attn.v_proj
+    weight, bias = adjoined(*projections)
+    before, optimizer = weight.clone(), AdamW(model.named_parameters())
+    model(processor(examples()[:1], [[[50, 51]]])).logprob.sum().backward()
+    optimizer.step(1.0, 1.0, 0.0, "a step")
+    assert all((now != old).any() for now, old in zip(weight, before, strict=True))
+    assert torch.equal(weight, torch.cat([p.weight for p in projections]))
+    assert bias is None or torch.equal(bias, torch.cat([p.bias for p in projections]))
+    other = copy.deepcopy(model)
+    attn = other.decoder.layers[0].self_attn
+    assert adjoined(attn.q_proj, attn.k_proj, attn.v_proj) is None
+    other.adjoin()
+    assert torch.equal(adjoined(attn.q_proj, attn.k_proj, attn.v_proj)[0], weight)
 
 
 def test_nothing_to_sample(tiny):
