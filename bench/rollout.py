@@ -112,7 +112,7 @@ def alternate(calls: dict, rounds: int) -> dict[str, list[float]]:
     return rates
 
 
-def cpu(rounds: int = 3, tokens: int = 64) -> dict:
+def cpu(rounds: int = 7, tokens: int = 64) -> dict:
     out = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -251,6 +251,8 @@ class QwenVL(nn.Module):
             attn, mlp = layer.self_attn, layer.mlp
             adjoin(attn.q_proj, attn.k_proj, attn.v_proj)
             adjoin(mlp.gate_proj, mlp.up_proj)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # of the room that they had apart
 
     def checkpoint_blocks(self) -> None:
         """From now on each block keeps only its input for the backward, which computes the rest again: a

@@ -26,7 +26,6 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -168,7 +167,7 @@ class Slots:
         self.sizes, self.graph, self.weights = s, None, []
         self.fused = self.device.type == "cuda" or INTERPRET
         # A CPU's many small operations: without autograd's bookkeeping, too.
-        self.quick = partial(torch.inference_mode, self.device.type == "cpu")
+        self.quick = torch.inference_mode if self.device.type == "cpu" else torch.no_grad
         b = 2 * -(-self.count // n)  # the prompts of the samples in the slots, and as many for stragglers
         zeros = lambda *shape, dtype=torch.int64: blank(shape, dtype, self.device)  # noqa: E731
         wide = lambda *shape: zeros(*shape, dtype=model.dtype)  # noqa: E731
