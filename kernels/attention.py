@@ -87,10 +87,11 @@ class Table:
         behind = torch.arange(like.shape[2], device=like.device) >= lengths[:, None, None, None]
         return torch.zeros(behind.shape, dtype=like.dtype, device=like.device).masked_fill_(behind, HIDDEN)
 
-    def masks(self, prefix: Tensor, suffix: Tensor) -> tuple[Tensor, Tensor]:
+    def masks(self, prefix: Tensor | None, suffix: Tensor) -> list[Tensor | None]:
         """Those of (B, K, P, D) and (S, K, R, D), made for the first layer of a step."""
         if "_masks" not in vars(self):
-            self._masks = self.mask(self.prefix_lengths, prefix), self.mask(self.suffix_lengths, suffix)
+            pairs = (self.prefix_lengths, prefix), (self.suffix_lengths, suffix)
+            self._masks = [None if keys is None else self.mask(lengths, keys) for lengths, keys in pairs]
         return self._masks
 
     def parts(self, q: Tensor, splits: int) -> tuple[Tensor, Tensor]:
@@ -117,10 +118,14 @@ def reference_decode_attention(
 
 
 def _decode_cpu(q, prefix_k, prefix_v, suffix_k, suffix_v, table):
-    """A call for the prompts and one for the suffixes, merged by log-sum-exp. All heads and samples that read
+    """A call for the suffixes and one for the prompts, merged by log-sum-exp. All heads and samples that read
     a prompt's keys are the rows of one matrix, so that it is read once."""
-    (b, kv_heads), n = prefix_k.shape[:2], table.members.shape[1]
-    grouped = q.unflatten(1, (kv_heads, -1))  # (S, K, A / K, D)
+    grouped = q.unflatten(1, (suffix_k.shape[1], -1))  # (S, K, A / K, D)
+    prefix_mask, suffix_mask = table.masks(prefix_k, suffix_k)
+    own, own_lse = FLASH(grouped, suffix_k, suffix_v, attn_mask=suffix_mask)
+    if prefix_k is None:
+        return own.flatten(1, 2)
+    b, n = table.members.shape
 
     def by_slot(t):  # (B, K, n A / K, X) -> (S, K, A / K, X)
         if table.in_order:
@@ -131,9 +136,7 @@ def _decode_cpu(q, prefix_k, prefix_v, suffix_k, suffix_v, table):
     asked = grouped
     if not table.in_order:
         asked = grouped.index_select(0, table.readers).unflatten(0, (b, n)).transpose(1, 2).flatten(2, 3)
-    prefix_mask, suffix_mask = table.masks(prefix_k, suffix_k)
     shared, shared_lse = FLASH(asked, prefix_k, prefix_v, attn_mask=prefix_mask)
-    own, own_lse = FLASH(grouped, suffix_k, suffix_v, attn_mask=suffix_mask)
     weight = (by_slot(shared_lse[..., None]) - own_lse[..., None]).sigmoid_()  # fp32 in 16 bits, too
     out = torch.lerp(own.to(weight.dtype), by_slot(shared).to(weight.dtype), weight)
     return out.to(q.dtype).flatten(1, 2)
@@ -229,7 +232,7 @@ def decode_attention(
     q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k: Tensor, suffix_v: Tensor, table: Table
 ) -> Tensor:
     """One step of S slots; arguments as for `reference_decode_attention`. The last two axes of the keys and
-    values, (room, D), must be contiguous. No gradients."""
+    values, (room, D), must be contiguous. On a CPU there may be no prefix (None). No gradients."""
     decode = _decode_triton if q.is_cuda or INTERPRET else _decode_cpu
     return decode(q, prefix_k, prefix_v, suffix_k, suffix_v, table)
 

@@ -10,7 +10,8 @@
 
 All buffers are static. On CUDA the whole step, sampling included, is one graph over all slots, and the host
 looks at the flags of ended samples only every few steps, without waiting; buffers and graph outlive a call.
-On a CPU a step takes only the rows in use, so the last, long samples do not pay for empty slots.
+On a CPU a step takes only the rows in use, so the last, long samples do not pay for empty slots; and the one
+sample of a prompt (n = 1) goes on behind its prompt, in the row of the slot's number: there are no suffixes.
 
 The noise of a token is a hash of (seed, example id, path, sample index, position, token id): never of the
 slot, the batch or the rank, so in fp32 a sample does not depend on what it is batched with. The log-prob kept
@@ -93,7 +94,7 @@ def generate(
             if i not in rows:
                 break
             key = sequence_key(seed, examples[i].id, examples[i].path, j)
-            jobs.append((engine.free.pop(), waiting.popleft(), rows[i], key))
+            jobs.append((engine.take(rows[i]), waiting.popleft(), rows[i], key))
         engine.load(jobs)
         engine.step()
         ended = engine.collect()
@@ -168,7 +169,9 @@ class Slots:
         self.fused = self.device.type == "cuda" or INTERPRET
         # A CPU's many small operations: without autograd's bookkeeping, too.
         self.quick = torch.inference_mode if self.device.type == "cpu" else torch.no_grad
-        b = 2 * -(-self.count // n)  # the prompts of the samples in the slots, and as many for stragglers
+        self.alone = n == 1 and not self.fused
+        # The prompts of the samples in the slots, and as many for stragglers.
+        b = self.count if self.alone else 2 * -(-self.count // n)
         zeros = lambda *shape, dtype=torch.int64: blank(shape, dtype, self.device)  # noqa: E731
         wide = lambda *shape: zeros(*shape, dtype=model.dtype)  # noqa: E731
         cache = lambda *room: [wide(2, *room, s.head_dim) for _ in range(s.layers)]  # noqa: E731
@@ -176,7 +179,8 @@ class Slots:
         self.prefix, self.last, self.after = cache(b, s.kv_heads, PAD), wide(b, s.hidden), zeros(b)
         self.prefix_length, self.members = zeros(b), zeros(b, n)
         # Of a slot; in the last column of tokens and logprobs lands what a slot without a sample says.
-        self.suffix, self.hidden = cache(self.count, s.kv_heads, self.room + ODD), wide(self.count, s.hidden)
+        own = self.prefix if self.alone else cache(self.count, s.kv_heads, self.room + ODD)
+        self.suffix, self.hidden = own, wide(self.count, s.hidden)
         self.key, self.start, self.length, self.home = (zeros(self.count) for _ in range(4))
         self.ended, self.tokens = zeros(self.count, dtype=torch.bool), zeros(self.count, self.room + 1)
         self.logprobs = zeros(self.count, self.room + 1, dtype=torch.float32)
@@ -207,9 +211,6 @@ class Slots:
             self.out = [joined(layer.self_attn.o_proj) for layer in layers]
             self.gate_up = [joined(layer.mlp.gate_proj, layer.mlp.up_proj) for layer in layers]
             self.down = [joined(layer.mlp.down_proj) for layer in layers]
-            # Where a slot's (key heads, value heads) start in a layer's flat suffix: (S, 2 K).
-            starts = torch.arange(0, self.suffix[0][..., 0].numel(), self.room + ODD)
-            self.places = starts.view(2, self.count, -1).transpose(0, 1).flatten(1)
         weights = [w.data_ptr() for w in (*self.model.decoder.parameters(), self.model.head_weight)]
         if weights != self.weights:  # a graph reads addresses: optimisers and `gather` write in place
             self.weights, self.graph = weights, None
@@ -221,7 +222,7 @@ class Slots:
         no one while room for them has to wait for rows in use.
         """
         lengths = fitting(processor, examples[: len(self.free_rows)], PREFILL[self.device.type])
-        if not self._make_room(max(lengths)):
+        if not self._make_room(max(lengths) + self.alone * self.room):
             return []
         lengths = lengths[: len(self.free_rows)]
         batch = processor(examples[: len(lengths)])
@@ -259,10 +260,20 @@ class Slots:
                 self.prefix[i] = blank((2, count, heads, wider, width), old.dtype, self.device)
                 self.prefix[i][:, :used, :, :room] = old[:, :used]
             self.free_rows = [row for row in self.free_rows if row < count]
+            if self.alone:  # a row is a slot
+                self.rows, self.jobs = min(self.rows, count), self.jobs[:count]
+                self.free = [slot for slot in self.free if slot < count]
             self.graph = None
         return True
 
     # ---- 2. load ----
+
+    def take(self, row: int) -> int:
+        """A free slot for a sample of the prompt in `row`."""
+        if self.alone:
+            self.free.remove(row)
+            return row
+        return self.free.pop()
 
     def load(self, jobs: list[tuple[int, int, int, int]]) -> None:
         """Puts samples into slots: (slot, number of the sample, prompt row, noise key) each."""
@@ -289,15 +300,20 @@ class Slots:
         self.since = min(job.began for _, job in live)
         if self.device.type == "cpu":
             prompts = 1 + max(job.row for _, job in live)
-            reach = max(self.lengths[job.row] for _, job in live)
-            self.asked = [t[:, :prompts, :, :reach] for t in self.prefix]
+            self.reach = max(self.lengths[job.row] for _, job in live)
+            self.asked = [t[:, :prompts, :, : self.reach] for t in self.prefix]
+            # Where a slot's (key heads, value heads) start in a layer's flat suffix: (S, 2 K).
+            _, count, _, room, _ = self.suffix[0].shape
+            starts = torch.arange(0, self.suffix[0][..., 0].numel(), room)
+            self.places = starts.view(2, count, -1).transpose(0, 1).flatten(1)
 
     # ---- 3. step ----
 
     def step(self) -> None:
         if self.device.type == "cpu":
             with self.quick():
-                self._step(self.rows, self.clock - self.since + 1, self.asked)
+                own = self.clock - self.since + 1 + self.alone * self.reach
+                self._step(self.rows, own, self.asked)
         else:
             self.graph = self.graph or self._record()
             self.graph.replay()
@@ -320,8 +336,8 @@ class Slots:
         return graph
 
     def _step(self, rows: int, own: int, prefix: list[Tensor]) -> None:
-        """A token for the first `rows` slots, which read up to `own` tokens of their own, and of each layer
-        the prompts' keys and values in `prefix`; no host synchronisation.
+        """A token for the first `rows` slots, which read up to `own` keys of their own, and of each layer the
+        prompts' keys and values in `prefix`; no host synchronisation.
         """
         ended, length, key, hidden = (t[:rows] for t in (self.ended, self.length, self.key, self.hidden))
         logits = fp32_logits(hidden, self.model.head_weight)  # (rows, V)
@@ -332,16 +348,17 @@ class Slots:
         length += ~ended
         ended |= self.is_end[chosen] | (length == self.room)
         prompts = prefix[0].shape[1]
-        table = Table(self.prefix_length[:prompts], length, self.members[:prompts], self.home[:rows])
-        hidden.copy_(self._decode(chosen, table, prefix, own))
+        keys = length + self.prefix_length[:rows] if self.alone else length
+        table = Table(self.prefix_length[:prompts], keys, self.members[:prompts], self.home[:rows])
+        hidden.copy_(self._decode(chosen, self.start[:rows] + length - 1, table, prefix, own))
 
-    def _decode(self, chosen: Tensor, table: Table, prefix: list[Tensor], own: int) -> Tensor:
-        """The decoder on one text token a slot, (rows,), with fewer and larger operations than in training:
-        (rows, H).
+    def _decode(self, chosen: Tensor, position: Tensor, table: Table, prefix: list, own: int) -> Tensor:
+        """The decoder on one text token a slot, (rows,), at `position` (rows,), with fewer and larger
+        operations than in training: (rows, H).
         """
         decoder, at = self.model.decoder, table.suffix_lengths - 1
         x = decoder.embed_tokens(chosen)
-        angles = (self.start[: len(chosen)] + at)[:, None].float() * self.inv_freq  # (rows, D / 2)
+        angles = position[:, None].float() * self.inv_freq  # (rows, D / 2)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         cos, sin = torch.cat((cos, cos), -1), torch.cat((sin if self.fused else -sin, sin), -1)  # (rows, D)
         if not self.fused:
@@ -353,7 +370,8 @@ class Slots:
         for i, (layer, last) in enumerate(zip(decoder.layers, following, strict=True)):
             middle = layer.post_attention_layernorm
             q, k, v = qkv(i, normed, cos, sin, at)
-            out = decode_attention(q, *prefix[i], k[:, :, :own], v[:, :, :own], table).flatten(1)
+            shared = (None, None) if self.alone else prefix[i]
+            out = decode_attention(q, *shared, k[:, :, :own], v[:, :, :own], table).flatten(1)
             out = layer.self_attn.o_proj(out) if self.fused else self.out[i](out)
             x, normed = add_rms_norm(x, out, middle.weight, middle.eps)
             if self.fused:
@@ -429,7 +447,8 @@ class Slots:
         if self.device.type != "cpu" or not live or len(live) > CLOSE * self.rows:
             return
         state = (self.hidden, self.key, self.start, self.length, self.ended, self.tokens, self.logprobs)
-        for slot, gap in moved(live, *state, *(t for both in self.suffix for t in both)).items():
+        suffix = () if self.alone else (t for both in self.suffix for t in both)
+        for slot, gap in moved(live, *state, *suffix).items():
             self.jobs[gap] = self.jobs[slot]
         self.rows, self.jobs = len(live), self.jobs[: len(live)]
         prompts = sorted({job.row for job in self.jobs})

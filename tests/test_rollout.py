@@ -170,29 +170,32 @@ def test_edges(tiny):
     assert sum(heard) == 8
 
 
-def test_slots_prefill_budget_and_refills_change_nothing(tiny, monkeypatch):
+@pytest.mark.parametrize("n", [1, 3])
+def test_slots_prefill_budget_and_refills_change_nothing(n, tiny, monkeypatch):
     """Samples of geometric lengths, in fewer slots than a group has, in more than there is work, prompt by
     prompt."""
     model, processor, _ = tiny
     allowed = (~processor.banned).nonzero()[:, 0].tolist()
     monkeypatch.setattr(processor, "end_ids", allowed[::7])
-    whole = generate(model, processor, examples(), n=3, max_new_tokens=20, seed=1, slots=12)
+    asked = [dataclasses.replace(e, id=f"{e.id} {i}") for i in range(4 - n) for e in examples()]
+    whole = generate(model, processor, asked, n=n, max_new_tokens=20, seed=1, slots=12)
     lengths = {len(r.tokens) for group in whole for r in group}
     assert len(lengths) > 5  # so slots are refilled at different times
     for slots in (2, 5, 1000):
-        again = generate(model, processor, examples(), n=3, max_new_tokens=20, seed=1, slots=slots)
+        again = generate(model, processor, asked, n=n, max_new_tokens=20, seed=1, slots=slots)
         assert tokens_of(again) == tokens_of(whole)
     monkeypatch.setattr("model.rollout.PREFILL", {"cpu": 8})  # every prompt is longer
     monkeypatch.setattr("model.rollout.PAD", 8)  # so that the room for prompts grows while samples are live
-    small = generate(model, processor, examples(), n=3, max_new_tokens=20, seed=1, slots=5)
+    small = generate(model, processor, asked, n=n, max_new_tokens=20, seed=1, slots=5)
     assert tokens_of(small) == tokens_of(whole)
 
 
-def test_a_long_prompt_waits_for_room(tiny, monkeypatch):
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_long_prompt_waits_for_room(n, tiny, monkeypatch):
     """Rows grow for it and get fewer, so it comes when others have left; the samples are the same."""
     model, processor, _ = tiny
     many = [dataclasses.replace(e, id=f"{e.id} {i}") for i in range(3) for e in examples()[2:]]
-    whole = generate(model, processor, many, n=2, max_new_tokens=6, seed=1)
+    whole = generate(model, processor, many, n=n, max_new_tokens=6, seed=1)
     rows, grow = [], Slots._make_room
 
     def listen(self, length):
@@ -203,9 +206,9 @@ def test_a_long_prompt_waits_for_room(tiny, monkeypatch):
     monkeypatch.setattr(Slots, "_make_room", listen)
     monkeypatch.setattr("model.rollout.PAD", 8)
     monkeypatch.setattr("model.rollout.PREFILL", {"cpu": 8})
-    places = max(len(processor.prompt_ids(e)) for e in many)
+    places = max(len(processor.prompt_ids(e)) for e in many) + 6
     monkeypatch.setattr("model.rollout.kv_room", lambda device: places * token_bytes(model))
-    again = generate(model, processor, many, n=2, max_new_tokens=6, seed=1, slots=4)
+    again = generate(model, processor, many, n=n, max_new_tokens=6, seed=1, slots=4)
     assert tokens_of(again) == tokens_of(whole)
     assert not all(grown for grown, *_ in rows) and len({count for _, count, _ in rows}) > 1
 
