@@ -18,7 +18,7 @@ everything is fp32 in registers and rounded once, at the end.
 
 What they reach on a GPU is not measured yet, nor whether they beat torch.compile and Liger:
 `python -m bench.kernels --only layers` sets them side by side, and one that loses is to go. On the CPU the
-references run, but RMSNorm's backward is in closed form (`_norm_grad_torch` says why).
+references run, but for RMSNorm (`torch_norm` and `_norm_grad_torch` say why).
 
 Shapes: T tokens; H width; A query heads, K key-value heads, D head width; a row is a token, or its head.
 """

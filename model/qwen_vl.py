@@ -106,6 +106,8 @@ def adjoin(*layers: nn.Linear) -> None:
     """Moves the weights, and biases, of linear layers into one tensor, of which each has its rows. To be
     done before an optimiser is made: in fp32 its masters are the parameters' own memory.
     """
+    if adjoined(*layers) or any(type(layer) is not nn.Linear for layer in layers):
+        return
     for kind in ("weight", "bias"):
         parts = [getattr(layer, kind) for layer in layers]
         if parts[0] is not None:
@@ -125,8 +127,10 @@ def adjoined(*layers: nn.Module) -> tuple[Tensor, Tensor | None] | None:
         if parts[0] is None:
             out.append(None)
             continue
-        storages = {p.untyped_storage().data_ptr() for p in parts}
-        if len(storages) > 1 or any(p.data_ptr() + p.nbytes != q.data_ptr() for p, q in pairwise(parts)):
+        apart = len({p.untyped_storage().data_ptr() for p in parts}) > 1
+        if apart or any(p.data_ptr() + p.nbytes != q.data_ptr() for p, q in pairwise(parts)):
+            return None
+        if not all(p.is_contiguous() for p in parts):
             return None
         shape = sum(len(p) for p in parts), *parts[0].shape[1:]
         out.append(parts[0].detach().as_strided(shape, parts[0].stride()))
@@ -246,11 +250,12 @@ class QwenVL(nn.Module):
         save(self, directory, processor)
 
     def adjoin(self) -> None:
-        """Puts the weights that a decoder's layer multiplies its input with side by side, for the sampler."""
+        """Puts weights that the sampler multiplies one input with side by side."""
         for layer in self.decoder.layers:
             attn, mlp = layer.self_attn, layer.mlp
             adjoin(attn.q_proj, attn.k_proj, attn.v_proj)
-            adjoin(mlp.gate_proj, mlp.up_proj)
+            if self.device.type == "cpu":  # SwiGLU's kernel reads two tensors
+                adjoin(mlp.gate_proj, mlp.up_proj)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # of the room that they had apart
 

@@ -45,6 +45,7 @@ PREFILL = {"cpu": 4096, "cuda": 8192}  # tokens a packed forward (of 8B 1.8 GB);
 POLL = 8  # steps between two looks at the flags on CUDA: an ended sample idles for 4 + 8 steps in the mean
 PAD = 256  # prompt rows have room for a multiple of so many tokens
 ODD = 8  # more places than needed: slots at powers of two apart would share the sets of a CPU's caches
+IDLE = 8  # on a CPU, n = 1: one in so many slots is idle before the next prompts come
 CLOSE = 0.75  # on a CPU: gaps between live slots are closed when fewer than this share of the rows is live
 
 
@@ -84,10 +85,10 @@ def generate(
     waiting, left = deque(range(len(examples) * n)), [n] * len(examples)  # sample i n + j is example i's j-th
     rows, encoded, whole, out = {}, 0, 0, []  # prompt rows in use; examples prefilled; examples done in order
     while whole < len(examples):
-        jobs = []
+        jobs, refill = [], engine.wants_prompts(len(waiting))
         while waiting and engine.free:
             i, j = divmod(waiting[0], n)
-            if i == encoded and engine.free_rows:
+            if i == encoded and engine.free_rows and refill:
                 taken = engine.prefill(processor, examples[encoded:])
                 rows |= enumerate(taken, encoded)
                 encoded += len(taken)
@@ -193,7 +194,8 @@ class Slots:
 
     def begin(self, processor, samples: int) -> None:
         """Empties the slots for a call of `samples` samples, with the weights as they are now."""
-        self.rows = min(self.count, samples) if self.device.type == "cpu" else self.count
+        rows = self.prefix[0].shape[1] if self.alone else self.count  # they may have got fewer
+        self.rows = min(rows, samples) if self.device.type == "cpu" else self.count
         self.jobs, self.free = [None] * self.rows, list(range(self.rows))[::-1]
         self.lengths, self.free_rows = [0] * len(self.after), list(range(self.prefix[0].shape[1]))
         self.clock, self.looked, self.since = 0, 0, 0
@@ -216,6 +218,11 @@ class Slots:
             self.weights, self.graph = weights, None
 
     # ---- 1. prefill ----
+
+    def wants_prompts(self, waiting: int) -> bool:
+        """Where a row is a slot there are none ahead: so prompts come, packed, when enough slots are idle."""
+        idle, enough = len(self.free_rows), min(waiting, self.rows // IDLE)
+        return not self.alone or idle >= enough or not any(self.jobs)
 
     def prefill(self, processor, examples: list[Example]) -> list[int]:
         """Encodes the first of the examples, as many as the budget and the free rows hold; their rows. It is
@@ -245,8 +252,8 @@ class Slots:
         return rows
 
     def _make_room(self, length: int) -> bool:
-        """For prompts of `length` tokens: longer rows, and fewer where memory has it so; False as long as
-        more rows are in use than would be left. New addresses: the graph is recorded again.
+        """For `length` tokens: longer rows, and fewer where memory has it so; False as long as rows that
+        would go are in use, or none would be free. New addresses: the graph is recorded again.
         """
         _, count, heads, room, width = self.prefix[0].shape
         if length > room:
@@ -254,12 +261,13 @@ class Slots:
             wider, row = -(-length // PAD) * PAD, token_bytes(self.model)
             fits = (kv_room(self.device) + count * room * row) // (wider * row)
             count = int(max(min(count, fits), 1))
-            if used >= count and used:
+            free = [row for row in self.free_rows if row < count]
+            if used > count or (used and not free):
                 return False
+            self.free_rows, self.asked = free, None  # an old layer leaves when its new one is there
             for i, old in enumerate(self.prefix):
                 self.prefix[i] = blank((2, count, heads, wider, width), old.dtype, self.device)
                 self.prefix[i][:, :used, :, :room] = old[:, :used]
-            self.free_rows = [row for row in self.free_rows if row < count]
             if self.alone:  # a row is a slot
                 self.rows, self.jobs = min(self.rows, count), self.jobs[:count]
                 self.free = [slot for slot in self.free if slot < count]
@@ -419,7 +427,7 @@ class Slots:
             at, to = sent(slots, self.device), sent(numbers, self.device)
             for result, t in zip(self.results, (self.tokens, self.logprobs, self.length), strict=True):
                 result[to] = t[at]
-            self.length.index_fill_(0, at, 1)  # an idle slot must not lie behind the live ones' reach
+            self.length.index_fill_(0, at, 1)  # an idle slot's next place must lie in its room
         for slot in slots:
             self.jobs[slot] = None
         self.free += slots[::-1]
@@ -500,9 +508,11 @@ def joined(*layers) -> Callable[[Tensor], Tensor]:
         torch.cat([layer.weight for layer in layers]),
         None if layers[0].bias is None else torch.cat([layer.bias for layer in layers]),
     )
-    if not (torch.backends.mkl.is_available() and weight.dtype == torch.float32):
+    mkl = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    if not mkl or weight.dtype != torch.float32:
         return lambda x: F.linear(x, weight, bias)
-    packed, shape = torch.ops.mkl._mkl_reorder_linear_weight(weight, 32), torch.empty(1, 1).expand_as(weight)
+    shape = weight.new_empty(1, 1).expand_as(weight)
+    packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, 32)
     return lambda x: torch.ops.mkl._mkl_linear(x, packed, shape, bias, len(x))
 
 

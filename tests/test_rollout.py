@@ -178,6 +178,7 @@ def test_slots_prefill_budget_and_refills_change_nothing(n, tiny, monkeypatch):
     allowed = (~processor.banned).nonzero()[:, 0].tolist()
     monkeypatch.setattr(processor, "end_ids", allowed[::7])
     asked = [dataclasses.replace(e, id=f"{e.id} {i}") for i in range(4 - n) for e in examples()]
+    asked.sort(key=lambda e: len(processor.prompt_ids(e)))  # the long ones come when all slots are busy
     whole = generate(model, processor, asked, n=n, max_new_tokens=20, seed=1, slots=12)
     lengths = {len(r.tokens) for group in whole for r in group}
     assert len(lengths) > 5  # so slots are refilled at different times
@@ -186,8 +187,11 @@ def test_slots_prefill_budget_and_refills_change_nothing(n, tiny, monkeypatch):
         assert tokens_of(again) == tokens_of(whole)
     monkeypatch.setattr("model.rollout.PREFILL", {"cpu": 8})  # every prompt is longer
     monkeypatch.setattr("model.rollout.PAD", 8)  # so that the room for prompts grows while samples are live
+    grow, grown = Slots._make_room, []
+    monkeypatch.setattr(Slots, "_make_room", lambda *args: grown.append(grow(*args)) or grown[-1])
     small = generate(model, processor, asked, n=n, max_new_tokens=20, seed=1, slots=5)
     assert tokens_of(small) == tokens_of(whole)
+    assert all(grown)  # with memory enough nobody waits
 
 
 @pytest.mark.parametrize("n", [1, 2])
