@@ -45,7 +45,6 @@ PREFILL = {"cpu": 4096, "cuda": 8192}  # tokens a packed forward (of 8B 1.8 GB);
 POLL = 8  # steps between two looks at the flags on CUDA: an ended sample idles for 4 + 8 steps in the mean
 PAD = 256  # prompt rows have room for a multiple of so many tokens
 ODD = 8  # more places than needed: slots at powers of two apart would share the sets of a CPU's caches
-IDLE = 8  # on a CPU, n = 1: one in so many slots is idle before the next prompts come
 CLOSE = 0.75  # on a CPU: gaps between live slots are closed when fewer than this share of the rows is live
 
 
@@ -85,10 +84,10 @@ def generate(
     waiting, left = deque(range(len(examples) * n)), [n] * len(examples)  # sample i n + j is example i's j-th
     rows, encoded, whole, out = {}, 0, 0, []  # prompt rows in use; examples prefilled; examples done in order
     while whole < len(examples):
-        jobs, refill = [], engine.wants_prompts(len(waiting))
+        jobs = []
         while waiting and engine.free:
             i, j = divmod(waiting[0], n)
-            if i == encoded and engine.free_rows and refill:
+            if i == encoded and engine.free_rows:
                 taken = engine.prefill(processor, examples[encoded:])
                 rows |= enumerate(taken, encoded)
                 encoded += len(taken)
@@ -218,11 +217,6 @@ class Slots:
             self.weights, self.graph = weights, None
 
     # ---- 1. prefill ----
-
-    def wants_prompts(self, waiting: int) -> bool:
-        """Where a row is a slot there are none ahead: so prompts come, packed, when enough slots are idle."""
-        idle, enough = len(self.free_rows), min(waiting, self.rows // IDLE)
-        return not self.alone or idle >= enough or not any(self.jobs)
 
     def prefill(self, processor, examples: list[Example]) -> list[int]:
         """Encodes the first of the examples, as many as the budget and the free rows hold; their rows. It is
