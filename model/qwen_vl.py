@@ -127,10 +127,9 @@ def adjoined(*layers: nn.Module) -> tuple[Tensor, Tensor | None] | None:
         if parts[0] is None:
             out.append(None)
             continue
-        apart = len({p.untyped_storage().data_ptr() for p in parts}) > 1
-        if apart or any(p.data_ptr() + p.nbytes != q.data_ptr() for p, q in pairwise(parts)):
-            return None
-        if not all(p.is_contiguous() for p in parts):
+        one = len({p.untyped_storage().data_ptr() for p in parts}) == 1
+        whole = one and all(p.is_contiguous() for p in parts)
+        if not whole or any(p.data_ptr() + p.nbytes != q.data_ptr() for p, q in pairwise(parts)):
             return None
         shape = sum(len(p) for p in parts), *parts[0].shape[1:]
         out.append(parts[0].detach().as_strided(shape, parts[0].stride()))

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels.attention import INTERPRET, Table, decode_attention
 from kernels.layers import add_rms_norm, qk_norm_rope_write, torch_norm
@@ -193,8 +193,7 @@ class Slots:
 
     def begin(self, processor, samples: int) -> None:
         """Empties the slots for a call of `samples` samples, with the weights as they are now."""
-        rows = self.prefix[0].shape[1] if self.alone else self.count  # they may have got fewer
-        self.rows = min(rows, samples) if self.device.type == "cpu" else self.count
+        self.rows = min(self.count, samples) if self.device.type == "cpu" else self.count
         self.jobs, self.free = [None] * self.rows, list(range(self.rows))[::-1]
         self.lengths, self.free_rows = [0] * len(self.after), list(range(self.prefix[0].shape[1]))
         self.clock, self.looked, self.since = 0, 0, 0
@@ -263,7 +262,7 @@ class Slots:
                 self.prefix[i] = blank((2, count, heads, wider, width), old.dtype, self.device)
                 self.prefix[i][:, :used, :, :room] = old[:, :used]
             if self.alone:  # a row is a slot
-                self.rows, self.jobs = min(self.rows, count), self.jobs[:count]
+                self.count, self.rows, self.jobs = count, min(self.rows, count), self.jobs[:count]
                 self.free = [slot for slot in self.free if slot < count]
             self.graph = None
         return True
@@ -371,9 +370,9 @@ class Slots:
         following = [*(layer.input_layernorm for layer in decoder.layers[1:]), decoder.norm]
         for i, (layer, last) in enumerate(zip(decoder.layers, following, strict=True)):
             middle = layer.post_attention_layernorm
-            q, k, v = qkv(i, normed, cos, sin, at)
+            q = qkv(i, normed, cos, sin, at)
             shared = (None, None) if self.alone else prefix[i]
-            out = decode_attention(q, *shared, k[:, :, :own], v[:, :, :own], table).flatten(1)
+            out = decode_attention(q, *shared, *self.suffix[i][:, : len(x), :, :own], table).flatten(1)
             out = layer.self_attn.o_proj(out) if self.fused else self.out[i](out)
             x, normed = add_rms_norm(x, out, middle.weight, middle.eps)
             if self.fused:
@@ -384,9 +383,9 @@ class Slots:
             x, normed = add_rms_norm(x, out, last.weight, last.eps)
         return normed
 
-    def _fused_qkv(self, i: int, x: Tensor, cos: Tensor, sin: Tensor, at: Tensor):
-        """Layer i's rotated queries (rows, A, D) of x (rows, H), and the slots' keys and values (rows, K,
-        room, D) with the new ones at [slot, :, at].
+    def _fused_qkv(self, i: int, x: Tensor, cos: Tensor, sin: Tensor, at: Tensor) -> Tensor:
+        """Layer i's rotated queries (rows, A, D) of x (rows, H); writes keys and values to its suffixes at
+        [slot, :, at].
         """
         attn, (k, v) = self.model.decoder.layers[i].self_attn, self.suffix[i][:, : len(x)]
         projections, kv = (attn.q_proj, attn.k_proj, attn.v_proj), self.sizes.kv_heads
@@ -395,9 +394,9 @@ class Slots:
         else:
             qkv = (proj(x).view(len(x), -1, attn.head_dim) for proj in projections)
         norms = (attn.q_norm.weight, attn.k_norm.weight, attn.q_norm.eps) if attn.norms else ()
-        return qk_norm_rope_write(*qkv, cos, sin, k, v, at, *norms), k, v
+        return qk_norm_rope_write(*qkv, cos, sin, k, v, at, *norms)
 
-    def _qkv(self, i: int, x: Tensor, cos: Tensor, sin: Tensor, at: Tensor):
+    def _qkv(self, i: int, x: Tensor, cos: Tensor, sin: Tensor, at: Tensor) -> Tensor:
         """The same for a CPU: one matrix product, one norm and one rotation of queries and keys, one write;
         sin's first half is negative, and `at` are places in the layer's whole suffix.
         """
@@ -408,7 +407,7 @@ class Slots:
             _, qk = torch_norm(qk, None, self.qk_norm[i], self.sizes.eps)
         torch.addcmul(qk * cos, qk.roll(width // 2, -1), sin, out=rotated)
         self.suffix[i].view(-1, width).index_copy_(0, at, qkv[:, heads:].reshape(-1, width))
-        return qkv[:, :heads], *self.suffix[i][:, : len(x)]
+        return qkv[:, :heads]
 
     # ---- 4. collect ----
 
@@ -492,16 +491,13 @@ def release() -> None:
 
 
 def joined(*layers) -> Callable[[Tensor], Tensor]:
-    """x -> the outputs of linear layers side by side: by one matrix product, or one by one where there are
-    adapters. In fp32 MKL gets a copy of the weights in its own order, which is quicker made than a transpose,
-    and a fifth to a third faster for few rows; of the weights themselves it reads the shape only.
+    """x -> the outputs of linear layers side by side: by one matrix product, or one by one where they lie
+    apart or have adapters. In fp32 MKL gets a copy of the weights in its own order, which is quicker made
+    than a transpose, and a fifth to a third faster for few rows; of the weights it reads the shape only.
     """
-    if any(type(layer) is not nn.Linear for layer in layers):
+    if not (one := adjoined(*layers)):
         return lambda x: torch.cat([layer(x) for layer in layers], -1)
-    weight, bias = adjoined(*layers) or (
-        torch.cat([layer.weight for layer in layers]),
-        None if layers[0].bias is None else torch.cat([layer.bias for layer in layers]),
-    )
+    weight, bias = one
     mkl = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     if not mkl or weight.dtype != torch.float32:
         return lambda x: F.linear(x, weight, bias)

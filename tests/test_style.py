@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 # rationale (145): SPAR's tasks by name, as their wordings vary.
 # perspective in words that a tiny model can compare (scenes 390); --vector-rate (optim 272); prompts dealt
 # by length (train_rl 396), what --tries threw away.
-# rollout (570): a CPU's own products, rows get fewer where prompts are long, a prompt's one sample goes on in
+# rollout (566): a CPU's own products, rows get fewer where prompts are long, a prompt's one sample goes on in
 # its row (a quarter of a step); the CPU's norm is in layers (364), which trains and prefills with it, too;
 # weights side by side (qwen_vl 384). trainer (556):
 # ranks choose alike and find the same checkpoint, gradients cross boxes once, --keep. train_rl (412): the
@@ -39,7 +39,7 @@ ROOT = Path(__file__).parent.parent
 BUDGETS = {
     "srreal.py": 330, "train_sft.py": 220, "train_rl.py": 412, "eval.py": 428, "trainer.py": 556,
     "optim.py": 272, "report.py": 465, "model/qwen_vl.py": 384, "model/vision.py": 250, "model/region.py": 90,
-    "model/head3d.py": 155, "model/checkpoint.py": 320, "model/processor.py": 575, "model/rollout.py": 570,
+    "model/head3d.py": 155, "model/checkpoint.py": 320, "model/processor.py": 575, "model/rollout.py": 566,
     "model/tiny.py": 150, "kernels/linear_logprob.py": 335, "kernels/policy_loss.py": 255,
     "kernels/rewards.py": 230, "kernels/attention.py": 360, "kernels/sample.py": 190, "data/__init__.py": 305,
     "data/scenes.py": 390, "kernels/layers.py": 364, "model/lora.py": 102, "plan.py": 208,
