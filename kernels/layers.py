@@ -219,9 +219,11 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        grads = tuple(map(torch.empty_like, ctx.saved_tensors))
-        _launch_swiglu(*ctx.saved_tensors, grad.contiguous(), *grads)
-        return grads
+        # Once: under non-reentrant checkpointing saved tensors can be unpacked a single time.
+        gate, up = ctx.saved_tensors
+        d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+        _launch_swiglu(gate, up, grad.contiguous(), d_gate, d_up)
+        return d_gate, d_up
 
 
 # ---- QK-norm and mRoPE: a row is a head of a token, half is D / 2
