@@ -1,260 +1,220 @@
-"""AdamW for parameters of any dtype, sharded or not, Muon for a model from scratch, and the schedules.
+"""torch.optim's AdamW and Muon on fp32 masters, whatever computes; and the learning rate's schedules.
 
-fp32 parameters are updated in place. Others (bf16) are the rounded image of an fp32 master kept here: at a
-learning rate of 1e-6 an update is far below bf16's spacing, and would vanish if added to the weight itself.
-With `rounding` there is no master: weights and moments stay bf16, and what lies between two bf16 numbers goes
-up or down at random, right on average,
+fp32 is what learns, the compute dtype (bf16 on CUDA) is what samples and, unless training is sharded, trains.
+At a learning rate of 1e-6 an update is far below bf16's spacing: added to a bf16 weight, it would vanish.
 
-    round(x) = x + u, cut to bf16,    u uniform in [0, one bf16 step): a hash of (seed, update, name, element)
+    name      of a parameter that learns
+    master    its fp32 weight, which torch.optim updates: the parameter itself where that is fp32 (a CPU's; FSDP2's
+              shards), else a copy that lives here
+    image     the whole weight in the compute dtype, which is rounded from the master after every step, in place:
+              CUDA graphs read its address. The parameter itself, or that of a whole copy beside the shards
 
-`element` counts in the full tensor, so that replicas stay equal and cuts don't matter: rank-local noise
-drifts replicas apart. The second moment's noise is a few per cent of the step size at beta2 = 0.999.
+    bf16 on one GPU        image (parameter) 2 B, master 4 B, gradient 4 B, moments 8 B a weight
+    fp32 on a CPU          master = image = parameter 4 B, gradient 4 B, moments 8 B
+    FSDP2 over N ranks     master = parameter: (4 + 4 + 8) B / N; image, where something samples, 2 B
 
-A parameter without a gradient counts as one whose gradient is zero: the update doesn't depend on which rank
-happened to see an image or a region, and one counter serves all. Gradients become fp32 a bucket at a time,
-and each is freed as soon as it is used.
+Gradients are summed in fp32: over the passes of a step (a bf16 parameter's gradient moves into its master's as
+soon as a backward has made it), and over the ranks. A parameter that no batch touched has a zero gradient: the
+update doesn't depend on which rank happened to see an image or a region.
 
-State is {kind: {full parameter name: full tensor}}: it is stored as safetensors and resumes on any number
-of ranks. Bytes a parameter, split over the ranks: fp32 4 + 4 (gradient) + 8; bf16 2 + 2 + 8 + 4 (master);
-bf16 with rounding 2 + 2 + 4."""
+The state is {kind: {full parameter name: whole tensor}}, so that it is stored as safetensors and resumes on any
+number of ranks, sharded or not.
+"""
 
-import hashlib
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.optim.adamw import adamw
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-KINDS = ("master", "exp_avg", "exp_avg_sq")
-BUCKET = 2**24  # elements that are summed over replicas, or updated, at a time
-MIX = 0x7FEB352D, 0x846CA68B, 2**32 - 1  # multipliers of a 32-bit mixer with low bias; its mask
+KINDS = ("master", "exp_avg", "exp_avg_sq", "momentum_buffer")
+BUCKET = 2**24  # elements that are summed over replicas at a time
 
-
-# Muon (Jordan et al., 2024) for the matrices of attention and MLP; everything else stays with AdamW.
+# Muon (Jordan et al., 2024) takes the matrices of attention and MLP; everything else stays with AdamW.
 BLOCK_MATRIX = re.compile(r"\.(layers|blocks)\.\d+\.")
-MUON_MOMENTUM, MUON_RATE = 0.95, 0.3  # the rate is in units of lr * sqrt(longer side)
+# Muon's learning rate in units of AdamW's. torch scales it by .2 sqrt(longer side), at which a step of Muon is as
+# long as one of AdamW; a model from scratch took half as much again (LOG.md).
+MUON_LR_SCALE = 1.5
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """Nearest matrix with orthonormal rows or columns, roughly: five Newton-Schulz steps in fp32."""
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = x / (x.norm() + 1e-7)
-    for _ in range(5):
-        square = x @ x.T
-        x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
+def whole(tensor: Tensor) -> Tensor:
+    """Return the full tensor of a shard (collective), or the tensor itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor, as a plain tensor on the same storage."""
+    """Return this rank's part of a tensor, as a plain tensor on the same storage."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
-def full(part: Tensor, like: Tensor) -> Tensor:
-    """The whole tensor that `part` is this rank's part of, cut as the parameter `like` is. Collective."""
+def shard_like(full: Tensor, like: Tensor) -> Tensor:
+    """Cut a whole tensor, which every rank holds, as `like` is cut. No communication."""
     if not isinstance(like, DTensor):
-        return part
-    mesh, cuts = like.device_mesh, like.placements
-    return DTensor.from_local(part, mesh, cuts, shape=like.shape, stride=like.stride()).full_tensor()
+        return full
+    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def part_of(whole: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a whole tensor that every rank holds. No communication."""
-    if not isinstance(like, DTensor):
-        return whole
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to_local()
-
-
-def sum_replicas(tensors: list[Tensor]) -> None:
-    """Sums each tensor over the ranks in fp32 (or finer), in place, and to the same bits on all."""
+def sum_over_replicas(tensors: list[Tensor]) -> None:
+    """Sum each tensor over all ranks, in place, in its own dtype, to the same bits on every rank."""
     bucket, size = [], 0
     for i, tensor in enumerate(tensors):
-        bucket, size = [*bucket, tensor], size + tensor.numel()
-        if size >= BUCKET or i + 1 == len(tensors):
-            flat = torch.cat([t.flatten().to(torch.promote_types(t.dtype, torch.float32)) for t in bucket])
-            dist.all_reduce(flat)
-            for t, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
-                t.copy_(part.view_as(t))
-            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.numel()
+        if size < BUCKET and i + 1 < len(tensors):
+            continue
+        flat = torch.cat([t.flatten() for t in bucket])
+        dist.all_reduce(flat)
+        for t, summed in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+            t.copy_(summed.view_as(t))
+        bucket, size = [], 0
 
 
-def first_element(param: Tensor) -> int:
-    """Where this rank's part (whole rows) begins in the flattened full tensor."""
-    if not isinstance(param, DTensor):
-        return 0
-    rows = part_of(torch.arange(param.shape[0], device=param.device), param)
-    return int(rows[0]) * (param.numel() // param.shape[0]) if len(rows) else 0
+def accumulate_in_master(master: Tensor, param: Tensor) -> None:
+    """Move the gradient that a backward has just made from a 16-bit parameter to its fp32 master."""
+    if master.grad is None:
+        master.grad = param.grad.float()
+    else:
+        master.grad.add_(param.grad)
+    param.grad = None
 
 
-def noise(key: str, start: int, count: int, device) -> Tensor:
-    """(count,) int64 with 32 random bits each: a hash of (key, start + i). All arithmetic modulo 2^32."""
-    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    stride, shift = (int.from_bytes(part, "little") for part in (digest[:4], digest[4:]))
-    first, second, mask = MIX
-    x = (torch.arange(start, start + count, device=device) * (stride | 1) + shift) & mask
-    x = ((x ^ (x >> 16)) * first) & mask
-    x = ((x ^ (x >> 15)) * second) & mask
-    return x ^ (x >> 16)
+class Optimizer:
+    """The fp32 masters of some named parameters, and torch.optim over them.
 
-
-def round_into(low: Tensor, wide: Tensor, bits: Tensor) -> None:
-    """low (bf16) = wide (fp32), rounded up in magnitude with the probability of the part that is cut off."""
-    raised = (wide.view(torch.int32) + (bits & 0xFFFF).int()) & -0x10000
-    low.copy_(raised.view(torch.float32))
-
-
-class AdamW:
-    """The state of some named parameters. Only matrices (and larger) decay: not biases, not norms.
-
-    vector_rate: the learning rate of biases and norms, in units of the matrices'."""
+    named: (name, parameter) pairs; those that don't require a gradient are left out.
+    images: name -> whole weight that is kept equal to the master; None: the parameters themselves. Where training
+        is sharded and nothing samples: {}.
+    Only matrices (and larger) decay: not biases, not norms. vector_lr_scale is the learning rate of biases and
+    norms in units of the matrices'.
+    """
 
     def __init__(
-        self, named: Iterable[tuple[str, Tensor]], weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, muon=False,
-        rounding=False, seed=0, vector_rate=1.0,
-    ):  # fmt: skip
-        if muon and rounding:
-            raise ValueError("Muon needs fp32 masters: --optimizer muon and --rounding exclude each other")
-        self.params = {name: p for name, p in named if p.requires_grad}
-        self.muon = [n for n, p in self.params.items() if muon and BLOCK_MATRIX.search(n) and p.ndim == 2]
-        self.weight_decay, self.betas, self.eps, self.updates = weight_decay, betas, eps, 0
-        self.seed, self.vector_rate = seed, vector_rate
-        # fp32 parameters, and with rounding all, are their own masters.
-        self.master = {n: local(p) if rounding else local(p).float() for n, p in self.params.items()}
-        self.exp_avg = {name: torch.zeros_like(m) for name, m in self.master.items()}
-        self.exp_avg_sq = {name: torch.zeros_like(m) for name, m in self.master.items()}
-        self.starts = {n: first_element(p) for n, p in self.params.items() if self._rounded(n)}
-        mesh = next((p.device_mesh for p in self.params.values() if isinstance(p, DTensor)), None)
-        # Ranks that hold the same shard: all ranks without a mesh, the first axis of a mesh with two.
-        self.copies = 1 if mesh is None or mesh.ndim == 1 else mesh.size(0)
-        self.sharded, replicated = mesh is not None, dist.is_initialized() and mesh is None
-        self.rank, self.replicas = (dist.get_rank(), dist.get_world_size()) if replicated else (0, 1)
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        images: dict[str, Tensor] | None = None,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        muon: bool = False,
+        vector_lr_scale: float = 1.0,
+    ):
+        params = {name: p for name, p in named if p.requires_grad}
+        self.images = params if images is None else {name: images[name] for name in params if name in images}
+        self.updates = 0
+        self.masters: dict[str, nn.Parameter] = {}
+        for name, param in params.items():
+            self.masters[name] = self._master_of(param)
 
-    def _rounded(self, name: str) -> bool:
-        return self.master[name].dtype != torch.float32
+        sharded = any(isinstance(master, DTensor) for master in self.masters.values())
+        self.replicated = dist.is_initialized() and not sharded
+        self.muon_names = [n for n, p in params.items() if muon and p.ndim == 2 and BLOCK_MATRIX.search(n)]
+        matrices = [n for n, p in params.items() if p.ndim >= 2 and n not in self.muon_names]
+        vectors = [n for n, p in params.items() if p.ndim < 2]
+        self.optimizers = []
+        groups = [
+            {"params": self._of(matrices), "weight_decay": weight_decay, "lr_scale": 1.0},
+            {"params": self._of(vectors), "weight_decay": 0.0, "lr_scale": vector_lr_scale},
+        ]
+        groups = [group for group in groups if group["params"]]
+        if groups:
+            self.optimizers.append(torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True))
+        if self.muon_names:
+            group = {"params": self._of(self.muon_names), "lr_scale": MUON_LR_SCALE}
+            options = {"weight_decay": weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+            self.optimizers.append(torch.optim.Muon([group], **options))
+        self._init_state()
+
+    def _init_state(self) -> None:
+        """Moments of zero from the start, as torch.optim makes them at the first step: they can be saved before."""
+        for name, master in self.masters.items():
+            zeros = partial(torch.zeros_like, master, requires_grad=False)
+            if name in self.muon_names:
+                self.optimizers[-1].state[master] = {"momentum_buffer": zeros()}
+            else:
+                step = torch.zeros((), device=master.device)
+                state = {"step": step, "exp_avg": zeros(), "exp_avg_sq": zeros()}
+                self.optimizers[0].state[master] = state
+
+    def _of(self, names: list[str]) -> list[nn.Parameter]:
+        return [self.masters[name] for name in names]
+
+    def _master_of(self, param: nn.Parameter) -> nn.Parameter:
+        if torch.promote_types(param.dtype, torch.float32) == param.dtype:
+            return param
+        master = nn.Parameter(param.detach().float())
+        param.register_post_accumulate_grad_hook(partial(accumulate_in_master, master))
+        return master
 
     def step(self, lr: float, clip_norm: float, loss: float, name: str) -> float:
-        """Norm, finite check, clip, update; returns the norm before the clip.
+        """Sum over replicas, check, clip, update, publish; return the global norm before the clip.
 
-        `loss` is the global one, so that all ranks stop together: a FloatingPointError that says `name`.
+        `loss` is the global one, so that all ranks stop together: FloatingPointError, which says `name`, if it or
+        the norm isn't finite; nothing is updated then. One host sync. Frees the gradients.
         """
-        norm = self.norm()
+        grads = self._gradients()
+        norm = whole(get_total_norm(grads))
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise FloatingPointError(f"{name}: the loss is {loss}, the gradient norm {norm}")
-        self.update(lr, min(1.0, clip_norm / (norm + 1e-6)))
-        return norm
-
-    @torch.no_grad()
-    def norm(self) -> float:
-        """Global norm of the gradients, equal on all ranks, not finite if any gradient isn't. A host sync.
-        Replicas have the summed gradients then."""
-        if self.replicas > 1:
-            for p in self.params.values():
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            sum_replicas([p.grad for p in self.params.values()])
-        grads = [local(p.grad) for p in self.params.values() if p.grad is not None]
-        norms = torch._foreach_norm(grads, 2, torch.float32) if grads else [torch.zeros(())]
-        square = torch.stack(norms).double().square().sum()
-        if self.sharded:
-            dist.all_reduce(square)
-        return math.sqrt(square.item() / self.copies)
-
-    @torch.no_grad()
-    def update(self, lr: float, shrink: float = 1.0) -> None:
-        """One step with the gradients of `norm()` times `shrink`. Frees the gradients."""
-        for decays in (True, False):
-            names = [n for n, p in self.params.items() if (p.ndim >= 2) == decays and self.master[n].numel()]
-            for bucket in self._buckets([n for n in names if n not in self.muon]):
-                rate = lr if decays else lr * self.vector_rate
-                self._adamw(bucket, rate, self.weight_decay if decays else 0.0, shrink)
-        self._muon(lr, shrink)
+            raise FloatingPointError(f"{name}: the loss is {loss}, the gradient norm {float(norm)}")
+        clip_grads_with_norm_(self.masters.values(), clip_norm, norm)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["lr_scale"]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.updates += 1
-        for name, p in self.params.items():
-            p.grad = None
-            if p.dtype != self.master[name].dtype:
-                local(p).copy_(self.master[name])
+        self.publish()
+        return float(norm)
 
-    def _buckets(self, names: list[str]) -> Iterator[list[tuple[str, slice]]]:
-        """Pieces (name, elements) of the flattened tensors, in lists of at most BUCKET elements."""
-        bucket, size = [], 0
-        for name in names:
-            whole = self.master[name].numel()
-            for start in range(0, whole, BUCKET):
-                piece = slice(start, min(start + BUCKET, whole))
-                if bucket and size + piece.stop - start > BUCKET:
-                    yield bucket
-                    bucket, size = [], 0
-                bucket, size = [*bucket, (name, piece)], size + piece.stop - start
-        if bucket:
-            yield bucket
+    def _gradients(self) -> list[Tensor]:
+        """The fp32 gradients of all masters, zero where no batch has touched one, summed over replicas."""
+        for master in self.masters.values():
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+        grads = [master.grad for master in self.masters.values()]
+        if self.replicated:
+            sum_over_replicas(grads)
+        return grads
 
-    def _grad(self, name: str) -> Tensor:
-        """The flattened gradient of this rank's part; zeros where there is none."""
-        grad = self.params[name].grad
-        return torch.zeros_like(self.master[name]).flatten() if grad is None else local(grad).flatten()
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Round the masters to their images, in place. Collective where training is sharded."""
+        for name, image in self.images.items():
+            master = self.masters[name]
+            if image is not master:
+                image.copy_(whole(master.detach().to(image.dtype)))
 
-    def _adamw(self, bucket: list[tuple[str, slice]], lr: float, weight_decay: float, shrink: float) -> None:
-        kept = [[table[name].view(-1)[piece] for name, piece in bucket]
-                for table in (self.master, self.exp_avg, self.exp_avg_sq)]  # fmt: skip
-        grads = [self._grad(name)[piece].float() for name, piece in bucket]
-        if shrink < 1:
-            torch._foreach_mul_(grads, shrink)
-        wide = [[part.float() for part in parts] for parts in kept]  # fp32: the same tensors
-        steps = torch.full((len(bucket),), float(self.updates), device=grads[0].device).unbind()
-        adamw(
-            wide[0], grads, wide[1], wide[2], [], list(steps), fused=True,  # adamw adds the one to the steps
-            beta1=self.betas[0], beta2=self.betas[1], eps=self.eps, lr=lr, weight_decay=weight_decay,
-            amsgrad=False, maximize=False,
-        )  # fmt: skip
-        for i, (name, piece) in enumerate(bucket):
-            if self._rounded(name):
-                self._round(name, piece, [parts[i] for parts in kept], [parts[i] for parts in wide])
-            if piece.stop == self.master[name].numel():
-                self.params[name].grad = None
-
-    def _round(self, name: str, piece: slice, kept: list[Tensor], wide: list[Tensor]) -> None:
-        start, count = self.starts[name] + piece.start, piece.stop - piece.start
-        both, more = (noise(f"{self.seed} {self.updates} {name} {i}", start, count, kept[0].device)
-                      for i in range(2))  # fmt: skip
-        for low, high, bits in zip(kept, wide, (both, both >> 16, more), strict=True):
-            round_into(low, high, bits)
-
-    def _muon(self, lr: float, shrink: float) -> None:
-        """Nesterov momentum, made orthogonal: all directions of a matrix move alike, not just the loud.
-
-        Replicas deal the matrices among themselves, and add up what each has done."""
-        moves = {}
-        for i, name in enumerate(self.muon):
-            average = self.exp_avg[name]
-            grad = self._grad(name).view_as(average).float() * shrink
-            average.lerp_(grad, 1 - MUON_MOMENTUM)
-            if i % self.replicas == self.rank:
-                moves[name] = orthogonal(full(grad.lerp_(average, MUON_MOMENTUM), self.params[name]))
-            else:
-                moves[name] = grad.zero_()
-        if self.replicas > 1:
-            sum_replicas(list(moves.values()))
-        for name, whole in moves.items():
-            self.master[name].mul_(1 - lr * self.weight_decay)
-            size = MUON_RATE * max(whole.shape) ** 0.5
-            self.master[name].add_(part_of(whole, self.params[name]), alpha=-lr * size)
+    def _state_of(self, name: str) -> dict[str, Tensor]:
+        """What belongs to a name: its master and what torch.optim keeps of it."""
+        optimizer = self.optimizers[-1] if name in self.muon_names else self.optimizers[0]
+        master = self.masters[name]
+        return {"master": master, **optimizer.state[master]}
 
     def state(self, kind: str) -> Iterator[tuple[str, Tensor]]:
-        """(name, full tensor) of each parameter. Collective: every rank must walk all of it."""
-        return ((name, full(getattr(self, kind)[name], p)) for name, p in self.params.items())
+        """Yield (name, whole tensor) of each master that has this kind. Collective: every rank walks all of it."""
+        for name in self.masters:
+            state = self._state_of(name)
+            if kind in state:
+                yield name, whole(state[kind].detach())
 
     @torch.no_grad()
     def load(self, read: Callable[[str, str], Tensor], updates: int) -> None:
-        """Restores state and parameters (from their masters). read(kind, name) gives the full tensor."""
+        """Restore masters and moments, and publish. read(kind, name) gives the whole tensor.
+
+        Exact on any number of ranks, with the same --train, --lora and --optimizer as when it was saved.
+        """
         self.updates = updates
-        for name, p in self.params.items():
-            for kind in KINDS:
-                part = getattr(self, kind)[name]
-                part.copy_(part_of(read(kind, name).to(part.device), p))
-            local(p).copy_(self.master[name])
+        for name in self.masters:
+            state = self._state_of(name)
+            if "step" in state:
+                state.pop("step").fill_(updates)
+            for kind, tensor in state.items():
+                tensor.copy_(shard_like(read(kind, name).to(tensor.device), tensor))
+        self.publish()
 
 
 # Learning rate as a fraction of its peak; `done` in [0, 1) is the share of the steps after the warm-up.
@@ -266,6 +226,6 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
-    """The rate of step `step` (from 0) of `steps`: up over `warmup` steps, then the schedule. Never 0."""
+    """Return the rate of step `step` (from 0) of `steps`: up over `warmup` steps, then the schedule. Never 0."""
     done = max(0, step - warmup) / max(1, steps - warmup)
     return peak * min((step + 1) / (warmup + 1), SCHEDULES[schedule](done))

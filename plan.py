@@ -6,22 +6,24 @@ The training scripts ask `choose` too: it is what --shard auto and --checkpointi
 config.json is read; parameters are counted on the model itself, on the meta device. GB are 1e9 bytes of each
 of the N GPUs of a box. Of A parameters T learn; b bytes a weight (2); t tokens a pass (--micro-tokens).
 
-    weights             A b, and T b / N more where training is sharded: the rollout reads a whole copy. SFT
-                        needs none: (A - T) b + T b / N
-    master and moments  T (4 + 4 + 4), with --rounding T (2 + 2); / N if sharded
+    weights             A b: the whole copy that samples, and trains where training is not sharded; a sharded SFT
+                        has only its frozen ones, (A - T) b
+    master and moments  T (4 + 4 + 4), / N if sharded; in fp32 (a CPU) the weights are their own masters
     reference           T b / N; with one GPU on the host; none at --kl 0; with LoRA next to nothing
     cache               rollout: (slots R + 2 prompts P) 2 layers (key-value heads) (head width) b
     prefill             rollout: keys and values, and an MLP, of PREFILL tokens
     sampler             rollout: 3 fp32 rows of logits a slot
-    gradients           update: T b, / N if sharded, and a sharded layer's and the embeddings' whole ones
+    gradients           update: 4 T, / N if sharded; and the largest weight's own in b, or, sharded, two layers'
+                        and the embeddings' whole ones in b, and a layer's and theirs in fp32
     activations         update: t layers (4 H + 2 (query + key-value heads) D + 3 I) b, and t 3 I b of a
                         layer's gradients; with checkpointing t layers H b, and one layer whole
+    gathered keys       update: on CUDA, of a layer (of all, without checkpointing) the keys and values as the
+                        completions read them, each with its prompt's: t (P + G (P + R)) / (P + G R)
     logits              update: 64 MB, and the head's gradient in fp32 and in b
     pixels              update: the vision tower's patches of t, and its activations where it learns
 
 The peak is what stays and the larger of rollout and update. The first candidate that fits into the memory
-less RESERVE is chosen: replicated before sharded, whole activations before checkpointing, fp32 masters before
-rounding, all of these before LoRA; then as many slots as the update leaves room for, or BUSY. At the peak the
+less RESERVE is chosen: replicated before sharded, whole activations before checkpointing, both before LoRA; then as many slots as the update leaves room for, or BUSY. At the peak the
 cache has made room for the update. Where there is room for both (with BUSY slots at least), it stays, and the
 sampler's CUDA graph with it: that is the other peak, `cache kept`. Else every step records the graph again.
 """
@@ -66,7 +68,6 @@ class Config:
 class Settings:
     shard: bool = False
     checkpointing: bool = False
-    fp32_master: bool = True
     lora: int = 0
     micro_tokens: int = 16384
     slots: int = 0
@@ -82,8 +83,8 @@ def count(config, train: str, lora: int) -> dict[str, int]:
 
 
 def tally(model) -> dict[str, int]:
-    """Parameters: all; of those that learn all, a decoder layer's, the decoder's outside of layers, vision's,
-    the head's."""
+    """Parameters: all; of those that learn all, a decoder layer's, the largest tensor's, the decoder's outside of
+    layers, vision's, the head's."""
 
     def own(*parts) -> int:
         return sum(p.numel() for part in parts for p in part.parameters() if p.requires_grad)
@@ -92,6 +93,7 @@ def tally(model) -> dict[str, int]:
     outside = own(model) - own(z.layers, model.vision, model.region, model.points, model.head3d)
     return dict(
         all=sum(p.numel() for p in model.parameters()), trained=own(model), layer=own(z.layers[0]),
+        largest=max((p.numel() for p in model.parameters() if p.requires_grad), default=0),
         outside=outside, vision=own(model.vision), head=outside and model.head_weight.numel(),
     )  # fmt: skip
 
@@ -100,8 +102,9 @@ def estimate(config, cfg: Config, s: Settings, n: dict[str, int]) -> dict[str, f
     """GB a GPU of each part, of the peak, and of that with the cache kept."""
     z, vision, b = Sizes.of(config), config.vision_config, {"bf16": 2, "fp32": 4}[cfg.dtype]
     parts, query, kv = cfg.gpus if s.shard else 1, z.heads * z.head_dim, z.kv_heads * z.head_dim
-    state = 8 if b == 4 else 12 if s.fp32_master else 4  # fp32 weights are their own masters
+    masters = 4 if b == 2 or s.shard else 0  # whole fp32 weights are their own masters
     gathered = (2 * n["layer"] + n["outside"]) * b + (n["layer"] + n["outside"]) * 4  # reduced in fp32
+    transient = n["largest"] * b if b == 2 else 0  # until its fp32 master has it
     qk_norm = (query + kv) * z.qwen3
     layer = (4 * z.hidden + 2 * (query + kv) + qk_norm + 3 * z.inner) * b  # bytes a token
     layer += (3 * query + z.inner) * b if b == 4 else 0  # a CPU's rotations and SwiGLU aren't fused
@@ -115,13 +118,18 @@ def estimate(config, cfg: Config, s: Settings, n: dict[str, int]) -> dict[str, f
     rows = 2 * -(-s.slots // cfg.group) * cfg.prompt_tokens  # of the prompts, and room for the next ones
     prefill = (2 * z.layers * kv + 3 * z.inner + 6 * z.hidden) * b
     reference = n["trained"] * b / cfg.gpus if cfg.kl and cfg.gpus > 1 else 0
-    cut = n["trained"] * b * (1 / parts - (cfg.prompts == 0)) if s.shard else 0  # SFT: no whole copy
-    stays = {"weights": n["all"] * b + cut,
-             "master and moments": n["trained"] * state / parts, "reference": reference}  # fmt: skip
+    samples = cfg.prompts > 0 or not s.shard
+    whole = n["all"] if samples else n["all"] - n["trained"]
+    stays = {"weights": whole * b, "master and moments": n["trained"] * (masters + 8) / parts,
+             "reference": reference}  # fmt: skip
     rollout = {"cache": (s.slots * cfg.new_tokens + rows) * 2 * z.layers * kv * b,
                "prefill": min(rows, PREFILL) * prefill, "sampler": 3 * s.slots * z.vocab * 4}  # fmt: skip
-    update = {"gradients": n["trained"] * b / parts + (gathered if s.shard else 0),
-              "activations": s.micro_tokens * (kept + 3 * z.inner * b), "pixels": patches * pixels,
+    tokens, keys = cfg.prompt_tokens + cfg.group * cfg.new_tokens, cfg.prompt_tokens
+    keys += cfg.group * (cfg.prompt_tokens + cfg.new_tokens)
+    copies = 2 * kv * b * keys / tokens * (1 if s.checkpointing else z.layers) * (b == 2)
+    update = {"gradients": n["trained"] * 4 / parts + (gathered if s.shard else transient),
+              "activations": s.micro_tokens * (kept + 3 * z.inner * b),
+              "gathered keys": s.micro_tokens * copies, "pixels": patches * pixels,
               "logits": 64 * 2**20 + n["head"] * (6 if b == 2 else 4)}  # fmt: skip
     both = rollout["cache"] + rollout["sampler"]  # the logits lie in the graph's own memory
     always, longest = sum(stays.values()), max(sum(rollout.values()), sum(update.values()))
@@ -136,10 +144,10 @@ def candidates(cfg: Config) -> Iterator[Settings]:
     split = [t for t in (8192, 4096, 2048) if least <= t < group]  # groups in parts, prompts again
     ranks = [LORA_RANK] if cfg.train == "lora" else [0, LORA_RANK]
     ranks = ranks if cfg.lora is None else [cfg.lora]
-    for lora, master, shard in product(ranks, (True, False), (False, True)):
-        if (master or not lora) and (not shard or cfg.gpus > 1):
-            yield Settings(shard, False, master, lora, whole[0])
-            yield from (Settings(shard, True, master, lora, tokens) for tokens in whole + split)
+    for lora, shard in product(ranks, (False, True)):
+        if not shard or cfg.gpus > 1:
+            yield Settings(shard, False, lora, whole[0])
+            yield from (Settings(shard, True, lora, tokens) for tokens in whole + split)
 
 
 def choose(
@@ -187,7 +195,7 @@ def main(cfg: Config) -> None:
         print(f"  {name:20}{size:7.2f}")
     said = {True: "always", False: "never"}
     flags = [f"--shard {said[s.shard]} --checkpointing {said[s.checkpointing]}"]
-    flags += [f"--micro-tokens {s.micro_tokens}"] + ["--rounding"] * (not s.fp32_master)
+    flags += [f"--micro-tokens {s.micro_tokens}"]
     flags += [f"--lora {s.lora}"] * bool(s.lora)
     print(*flags, f" ({s.slots} samples at a time)" if s.slots else "")
     if s.slots and s.keep:

@@ -58,7 +58,7 @@ from kernels.rewards import group_advantages
 from model.lora import LORA_RANK
 from model.processor import Batch, Processor
 from model.rollout import Rollout, default_slots, generate, release
-from optim import AdamW, learning_rate
+from optim import Optimizer, learning_rate
 from srreal import Example, Scores, score
 
 
@@ -92,7 +92,6 @@ class Config:
     clip_norm: float = 1.0  # gradients are shrunk to this global norm
     train: Literal["lm", "all", "spatial", "lora"] = "lm"  # which parameters learn (TRAIN in model/lora.py)
     lora: int = 0  # rank of adapters on the decoder, which then stays as it is; merged on saving; 0: none
-    rounding: bool = False  # bf16 on CUDA: no fp32 masters, but bf16 moments and stochastic rounding
     regions: Literal["token", "text"] = "token"  # as the model was trained to read a region
     max_pixels: int | None = None  # image size limit; None: the checkpoint's own
     shard: Literal["auto", "always", "never"] = "auto"  # over the ranks (FSDP2); auto: if one can't hold it
@@ -286,23 +285,21 @@ def main(cfg: Config) -> None:
     questions = min([cfg.eval_limit, *(len(exam.paths) * len(rows) for rows in exam.rows.values())])
 
     processor = trainer.load_processor(str(checkpoint or cfg.model), cfg)
-    model = trainer.load(cfg.model, device, cfg.train, cfg.lora)  # what has learnt comes by `restore`
     some = examples[:: len(examples) // 64 + 1]
     processor.expect(some)
     sizes = dict(prompts=cfg.prompts, group=cfg.group, new_tokens=cfg.max_new_tokens, kl=cfg.kl,
                  prompt_tokens=max(len(trainer.mendable(processor.prompt_ids, e)) for e in some))  # fmt: skip
-    settings = trainer.settle(cfg, model, world, **sizes)
-    plain = trainer.shard(model, world, settings)  # what samples: the model, or a whole copy of it
-    reference = trainer.Reference(model) if cfg.kl > 0 else None
-    optimizer = AdamW(
-        model.named_parameters(), cfg.weight_decay, (0.9, cfg.beta2), rounding=cfg.rounding, seed=cfg.seed,
-        vector_rate=cfg.vector_rate,
+    settings = trainer.settle(cfg, processor.config, device, world, **sizes)
+    policy = trainer.load_policy(cfg.model, cfg, device, world, settings, samples=True)
+    model, rollout_model = policy.model, policy.rollout_model  # what has learnt comes by `restore`
+    optimizer = Optimizer(
+        model.named_parameters(), policy.images, cfg.weight_decay, (0.9, cfg.beta2),
+        vector_lr_scale=cfg.vector_rate,
     )  # fmt: skip
-    same = {"data": trainer.fingerprint(examples), "--train": cfg.train, "--lora": cfg.lora,
-            "--rounding": cfg.rounding}  # fmt: skip
+    reference = trainer.Reference(rollout_model, optimizer) if cfg.kl > 0 else None
+    same = {"data": trainer.fingerprint(examples), "--train": cfg.train, "--lora": cfg.lora}
     trainer.restore(checkpoint, optimizer, **same)
-    trainer.gather(model, plain)
-    cfg = choose_slots(cfg, plain, settings.slots, old.get("slots") or 0)
+    cfg = choose_slots(cfg, rollout_model, settings.slots, old.get("slots") or 0)
 
     def own_share(rows: list[tuple[int, Example]]) -> list[tuple[int, Example]]:
         """This rank's prompts, by expected length: path dtr writes a box, and reasons, per region."""
@@ -312,7 +309,7 @@ def main(cfg: Config) -> None:
     def validate(prefix: str) -> dict[str, float]:
         chosen = own_share([exam[i] for i in range(questions)])
         processor.expect([example for _, example in chosen])
-        groups, _ = roll_out(plain, processor, chosen, cfg, seed=0, greedy=True)
+        groups, _ = roll_out(rollout_model, processor, chosen, cfg, seed=0, greedy=True)
         values = grade(groups, exam.paths, cfg.rules).items()
         return {prefix + name: value for name, value in values if not name.endswith("kept")}
 
@@ -330,7 +327,7 @@ def main(cfg: Config) -> None:
         own, noise = offered(step), cfg.seed * 1_000_003 + step
         processor.expect([example for _, example in own + offered(step + 1)])
         wanted = -(-len(own) // cfg.tries) if cfg.tries > 1 else 0
-        groups, in_vain = roll_out(plain, processor, own, cfg, noise, wanted)
+        groups, in_vain = roll_out(rollout_model, processor, own, cfg, noise, wanted)
         if not settings.keep or cfg.slots > settings.slots:
             release()  # the update needs the cache's room: the next step records the graph again
         in_vain = trainer.reduce(in_vain)  # the wait for the slowest rank is the rollout's
@@ -346,9 +343,9 @@ def main(cfg: Config) -> None:
         with torch.no_grad():
             with reference or nullcontext():
                 for one in (one for share in shares for one in share):
-                    one.ref = forward(model, one, cfg.temperature)[0] if reference else None
+                    one.ref = forward(rollout_model, one, cfg.temperature)[0] if reference else None
             for one in (one for share in shares for one in share):
-                one.old = forward(model, one, cfg.temperature)[0] if cfg.updates > 1 else None
+                one.old = forward(rollout_model, one, cfg.temperature)[0] if cfg.updates > 1 else None
 
         # Update.
         clock.append(time.perf_counter())
@@ -375,7 +372,6 @@ def main(cfg: Config) -> None:
                 peaks |= token_stats(one, sums, logprob, entropy, metrics)
             losses[-1] = trainer.reduce(losses[-1:])[0]
             norms.append(optimizer.step(lr, cfg.clip_norm, losses[-1], name=f"step {step + 1}"))
-        trainer.gather(model, plain)
         shares = share = one = None  # no pixels stay behind
         clock.append(time.perf_counter())
 
@@ -403,7 +399,7 @@ def main(cfg: Config) -> None:
             "update_tokens_per_second": row["tokens"] / update,
         })  # fmt: skip
         if last or (step + 1) % cfg.save_every == 0:
-            trainer.save(cfg, step + 1, model, plain, processor, optimizer, **same)
+            trainer.save(cfg, step + 1, model, processor, optimizer, **same)
 
 
 if __name__ == "__main__":

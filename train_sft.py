@@ -37,7 +37,7 @@ from model.head3d import head_loss
 from model.lora import LORA_RANK
 from model.processor import Batch, Processor
 from model.qwen_vl import Output
-from optim import AdamW, learning_rate
+from optim import Optimizer, learning_rate
 from srreal import Example, target
 
 
@@ -62,7 +62,6 @@ class Config:
     max_pixels: int | None = None  # image size limit; None: the checkpoint's own
     train: Literal["all", "lm", "spatial", "lora"] = "all"  # which parameters learn (TRAIN in model/lora.py)
     lora: int = 0  # rank of adapters on the decoder, which then stays as it is; merged on saving; 0: none
-    rounding: bool = False  # bf16 on CUDA: no fp32 masters, but bf16 moments and stochastic rounding
     shard: Literal["auto", "always", "never"] = "auto"  # over the ranks (FSDP2); auto: if one can't hold it
     checkpointing: Literal["auto", "always", "never"] = "auto"  # recompute blocks backwards
     micro_tokens: int = 16384  # tokens of a forward pass of a rank; turn it down if memory runs out
@@ -136,15 +135,17 @@ def main(cfg: Config) -> None:
 
     processor = trainer.load_processor(str(checkpoint or cfg.model), cfg)
     source = cfg.model if cfg.lora else str(checkpoint or cfg.model)  # a checkpoint's adapters are merged
-    model = trainer.load(source, device, cfg.train, cfg.lora)
-    settings = trainer.settle(cfg, model, world, prompts=0, group=1, new_tokens=256, kl=0.0)
-    plain = trainer.shard(model, world, settings, samples=False)
-    optimizer = trainer.mendable(
-        AdamW, model.named_parameters(), cfg.weight_decay, (0.9, cfg.beta2), muon=cfg.optimizer == "muon",
-        rounding=cfg.rounding, seed=cfg.seed,
+    settings = trainer.settle(
+        cfg, processor.config, device, world, prompts=0, group=1, new_tokens=256, kl=0.0
+    )  # fmt: skip
+    policy = trainer.load_policy(source, cfg, device, world, settings, samples=False)
+    model = policy.model
+    optimizer = Optimizer(
+        model.named_parameters(), policy.images, cfg.weight_decay, (0.9, cfg.beta2),
+        muon=cfg.optimizer == "muon",
     )  # fmt: skip
     same = {"data": trainer.fingerprint(examples), "--train": cfg.train, "--optimizer": cfg.optimizer,
-            "--lora": cfg.lora, "--rounding": cfg.rounding}  # fmt: skip
+            "--lora": cfg.lora}  # fmt: skip
     trainer.restore(checkpoint, optimizer, **same)
 
     def own(rows: list[Example]) -> list[Example]:
@@ -210,7 +211,7 @@ def main(cfg: Config) -> None:
             **val,
         })  # fmt: skip
         if last or (step + 1) % cfg.save_every == 0:
-            trainer.save(cfg, step + 1, model, plain, processor, optimizer, **same)
+            trainer.save(cfg, step + 1, model, processor, optimizer, **same)
 
 
 if __name__ == "__main__":

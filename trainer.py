@@ -6,7 +6,7 @@ Nothing here knows a loss. In the order of a run:
     begin          the run's directory, and the checkpoint that --resume starts from
     setup          torchrun's environment -> rank, world, device (a plain `python` run needs none)
     load, settle   checkpoint -> QwenVL; what --shard and --checkpointing auto come to (plan.py)
-    shard          FSDP2 where one rank can't hold it, and the plain copy for rollouts
+    load_policy    FSDP2 where one rank can't hold it, and the whole copy for rollouts
     Reference      the policy that the run began with, without a second model
     Order          which rows a step takes: a pure function of (seed, position), whatever the number of ranks
     save, restore  step-000123/: a checkpoint, plus trainer/ with all that the run needs to go on to the bit
@@ -16,7 +16,7 @@ Several ranks give the numbers of one: losses are divided by global counts, grad
 All ranks run the same passes over the same parameters (`even`, `pad`): to skip a collective is to hang them
 all."""
 
-import copy
+import contextlib
 import hashlib
 import json
 import os
@@ -29,7 +29,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -52,7 +52,7 @@ from model import lora
 from model.lora import TRAIN  # noqa: F401  what --train means
 from model.processor import Processor
 from model.qwen_vl import QwenVL
-from optim import KINDS, AdamW, local
+from optim import KINDS, Optimizer, whole
 from srreal import Example
 
 RANK = int(os.environ.get("RANK", 0))
@@ -188,11 +188,15 @@ def evenly(weights: list[float], rank: int, world: int) -> slice:
     return slice(*edges[rank : rank + 2].tolist())
 
 
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """What forward and backward compute in: bf16 on CUDA, fp32 on a CPU. Masters are fp32 (optim.py)."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def load(source: str, device: torch.device, train: str | None = None, rank: int = 0) -> QwenVL:
-    """fp32 on a CPU; bf16 on CUDA, where the optimiser keeps fp32 masters or rounds. train None: nothing
-    learns; rank: of the adapters, 0 for none."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = mendable(QwenVL.from_pretrained, source, device, dtype)
+    """A whole model on the device, in its compute dtype. train None: nothing learns; rank: of the adapters, 0 for
+    none."""
+    model = mendable(QwenVL.from_pretrained, source, device, compute_dtype(device))
     mendable(lora.learn, model, train, rank)
     return model
 
@@ -208,64 +212,121 @@ def load_processor(source: str, cfg) -> Processor:
     return mendable(Processor.from_pretrained, source, **options)
 
 
-def settle(cfg, model: QwenVL, world: int, **sizes) -> plan.Settings:
+def settle(cfg, config, device: torch.device, world: int, **sizes) -> plan.Settings:
     """What --shard and --checkpointing come to: where auto, what `plan.py` chooses for this rank's memory;
-    with the slots of a rollout, and whether their cache may stay during the update.
-    sizes: prompts, group, new_tokens, kl of the plan."""
+    with the slots of a rollout, and whether their cache may stay during the update. Nothing is loaded yet.
+
+    config: of the checkpoint (transformers'); sizes: prompts, group, new_tokens, kl of the plan.
+    """
     phase("loading and sharding")
     near = int(os.environ.get("LOCAL_WORLD_SIZE", world))  # ranks of this box
     sizes["prompts"] = -(-sizes["prompts"] * near // world)
-    cuda = model.device.type == "cuda"
+    cuda = device.type == "cuda"
     host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / near
-    memory = (torch.cuda.mem_get_info(model.device)[1] if cuda else host) / 1e9
+    memory = (torch.cuda.mem_get_info(device)[1] if cuda else host) / 1e9
     memory = -reduce([-memory], "MAX")[0]  # the least: all ranks have to choose alike
     wanted = plan.Config(
         "", near, memory, train=cfg.train, lora=cfg.lora, dtype="bf16" if cuda else "fp32", **sizes
     )
     choices = {"auto": (False, True), "always": (True,), "never": (False,)}
-    options = [plan.Settings(shard, blocks, not cfg.rounding, cfg.lora, cfg.micro_tokens)
-               for shard in (choices[cfg.shard] if world > 1 else (False,))
-               for blocks in choices[cfg.checkpointing]]  # fmt: skip
+    options = []
+    for sharded in choices[cfg.shard] if world > 1 else (False,):
+        for checkpointing in choices[cfg.checkpointing]:
+            options.append(plan.Settings(sharded, checkpointing, cfg.lora, cfg.micro_tokens))
+    counts = mendable(plan.count, config, cfg.train, cfg.lora)
     try:
-        counts = plan.tally(model)
-        settings, _ = plan.choose(model.config, wanted, options, lambda _: counts)
+        settings, _ = plan.choose(config, wanted, options, lambda _: counts)
     except ValueError:
         settings = options[-1]
-        gb = plan.estimate(model.config, wanted, settings, counts)["peak"]
+        gb = plan.estimate(config, wanted, settings, counts)["peak"]
         say(f"this takes about {gb:.0f} of {memory:.0f} GB a rank: memory may run out (plan.py says of what)")
     return settings
 
 
-def shard(model: QwenVL, world: int, settings: plan.Settings, samples: bool = True) -> QwenVL:
-    """Cuts what learns over the ranks, layer by layer; returns the plain copy that rollouts and `save` read:
-    where none samples, on the first rank's host alone.
+@dataclass
+class Policy:
+    """The model that trains, and the whole model that samples and takes log-probs without gradients.
 
-    Where nothing is cut, the copy is the model itself, and the optimiser sums the gradients once a step. What
-    is cut is reduced behind each pass: to wait would keep 4 bytes a parameter on every rank. Beyond one box
-    the shards of one are replicated on the others. Frozen parameters stay whole on each rank and are the
-    copy's too, so that a rank without images may skip a frozen tower.
+    They are one object where training is not sharded. Where it is, `model` has fp32 shards (FSDP2 casts them to
+    the compute dtype as it gathers a layer), and `rollout_model` is a whole copy in the compute dtype whose
+    addresses never change, since CUDA graphs read it: `Optimizer.publish` keeps it up to date. None: nothing
+    samples (SFT).
     """
-    plain = model
+
+    model: QwenVL
+    rollout_model: QwenVL | None
+
+    @property
+    def images(self) -> dict[str, torch.Tensor] | None:
+        """What `Optimizer` rounds the masters to: name -> weight. None: the parameters themselves."""
+        if self.rollout_model is self.model:
+            return None
+        return dict(self.rollout_model.named_parameters()) if self.rollout_model else {}
+
+
+def load_policy(
+    source: str, cfg, device: torch.device, world: int, settings: plan.Settings, samples: bool
+) -> Policy:
+    """Load what trains, sharded where the settings say so, and what samples. Never two whole models on a GPU,
+    but for the sampling copy."""
     if settings.shard:
-        frozen = {p for p in model.parameters() if not p.requires_grad}
-        plain = copy.deepcopy(model, {id(p): p for p in frozen})
-        if samples:
-            plain.adjoin()
-        for p in () if samples else set(plain.parameters()) - frozen:
-            p.data = p.data.cpu() if FIRST else p.data.new_empty(0)
-        near = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-        sizes = (world,) if near == world else (world // near, near)
-        mesh = init_device_mesh(model.device.type, sizes, mesh_dim_names=("boxes", "shard")[-len(sizes) :])
-        reduced = MixedPrecisionPolicy(reduce_dtype=torch.promote_types(model.dtype, torch.float32))
-        options = {"ignored_params": frozen, "mp_policy": reduced}
-        for block in [*model.decoder.layers, *model.vision.blocks, model]:
-            if any(p.requires_grad for p in block.parameters()):
-                fully_shard(block, mesh=mesh, **options)
-                block.set_gradient_divide_factor(1.0)  # the loss is divided by global counts already
-                block.set_force_sum_reduction_for_comms(True)  # gloo can't scale while it sums
+        rollout_model = load(source, device, cfg.train, cfg.lora) if samples else None
+        host = torch.device("cpu")  # in place of a copy: the checkpoint's own pages, read as they are sharded
+        model = mendable(huggingface.load, source, host, compute_dtype(device), fuse=False)
+        mendable(lora.learn, model, cfg.train, cfg.lora)
+        shard(model, device, world, compute_dtype(device), rollout_model)
+    else:
+        model = rollout_model = load(source, device, cfg.train, cfg.lora)
     if settings.checkpointing:
         model.checkpoint_blocks()
-    return plain
+    return Policy(model, rollout_model)
+
+
+def shard(
+    model: QwenVL,
+    device: torch.device,
+    world: int,
+    compute: torch.dtype,
+    rollout_model: QwenVL | None = None,
+) -> None:
+    """Cut what learns over the ranks, layer by layer (FSDP2), from the host to the device, as fp32 (or finer).
+
+    Each block goes to the device whole, is cut there, and only its shard stays. Gradients are reduced in fp32
+    behind each pass: to wait would keep 4 bytes a parameter on every rank. Beyond one box the shards of one are
+    replicated on the others. What is frozen stays whole on each rank and in the compute dtype, shared with the
+    rollout model where there is one; so a rank without images may skip a frozen tower.
+    """
+    whole_weights = dict(rollout_model.named_parameters()) if rollout_model else {}
+    frozen = set()
+    for name, p in list(model.named_parameters()):
+        if not p.requires_grad:
+            place_frozen(model, name, whole_weights.get(name), device)
+            frozen.add(model.get_parameter(name))
+
+    near = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    sizes = (world,) if near == world else (world // near, near)
+    mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("boxes", "shard")[-len(sizes) :])
+    master = torch.promote_types(compute, torch.float32)
+    # cast_forward_inputs would round the vision tower's fp32 angles.
+    precision = MixedPrecisionPolicy(compute, reduce_dtype=master, cast_forward_inputs=False)
+    for block in [*model.decoder.layers, *model.vision.blocks, model]:
+        learning = [p for p in block.parameters() if p.requires_grad]
+        if not learning:
+            continue
+        for p in learning:
+            if not isinstance(p, DTensor):
+                p.data = p.data.to(device, master)
+        fully_shard(block, mesh=mesh, ignored_params=frozen, mp_policy=precision)
+        block.set_gradient_divide_factor(1.0)  # the loss is divided by global counts already
+        block.set_force_sum_reduction_for_comms(True)  # gloo can't scale while it sums
+
+
+def place_frozen(model: QwenVL, name: str, shared: torch.Tensor | None, device: torch.device) -> None:
+    """Put a frozen parameter on the device, or take the rollout model's in its place."""
+    owner, _, leaf = name.rpartition(".")
+    current = model.get_parameter(name)
+    weight = current.data.to(device) if shared is None else shared.data
+    setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(weight, requires_grad=False))
 
 
 def reshard(model: QwenVL) -> None:
@@ -275,51 +336,65 @@ def reshard(model: QwenVL) -> None:
             module.reshard()
 
 
-@torch.no_grad()
-def gather(model: QwenVL, plain: QwenVL) -> None:
-    """Brings the plain copy up to date with the shards. Collective."""
-    reshard(model)
-    for p, whole in zip(model.parameters(), plain.parameters(), strict=True):
-        if p is not whole:
-            full = p.full_tensor()
-            if whole.numel():
-                whole.copy_(full)
-
-
 class Reference:
-    """The policy that the run began with: `with reference:` the model is that policy. Collective.
+    """The policy that the run began with: inside of `with reference:` the rollout model is that policy.
 
-    It is what learns, as it was, and changes places with what that has become: no second model. A rank keeps
-    what it has of each parameter: its shard; replicas deal the parameters among themselves, and send them
-    round; a single GPU's lie on the host. With adapters that is next to nothing. Made before `restore`.
+    It takes no second model: what learns changes places with what it was. Adapters are switched off, which takes
+    nothing. Of the rest a rank keeps what it began with in the compute dtype: alone, on the host in one pinned
+    buffer; several ranks deal the weights among themselves, and send them round. On the way back the weights are
+    rounded from their masters again (Optimizer.publish); only what is its own master has to be kept meanwhile.
+    Made before `restore`. Collective.
     """
 
-    def __init__(self, model: QwenVL):
-        params = sorted((p for p in model.parameters() if p.requires_grad), key=lambda p: -p.numel())
-        cut = any(isinstance(p, DTensor) for p in params)
-        self.model, self.params, self.replicas = model, params, 1 if cut else ranks()
-        mine = range(len(params)) if self.replicas == 1 else range(RANK, len(params), self.replicas)
-        alone = ranks() == 1 and model.device.type == "cuda"  # one by one: the GPU needs no room for them
-        parts = {i: local(params[i]) for i in mine}
-        self.kept = {i: part.cpu().pin_memory() if alone else part.clone() for i, part in parts.items()}
+    def __init__(self, model: QwenVL, optimizer: Optimizer):
+        self.model, self.optimizer = model, optimizer
+        adapted = (".lora_a", ".lora_b")
+        self.weights = [w for name, w in optimizer.images.items() if not name.endswith(adapted)]
+        self.world = ranks()
+        mine = range(len(self.weights)) if self.world == 1 else range(RANK, len(self.weights), self.world)
+        self.kept = keep_aside([self.weights[i] for i in mine], on_host=self.world == 1)
+        self.kept = dict(zip(mine, self.kept, strict=True))
+        masters = {id(master) for master in optimizer.masters.values()}
+        self.own_masters = [w for w in self.weights if id(w) in masters]
+        self.current: list[torch.Tensor] = []
+        self.adapters_off = contextlib.ExitStack()
 
     @torch.no_grad()
-    def _change(self) -> None:
-        reshard(self.model)
-        for i, p in enumerate(self.params):
-            part = local(p)
-            if i in self.kept:
-                now = part.clone()
-                part.copy_(self.kept[i], non_blocking=True)
-                self.kept[i].copy_(now)
-            if self.replicas > 1:
-                dist.broadcast(part, i % self.replicas)
-
     def __enter__(self) -> None:
-        self._change()
+        self.adapters_off.enter_context(lora.off(self.model))
+        self.current = [w.clone() for w in self.own_masters]
+        for i, weight in enumerate(self.weights):
+            if i in self.kept:
+                weight.copy_(self.kept[i], non_blocking=True)
+            if self.world > 1:
+                dist.broadcast(weight.detach(), i % self.world)
 
+    @torch.no_grad()
     def __exit__(self, *_) -> None:
-        self._change()
+        for weight, current in zip(self.own_masters, self.current, strict=True):
+            weight.copy_(current)
+        self.current = []
+        if self.weights:
+            self.optimizer.publish()
+        self.adapters_off.close()
+
+
+def keep_aside(weights: list[torch.Tensor], on_host: bool) -> list[torch.Tensor]:
+    """Copies of the weights, as views of one buffer: on their device, or on the host, pinned for CUDA."""
+    if not weights:
+        return []
+    device = torch.device("cpu") if on_host else weights[0].device
+    sizes = [w.numel() for w in weights]
+    buffer = torch.empty(sum(sizes), dtype=weights[0].dtype, device=device)
+    if on_host and weights[0].is_cuda:
+        # Not pin_memory(), whose allocator rounds up to a power of two: 8.6 GB for the 6.2 GB of a 3B.
+        torch.cuda.check_error(
+            torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)
+        )  # fmt: skip
+    copies = [part.view(w.shape) for part, w in zip(buffer.split(sizes), weights, strict=True)]
+    for copy, w in zip(copies, weights, strict=True):
+        copy.copy_(w.detach())
+    return copies
 
 
 def passes(model: QwenVL, batches: list) -> Iterator:
@@ -460,18 +535,23 @@ def begin(cfg) -> tuple[Path | None, int]:
     return found, done
 
 
-def save(cfg, step: int, model: QwenVL, plain: QwenVL, processor, optimizer: AdamW, **same) -> None:
+def save(cfg, step: int, model: QwenVL, processor, optimizer: Optimizer, **same) -> None:
     """Writes out/step-000123 aside, then renames it. Rank 0 writes, but gathering is collective."""
     final = Path(cfg.out) / f"step-{step:06d}"
     aside = final.with_suffix(".partial")
-    gather(model, plain)
+    reshard(model)
+    weights = {}
+    for name, p in model.named_parameters():
+        full = whole(p.detach().to(compute_dtype(p.device)))
+        if FIRST:
+            weights[name] = full.cpu()
     if FIRST:
         shutil.rmtree(aside, ignore_errors=True)
         (aside / "trainer").mkdir(parents=True)
-        with lora.merged(plain):
-            huggingface.write(plain, aside, processor)
+        huggingface.write(model, aside, processor, weights)
+    del weights
     for kind in KINDS:
-        state = {name: whole.cpu() for name, whole in optimizer.state(kind) if FIRST}
+        state = {name: full.cpu() for name, full in optimizer.state(kind) if FIRST}
         if FIRST:
             save_file(state, aside / "trainer" / f"{kind}.safetensors")
     if FIRST:
@@ -485,7 +565,7 @@ def save(cfg, step: int, model: QwenVL, plain: QwenVL, processor, optimizer: Ada
     reduce([0.0])  # nobody goes on before it is there
 
 
-def restore(checkpoint: Path | None, optimizer: AdamW, **same) -> None:
+def restore(checkpoint: Path | None, optimizer: Optimizer, **same) -> None:
     """Optimiser, masters, random states. `same` must equal what `save` was given (the data's fingerprint)."""
     if checkpoint is None:
         return
@@ -496,7 +576,8 @@ def restore(checkpoint: Path | None, optimizer: AdamW, **same) -> None:
     if (then := state.get("ranks", ranks())) != ranks():
         say(f"going on with {ranks()} ranks after {then}: the same run, but not to the bit")
     try:
-        files = {kind: safe_open(folder / f"{kind}.safetensors", "pt") for kind in KINDS}
+        paths = {kind: folder / f"{kind}.safetensors" for kind in KINDS}
+        files = {kind: safe_open(path, "pt") for kind, path in paths.items()}
         optimizer.load(lambda kind, name: files[kind].get_tensor(name), state["updates"])
         torch.set_rng_state(safe_open(folder / "random.safetensors", "pt").get_tensor("torch"))
     except SafetensorError as error:

@@ -29,6 +29,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 
+from model import lora
+
 SPATIAL = ("region.", "points.", "head3d.")
 SHARD_BYTES = 4_000_000_000
 # Longest first; `model.` alone is the older layout's decoder.
@@ -54,8 +56,12 @@ class Origin:
     dtypes: dict[str, torch.dtype]
 
 
-def load(source: str, device=None, dtype: torch.dtype | None = None):
-    """A QwenVL from a directory or hub id. dtype None: the decoder's dtype on disk, for the whole model."""
+def load(source: str, device=None, dtype: torch.dtype | None = None, fuse: bool = True):
+    """A QwenVL from a directory or hub id. dtype None: the decoder's dtype on disk, for the whole model.
+
+    fuse: put weights that the sampler multiplies one input with side by side. Without it, a model on a CPU in the
+    dtype on disk takes no memory of its own: its weights are the file's pages.
+    """
     from model.qwen_vl import QwenVL
 
     directory = resolve(source)
@@ -73,7 +79,8 @@ def load(source: str, device=None, dtype: torch.dtype | None = None):
     if not spatial:
         _init_spatial(model, device or "cpu", dtype)
     state.clear()  # so that what is joined next leaves at once
-    model.adjoin()
+    if fuse:
+        model.adjoin()
     model.points_kind, model.origin = kind, origin
     return model.eval()
 
@@ -244,8 +251,11 @@ def _keep_foreign(old: Path, new: Path) -> None:
         shutil.copytree(old, new, symlinks=True, ignore=ours, copy_function=link, dirs_exist_ok=True)
 
 
-def write(model, directory: Path, processor=None) -> None:
-    """The files of a checkpoint, not atomically (see `save`)."""
+def write(model, directory: Path, processor=None, weights: dict[str, Tensor] | None = None) -> None:
+    """The files of a checkpoint, not atomically (see `save`), with adapters merged.
+
+    weights: whole tensors by our names; None: the model's own parameters.
+    """
     from model.processor import Processor
 
     origin = model.origin
@@ -256,7 +266,9 @@ def write(model, directory: Path, processor=None) -> None:
         copy_files(origin.directory, directory)
     else:
         processor.save(directory)  # the same, and the tokenizer with <mask> in it
-    tensors = {name: p.detach() for name, p in model.named_parameters()}
+    if weights is None:
+        weights = {name: p.detach() for name, p in model.named_parameters()}
+    tensors = lora.merge(weights)
     spatial = {n: t.contiguous().cpu() for n, t in tensors.items() if n.startswith(SPATIAL)}
     save_file(spatial, directory / "spatial.safetensors", metadata={"points": model.points_kind})
     base = {n: t.to("cpu", origin.dtypes[n]) for n, t in tensors.items() if n in origin.names}

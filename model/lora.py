@@ -4,7 +4,7 @@
 
 A wrapped projection of the decoder keeps the names of its weight and bias; the adapters are parameters like
 others, `...lora_a` and `...lora_b`, and lie in trainer/ by their full names. `with off(model)` it is the base
-model, to the bit. `with merged(model)` each weight is W + s B A, rounded to its dtype: what to save. A run
+model, to the bit. A checkpoint holds what `merge` makes of them: W + s B A, rounded to W's dtype. A run
 resumes from its base checkpoint and its adapters: in a merged one, what is below half a unit of W's last bit
 is gone.
 """
@@ -41,11 +41,6 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
         return y + SCALE * F.linear(F.linear(x, self.lora_a), self.lora_b) if self.on else y
-
-    def whole(self) -> Tensor:
-        """W + s B A, summed in fp32, in W's dtype."""
-        delta = (self.lora_b.float() @ self.lora_a.float()).to(self.weight.device)  # a saved copy's: the host
-        return (self.weight.float() + SCALE * delta).to(self.weight.dtype)
 
 
 def learn(model, train: str | None, rank: int = 0) -> None:
@@ -86,16 +81,23 @@ def off(model) -> Iterator[None]:
             one.on = True
 
 
-@contextmanager
-def merged(model) -> Iterator[None]:
-    """Adapters inside the weights; then the base is back, to the bit. Takes a second copy of the projections,
-    whole (not sharded) ones. A model without adapters stays as it is."""
-    base = [(one, one.weight.data) for one in adapters(model)]
-    with off(model), torch.no_grad():
-        for one, _ in base:
-            one.weight.data = one.whole()
-        try:
-            yield
-        finally:
-            for one, weight in base:
-                one.weight.data = weight
+def merge(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights by name with each adapted one merged, W + s B A rounded to W's dtype, and no adapters.
+
+    All are whole (not sharded). What to save; a dict without adapters comes back as it is.
+    """
+    merged = {}
+    for name, weight in weights.items():
+        owner, _, kind = name.rpartition(".")
+        if kind in ("lora_a", "lora_b"):
+            continue
+        if kind == "weight" and f"{owner}.lora_a" in weights:
+            weight = add_adapter(weight, weights[f"{owner}.lora_a"], weights[f"{owner}.lora_b"])
+        merged[name] = weight
+    return merged
+
+
+def add_adapter(weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
+    """W + s B A, summed in fp32, in W's dtype."""
+    delta = lora_b.float() @ lora_a.float()
+    return (weight.float() + SCALE * delta).to(weight.dtype)

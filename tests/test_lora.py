@@ -7,12 +7,12 @@ from safetensors.torch import load_file
 from tiny_models import inputs, make, reference_logits
 from transformers import AutoModelForImageTextToText
 
-from model.lora import PROJECTIONS, SCALE, LoRALinear, adapters, attach, merged, off
+from model.lora import PROJECTIONS, SCALE, LoRALinear, adapters, add_adapter, attach, merge, off
 from model.processor import Processor
 from model.qwen_vl import QwenVL
 from model.rollout import generate
 from model.tiny import write
-from optim import AdamW
+from optim import Optimizer
 from srreal import Example
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -69,7 +69,7 @@ def test_only_the_adapters_move_in_a_step_and_merging_changes_nothing(checkpoint
     model, batch = QwenVL.from_pretrained(checkpoint), inputs()
     model.requires_grad_(False)
     attach(model, 4)
-    before, optimizer = weights(model), AdamW(model.named_parameters())
+    before, optimizer = weights(model), Optimizer(model.named_parameters())
     for _ in range(2):  # in the first B alone has a gradient
         logits_with_gradient(model, batch).float().log_softmax(-1)[..., 5].mean().neg().backward()
         optimizer.step(1e-2, 1.0, 0.0, "step")
@@ -77,11 +77,12 @@ def test_only_the_adapters_move_in_a_step_and_merging_changes_nothing(checkpoint
     assert moved == {n for n in before if ".lora_" in n}
     apart = model.logits(**batch)
     base = QwenVL.from_pretrained(checkpoint).logits(**batch)
-    with merged(model):
-        together = model.logits(**batch)
-        wrapped = adapters(model)[0]
-        by_hand = before["decoder.layers.0.self_attn.q_proj.weight"] + SCALE * wrapped.lora_b @ wrapped.lora_a
-        torch.testing.assert_close(wrapped.weight, by_hand)
+    together = QwenVL.from_pretrained(checkpoint)
+    name, wrapped = "decoder.layers.0.self_attn.q_proj.weight", adapters(model)[0]
+    whole = merge(weights(model))
+    torch.testing.assert_close(whole[name], before[name] + SCALE * wrapped.lora_b @ wrapped.lora_a)
+    together.load_state_dict(whole)
+    together = together.logits(**batch)
     assert (apart - base).abs().max() > 1e-2
     torch.testing.assert_close(together, apart, atol=1e-4, rtol=1e-4)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if ".lora_" not in n)
@@ -118,8 +119,7 @@ def test_transformers_loads_the_merged_checkpoint(checkpoint, tmp_path):
     model, batch = QwenVL.from_pretrained(checkpoint), inputs()
     attach(model, 4)
     stirred(model)
-    with merged(model):
-        model.save_pretrained(tmp_path / "out")
+    model.save_pretrained(tmp_path / "out")
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert stored.keys() == load_file(checkpoint / "model.safetensors").keys()
     theirs = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
@@ -135,7 +135,7 @@ def test_the_state_comes_back_by_full_names(checkpoint):
         model = QwenVL.from_pretrained(checkpoint)
         model.requires_grad_(False)
         attach(model, 4)
-        return model, AdamW(model.named_parameters())
+        return model, Optimizer(model.named_parameters())
 
     (model, optimizer), batch = fresh(), inputs()
     for _ in range(2):
@@ -165,12 +165,8 @@ def test_a_crash_inside_leaves_the_model_whole(checkpoint):
     model, batch = QwenVL.from_pretrained(checkpoint), inputs()
     attach(model, 3)
     before = stirred(model).logits(**batch)
-    for context in (off, merged):
-        with pytest.raises(KeyboardInterrupt), context(model):
-            raise KeyboardInterrupt
-        assert torch.equal(model.logits(**batch), before)
-    with merged(model), off(model):  # nested: still merged
-        assert (model.logits(**batch) - before).abs().max() < 1e-4
+    with pytest.raises(KeyboardInterrupt), off(model):
+        raise KeyboardInterrupt
     assert torch.equal(model.logits(**batch), before)
 
 
@@ -180,7 +176,8 @@ def test_bf16_adapters_have_the_weights_dtype(checkpoint):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     one = stirred(model) and adapters(model)[0]
     wide = one.weight.double() + SCALE * one.lora_b.double() @ one.lora_a.double()
-    assert torch.equal(one.whole(), wide.to(torch.bfloat16)) or (one.whole() - wide).abs().max() < 2e-3
+    whole = add_adapter(one.weight, one.lora_a, one.lora_b)
+    assert torch.equal(whole, wide.to(torch.bfloat16)) or (whole - wide).abs().max() < 2e-3
 
 
 def test_bad_ranks_and_a_second_time(checkpoint):
@@ -190,8 +187,10 @@ def test_bad_ranks_and_a_second_time(checkpoint):
     attach(model, 1)
     with pytest.raises(ValueError, match="wrapped once"):
         attach(model, 1)
-    with merged(QwenVL.from_pretrained(checkpoint)), off(QwenVL.from_pretrained(checkpoint)):
+    plain = QwenVL.from_pretrained(checkpoint)
+    with off(plain):
         pass  # without adapters nothing happens
+    assert all(torch.equal(p, merge(weights(plain))[n]) for n, p in plain.named_parameters())
 
 
 def test_generate_samples_from_the_adapted_model(tmp_path):
@@ -207,12 +206,9 @@ def test_generate_samples_from_the_adapted_model(tmp_path):
     with torch.no_grad():
         for one, linear in zip(adapters(model), linears(changed), strict=True):
             assert isinstance(one, LoRALinear)
-            linear.weight.copy_(one.whole())
-    with merged(model):
-        inside = generate(model, processor, examples, n=2, max_new_tokens=16, seed=3)
+            linear.weight.copy_(add_adapter(one.weight, one.lora_a, one.lora_b))
     apart = generate(model, processor, examples, n=2, max_new_tokens=16, seed=3)
     wanted = generate(changed, processor, examples, n=2, max_new_tokens=16, seed=3)
     assert max(abs(a - b) for a, b in zip(wanted[0][0].logprobs, base[0][0].logprobs, strict=True)) > 0.02
-    for found in (inside, apart):
-        assert [r.tokens for r in found[0]] == [r.tokens for r in wanted[0]]
-        assert found[0][0].logprobs == pytest.approx(wanted[0][0].logprobs, abs=1e-4)
+    assert [r.tokens for r in apart[0]] == [r.tokens for r in wanted[0]]
+    assert apart[0][0].logprobs == pytest.approx(wanted[0][0].logprobs, abs=1e-4)

@@ -94,22 +94,27 @@ def test_bytes_by_closed_form(configs):
     assert gb["cache"] == pytest.approx((20 * 256 + 2 * 3 * 512) * 36864 / 1e9)  # 36,864 bytes a token
     assert gb["prefill"] == pytest.approx(2 * 3 * 512 * (36864 + 2 * (3 * 11008 + 6 * 2048)) / 1e9)
     assert gb["sampler"] == pytest.approx(20 * 3 * 4 * 151936 / 1e9)
-    assert gb["gradients"] == pytest.approx(2 * n["trained"] / 1e9)
+    vocab = 151936 * 2048  # the largest weight, whose bf16 gradient moves into the fp32 one
+    assert gb["gradients"] == pytest.approx((4 * n["trained"] + 2 * vocab) / 1e9)
     layer, gradients = 2 * (4 * 2048 + 2 * (2048 + 256) + 3 * 11008), 2 * 3 * 11008
     assert gb["activations"] == pytest.approx(1000 * (36 * layer + gradients) / 1e9)
     assert gb["logits"] == pytest.approx((64 * 2**20 + 6 * 151936 * 2048) / 1e9)
+    keys = (512 + 8 * (512 + 256)) / (512 + 8 * 256)  # gathered keys a token: 8 samples read their prompt
+    assert gb["gathered keys"] == pytest.approx(1000 * keys * 36 * 2 * 2 * 256 / 1e9)
     stays = gb["weights"] + gb["master and moments"] + gb["reference"]
-    update = gb["gradients"] + gb["activations"] + gb["logits"] + gb["pixels"]
+    update = sum(gb[part] for part in ("gradients", "activations", "gathered keys", "logits", "pixels"))
     assert gb["peak"] == pytest.approx(stays + max(update, gb["cache"] + gb["prefill"] + gb["sampler"]))
-    frugal = Settings(slots=20, micro_tokens=1000, checkpointing=True, fp32_master=False)
+    frugal = Settings(slots=20, micro_tokens=1000, checkpointing=True)
     less = estimate(config, cfg, frugal, n)
     assert less["activations"] == pytest.approx(1000 * (36 * 2 * 2048 + layer + gradients) / 1e9)
-    assert less["master and moments"] == pytest.approx(4 * n["trained"] / 1e9)
+    assert less["gathered keys"] == pytest.approx(gb["gathered keys"] / 36)
     cut = estimate(config, cfg, Settings(shard=True, slots=20, micro_tokens=1000), n)
     assert cut["master and moments"] == pytest.approx(gb["master and moments"] / 4)
-    assert cut["weights"] == pytest.approx(2 * (n["all"] + n["trained"] / 4) / 1e9)
+    assert cut["weights"] == pytest.approx(2 * n["all"] / 1e9)  # the copy that samples
+    sft = estimate(config, replace(cfg, prompts=0), Settings(shard=True, micro_tokens=1000), n)
+    assert sft["weights"] == pytest.approx(2 * (n["all"] - n["trained"]) / 1e9)
     gathered = (2 * n["layer"] + n["outside"]) * 2 + (n["layer"] + n["outside"]) * 4
-    assert cut["gradients"] == pytest.approx((2 * n["trained"] / 4 + gathered) / 1e9)
+    assert cut["gradients"] == pytest.approx((4 * n["trained"] / 4 + gathered) / 1e9)
     busy = estimate(config, cfg, Settings(slots=4000, micro_tokens=1000), n)
     assert busy["peak"] == pytest.approx(stays + busy["cache"] + busy["prefill"] + busy["sampler"])
 
@@ -225,9 +230,9 @@ def test_the_peak_of_a_whole_run(checkpoint, tmp_path, monkeypatch, script, flag
         passes.append(len(batch.input_ids))
         return run(model, batch)
 
-    def listen(cfg, model, world, **sizes):
-        asked.append((model, sizes))
-        return settle(cfg, model, world, **sizes)
+    def listen(cfg, config, device, world, **sizes):
+        asked.append((config, sizes))
+        return settle(cfg, config, device, world, **sizes)
 
     def parity(text, example, rules):  # groups must differ
         return Scores(*[float(sum(text.encode()) % 2)] * 2, 0.0, 0.0)
@@ -242,12 +247,12 @@ def test_the_peak_of_a_whole_run(checkpoint, tmp_path, monkeypatch, script, flag
     cfg = script.Config(**common | own | flags)
     with Alive() as memory:
         script.main(cfg)
-    (model, sizes), = asked
+    (config, sizes), = asked
     sizes["prompt_tokens"] = len(Processor.from_pretrained(checkpoint).prompt_ids(rows[0]))
     wanted = Config("", train=cfg.train, lora=cfg.lora, dtype="fp32", **sizes)
-    said = estimate(model.config, wanted, Settings(
+    said = estimate(config, wanted, Settings(
         checkpointing=cfg.checkpointing == "always", lora=cfg.lora, micro_tokens=max(passes),
-        slots=48 if script is train_rl else 0), plan.tally(model))["peak"] * 1e9  # fmt: skip
+        slots=48 if script is train_rl else 0), count(config, cfg.train, cfg.lora))["peak"] * 1e9  # fmt: skip
     print(f"{script.__name__} {flags}: {memory.peak / 1e6:.0f} MB measured, {said / 1e6:.0f} planned")
     assert memory.peak <= said <= 1.25 * memory.peak + WORKSPACE
 
@@ -255,13 +260,13 @@ def test_the_peak_of_a_whole_run(checkpoint, tmp_path, monkeypatch, script, flag
 # ---- decisions
 def test_7b_on_eight_gpus_of_80(configs):
     s, gb = choose(configs["Qwen2.5-VL-7B"], Config("m", gpus=8))
-    assert s.shard and s.checkpointing and s.fp32_master and not s.lora and gb["peak"] <= 54
+    assert s.shard and s.checkpointing and not s.lora and gb["peak"] <= 54
 
 
-def test_3b_on_one_gpu_of_80_leaves_twenty(configs):
+def test_3b_on_one_gpu_of_80_leaves_fifteen(configs):
     cfg = Config("m", gpus=1, group=8, prompt_tokens=1024, new_tokens=1024)
     s, gb = choose(configs["Qwen2.5-VL-3B"], cfg)
-    assert not s.shard and not s.lora and s.fp32_master and s.slots >= 128 and gb["peak"] <= 60
+    assert not s.shard and not s.lora and s.slots >= 128 and gb["peak"] <= 65
 
 
 def test_3b_on_eight_gpus_is_replicated(configs):
@@ -280,10 +285,10 @@ def test_8b_lora_on_80(configs):
     assert s.lora == 16 and not s.shard and gb["peak"] < 60
 
 
-def test_moments_are_rounded_before_lora_is_taken(configs):
+def test_where_fp32_masters_do_not_fit_lora_is_taken(configs):
     config = configs["Qwen2.5-VL-3B"]
-    assert not choose(config, Config("m", memory=40))[0].fp32_master
-    assert choose(config, Config("m", memory=80))[0].fp32_master
+    assert choose(config, Config("m", memory=40))[0].lora
+    assert not choose(config, Config("m", memory=80))[0].lora
     with pytest.raises(ValueError, match="nothing fits into 1 x 16 GB"):
         choose(config, Config("m", memory=16, lora=0))
 
@@ -307,16 +312,16 @@ def test_a_tiny_model_fits_anywhere():
 
 @pytest.mark.parametrize("name, cfg, keep", [
     ("Qwen2.5-VL-3B", Config("m"), True), ("Qwen2.5-VL-7B", Config("m", gpus=8), True),
-    ("Qwen2.5-VL-3B", Config("m", memory=62), False),
+    ("Qwen2.5-VL-3B", Config("m", memory=66), False),
     ("Qwen2.5-VL-7B", Config("m", gpus=8, memory=58), False),
     ("Qwen3-VL-8B", Config("m", gpus=8, new_tokens=4096), False)])  # fmt: skip
 def test_the_cache_stays_where_the_update_fits_beside_it(configs, name, cfg, keep):
     """Else it is released, and the run fits all the same."""
     s, gb = choose(configs[name], cfg)
-    update = sum(gb[part] for part in ("gradients", "activations", "pixels", "logits"))
+    update = sum(gb[part] for part in ("gradients", "activations", "gathered keys", "pixels", "logits"))
     both = gb["weights"] + gb["master and moments"] + gb["reference"] + update + gb["cache"] + gb["sampler"]
     room = (cfg.memory - plan.RESERVE[0]) * (1 - plan.RESERVE[1])
-    assert gb["cache kept"] >= both and gb["peak"] <= room
+    assert gb["cache kept"] >= both - 1e-9 and gb["peak"] <= room
     assert s.keep == (gb["cache kept"] <= room) == keep
 
 
@@ -331,7 +336,7 @@ def test_the_command_prints_parts_and_settings(configs, capsys):
     plan.main(Config(configs["Qwen2.5-VL-3B"].folder))
     said = capsys.readouterr().out
     assert "6.2 GB of host memory for the reference" in said and "stay during the update" in said
-    plan.main(Config(configs["Qwen2.5-VL-3B"].folder, memory=62))
+    plan.main(Config(configs["Qwen2.5-VL-3B"].folder, memory=66))
     assert "goes before the update" in capsys.readouterr().out
 
 

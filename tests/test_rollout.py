@@ -22,7 +22,7 @@ from model.processor import Processor
 from model.qwen_vl import QwenVL, adjoin, adjoined
 from model.rollout import Job, Slots, generate, joined, kept, predict_centres, release, token_bytes
 from model.tiny import write
-from optim import AdamW
+from optim import Optimizer
 from srreal import Example, Scores
 
 ROOT = Path(__file__).parent.parent
@@ -304,24 +304,21 @@ def test_calls_leave_nothing_behind(tiny):
 
 @pytest.mark.parametrize("adapters", [0, 2])
 def test_a_graph_outlives_what_a_step_does_to_the_weights(tiny, adapters):
-    """It reads addresses: the reference's turn, an update, merging for a checkpoint, `gather` keep them."""
+    """It reads addresses: the reference's turn and an update keep them."""
     _, processor, path = tiny
     model = QwenVL.from_pretrained(str(path), dtype=torch.bfloat16)
     lora.learn(model, "lm", adapters)
-    engine, optimizer = Slots(model, 2, 4, 1.0, 1.0, 4), AdamW(model.named_parameters())
+    engine, optimizer = Slots(model, 2, 4, 1.0, 1.0, 4), Optimizer(model.named_parameters())
     engine.begin(processor, 4)
     engine.graph = recorded = object()
-    before = [p.detach().clone() for p in optimizer.params.values()]
-    with trainer.Reference(model):
+    before = [p.detach().clone() for p in optimizer.images.values()]
+    with trainer.Reference(model, optimizer):
         model(processor(examples()[:1], [[[50]]]))
     model(processor(examples()[:1], [[[50, 51]]])).logprob.sum().backward()
     optimizer.step(1.0, 1.0, 0.0, "a step")
-    with lora.merged(model):
-        pass
-    trainer.gather(model, model)
     engine.begin(processor, 4)
     assert engine.graph is recorded
-    assert any((p != old).any() for p, old in zip(optimizer.params.values(), before, strict=True))
+    assert any((p != old).any() for p, old in zip(optimizer.images.values(), before, strict=True))
     weight = model.decoder.layers[-1].mlp.down_proj.weight
     weight.data = weight.data.clone()  # one that has moved
     engine.begin(processor, 4)
@@ -377,7 +374,7 @@ def test_loaded_weights_lie_together(tiny):
     attn = model.decoder.layers[0].self_attn
     projections = attn.q_proj, attn.k_proj, attn.v_proj
     weight, bias = adjoined(*projections)
-    before, optimizer = weight.clone(), AdamW(model.named_parameters())
+    before, optimizer = weight.clone(), Optimizer(model.named_parameters())
     model(processor(examples()[:1], [[[50, 51]]])).logprob.sum().backward()
     optimizer.step(1.0, 1.0, 0.0, "a step")
     assert all((now != old).any() for now, old in zip(weight, before, strict=True))

@@ -29,7 +29,7 @@ from model.checkpoint import rename
 from model.processor import Processor
 from model.qwen_vl import QwenVL
 from model.rollout import Rollout
-from optim import AdamW
+from optim import Optimizer
 from srreal import Example, Scores
 
 ROOT = Path(__file__).parent.parent
@@ -203,13 +203,13 @@ class Killed(Exception):
 def interrupt(monkeypatch, home, script, out, **options):
     """A run that ends in its last step, one behind its checkpoint."""
 
-    def stop(optimizer, lr, clip_norm, loss, name, go_on=AdamW.step):
+    def stop(optimizer, lr, clip_norm, loss, name, go_on=Optimizer.step):
         if name == "step 4":  # after the checkpoint of step 2 and the row of step 3
             raise Killed
         return go_on(optimizer, lr, clip_norm, loss, name)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(AdamW, "step", stop)
+        patch.setattr(Optimizer, "step", stop)
         # --resume without a checkpoint: from 0
         SCRIPTS[script].main(config(home, script, out, resume=True, **options))
     assert len(rows(out)) == 3
@@ -326,7 +326,8 @@ def test_the_reference_is_the_model_that_the_run_began_with(home):
     cpu, example = torch.device("cpu"), Example("a", "lor", [], "Which is nearer?", "A")
     model, other = (trainer.load(str(home / "tiny"), cpu, "lm") for _ in range(2))
     processor = Processor.from_pretrained(str(home / "tiny"))
-    batch, reference = processor([example], [[[5, 6, 7]]]), trainer.Reference(model)
+    batch = processor([example], [[[5, 6, 7]]])
+    reference = trainer.Reference(model, Optimizer(model.named_parameters()))
     with torch.no_grad():
         for p in model.decoder.parameters():
             p.mul_(1.1)
