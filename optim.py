@@ -104,7 +104,9 @@ class Optimizer:
         vector_lr_scale: float = 1.0,
     ):
         params = {name: p for name, p in named if p.requires_grad}
-        self.images = params if images is None else {name: images[name] for name in params if name in images}
+        self.images = (
+            params if images is None else {name: images[name] for name in params if name in images}
+        )
         self.updates = 0
         self.masters: dict[str, nn.Parameter] = {}
         for name, param in params.items():
@@ -112,7 +114,9 @@ class Optimizer:
 
         sharded = any(isinstance(master, DTensor) for master in self.masters.values())
         self.replicated = dist.is_initialized() and not sharded
-        self.muon_names = [n for n, p in params.items() if muon and p.ndim == 2 and BLOCK_MATRIX.search(n)]
+        self.muon_names = [
+            n for n, p in params.items() if muon and p.ndim == 2 and BLOCK_MATRIX.search(n)
+        ]
         matrices = [n for n, p in params.items() if p.ndim >= 2 and n not in self.muon_names]
         vectors = [n for n, p in params.items() if p.ndim < 2]
         self.optimizers = []
@@ -157,10 +161,11 @@ class Optimizer:
         the norm isn't finite; nothing is updated then. One host sync. Frees the gradients.
         """
         grads = self._gradients()
-        norm = whole(get_total_norm(grads))
+        total_norm = whole(get_total_norm(grads))
+        norm = total_norm.item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise FloatingPointError(f"{name}: the loss is {loss}, the gradient norm {float(norm)}")
-        clip_grads_with_norm_(self.masters.values(), clip_norm, norm)
+            raise FloatingPointError(f"{name}: the loss is {loss}, the gradient norm {norm}")
+        clip_grads_with_norm_(self.masters.values(), clip_norm, total_norm)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
@@ -168,7 +173,7 @@ class Optimizer:
             optimizer.zero_grad(set_to_none=True)
         self.updates += 1
         self.publish()
-        return float(norm)
+        return norm
 
     def _gradients(self) -> list[Tensor]:
         """The fp32 gradients of all masters, zero where no batch has touched one, summed over replicas."""

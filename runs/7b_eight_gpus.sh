@@ -4,10 +4,10 @@
 # More boxes: TORCHRUN="torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500"
 #
 # python plan.py --model Qwen/Qwen2.5-VL-7B-Instruct --gpus 8 --prompts 512 --group 5 --prompt-tokens 2048 \
-#   --new-tokens 2048     GB: weights 18.5, master and moments 11.4, reference 1.9, gradients 10.3,
-#   activations 7.8, logits 3.3, cache 20.6, prefill 1.8, peak 54.4, left 25.6;
-#   --shard always --checkpointing always --micro-tokens 16384 (125 samples at a time; their cache stays: 74.1 GB)
-# cold start (--train all --prompts 0 --new-tokens 256): peak 40.7, left 39.3
+#   --new-tokens 2048     GB: weights 16.6, master and moments 11.4, reference 1.9, gradients 12.2,
+#   activations 7.8, logits 3.3, cache 21.4, prefill 1.8, peak 53.4, left 26.6;
+#   --shard always --checkpointing always --micro-tokens 16384 (130 samples at a time; their cache goes before the update)
+# cold start (--train all --prompts 0 --new-tokens 256): peak 39.0, left 41.0
 #
 # The paper (NVILA 8B, 64 GPUs): SFT 2 epochs, lr 5e-6, cosine, 3 % warm-up, no decay, all parts learn. RL: 512
 # prompts x 5, four updates of 128, at most 2,048 + 2,048 tokens, lr 1e-6 constant, decay .01, clip 1, KL .01

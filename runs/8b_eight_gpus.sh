@@ -3,10 +3,10 @@
 #   MODEL, SFT_DATA, RL_DATA, OUT, SFT_STEPS, RL_STEPS     (the mixtures name their sets' places)
 # More boxes: TORCHRUN="torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500"
 #
-# python plan.py --model Qwen/Qwen3-VL-8B-Instruct --gpus 8     GB: weights 19.6, master and moments 12.3,
-#   reference 2.0, gradients 11.1, activations 8.3, logits 3.8, cache 12.1, prefill 2.2, peak 57.2, left 22.8;
-#   --shard always --checkpointing always --micro-tokens 16384 (64 samples at a time; their cache stays: 69.4 GB)
-# cold start (--train all --prompts 0 --new-tokens 256): peak 42.3, left 37.7
+# python plan.py --model Qwen/Qwen3-VL-8B-Instruct --gpus 8     GB: weights 17.6, master and moments 12.3,
+#   reference 2.0, gradients 13.1, activations 8.3, logits 3.8, cache 12.1, prefill 2.2, peak 57.3, left 22.7;
+#   --shard always --checkpointing always --micro-tokens 16384 (64 samples at a time; their cache stays: 69.5 GB)
+# cold start (--train all --prompts 0 --new-tokens 256): peak 41.0, left 39.0
 # LoRA on one GPU: plan.py --gpus 1 --lora 32: peak 45.4; python train_rl.py ... --lora 32 --checkpointing always
 #
 # The paper (NVILA 8B, 64 GPUs): SFT 2 epochs, lr 5e-6, cosine, 3 % warm-up, no decay, all parts learn. RL: 512

@@ -97,7 +97,9 @@ def test_small_updates_do_not_vanish_in_bf16():
         assert torch.equal(a.masters[name], fp32[name])
         assert torch.equal(bf16[name], fp32[name].to(torch.bfloat16))
     assert (bf16["w"] != start).float().mean() > 0.8
-    assert torch.equal(start + torch.tensor(1e-4, dtype=torch.bfloat16), start)  # alone it would stand still
+    assert torch.equal(
+        start + torch.tensor(1e-4, dtype=torch.bfloat16), start
+    )  # alone it would stand still
 
 
 def test_gradients_of_many_passes_are_summed_in_fp32():
@@ -123,7 +125,10 @@ def test_images_are_written_in_place():
     backward(table, 0)
     step(optimizer, 0.1)
     for name, image in images.items():
-        assert torch.equal(image, table[name].to(torch.bfloat16)) and image.data_ptr() == addresses[name]
+        assert (
+            torch.equal(image, table[name].to(torch.bfloat16))
+            and image.data_ptr() == addresses[name]
+        )
 
 
 @pytest.mark.parametrize("muon", [False, True])
@@ -184,12 +189,16 @@ def test_muon_moves_the_blocks_matrices_only():
     moved = -table[BLOCK].detach() / (0.1 * 0.3 * 8**0.5)
     u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
     values = u.T @ moved @ vh.T
-    assert (values - values.diag().diag()).abs().max() < 0.03  # torch's Newton-Schulz computes in bf16
+    assert (
+        values - values.diag().diag()
+    ).abs().max() < 0.03  # torch's Newton-Schulz computes in bf16
     assert 0.5 < values.diag().min() and values.diag().max() < 1.3
     assert torch.allclose(table["w"], torch.full((5, 3), -0.1))  # Adam's first step is lr
 
 
-@pytest.mark.parametrize("shape, placements", [((4,), [Shard(0)]), ((2, 2), [Replicate(), Shard(0)])])
+@pytest.mark.parametrize(
+    "shape, placements", [((4,), [Shard(0)]), ((2, 2), [Replicate(), Shard(0)])]
+)
 def test_the_cut_changes_nothing(shape, placements):
     """What each of four ranks does, in turn, behind a process group that sends nothing: AdamW is elementwise."""
     start = params()["w"].detach().repeat(2, 1)  # (10, 3), cut unevenly
@@ -209,8 +218,12 @@ def test_the_cut_changes_nothing(shape, placements):
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=4)
         try:
             names = tuple(f"{axis} of rank {rank}" for axis in range(len(shape)))
-            mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)  # equal ones share a rank's cache
-            cut = partial(distribute_tensor, device_mesh=mesh, placements=placements, src_data_rank=None)
+            mesh = init_device_mesh(
+                "cpu", shape, mesh_dim_names=names
+            )  # equal ones share a rank's cache
+            cut = partial(
+                distribute_tensor, device_mesh=mesh, placements=placements, src_data_rank=None
+            )
             parts.append(stepped(torch.nn.Parameter(cut(start.clone())), cut(gradient.clone())))
         finally:
             dist.destroy_process_group()
