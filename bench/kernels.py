@@ -10,12 +10,12 @@ flushed before each call, and where ours takes less than a millisecond the host 
 GPU time is compared and not Python's. Peak memory is beyond the inputs and their gradients: on a CPU the
 high-water mark of a process of its own (Linux). --judged takes the time in such processes, too.
 
-Contenders: ours; naive, the plain PyTorch that a kernel replaces; compiled, torch.compile of that (CUDA);
-liger, the op of the same name; trl, its chunked log-prob, or the few lines below in its manner; cce, Apple's
-cut-cross-entropy, which gives no entropy and drops small gradients. What is not installed is left out, and
-named; so is what runs out of memory. On a CPU the shapes are small, ratios say more than times, and ours is
-the reference itself for policy_loss, rewards, SwiGLU and the rotation. decode_attention's bytes are each key
-and value once, a prompt's too.
+Contenders: ours, which on CUDA is Liger's op for the norms and SwiGLU; naive, the plain PyTorch that a kernel
+replaces; compiled, torch.compile of that (CUDA); liger, its op where ours is another; trl, its chunked
+log-prob, or the few lines below in its manner; cce, Apple's cut-cross-entropy, which gives no entropy and
+drops small gradients. What is not installed is left out, and named; so is what runs out of memory. On a CPU
+the shapes are small, ratios say more than times, and ours is the reference itself for policy_loss, rewards,
+SwiGLU and the rotation. decode_attention's bytes are each key and value once, a prompt's too.
 """
 
 import argparse
@@ -41,6 +41,7 @@ RESULTS = Path(__file__).parent / "results"
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
 REPEATS = 20 if CUDA else 3
+IN_PLACE = {"ours", "liger"} if CUDA else set()  # contenders whose backward may write over the inputs
 VOCAB = 151_936 if CUDA else 16_000
 JUDGED = 4096, 512, 151_936  # N, H, V
 SHORT, HEAD_START = 1e-3, 10_000_000  # seconds; cycles of the GPU, about 6 ms
@@ -174,25 +175,25 @@ def sample_cases() -> list[Case]:
                  bytes=4 * b * v)]
 
 
-def liger_ops() -> dict[str, Callable]:
+def liger_rope() -> dict[str, Callable]:
+    """Liger's rotation of queries and keys, which has no norm."""
     if not installed("liger"):
         return {}
-    from liger_kernel import ops
+    from liger_kernel.ops import LigerRopeFunction
 
-    swap = lambda x: x.transpose(0, 1)[None]  # (T, A, D) -> (1, A, T, D)  # noqa: E731
-    return {
-        "rms_norm": lambda x, w: ops.LigerRMSNormFunction.apply(x, w, 1e-6, 0.0, "llama", False),
-        "add_rms_norm": lambda x, d, w: ops.LigerFusedAddRMSNormFunction.apply(x, d, w, 1e-6)[::-1],
-        "swiglu": ops.LigerSiLUMulFunction.apply,
-        "qk_norm_rope": lambda q, k, cos, sin: ops.LigerRopeFunction.apply(
-            swap(q), swap(k), cos[None], sin[None]),
-    }
+    def by_heads(x):  # (T, A, D) -> (1, A, T, D)
+        return x.transpose(0, 1)[None]
+
+    def rope(q, k, cos, sin):
+        return LigerRopeFunction.apply(by_heads(q), by_heads(k), cos[None], sin[None])
+
+    return {"liger": rope}
 
 
 def layer_cases() -> list[Case]:
     """Widths, inner widths and heads of Qwen2.5-VL-3B, 7B and Qwen3-VL-8B; bytes: read and written once."""
     shapes = (2048, 11_008, 16, 2), (3584, 18_944, 28, 4), (4096, 12_288, 32, 8)
-    t, liger, cases = 8192 if CUDA else 3000, liger_ops(), []
+    t, cases = 8192 if CUDA else 3000, []
     shapes = shapes if CUDA else [(128, 384, 4, 2)]
     for h, inner, heads, kv_heads in shapes:
         d = 128 if CUDA else 32
@@ -206,6 +207,8 @@ def layer_cases() -> list[Case]:
                              4 * h, 8 * h),
             "swiglu": (f"T={t} inner={inner}", lambda i=inner: [normal(t, i), normal(t, i)],
                        3 * inner, 8 * inner),
+            "swiglu_joint": (f"T={t} inner={inner}", lambda i=inner: [normal(t, 2 * i)],
+                             3 * inner, 8 * inner),
             "qk_norm_rope": (f"T={t} heads={heads}+{kv_heads} D={d} normed",
                              lambda qk=qk, turn=turn, norms=norms: qk() + turn + norms(),
                              2 * row, 5 * row),
@@ -215,7 +218,7 @@ def layer_cases() -> list[Case]:
         for name, (shape, make, *moved) in inputs.items():
             op = name.split(",")[0]
             both = {"ours": getattr(layers, op), "naive": getattr(layers, "reference_" + op)}
-            peer = {} if shape.endswith("normed") or op not in liger else {"liger": liger[op]}
+            peer = liger_rope() if name == "qk_norm_rope, no norm" else {}
             for backward, numbers in zip((False, True), moved, strict=True):
                 cases.append(Case("layers", f"{op} {shape}", make, with_compiled(both) | peer, backward,
                                   bytes=t * numbers * DTYPE.itemsize))
@@ -280,12 +283,16 @@ def seconds(call: Callable, inputs: list, backward=False, grads=None, head_start
     return start.elapsed_time(end) / 1e3
 
 
+def own_copy(x):
+    return x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
+
+
 def interleaved(calls: dict[str, Callable], inputs: list, backward: bool = False) -> dict[str, float]:
     """Median seconds of each, after two calls to warm up, in which compilers run."""
     times, flush = {name: [] for name in calls}, torch.empty(1 << 26, device=DEVICE)
     own = dict.fromkeys(calls, inputs)
-    if "liger" in calls:  # which works in place
-        own["liger"] = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
+    for name in IN_PLACE & calls.keys():
+        own[name] = [own_copy(x) for x in inputs]
     grads = {name: step(call, own[name], backward) for name, call in calls.items()}
     for _ in range(REPEATS + 1):
         for name, call in calls.items():

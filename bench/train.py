@@ -119,6 +119,7 @@ def load(cfg: Config, folder: str, device: torch.device) -> tuple[QwenVL, Proces
         config.text_config.vocab_size = vocabulary
         with torch.device(device):
             model = QwenVL(config).to(torch.bfloat16).eval()
+        model.adjoin()  # as a model from a file is: the sampler's products are the product's
         shape_tiny("tiny")  # a small checkpoint of the family, for the processor
         tiny.SIZES["images"]["patch_size"] = SHAPES[cfg.shape][2][-1]
         tiny.SIZES["vision"]["patch_size"] = SHAPES[cfg.shape][2][-1]

@@ -36,6 +36,12 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default  # (out, log-sum-exp)
 HIDDEN = -1e30  # added to a score: it leaves exactly nothing, and unlike -inf no NaN where all are hidden
 Segment = tuple[int, int, int, int]  # start, end, prefix_start, prefix_end
+MULTIPROCESSORS = 132  # of an H100 and an H200
+MOST_SPLITS = 16  # of a prompt: the suffix's kernel takes in one after the other
+BLOCK, MOST_ROWS = (16, 32) if INTERPRET else (64, 64)  # keys, and queries, of a tile
+# The fewest keys of a split. A prompt's 128 are 64 KB that are read, for 32 KB of fp32 parts that 64 queries
+# write: with half as many both would be equal. A suffix's second split costs a launch, the merge.
+PREFIX_LEAST, SUFFIX_LEAST = (16, 16) if INTERPRET else (128, 256)
 
 
 def reference_prefix_attention(q: Tensor, k: Tensor, v: Tensor, segments: list[Segment]) -> Tensor:
@@ -87,15 +93,6 @@ class Table:
             self._masks = [None if keys is None else self.mask(lengths, keys) for lengths, keys in pairs]
         return self._masks
 
-    def parts(self, q: Tensor, splits: int) -> tuple[Tensor, Tensor]:
-        """Where splits leave their outputs (S, A, splits, D) and log-sum-exps (S, A, splits), -inf at first.
-        All layers write to the same places of them, so that only the first of a step has to fill any.
-        """
-        if "_parts" not in vars(self) or self._parts[0].shape != (*q.shape[:2], splits, q.shape[2]):
-            out = q.new_empty(*q.shape[:2], splits, q.shape[2], dtype=torch.float32)
-            self._parts = out, torch.full_like(out[..., 0], -torch.inf)
-        return self._parts
-
 
 def reference_decode_attention(
     q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k: Tensor, suffix_v: Tensor, table: Table
@@ -131,89 +128,307 @@ def _decode_cpu(q, prefix_k, prefix_v, suffix_k, suffix_v, table):
     return out.to(q.dtype).flatten(1, 2)
 
 
+# ---- Decoding on a GPU: the prompts' keys in splits, then the suffixes', which take in the prompts' parts
+
+
+def splits_for(programs: int, length: int, least: int) -> tuple[int, int]:
+    """Return into how many splits to cut rows of `length` keys, and how many keys a split has.
+
+    programs: how many there would be if nothing were cut. Splits make about one for each multiprocessor of
+    them: to the nearest, as two and more fit on one, so that a few too many don't wait for a second round.
+    There are at most MOST_SPLITS, and none has fewer than `least` keys.
+    """
+    wanted = max((MULTIPROCESSORS + programs // 2) // programs, 1)
+    pieces = max(triton.cdiv(length, least), 1)
+    chunk = triton.cdiv(pieces, min(wanted, pieces, MOST_SPLITS)) * least
+    return max(triton.cdiv(length, chunk), 1), chunk
+
+
 @triton.jit
-def _split_kernel(q, k, v, lengths, members, out, lse, scale, first, splits, chunk, k_row, k_head, v_row,
-                  v_head, q_heads: tl.constexpr, kv_heads: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
-                  WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr):
-    """One split of one row's keys, read once by the queries of its N slots: program (row * K + head, split,
-    block of queries). Writes the part's output and log-sum-exp for each slot."""
-    row, head = (tl.program_id(0) // kv_heads).to(tl.int64), tl.program_id(0) % kv_heads
-    group: tl.constexpr = q_heads // kv_heads
-    i = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    d, d_mask = tl.arange(0, WIDE), tl.arange(0, WIDE) < D
-    slot = row + tl.zeros([ROWS], tl.int64)
-    if members is not None:
-        slot = tl.load(members + row * N + i // group, mask=i < N * group, other=-1)
-    asked = (i < N * group) & (slot >= 0)
-    at = slot * q_heads + head * group + i % group  # (ROWS,) of S * A
-    query = tl.load(q + at[:, None] * D + d[None, :], mask=asked[:, None] & d_mask[None, :], other=0.0)
-    query = query.to(tl.float32) if UPCAST else query
-    begin = tl.program_id(1) * chunk
-    end = tl.minimum(tl.load(lengths + row).to(tl.int32), begin + chunk)
-    end = tl.where(tl.max(asked.to(tl.int32), 0) > 0, end, begin)  # keys that nobody asks aren't read
-    peak, total = tl.full([ROWS], -1e38, tl.float32), tl.zeros([ROWS], tl.float32)
-    summed = tl.zeros([ROWS, WIDE], tl.float32)
+def _attend_keys(
+    query,
+    k,
+    v,
+    begin,
+    end,
+    scale,
+    peak,
+    total,
+    summed,
+    D: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Go on with an online softmax of query (ROWS, WIDE) over one head's keys begin .. end - 1.
+
+    peak (ROWS,) is the largest score so far, total (ROWS,) the sum of exp(score - peak), summed (ROWS, WIDE)
+    that of exp(score - peak) times value.
+    """
+    d = tl.arange(0, WIDE)
     for start in range(begin, end, BLOCK):
         j = start + tl.arange(0, BLOCK)
-        mask = (j < end)[:, None] & d_mask[None, :]
-        key = tl.load(k + row * k_row + head * k_head + j[:, None] * D + d[None, :], mask=mask, other=0.0)
-        value = tl.load(v + row * v_row + head * v_head + j[:, None] * D + d[None, :], mask=mask, other=0.0)
+        at = j[:, None] * D + d[None, :]
+        mask = (j < end)[:, None] & (d < D)[None, :]
+        key = tl.load(k + at, mask=mask, other=0.0)
+        value = tl.load(v + at, mask=mask, other=0.0)
         if UPCAST:
-            key, value = key.to(tl.float32), value.to(tl.float32)
+            key = key.to(tl.float32)
+            value = value.to(tl.float32)
         score = tl.dot(query, key.trans(), input_precision="ieee") * scale
         score = tl.where((j < end)[None, :], score, -float("inf"))
         higher = tl.maximum(peak, tl.max(score, 1))
-        weight, shrink = tl.exp(score - higher[:, None]), tl.exp(peak - higher)
+        weight = tl.exp(score - higher[:, None])
+        shrink = tl.exp(peak - higher)
         total = total * shrink + tl.sum(weight, 1)
-        summed = summed * shrink[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
+        weighted = tl.dot(weight.to(value.dtype), value, input_precision="ieee")
+        summed = summed * shrink[:, None] + weighted
         peak = higher
-    part = at * splits + first + tl.program_id(1)
-    some = tl.where(total > 0, total, 1.0)
-    tl.store(lse + part, tl.where(total > 0, peak + tl.log(some), -float("inf")), mask=asked)
-    summed = summed / some[:, None]
-    mask = (asked & (total > 0))[:, None] & d_mask[None, :]
-    tl.store(out + part[:, None] * D + d[None, :], summed, mask=mask)
+    return peak, total, summed
 
 
 @triton.jit
-def _merge_kernel(parts, lse, out, splits, D: tl.constexpr, WIDE: tl.constexpr, SPLITS: tl.constexpr):
-    """A program a slot and query head: its parts, weighted by exp(lse)."""
-    at, i, d = tl.program_id(0).to(tl.int64), tl.arange(0, SPLITS), tl.arange(0, WIDE)
+def _prefix_kernel(
+    q,
+    k,
+    v,
+    lengths,
+    members,
+    out,
+    lse,
+    scale,
+    chunk,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    q_heads: tl.constexpr,
+    kv_heads: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """One split of one prompt's keys, read once by the queries of its N slots.
+
+    Program (prompt * K + head, split, block of queries). Each slot that asks gets the part's output, in out
+    (S, A, splits, D), and its log-sum-exp, in lse (S, A, splits): -inf, and no output, for a split without
+    keys.
+    """
+    row = (tl.program_id(0) // kv_heads).to(tl.int64)
+    head = tl.program_id(0) % kv_heads
+    split = tl.program_id(1)
+    group: tl.constexpr = q_heads // kv_heads
+    i = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, WIDE)
+    slot = tl.load(members + row * N + i // group, mask=i < N * group, other=-1)
+    asked = slot >= 0
+    at = slot.to(tl.int32) * q_heads + head * group + i % group  # (ROWS,) of S * A
+    query = tl.load(
+        q + at[:, None] * D + d[None, :], mask=asked[:, None] & (d < D)[None, :], other=0.0
+    )
+    query = query.to(tl.float32) if UPCAST else query
+
+    begin = split * chunk
+    end = tl.minimum(tl.load(lengths + row).to(tl.int32), begin + chunk)
+    somebody_asks = tl.max(asked.to(tl.int32), 0) > 0
+    end = tl.where(somebody_asks, end, begin)
+    peak = tl.full([ROWS], -1e38, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    summed = tl.zeros([ROWS, WIDE], tl.float32)
+    k += row * k_row + head * k_head
+    v += row * v_row + head * v_head
+    peak, total, summed = _attend_keys(
+        query, k, v, begin, end, scale, peak, total, summed, D, WIDE, BLOCK, UPCAST
+    )
+
+    part = at * tl.num_programs(1) + split
+    divisor = tl.where(total > 0, total, 1.0)
+    tl.store(lse + part, tl.where(total > 0, peak + tl.log(divisor), -float("inf")), mask=asked)
+    mask = (asked & (total > 0))[:, None] & (d < D)[None, :]
+    tl.store(out + part[:, None] * D + d[None, :], summed / divisor[:, None], mask=mask)
+
+
+@triton.jit
+def _suffix_kernel(
+    q,
+    k,
+    v,
+    lengths,
+    members,
+    home,
+    prefix_out,
+    prefix_lse,
+    out,
+    lse,
+    scale,
+    chunk,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    q_heads: tl.constexpr,
+    kv_heads: tl.constexpr,
+    D: tl.constexpr,
+    WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PREFIX_SPLITS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """One split of one slot's own keys. Program (slot * K + head, split).
+
+    The first split starts from what `_prefix_kernel` left: a finished part of a softmax counts like one key,
+    whose score is its log-sum-exp and whose value is its output. That kernel is a launch before this one, so
+    its parts are there. With a single split (lse None) out (S, A, D) is the result; with several it is
+    (S, A, splits, D), to be merged with lse (S, A, splits).
+    """
+    slot = (tl.program_id(0) // kv_heads).to(tl.int64)
+    head = tl.program_id(0) % kv_heads
+    split = tl.program_id(1)
+    group: tl.constexpr = q_heads // kv_heads
+    i = tl.arange(0, ROWS)
+    d = tl.arange(0, WIDE)
+    at = slot * q_heads + head * group + i  # (ROWS,) of S * A
+    mask = (i < group)[:, None] & (d < D)[None, :]
+    query = tl.load(q + at[:, None] * D + d[None, :], mask=mask, other=0.0)
+    query = query.to(tl.float32) if UPCAST else query
+
+    peak = tl.full([ROWS], -1e38, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    summed = tl.zeros([ROWS, WIDE], tl.float32)
+    # Nobody wrote parts for a slot without a prompt, whose home is anybody's place.
+    has_parts = (tl.load(members + tl.load(home + slot)) == slot) & (split == 0)
+    # Unrolled, so that all loads are on their way before the first is used.
+    for part in tl.static_range(PREFIX_SPLITS):
+        place = at * PREFIX_SPLITS + part
+        score = tl.load(prefix_lse + place, mask=(i < group) & has_parts, other=-float("inf"))
+        value = tl.load(
+            prefix_out + place[:, None] * D + d[None, :], mask=mask & has_parts, other=0.0
+        )
+        value = tl.where(
+            (score > -float("inf"))[:, None], value, 0.0
+        )  # an empty part's output is anything
+        higher = tl.maximum(peak, score)
+        weight = tl.exp(score - higher)
+        shrink = tl.exp(peak - higher)
+        total = total * shrink + weight
+        summed = summed * shrink[:, None] + value * weight[:, None]
+        peak = higher
+
+    begin = split * chunk
+    end = tl.minimum(tl.load(lengths + slot).to(tl.int32), begin + chunk)
+    k += slot * k_row + head * k_head
+    v += slot * v_row + head * v_head
+    peak, total, summed = _attend_keys(
+        query, k, v, begin, end, scale, peak, total, summed, D, WIDE, BLOCK, UPCAST
+    )
+
+    divisor = tl.where(total > 0, total, 1.0)
+    part = at * tl.num_programs(1) + split
+    tl.store(out + part[:, None] * D + d[None, :], summed / divisor[:, None], mask=mask)
+    if lse is not None:
+        tl.store(
+            lse + part, tl.where(total > 0, peak + tl.log(divisor), -float("inf")), mask=i < group
+        )
+
+
+@triton.jit
+def _merge_kernel(
+    parts, lse, out, splits, D: tl.constexpr, WIDE: tl.constexpr, SPLITS: tl.constexpr
+):
+    """A program a slot and query head: its parts (splits, D), weighted by exp(lse)."""
+    at = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, SPLITS)
+    d = tl.arange(0, WIDE)
     score = tl.load(lse + at * splits + i, mask=i < splits, other=-float("inf"))
-    peak = tl.maximum(tl.max(score, 0), -1e38)
+    peak = tl.maximum(tl.max(score, 0), -1e38)  # finite where there is no key at all
     weight = tl.exp(score - peak)
-    mask = (weight > 0)[:, None] & (d < D)[None, :]  # what nobody wrote has no weight, and isn't read
+    mask = (i < splits)[:, None] & (d < D)[None, :]
     part = tl.load(parts + (at * splits + i)[:, None] * D + d[None, :], mask=mask, other=0.0)
-    merged = tl.sum(part * weight[:, None], 0) / tl.maximum(tl.sum(weight, 0), 1e-38)
+    total = tl.sum(weight, 0)
+    merged = tl.sum(part * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
     tl.store(out + at * D + d, merged, mask=d < D)
 
 
 def _decode_triton(q, prefix_k, prefix_v, suffix_k, suffix_v, table):
-    (s, q_heads, d), kv_heads, n = q.shape, prefix_k.shape[1], table.members.shape[1]
-    if not (len(suffix_k) == len(suffix_v) == s and len(prefix_k) == len(prefix_v) == len(table.members)):
-        raise ValueError(f"{s} queries, {len(suffix_k)} suffixes; {len(prefix_k)} prompts, "
-                         f"{len(table.members)} in the table")  # the kernel would read past the smaller one
-    block, chunk = (16, 16) if INTERPRET else (64, 256)
-    prefix_splits, suffix_splits = (max(triton.cdiv(k.shape[2], chunk), 1) for k in (prefix_k, suffix_k))
-    splits = prefix_splits + suffix_splits
-    parts, lse = table.parts(q, splits)  # a slot without a prompt has no part of a prefix
-    sizes = dict(q_heads=q_heads, kv_heads=kv_heads, D=d, WIDE=max(triton.next_power_of_2(d), 16),
-                 BLOCK=block, UPCAST=INTERPRET and q.dtype != torch.float32)
+    slots, q_heads, d = q.shape
+    kv_heads = prefix_k.shape[1]
+    n = table.members.shape[1]
+    prompts = len(table.members)
+    if not (len(suffix_k) == len(suffix_v) == slots and len(prefix_k) == len(prefix_v) == prompts):
+        # The kernels would read past the smaller one.
+        raise ValueError(
+            f"{slots} queries, {len(suffix_k)} suffixes; {len(prefix_k)} prompts, {prompts} in the table"
+        )
+    group = q_heads // kv_heads
+    prefix_rows = triton.next_power_of_2(min(max(n * group, 16), MOST_ROWS))
+    query_blocks = triton.cdiv(n * group, prefix_rows)
+    # Of the prompts in the buffers so many are read, those whose n samples all live.
+    live = triton.cdiv(slots, n)
+    prefix_programs = live * kv_heads * query_blocks
+    prefix_splits, prefix_chunk = splits_for(prefix_programs, prefix_k.shape[2], PREFIX_LEAST)
+    suffix_splits, suffix_chunk = splits_for(slots * kv_heads, suffix_k.shape[2], SUFFIX_LEAST)
+    upcast = INTERPRET and q.dtype != torch.float32
+    sizes = dict(q_heads=q_heads, kv_heads=kv_heads, D=d, WIDE=max(triton.next_power_of_2(d), 16))
+    sizes |= dict(BLOCK=BLOCK, UPCAST=upcast, num_warps=4)
+
+    def parts(splits):
+        lse = torch.empty(slots, q_heads, splits, dtype=torch.float32, device=q.device)
+        return lse.new_empty(slots, q_heads, splits, d), lse
+
     q = q.contiguous()
-
-    def run(k, v, lengths, members, slots, first, count):
-        queries = slots * q_heads // kv_heads
-        rows = triton.next_power_of_2(min(max(queries, 16), 32 if INTERPRET else 64))
-        strides = *k.stride()[:2], *v.stride()[:2]
-        _split_kernel[len(k) * kv_heads, count, triton.cdiv(queries, rows)](
-            q, k, v, lengths, members, parts, lse, d**-0.5, first, splits, chunk, *strides, N=slots,
-            ROWS=rows, **sizes, num_warps=4)
-
-    run(prefix_k, prefix_v, table.prefix_lengths, table.members, n, 0, prefix_splits)
-    run(suffix_k, suffix_v, table.suffix_lengths, None, 1, prefix_splits, suffix_splits)
+    prefix_out, prefix_lse = parts(prefix_splits)
+    _prefix_kernel[prompts * kv_heads, prefix_splits, query_blocks](
+        q,
+        prefix_k,
+        prefix_v,
+        table.prefix_lengths,
+        table.members,
+        prefix_out,
+        prefix_lse,
+        d**-0.5,
+        prefix_chunk,
+        *prefix_k.stride()[:2],
+        *prefix_v.stride()[:2],
+        N=n,
+        ROWS=prefix_rows,
+        **sizes,
+    )
     out = torch.empty_like(q)
-    _merge_kernel[(s * q_heads,)](parts, lse, out, splits, D=d, WIDE=sizes["WIDE"],
-                                  SPLITS=triton.next_power_of_2(splits), num_warps=4)
+    suffix_out, suffix_lse = (out, None) if suffix_splits == 1 else parts(suffix_splits)
+    _suffix_kernel[slots * kv_heads, suffix_splits](
+        q,
+        suffix_k,
+        suffix_v,
+        table.suffix_lengths,
+        table.members,
+        table.home,
+        prefix_out,
+        prefix_lse,
+        suffix_out,
+        suffix_lse,
+        d**-0.5,
+        suffix_chunk,
+        *suffix_k.stride()[:2],
+        *suffix_v.stride()[:2],
+        ROWS=max(triton.next_power_of_2(group), 16),
+        PREFIX_SPLITS=prefix_splits,
+        **sizes,
+    )
+    if suffix_splits > 1:
+        _merge_kernel[(slots * q_heads,)](
+            suffix_out,
+            suffix_lse,
+            out,
+            suffix_splits,
+            D=d,
+            WIDE=sizes["WIDE"],
+            SPLITS=triton.next_power_of_2(suffix_splits),
+            num_warps=4,
+        )
     return out
 
 

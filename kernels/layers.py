@@ -3,6 +3,7 @@
     rms_norm              y = x / sqrt(mean(x^2) + eps) * weight, over the last axis
     add_rms_norm          h = x + delta,  y = rms_norm(h)
     swiglu                gate * sigmoid(gate) * up
+    swiglu_joint          the same of (gate, up) side by side, for decoding
     qk_norm_rope          n = rms_norm of a head (Qwen3), or the head itself (Qwen2, 2.5); with its halves,
                           (n_1 cos - n_2 sin, n_2 cos + n_1 sin)
     qk_norm_rope_write    the same for decoding: the new keys and values go straight into the cache
@@ -13,12 +14,13 @@ column) that each frequency listens to.
 Why fuse: it is all memory traffic. T = 8192 tokens of H = 4096 are 67 MB in bf16, 22 us at the 3.0 TB/s that
 an H100 copies. Eager PyTorch passes over memory about ten times for an RMSNorm in bf16 (casts, square, mean,
 products) where two passes are enough (backward three), five times for SwiGLU where three are enough, about
-thirty times for both norms and rotations of q and k where two are enough. Here each call is one launch;
-everything is fp32 in registers and rounded once, at the end.
+thirty times for both norms and rotations of q and k where two are enough.
 
-What they reach on a GPU is not measured yet, nor whether they beat torch.compile and Liger:
-`python -m bench.kernels --only layers` sets them side by side, and one that loses is to go. On the CPU the
-references run, but for RMSNorm (`torch_norm` and `_norm_grad_torch` say why).
+On CUDA the norms and SwiGLU are Liger's kernels. Ours is what Liger lacks: mRoPE with QK-norm, forward and
+backward, over packed tokens in one launch, and the same that writes into a cache; fp32 in registers, rounded
+once, at the end. `python -m bench.kernels --only layers` sets all of them beside PyTorch and torch.compile;
+no GPU has run it yet. On a CPU the references run, but for RMSNorm (`torch_norm` and `_norm_grad_torch` say
+why); so they do under TRITON_INTERPRET=1 for what is Liger's.
 
 Shapes: T tokens; H width; A query heads, K key-value heads, D head width; a row is a token, or its head.
 """
@@ -54,11 +56,16 @@ def reference_swiglu(gate, up):
     return F.silu(gate) * up
 
 
+def reference_swiglu_joint(gate_up):
+    return reference_swiglu(*gate_up.chunk(2, -1))
+
+
 def reference_qk_norm_rope(q, k, cos, sin, q_weight=None, k_weight=None, eps=1e-6):
     def rotate(x, weight):
         x = x if weight is None else reference_rms_norm(x, weight, eps)
         first, second = x.chunk(2, -1)
-        return x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
+        turned = x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
+        return turned.to(x.dtype)  # cos and sin may be wider
 
     return rotate(q, q_weight), rotate(k, k_weight)
 
@@ -77,64 +84,6 @@ def _load(pointer, at, mask):
 
 
 # ---- RMSNorm
-
-
-@triton.jit
-def _norm_kernel(x, delta, weight, summed, out, rows, width, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """A program ROWS rows. With delta, the sum is stored too, and its rounded value is what is normed."""
-    r, c = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
-    mask, at = (r < rows)[:, None] & (c < width)[None, :], r.to(tl.int64)[:, None] * width + c[None, :]
-    h = _load(x, at, mask)
-    if delta is not None:
-        h = (h + _load(delta, at, mask)).to(summed.dtype.element_ty)
-        tl.store(summed + at, h, mask=mask)
-        h = h.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(h * h, 1) / width + eps)[:, None]
-    tl.store(out + at, h * scale * _load(weight, c, c < width)[None, :], mask=mask)
-
-
-@triton.jit
-def _norm_grad_kernel(h, weight, d_out, d_summed, d_h, partial, rows, width, eps, ROWS: tl.constexpr,
-                      BLOCK: tl.constexpr):
-    """With n = h scale, g = d_out weight: d_h = scale (g - n mean(g n)) [+ d_summed], d_weight = sum d_out n.
-    A program walks over many rows and keeps its share of d_weight: no atomics, the same bits every run."""
-    c, d_weight = tl.arange(0, BLOCK), tl.zeros([BLOCK], tl.float32)
-    w = _load(weight, c, c < width)[None, :]
-    for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
-        r = first + tl.arange(0, ROWS)
-        mask, at = (r < rows)[:, None] & (c < width)[None, :], r.to(tl.int64)[:, None] * width + c[None, :]
-        n, d = _load(h, at, mask), _load(d_out, at, mask)
-        scale = tl.rsqrt(tl.sum(n * n, 1) / width + eps)[:, None]
-        n, g = n * scale, d * w
-        d_weight += tl.sum(d * n, 0)
-        out = scale * (g - n * (tl.sum(g * n, 1) / width)[:, None])
-        if d_summed is not None:
-            out += _load(d_summed, at, mask)
-        tl.store(d_h + at, out, mask=mask)
-    tl.store(partial + tl.program_id(0) * width + c, d_weight, mask=c < width)
-
-
-def _tile(width):
-    block = triton.next_power_of_2(width)
-    return dict(ROWS=max(TILE // block, 1), BLOCK=block)
-
-
-def _norm_triton(x, delta, weight, eps):
-    width, tile, out = len(weight), _tile(len(weight)), torch.empty_like(x)
-    rows, h = x.numel() // width, x if delta is None else torch.empty_like(x)
-    _norm_kernel[(triton.cdiv(rows, tile["ROWS"]),)](x, delta, weight, h, out, rows, width, eps, num_warps=8,
-                                                     **tile)
-    return h, out
-
-
-def _norm_grad_triton(h, weight, d_out, d_summed, eps):
-    width, tile, d_h = len(weight), _tile(len(weight)), torch.empty_like(h)
-    rows = h.numel() // width
-    programs = min(triton.cdiv(rows, tile["ROWS"]), PROGRAMS)
-    partial = h.new_empty(programs, width, dtype=torch.float32)
-    _norm_grad_kernel[(programs,)](h, weight, d_out, d_summed, d_h, partial, rows, width, eps, num_warps=8,
-                                   **tile)
-    return d_h, partial.sum(0)
 
 
 scalar = functools.lru_cache(torch.tensor)
@@ -159,20 +108,14 @@ def _norm_grad_torch(h, weight, d_out, d_summed, eps):
     return (d_h if d_summed is None else d_h.add_(d_summed)).to(h.dtype), d_weight
 
 
-def _norm(x, delta, weight, eps):
-    """(h, y)"""
-    if _on_triton(x):
-        return _norm_triton(x.contiguous(), None if delta is None else delta.contiguous(), weight, eps)
-    return torch_norm(x, delta, weight, eps)
-
-
 class _Norm(torch.autograd.Function):
-    """(h, y); without delta y alone."""
+    """RMSNorm on a CPU: (h, y); without delta y alone."""
 
     @staticmethod
     def forward(ctx, x, delta, weight, eps):
-        ctx.eps, ctx.triton, ctx.adds = eps, _on_triton(x), delta is not None
-        h, out = _norm(x, delta, weight, eps)
+        ctx.eps = eps
+        ctx.adds = delta is not None
+        h, out = torch_norm(x, delta, weight, eps)
         ctx.save_for_backward(h, weight)
         return (h, out) if ctx.adds else out
 
@@ -180,50 +123,9 @@ class _Norm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads):
         h, weight = ctx.saved_tensors
-        d_out, d_summed = grads[-1].contiguous(), grads[0].contiguous() if ctx.adds else None
-        backward = _norm_grad_triton if ctx.triton else _norm_grad_torch
-        d_h, d_weight = backward(h, weight, d_out, d_summed, ctx.eps)
+        d_summed = grads[0] if ctx.adds else None
+        d_h, d_weight = _norm_grad_torch(h, weight, grads[-1], d_summed, ctx.eps)
         return d_h, d_h if ctx.adds else None, d_weight.to(weight.dtype), None
-
-
-# ---- SwiGLU
-
-
-@triton.jit
-def _swiglu_kernel(gate, up, out, d_gate, d_up, size, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):
-    """Forward writes `out`, backward reads its gradient there."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    g, u = _load(gate, i, i < size), _load(up, i, i < size)
-    s = tl.sigmoid(g)
-    if BACKWARD:
-        d = _load(out, i, i < size)
-        tl.store(d_gate + i, d * u * s * (1 + g * (1 - s)), mask=i < size)
-        tl.store(d_up + i, d * g * s, mask=i < size)
-    else:
-        tl.store(out + i, g * s * u, mask=i < size)
-
-
-def _launch_swiglu(gate, up, out, d_gate=None, d_up=None):
-    grid, size = (triton.cdiv(gate.numel(), TILE),), gate.numel()
-    _swiglu_kernel[grid](gate, up, out, d_gate, d_up, size, BACKWARD=d_up is not None, BLOCK=TILE)
-
-
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, gate, up):
-        gate, up, out = gate.contiguous(), up.contiguous(), gate.new_empty(gate.shape)
-        _launch_swiglu(gate, up, out)
-        ctx.save_for_backward(gate, up)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        # Once: under non-reentrant checkpointing saved tensors can be unpacked a single time.
-        gate, up = ctx.saved_tensors
-        d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
-        _launch_swiglu(gate, up, grad.contiguous(), d_gate, d_up)
-        return d_gate, d_up
 
 
 # ---- QK-norm and mRoPE: a row is a head of a token, half is D / 2
@@ -236,8 +138,9 @@ def _pair(pointer, at, half, mask):
 
 @triton.jit
 def _rotate(x, weight, cos, sin, at, out, tokens, heads, x_token, out_token, out_head, out_place, half, eps,
-            ROWS: tl.constexpr, HALF: tl.constexpr):
-    """Without cos a copy. x_token, out_*: strides (a token of x is contiguous); at: its place in a cache."""
+            ROWS: tl.constexpr, HALF: tl.constexpr, BACK: tl.constexpr):
+    """Without cos a copy; BACK: by the opposite angle. x_token, out_*: strides (a token of x is contiguous);
+    at: its place in a cache."""
     r, c, rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, HALF)[None, :], tokens * heads
     token, head, mask = (r // heads).to(tl.int64), r % heads, (r < rows)[:, None] & (c < half)
     a, b = _pair(x, (token * x_token + head * 2 * half)[:, None] + c, half, mask)
@@ -248,6 +151,8 @@ def _rotate(x, weight, cos, sin, at, out, tokens, heads, x_token, out_token, out
     if cos is not None:
         angle = (token * 2 * half)[:, None] + c
         co, si = _load(cos, angle, mask), _load(sin, angle, mask)
+        if BACK:
+            si = -si
         a, b = a * co - b * si, b * co + a * si
     place = token * out_token + head * out_head
     if at is not None:
@@ -257,22 +162,67 @@ def _rotate(x, weight, cos, sin, at, out, tokens, heads, x_token, out_token, out
 
 
 @triton.jit
+def _norm_grad_kernel(
+    h, weight, d_out, d_h, partial, rows, width, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The norm's gradient, of heads. With n = h scale, g = d_out weight:
+
+        d_h = scale (g - n mean(g n)),  d_weight = sum d_out n
+
+    A program walks over many rows and keeps its share of d_weight: no atomics, the same bits every run.
+    """
+    c = tl.arange(0, BLOCK)
+    w = _load(weight, c, c < width)[None, :]
+    d_weight = tl.zeros([BLOCK], tl.float32)
+    for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+        r = first + tl.arange(0, ROWS)
+        mask = (r < rows)[:, None] & (c < width)[None, :]
+        at = r.to(tl.int64)[:, None] * width + c[None, :]
+        n = _load(h, at, mask)
+        d = _load(d_out, at, mask)
+        scale = tl.rsqrt(tl.sum(n * n, 1) / width + eps)[:, None]
+        n = n * scale
+        g = d * w
+        d_weight += tl.sum(d * n, 0)
+        mean = (tl.sum(g * n, 1) / width)[:, None]
+        tl.store(d_h + at, scale * (g - n * mean), mask=mask)
+    tl.store(partial + tl.program_id(0) * width + c, d_weight, mask=c < width)
+
+
+def _norm_grad_triton(h, weight, d_out, eps):
+    """(d_h, d_weight) of heads h (T, heads, D) and their gradient, contiguous both."""
+    width = len(weight)
+    rows = h.numel() // width
+    block = triton.next_power_of_2(width)
+    tile = max(TILE // block, 1)
+    programs = min(triton.cdiv(rows, tile), PROGRAMS)
+    d_h = torch.empty_like(h)
+    partial = h.new_empty(programs, width, dtype=torch.float32)
+    _norm_grad_kernel[(programs,)](
+        h, weight, d_out, d_h, partial, rows, width, eps, ROWS=tile, BLOCK=block, num_warps=8
+    )
+    return d_h, partial.sum(0)
+
+
+@triton.jit
 def _rope_kernel(q, k, v, cos, sin, q_weight, k_weight, at, q_out, k_out, v_out, tokens, q_heads, k_heads,
                  q_token, k_token, v_token, out_token, out_head, out_place, half, eps, ROWS: tl.constexpr,
-                 HALF: tl.constexpr):
+                 HALF: tl.constexpr, BACK: tl.constexpr):
     """Programs (i, 0) take queries, (i, 1) keys, (i, 2) values."""
     if tl.program_id(1) == 0:
         _rotate(q, q_weight, cos, sin, None, q_out, tokens, q_heads, q_token, q_heads * 2 * half, 2 * half, 0,
-                half, eps, ROWS, HALF)
+                half, eps, ROWS, HALF, BACK)
     elif tl.program_id(1) == 1:
         _rotate(k, k_weight, cos, sin, at, k_out, tokens, k_heads, k_token, out_token, out_head, out_place,
-                half, eps, ROWS, HALF)
+                half, eps, ROWS, HALF, BACK)
     elif v is not None:
         _rotate(v, None, None, None, at, v_out, tokens, k_heads, v_token, out_token, out_head, out_place,
-                half, eps, ROWS, HALF)
+                half, eps, ROWS, HALF, BACK)
 
 
-def _rope_triton(q, k, cos, sin, q_weight, k_weight, eps, k_out, v=None, v_out=None, at=None):
+def _rope_triton(q, k, cos, sin, q_weight, k_weight, eps, k_out, v=None, v_out=None, at=None, back=False):
+    """Returns the queries, writes keys and values to k_out and v_out (T, K, [places,] D). Of q, k and v the
+    heads of a token lie together, as in parts of a joint projection; tokens may lie anywhere."""
     (tokens, heads, width), k_heads, q_out = q.shape, k.shape[1], q.new_empty(q.shape)
     half, places = triton.next_power_of_2(width // 2), 0 if at is None else k_out.stride(2)
     blocks = triton.cdiv(tokens * max(heads, k_heads), TILE // half)
@@ -280,38 +230,54 @@ def _rope_triton(q, k, cos, sin, q_weight, k_weight, eps, k_out, v=None, v_out=N
     _rope_kernel[blocks, 2 if v is None else 3](
         q, k, v, cos, sin, q_weight, k_weight, at, q_out, k_out, v_out, tokens, heads, k_heads,
         q.stride(0), k.stride(0), 0 if v is None else v.stride(0), *k_out.stride()[:2], places, width // 2,
-        eps, ROWS=TILE // half, HALF=half, num_warps=8)
+        eps, ROWS=TILE // half, HALF=half, BACK=back, num_warps=8)
     return q_out
 
 
 class _Rope(torch.autograd.Function):
-    """Backward: the rotation's inverse is the rotation by -sin; then the norm's own backward."""
+    """Backward: the rotation's inverse is that by the opposite angle; then the norm's own backward."""
 
     @staticmethod
     def forward(ctx, q, k, cos, sin, q_weight, k_weight, eps):
-        q, k, cos, sin, k_out = *(x.contiguous() for x in (q, k, cos, sin)), k.new_empty(k.shape)
-        ctx.save_for_backward(cos, sin, *(() if q_weight is None else (q, k, q_weight, k_weight)))
+        cos, sin = cos.contiguous(), sin.contiguous()
+        normed = () if q_weight is None else (q, k, q_weight, k_weight)
+        ctx.save_for_backward(cos, sin, *normed)
         ctx.eps = eps
+        k_out = k.new_empty(k.shape)
         return _rope_triton(q, k, cos, sin, q_weight, k_weight, eps, k_out), k_out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_q, d_k):
-        (cos, sin, *normed), d_q, out = ctx.saved_tensors, d_q.contiguous(), d_k.new_empty(d_k.shape)
-        d_q, d_k = _rope_triton(d_q, d_k.contiguous(), cos, -sin, None, None, ctx.eps, out), out
+        # Once: under non-reentrant checkpointing saved tensors can be unpacked a single time.
+        cos, sin, *normed = ctx.saved_tensors
+        turned_k = d_k.new_empty(d_k.shape)
+        turned_q = _rope_triton(d_q, d_k, cos, sin, None, None, ctx.eps, turned_k, back=True)
         if not normed:
-            return d_q, d_k, None, None, None, None, None
-        q, k, *weights = normed
-        (d_q, d_q_weight), (d_k, d_k_weight) = (_norm_grad_triton(x, w, d, None, ctx.eps)
-                                                for x, w, d in zip((q, k), weights, (d_q, d_k), strict=True))
+            return turned_q, turned_k, None, None, None, None, None
+        q, k, q_weight, k_weight = normed
+        d_q, d_q_weight = _norm_grad_triton(q.contiguous(), q_weight, turned_q, ctx.eps)
+        d_k, d_k_weight = _norm_grad_triton(k.contiguous(), k_weight, turned_k, ctx.eps)
         return d_q, d_k, None, None, d_q_weight.to(q.dtype), d_k_weight.to(q.dtype), None
 
 
 # ---- The public calls
 
 
+@functools.cache
+def _liger():
+    """Liger's operations; imported when the first CUDA tensor comes, as macOS has no such package."""
+    from liger_kernel import ops
+
+    return ops
+
+
 def _on_triton(x):
     return (x.is_cuda or INTERPRET) and x.dtype != torch.float64 and x.numel() > 0
+
+
+def _on_liger(x):
+    return x.is_cuda and x.dtype != torch.float64 and x.numel() > 0
 
 
 def _agree(*shapes):
@@ -322,25 +288,63 @@ def _agree(*shapes):
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """x (..., H), weight (H,) -> (..., H), differentiable in both."""
     _agree(x.shape[-1:], weight.shape)
-    return _Norm.apply(x, None, weight, eps) if torch.is_grad_enabled() else _norm(x, None, weight, eps)[1]
+    if _on_liger(x):
+        # "llama": rounded where transformers' Llama, and Qwen, round. False: not in place, which would write
+        # over the gradient of y; that may be somebody else's, too.
+        return _liger().LigerRMSNormFunction.apply(x, weight, eps, 0.0, "llama", False)
+    if torch.is_grad_enabled():
+        return _Norm.apply(x, None, weight, eps)
+    return torch_norm(x, None, weight, eps)[1]
 
 
 def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     """x, delta (..., H) -> the residual stream h = x + delta, and rms_norm(h), both (..., H)."""
-    _agree(x.shape, delta.shape), _agree(x.shape[-1:], weight.shape)
-    return (_Norm.apply if torch.is_grad_enabled() else _norm)(x, delta, weight, eps)
+    _agree(x.shape, delta.shape)
+    _agree(x.shape[-1:], weight.shape)
+    if _on_liger(x):
+        return _add_norm_liger(x, delta, weight, eps)
+    if torch.is_grad_enabled():
+        return _Norm.apply(x, delta, weight, eps)
+    return torch_norm(x, delta, weight, eps)
+
+
+def _add_norm_liger(x, delta, weight, eps):
+    """One launch where nobody learns; an addition and a norm where somebody does.
+
+    The backward of Liger 0.8.5's fused call takes ceil(tokens / 132) as a constant: it would compile anew
+    for nearly every batch. Apart, they pass over the stream four times more: about 0.5 % of a layer's time.
+    """
+    if torch.is_grad_enabled():
+        h = x + delta
+        return h, rms_norm(h, weight, eps)
+    y, h = _liger().LigerFusedAddRMSNormFunction.apply(x, delta, weight, eps, 0.0, "llama", False)
+    return h, y
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up of one shape."""
+    """silu(gate) * up of one shape. On CUDA the backward writes the gradients over gate and up.
+
+    That is safe for outputs of linear layers, with or without adapters, as nobody keeps those for a backward,
+    and for one backward of a graph. It isn't for leaves, nor for one tensor as both.
+    """
     _agree(gate.shape, up.shape)
-    return _SwiGLU.apply(gate, up) if _on_triton(gate) else reference_swiglu(gate, up)
+    if _on_liger(gate):
+        return _liger().LigerSiLUMulFunction.apply(gate, up)
+    return reference_swiglu(gate, up)
+
+
+def swiglu_joint(gate_up: Tensor) -> Tensor:
+    """The same for both side by side, as one product makes them: (..., 2 I) -> (..., I). Nothing in place."""
+    if _on_liger(gate_up):
+        return _liger().LigerFusedGateUpSiLUMulFunction.apply(gate_up)
+    return reference_swiglu_joint(gate_up)
 
 
 def qk_norm_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None = None,
                  k_weight: Tensor | None = None, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     """q (T, A, D), k (T, K, D): normed where both weights (D,) are given, rotated by cos, sin (T, D), whose
-    two halves are equal. Differentiable in q, k and the weights."""
+    two halves are equal and which may be wider than q and k: fp32 beside bf16. q and k may be parts of a
+    joint projection; they aren't copied. Differentiable in q, k and the weights."""
     _agree(q.shape[::2], k.shape[::2], cos.shape, sin.shape)
     _agree(q.shape[2:], *(weight.shape for weight in (q_weight, k_weight) if weight is not None))
     if _on_triton(q):

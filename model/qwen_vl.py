@@ -253,8 +253,7 @@ class QwenVL(nn.Module):
         for layer in self.decoder.layers:
             attn, mlp = layer.self_attn, layer.mlp
             adjoin(attn.q_proj, attn.k_proj, attn.v_proj)
-            if self.device.type == "cpu":  # SwiGLU's kernel reads two tensors
-                adjoin(mlp.gate_proj, mlp.up_proj)
+            adjoin(mlp.gate_proj, mlp.up_proj)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # of the room that they had apart
 

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.attention import INTERPRET, Table, decode_attention
-from kernels.layers import add_rms_norm, qk_norm_rope_write, torch_norm
+from kernels.layers import add_rms_norm, qk_norm_rope_write, swiglu_joint, torch_norm
 from kernels.sample import sample, sequence_key
 from model.qwen_vl import adjoined
 from srreal import Example
@@ -186,7 +186,9 @@ class Slots:
         self.logprobs = zeros(self.count, self.room + 1, dtype=torch.float32)
         self.banned, self.is_end = (zeros(s.vocab, dtype=torch.bool) for _ in range(2))
         # Text has one position on all three axes of mRoPE, which then is the plain rotary embedding.
-        self.inv_freq = 1.0 / s.theta ** (torch.arange(0, s.head_dim, 2, device=self.device) / s.head_dim)
+        inv_freq = 1.0 / s.theta ** (torch.arange(0, s.head_dim, 2, device=self.device) / s.head_dim)
+        self.inv_freq = torch.cat((inv_freq, inv_freq))  # (D,)
+        self.no_column = torch.tensor(self.room, device=self.device)  # where a slot without a sample writes
         if self.device.type == "cuda":
             self.flags = torch.zeros(self.count, dtype=torch.bool, pin_memory=True)
             self.copied = torch.cuda.Event()
@@ -343,15 +345,16 @@ class Slots:
         ended, length, key, hidden = (t[:rows] for t in (self.ended, self.length, self.key, self.hidden))
         logits = fp32_logits(hidden, self.model.head_weight)  # (rows, V)
         chosen, logprob = sample(logits, key, length, *self.sampling, self.banned)
-        column = torch.where(ended, self.room, length)[:, None]
+        column = torch.where(ended, self.no_column, length)[:, None]
         self.tokens[:rows].scatter_(1, column, chosen[:, None])
         self.logprobs[:rows].scatter_(1, column, logprob[:, None])
+        position = self.start[:rows] + length  # of the token that a live slot has just chosen
         length += ~ended
         ended |= self.is_end[chosen] | (length == self.room)
         prompts = prefix[0].shape[1]
         keys = length + self.prefix_length[:rows] if self.alone else length
         table = Table(self.prefix_length[:prompts], keys, self.members[:prompts], self.home[:rows])
-        hidden.copy_(self._decode(chosen, self.start[:rows] + length - 1, table, prefix, own))
+        hidden.copy_(self._decode(chosen, position, table, prefix, own))
 
     def _decode(self, chosen: Tensor, position: Tensor, table: Table, prefix: list, own: int) -> Tensor:
         """The decoder on one text token a slot, (rows,), at `position` (rows,), with fewer and larger
@@ -359,10 +362,11 @@ class Slots:
         """
         decoder, at = self.model.decoder, table.suffix_lengths - 1
         x = decoder.embed_tokens(chosen)
-        angles = position[:, None].float() * self.inv_freq  # (rows, D / 2)
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        cos, sin = torch.cat((cos, cos), -1), torch.cat((sin if self.fused else -sin, sin), -1)  # (rows, D)
+        angles = position[:, None] * self.inv_freq  # (rows, D) fp32
+        cos = torch.cos(angles, out=x.new_empty(angles.shape))  # rounded as it is written
+        sin = torch.sin(angles, out=x.new_empty(angles.shape))
         if not self.fused:
+            sin.chunk(2, -1)[0].neg_()
             cos, sin = cos[:, None], sin[:, None]
             at = (self.places[: len(x)] + at[:, None]).flatten()
         qkv = self._fused_qkv if self.fused else self._qkv
@@ -376,7 +380,7 @@ class Slots:
             out = layer.self_attn.o_proj(out) if self.fused else self.out[i](out)
             x, normed = add_rms_norm(x, out, middle.weight, middle.eps)
             if self.fused:
-                out = layer.mlp(normed)
+                out = fused_mlp(layer.mlp, normed)
             else:
                 gate, up = self.gate_up[i](normed).chunk(2, -1)
                 out = self.down[i](F.silu(gate).mul_(up))
@@ -504,6 +508,15 @@ def joined(*layers) -> Callable[[Tensor], Tensor]:
     shape = weight.new_empty(1, 1).expand_as(weight)
     packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, 32)
     return lambda x: torch.ops.mkl._mkl_linear(x, packed, shape, bias, len(x))
+
+
+def fused_mlp(mlp, x: Tensor) -> Tensor:
+    """The MLP of x (rows, H) with gate and up from one matrix product; with two where they lie apart or have
+    adapters.
+    """
+    if not (one := adjoined(mlp.gate_proj, mlp.up_proj)):
+        return mlp(x)
+    return mlp.down_proj(swiglu_joint(F.linear(x, *one)))
 
 
 def qk_weight(attn, sizes) -> Tensor | None:

@@ -64,25 +64,35 @@ def token_kernel(kind, extra, block=256):
     )
 
 
-def layer_kernels(width, head=128):
-    """At a model's width: a bf16 tile a program, as shipped."""
+def layer_kernels(head=128):
+    """Heads of 128, 8 KB of bf16 a program, as shipped. What is Liger's isn't compiled here."""
     bf16 = lambda names: pointers(names, " ".join(["bf16"] * len(names.split())))  # noqa: E731
-    rows, warps = dict(rows="i32", width="i32", eps="fp32"), dict(num_warps=8)
-    half = dict(ROWS=layers.TILE // (head // 2), HALF=head // 2)
+    warps = dict(num_warps=8)
+    half = dict(ROWS=layers.TILE // (head // 2), HALF=head // 2, BACK=False)
     strides = "tokens q_heads k_heads q_token k_token v_token out_token out_head out_place half"
     rope = bf16("q k v cos sin q_weight k_weight q_out k_out v_out") | dict(at="*i64", eps="fp32")
     rope |= dict.fromkeys(strides.split(), "i32")
+    trained = half | dict.fromkeys(("v", "v_out", "at"))
+    plain = trained | dict.fromkeys(("q_weight", "k_weight"))
+    grad = bf16("h weight d_out d_h") | dict(partial="*fp32", rows="i32", width="i32", eps="fp32")
     return {
-        f"norm-{width}": (
-            layers._norm_kernel, bf16("x delta weight summed out") | rows, layers._tile(width), warps),
-        f"norm-grad-{width}": (
-            layers._norm_grad_kernel, bf16("h weight d_out d_summed d_h") | dict(partial="*fp32") | rows,
-            layers._tile(width), warps),
-        f"rope-write-{head}": (layers._rope_kernel, rope, half, warps),
-        f"rope-{head}": (
-            layers._rope_kernel, rope,
-            half | dict.fromkeys(("v", "v_out", "at", "q_weight", "k_weight")), warps),
-    }  # fmt: skip
+        "rope-write": (layers._rope_kernel, rope, half, warps),
+        "rope-normed": (layers._rope_kernel, rope, trained, warps),
+        "rope": (layers._rope_kernel, rope, plain, warps),
+        "rope-back": (layers._rope_kernel, rope, plain | dict(BACK=True), warps),
+        "rope-fp32-angles": (
+            layers._rope_kernel,
+            rope | pointers("cos sin", "fp32 fp32"),
+            plain,
+            warps,
+        ),
+        "norm-grad": (
+            layers._norm_grad_kernel,
+            grad,
+            dict(ROWS=layers.TILE // head, BLOCK=head),
+            warps,
+        ),
+    }
 
 
 FUSED = dict(linear_logprob.FUSED)
@@ -158,18 +168,7 @@ KERNELS = {  # name: kernel, signature, constants, options
         dict(PARTS=triton.next_power_of_2(triton.cdiv(151_936, sample.BLOCK))),
         dict(num_warps=1),
     ),
-    **layer_kernels(2048),
-    **layer_kernels(3584),
-    **layer_kernels(8192),
-    **{
-        f"swiglu-{name}": (
-            layers._swiglu_kernel,
-            pointers("gate up out d_gate d_up", "bf16 bf16 bf16 bf16 bf16") | dict(size="i64"),
-            dict(BACKWARD=backward, BLOCK=layers.TILE, **({} if backward else dict(d_gate=None, d_up=None))),
-            {},
-        )
-        for name, backward in (("forward", False), ("backward", True))
-    },
+    **layer_kernels(),
 }
 
 
@@ -185,6 +184,12 @@ def compiled_for_sm90(kernel, signature, constants, options):
         {i: [["tt.divisibility", 16]] for i in sixteen},
     )
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def without_fp64(ptx, signature):
+    """Whether a kernel that isn't given any fp64 computes in none. It does where a constant lies below fp32's
+    smallest normal number, 1.18e-38, as such a constant is fp64 to Triton, and so is what it meets."""
+    return ".f64" not in ptx or any("fp64" in kind for kind in signature.values())
 
 
 def build(folder, *kernel):
@@ -208,6 +213,7 @@ def build(folder, *kernel):
 def test_compiles_for_sm90(name, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     ptx, report, shared = build(tmp_path, *KERNELS[name])
+    assert without_fp64(ptx, KERNELS[name][1])
     assert re.search(r"\b0 bytes spill stores, 0 bytes spill loads", report), report
     assert shared <= 227 * 1024
     assert ("wgmma" in ptx) == (name == "fused")
@@ -230,7 +236,8 @@ def test_an_argument_of_one_compiles(tmp_path, monkeypatch):
         ones = {name: 1 for name, kind in signature.items() if kind.startswith(("i32", "i64"))}
         case = kernel, tuple(k for k in constants if constants[k] is None), constants.get("KIND")
         if ones and case not in seen:
-            compiled_for_sm90(kernel, signature, constants | ones, options)
+            compiled = compiled_for_sm90(kernel, signature, constants | ones, options)
+            assert without_fp64(compiled.asm["ptx"], signature)
         seen.add(case)
 
 

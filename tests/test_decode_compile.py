@@ -4,27 +4,46 @@ import os
 import re
 
 import pytest
-from test_compile_gate import build, pointers
+from test_compile_gate import build, pointers, without_fp64
 
 from kernels import attention
 
-SPLIT = pointers("q k v lengths members out lse", "bf16 bf16 bf16 i64 i64 fp32 fp32") | dict(
-    scale="fp32", first="i32", splits="i32", chunk="i32", k_row="i64", k_head="i32", v_row="i64",
-    v_head="i32")
+STRIDES = dict(scale="fp32", chunk="i32", k_row="i32:16", k_head="i32:16", v_row="i32:16", v_head="i32:16")
+PREFIX = pointers("q k v lengths members out lse", "bf16 bf16 bf16 i64 i64 fp32 fp32") | STRIDES
+SUFFIX = STRIDES | pointers(
+    "q k v lengths members home prefix_out prefix_lse", "bf16 bf16 bf16 i64 i64 i64 fp32 fp32"
+)
 
 
-def split(heads, kv, n, rows):
-    constants = dict(q_heads=heads, kv_heads=kv, N=n, D=128, WIDE=128, ROWS=rows, BLOCK=64, UPCAST=False)
-    return SPLIT, constants | ({"members": None} if n == 1 else {})
+def sizes(heads, kv, rows):
+    return dict(q_heads=heads, kv_heads=kv, D=128, WIDE=128, ROWS=rows, BLOCK=64, UPCAST=False)
 
 
-KERNELS = {  # of the shapes of Qwen2.5-VL-3B and Qwen3-VL-8B
-    "prefix-gqa8": (attention._split_kernel, *split(16, 2, 8, 64)),
-    "prefix-gqa4": (attention._split_kernel, *split(32, 8, 8, 32)),
-    "suffix": (attention._split_kernel, *split(32, 8, 1, 16)),
-    "merge": (attention._merge_kernel, pointers("parts lse out", "fp32 fp32 bf16") | dict(splits="i32"),
-              dict(D=128, WIDE=128, SPLITS=16)),
-}  # fmt: skip
+def prefix(heads, kv, rows, n=8):
+    return attention._prefix_kernel, PREFIX, sizes(heads, kv, rows) | dict(N=n)
+
+
+def suffix(heads, kv, splits, prefix_splits=8):
+    """With one split it writes the result itself, in bf16."""
+    constants = sizes(heads, kv, 16) | dict(PREFIX_SPLITS=prefix_splits)
+    if splits == 1:
+        return attention._suffix_kernel, SUFFIX | pointers("out", "bf16"), constants | dict(lse=None)
+    return attention._suffix_kernel, SUFFIX | pointers("out lse", "fp32 fp32"), constants
+
+
+HEADS = {"gqa8": (16, 2), "gqa7": (28, 4), "gqa4": (32, 8)}  # Qwen2.5-VL-3B, 7B, Qwen3-VL-8B
+ROWS = {"gqa8": 64, "gqa7": 64, "gqa4": 32}  # queries of a prompt's 8 samples
+KERNELS = {
+    **{f"prefix-{gqa}": prefix(*heads, ROWS[gqa]) for gqa, heads in HEADS.items()},
+    **{f"suffix-{gqa}": suffix(*heads, splits=1) for gqa, heads in HEADS.items()},
+    "suffix-gqa7-split": suffix(28, 4, splits=4),
+    "suffix-gqa8-most-parts": suffix(16, 2, splits=1, prefix_splits=attention.MOST_SPLITS),
+    "merge": (
+        attention._merge_kernel,
+        pointers("parts lse out", "fp32 fp32 bf16") | dict(splits="i32"),
+        dict(D=128, WIDE=128, SPLITS=8),
+    ),
+}
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted functions don't compile")
@@ -34,4 +53,35 @@ def test_compiles_for_sm90(name, tmp_path, monkeypatch):
     ptx, report, shared = build(tmp_path, *KERNELS[name], dict(num_warps=4))
     assert re.search(r"\b0 bytes spill stores, 0 bytes spill loads", report), report
     assert shared <= 227 * 1024
-    assert ("wgmma" in ptx) == (name == "prefix-gqa8")  # a tile of 64 rows
+    assert without_fp64(ptx, KERNELS[name][1])
+    assert ("wgmma" in ptx) == (name in ("prefix-gqa8", "prefix-gqa7"))  # tiles of 64 rows
+    print(name, *re.findall(r"Used \d+ registers", report), f"{shared} bytes shared")
+
+
+@pytest.mark.parametrize(
+    "slots, n, kv_heads, length, splits, programs",
+    [
+        # A prompt's keys: cut by its 8 samples' key-value heads.
+        (16, 8, 2, 896, 7, 28),  # no split under 128 keys: 2 prompts are few bytes
+        (16, 8, 8, 896, 7, 112),
+        (64, 8, 2, 896, 7, 112),
+        (64, 8, 2, 1024, 8, 128),
+        (64, 8, 4, 1024, 4, 128),
+        (64, 8, 8, 1024, 2, 128),
+        (256, 8, 2, 1024, 2, 128),
+        (256, 8, 8, 1024, 1, 256),
+        (8, 8, 2, 8192, 16, 32),  # at most 16
+        # A slot's own: samples of their own prompt, n = 1.
+        (16, 1, 2, 1024, 4, 128),
+        (64, 1, 2, 1024, 1, 128),
+        (64, 1, 8, 1024, 1, 512),
+        (256, 1, 2, 1024, 1, 512),
+        (16, 1, 2, 256, 2, 64),
+        (16, 1, 2, 0, 1, 32),
+    ],
+)
+def test_splits_fill_the_multiprocessors(slots, n, kv_heads, length, splits, programs):
+    rows = slots // n * kv_heads
+    found, chunk = attention.splits_for(rows, length, 128)
+    assert (found, rows * found) == (splits, programs)
+    assert found * chunk >= length and chunk % 128 == 0

@@ -10,7 +10,7 @@ from kernels.layers import INTERPRET
 CUDA = torch.cuda.is_available() and not INTERPRET
 DEVICE = "cuda" if CUDA else "cpu"
 CALLS = {name: (getattr(layers, name), getattr(layers, "reference_" + name))
-         for name in ("rms_norm", "add_rms_norm", "swiglu", "qk_norm_rope")}  # fmt: skip
+         for name in ("rms_norm", "add_rms_norm", "swiglu", "swiglu_joint", "qk_norm_rope")}  # fmt: skip
 
 
 def normal(*shape, seed=0, scale=1.0):
@@ -35,12 +35,14 @@ def rope_inputs(tokens, heads, kv_heads, width, normed):
 
 CASES = {
     **{f"rms_norm {t} x {h}": ("rms_norm", norm_inputs(t, h))
-       for t, h in ((1, 1), (3, 48), (70, 128), (5, 300), (2, 3584))},
+       for t, h in ((1, 2), (3, 48), (70, 128), (5, 300), (2, 3584))},  # of one the gradient all cancels
     "rms_norm of tiny and of huge rows": ("rms_norm", norm_inputs(9, 40, 1e-4)),
     "rms_norm of heads": ("rms_norm", (normal(5, 3, 20), normal(20, seed=1))),
     **{f"add_rms_norm {t} x {h}": ("add_rms_norm", (normal(t, h), normal(t, h, seed=4), normal(h, seed=1)))
        for t, h in ((1, 1), (7, 48), (33, 129))},
     **{f"swiglu {t} x {h}": ("swiglu", (normal(t, h, scale=4.0), normal(t, h, seed=1)))
+       for t, h in ((1, 1), (7, 88), (3, 11008))},
+    **{f"swiglu_joint {t} x 2 * {h}": ("swiglu_joint", (normal(t, 2 * h, scale=2.0),))
        for t, h in ((1, 1), (7, 88), (3, 11008))},
     **{f"qk_norm_rope {shape}, {normed=}": ("qk_norm_rope", rope_inputs(*shape, normed))
        for shape in ((1, 4, 2, 20), (19, 7, 1, 32), (9, 3, 3, 128)) for normed in (True, False)},
@@ -50,7 +52,8 @@ CASES = {
 def run(call, inputs, dtype):
     """Outputs, then the gradients of everything but cos and sin, in fp64."""
     given = [x.to(DEVICE, dtype).detach().requires_grad_() for x in inputs]
-    out = call(*given)
+    # Copies, as SwiGLU's backward on CUDA writes over what it was given.
+    out = call(*(x.clone() for x in given))
     out = (out,) if isinstance(out, Tensor) else out
     assert all(y.dtype == dtype for y in out)
     mix = [normal(*y.shape, seed=20 + i).to(DEVICE, dtype) for i, y in enumerate(out)]
@@ -109,6 +112,57 @@ def test_slices_of_a_joint_projection_and_transposed_gradients():
         loss = (q.transpose(0, 1).flatten() * torch.arange(144.0, device=DEVICE)).sum() + k.square().sum()
         grads.append(torch.autograd.grad(loss, joint)[0])
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-4)
+
+
+def test_heads_of_a_vision_tower(monkeypatch):
+    """bf16 queries and keys that are views of one (P, 3, heads, D) tensor, cos and sin in fp32: the kernel
+    reads them where they are, and the result is the fp64 one, rounded."""
+    joint = normal(6, 3, 2, 20).to(DEVICE, torch.bfloat16).requires_grad_()
+    cos, sin = (t.float().to(DEVICE) for t in angles(6, 20))
+    q, k, _ = joint.unbind(1)
+    read = []
+    kernel = layers._rope_kernel
+
+    class Spy:
+        def __getitem__(self, grid):
+            def launch(q, k, *rest, **options):
+                read.append((q.data_ptr(), k.data_ptr()))
+                return kernel[grid](q, k, *rest, **options)
+
+            return launch
+
+    monkeypatch.setattr(layers, "_rope_kernel", Spy())
+    turned = layers.qk_norm_rope(q, k, cos, sin)
+    if CUDA or INTERPRET:
+        assert read == [(q.data_ptr(), k.data_ptr())]
+    mix = [normal(6, 2, 20, seed=i).to(DEVICE, torch.bfloat16) for i in (7, 8)]
+    torch.autograd.backward(turned, mix)
+    truth = joint.detach().double().requires_grad_()
+    turned_truth = layers.reference_qk_norm_rope(*truth.unbind(1)[:2], cos.double(), sin.double())
+    torch.autograd.backward(turned_truth, [m.double() for m in mix])
+    slack = 2**-7 if INTERPRET else 2**-8
+    for ours, true in zip((*turned, joint.grad), (*turned_truth, truth.grad), strict=True):
+        assert ours.dtype == torch.bfloat16
+        torch.testing.assert_close(ours.double(), true, rtol=slack, atol=slack)
+
+
+def test_swiglu_of_a_layer_under_checkpointing():
+    """Where gate and up come from linear layers, writing over them in the backward changes nothing else."""
+    from torch.utils.checkpoint import checkpoint
+
+    gate, up = (torch.nn.Linear(8, 12, device=DEVICE) for _ in range(2))
+    x = normal(5, 8).float().to(DEVICE).requires_grad_()
+    learning = x, *gate.parameters(), *up.parameters()
+    grads = []
+    for call in (layers.swiglu, layers.reference_swiglu):
+
+        def block(x, call=call):
+            return call(gate(x), up(x))
+
+        out = checkpoint(block, x, use_reentrant=False)
+        grads.append(torch.autograd.grad(out.square().sum(), learning))
+    for ours, true in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, true, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

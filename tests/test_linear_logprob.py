@@ -76,7 +76,15 @@ def check_against_truth(inputs, temperature=1.0, tolerance=2e-6, scales=(), roun
 )
 def test_equals_truth(n, v, h, dtype, monkeypatch):
     small_tiles(monkeypatch)
-    check_against_truth(make(n, v, h, dtype, scale=4.0), temperature=0.7)
+    inputs = make(n, v, h, dtype, scale=4.0)
+    scales = {}
+    if v == 2:
+        # One of two tokens may have nearly all of the probability. Both gradients are multiples of 1 - p
+        # then, which cancels, eager's as well as ours: errors are measured against the terms of 1 and of p.
+        hidden, weight, _ = inputs
+        scales["dhidden"] = weight.abs().max().item() / 0.7
+        scales["dweight"] = hidden.abs().max().item() / 0.7
+    check_against_truth(inputs, temperature=0.7, scales=scales)
 
 
 @pytest.mark.skipif(CUDA or INTERPRET, reason="stands in for CUDA's rounding of dz")

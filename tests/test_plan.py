@@ -156,8 +156,10 @@ def test_activations_against_what_autograd_keeps(family, dtype, monkeypatch):
     """fp32 as on a CPU; bf16 by the way of CUDA: what its fused layers keep, whatever is in it."""
     if dtype == "bf16":
         monkeypatch.setattr(layers, "_on_triton", lambda x: True)
-        for kernel in ("_norm_kernel", "_swiglu_kernel", "_rope_kernel"):
-            monkeypatch.setattr(layers, kernel, Silent())
+        monkeypatch.setattr(layers, "_on_liger", lambda x: True)
+        monkeypatch.setattr(layers, "_rope_kernel", Silent())
+        monkeypatch.setattr("liger_kernel.ops.rms_norm._rms_norm_forward_kernel", Silent())
+        monkeypatch.setattr("liger_kernel.ops.swiglu._swiglu_forward_kernel", Silent())
     config, tokens, size = tiny(family, layers=6), 256, {"fp32": 4, "bf16": 2}[dtype]
     model = QwenVL(config).to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
     cfg, counts = Config("m", dtype=dtype), count(config, "lm", 0)

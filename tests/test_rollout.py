@@ -20,7 +20,17 @@ import trainer
 from model import lora
 from model.processor import Processor
 from model.qwen_vl import QwenVL, adjoin, adjoined
-from model.rollout import Job, Slots, generate, joined, kept, predict_centres, release, token_bytes
+from model.rollout import (
+    Job,
+    Slots,
+    fused_mlp,
+    generate,
+    joined,
+    kept,
+    predict_centres,
+    release,
+    token_bytes,
+)
 from model.tiny import write
 from optim import Optimizer
 from srreal import Example, Scores
@@ -367,6 +377,23 @@ def test_joined_layers(together, bias, mkl, monkeypatch):
             torch.testing.assert_close(both(x), torch.cat([layer(x) for layer in layers], -1))
 
 
+def test_gate_and_up_of_a_gpu(tiny):
+    """One product where they lie together, two where they don't or have adapters: the same numbers."""
+    model, _, path = tiny
+    mlp = copy.deepcopy(model).decoder.layers[0].mlp
+    x = torch.randn(5, mlp.gate_proj.in_features, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        truth = mlp(x)
+        assert adjoined(mlp.gate_proj, mlp.up_proj) is None
+        torch.testing.assert_close(fused_mlp(mlp, x), truth)
+        adjoin(mlp.gate_proj, mlp.up_proj)
+        torch.testing.assert_close(fused_mlp(mlp, x), truth)
+        adapted = QwenVL.from_pretrained(str(path))
+        lora.learn(adapted, "lora", 4)
+        mlp = adapted.decoder.layers[0].mlp
+        torch.testing.assert_close(fused_mlp(mlp, x), mlp(x))
+
+
 def test_loaded_weights_lie_together(tiny):
     """Also when they learn; and what learns is what is sampled from."""
     _, processor, path = tiny
@@ -385,6 +412,9 @@ def test_loaded_weights_lie_together(tiny):
     assert adjoined(attn.q_proj, attn.k_proj, attn.v_proj) is None
     other.adjoin()
     assert torch.equal(adjoined(attn.q_proj, attn.k_proj, attn.v_proj)[0], weight)
+    mlp = other.decoder.layers[0].mlp
+    both = torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight))
+    assert torch.equal(adjoined(mlp.gate_proj, mlp.up_proj)[0], both)
 
 
 def test_nothing_to_sample(tiny):
