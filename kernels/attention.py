@@ -12,10 +12,10 @@ Decoding computes the two parts, on a GPU splits of them, on their own and merge
 
     out = sum_i w_i out_i,    w_i = exp(lse_i - lse),    lse = log sum_i exp(lse_i)
 
-In training all segments are one call of flash attention on CUDA (packed_attention.py); elsewhere a segment is
-one call of PyTorch's attention over its prefix and itself, with the causal mask at the lower right. Both copy
-a prompt's keys for each of its completions. The form without copies, in which all completions ask the prompt in
-one call and are merged with their own part as above, isn't written: what it would gain is not measured.
+In training all segments are one call of flash attention on CUDA (packed_attention.py); elsewhere a segment
+is one call of PyTorch's attention over its prefix and itself, with the causal mask at the lower right. Both
+copy a prompt's keys for each of its completions. The form without copies, in which all completions ask the
+prompt in one call and are merged with their own part as above, isn't written: its gain is not measured.
 
 T packed tokens; S slots, B prompts with at most n slots each; A query heads, K key-value heads (A a multiple
 of K), D head width; P and R: room of a prefix and of a suffix.

@@ -3,14 +3,15 @@
     segment (start, end, prefix_start, prefix_end):
     out(q) = softmax( q [K_prefix ; K_own]^T / sqrt(D) ) [V_prefix ; V_own],    causal within the own part
 
-A call of SDPA per completion and layer, with the two concatenations that it needs, made the host the bottleneck:
-a pass of 3B over 8 prompts with 8 completions of 100 tokens each took 48,770 launches. Flash attention of packed
-sequences takes all of them at once. Queries stay as they are packed. Keys and values are gathered, each segment's
-prefix before its own, by one index that is made on the host once a batch and serves all layers. Flash's causal mask
-is aligned at the lower right, so that every query sees its whole prefix. Grouped heads are the kernel's business.
+A call of SDPA per completion and layer, with the two concatenations that it needs, made the host
+the bottleneck: a pass of 3B over 8 prompts with 8 completions of 100 tokens each took 48,770
+launches. Flash attention of packed sequences takes all of them at once. Queries stay as they are
+packed. Keys and values are gathered, each segment's prefix before its own, by one index that is
+made on the host once a batch and serves all layers. Flash's causal mask is aligned at the lower
+right, so that every query sees its whole prefix. Grouped heads are the kernel's business.
 
-A gathered row is read by several sequences, and its gradient is their sum: in fp32, rounded once. CUDA's own
-gradient of x[index] rounds to 16 bits after every addition.
+A gathered row is read by several sequences, and its gradient is their sum: in fp32, rounded once.
+CUDA's own gradient of x[index] rounds to 16 bits after every addition.
 
 T packed tokens, A query heads, K key-value heads (A a multiple of K), D head width; N sequences.
 """
@@ -30,7 +31,7 @@ Segment = tuple[int, int, int, int]  # start, end, prefix_start, prefix_end
 
 
 def upload(values, device: torch.device | str) -> Tensor:
-    """Move values that lie on the host to the device; to CUDA from pinned memory, without waiting for it."""
+    """Move values from the host to the device; to CUDA from pinned memory, without a wait."""
     values = torch.as_tensor(values)
     if torch.device(device).type != "cuda" or values.is_cuda:
         return values.to(device)
@@ -57,7 +58,7 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(rows: Tensor, index: Tensor) -> Tensor:
-    """rows[index] for rows (X, ...) and index (Y,) int64; a row's gradient is summed in fp32, then rounded."""
+    """rows[index], index (Y,) int64; a row's gradient is summed in fp32, then rounded."""
     return _GatherRows.apply(rows, index)
 
 
@@ -78,7 +79,7 @@ class Lengths:
 
 
 def takes_flash(q: Tensor) -> bool:
-    """Whether CUDA's flash attention takes queries (T, A, D): 16 bits, and a width of whole 16-byte pieces."""
+    """Whether CUDA's flash attention takes queries (T, A, D): 16 bits, D a multiple of 8."""
     narrow = q.dtype in (torch.bfloat16, torch.float16)
     return q.is_cuda and narrow and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
@@ -86,10 +87,10 @@ def takes_flash(q: Tensor) -> bool:
 def flash_attention(
     q: Tensor, k: Tensor, v: Tensor, queries: Lengths, keys: Lengths, causal: bool
 ) -> Tensor:
-    """q (T, A, D), k and v (S, K, D), the last axis contiguous: sequence i of q asks sequence i of k and v.
+    """Let sequence i of q (T, A, D) ask sequence i of k and v (S, K, D), last axes contiguous.
 
-    This is the operator below torch.nn.attention.varlen.varlen_attn. That one takes grouped heads from torch 2.13
-    on only, is a custom operator in Python, slower to call, and launches one kernel more.
+    This is the operator below torch.nn.attention.varlen.varlen_attn. That one takes no grouped heads
+    in torch 2.11, and in 2.13 is a custom operator in Python that launches one kernel more a call.
     """
     # In order: no dropout, is_causal, no debug mask. Differentiable.
     return torch.ops.aten._flash_attention_forward(
@@ -122,7 +123,7 @@ class Packing:
 
     @cached_property
     def key_index(self) -> Tensor | None:
-        """(S,) int64: the packed tokens in the order of the keys; None if no segment has a prefix."""
+        """(S,) int64: the packed tokens as the keys come; None if no segment has a prefix."""
         if all(low == high for _, _, low, high in self.filled):
             return None
         pieces = []
@@ -156,7 +157,7 @@ class Windows:
 
 
 def reference_window_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-    """q, k, v (P, A, D), the windows' lengths in order: a call for all windows of a size. Returns (P, A, D)."""
+    """One call for all windows of a size: q, k, v (P, A, D), lengths in order. Returns (P, A, D)."""
     parts = [t.transpose(0, 1).split(lengths, dim=1) for t in (q, k, v)]
     out = [None] * len(lengths)
     for length in set(lengths):  # an image has 50 windows and more of one size

@@ -65,18 +65,18 @@ class Batch:
     cu_targets: torch.Tensor  # (S+1,) int64; sequence s owns targets [cu_targets[s], cu_targets[s+1])
     last: torch.Tensor  # (B,) int64; packed index of each example's last prompt token
     next_position: torch.Tensor  # (B,) int64; mRoPE position of the first token after each prompt
-    views: tuple = field(default=(), compare=False, repr=False)  # the N images: what a DeviceImages knows
+    arrays: tuple = field(default=(), compare=False)  # `patches` image by image, for DeviceImages
 
     def to(self, device, images: "DeviceImages | None" = None) -> "Batch":
         """Move what the model reads; `images` shares a step's uploads of patches between its batches."""
         moved = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "image_grid_thw"}
-        if images is not None and self.views:
-            moved["patches"] = images.patches(self.views)
+        if images is not None and self.arrays:
+            moved["patches"] = images.patches(self.arrays)
         moved = {k: upload(v, device) for k, v in moved.items() if isinstance(v, torch.Tensor)}
         return replace(self, **moved)
 
     def pixels(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """Normalise the patches where they lie: (P, 3 * frames * p * p), what transformers calls pixel_values.
+        """Normalise the patches where they lie: (P, 3 * frames * p * p), transformers' pixel_values.
 
         A byte takes its level from a table, to the bit what arithmetic in fp32 and a cast would give.
         """
@@ -102,15 +102,15 @@ class DeviceImages:
         self.device = torch.device(device)
         self.uploaded: dict[int, tuple[np.ndarray, torch.Tensor]] = {}
 
-    def patches(self, views: tuple) -> torch.Tensor:
-        """(P, 3, p * p) uint8 of these views, one behind the other."""
-        return torch.cat([self._patches(view.patches) for view in views])
+    def patches(self, arrays: tuple) -> torch.Tensor:
+        """(P, 3, p * p) uint8 of a batch's images, one behind the other."""
+        return torch.cat([self._one(array) for array in arrays])
 
-    def _patches(self, patches: np.ndarray) -> torch.Tensor:
+    def _one(self, array: np.ndarray) -> torch.Tensor:
         # By the array itself: a view's key holds an id(), and the image behind that may have changed since.
-        if id(patches) not in self.uploaded:
-            self.uploaded[id(patches)] = patches, upload(torch.from_numpy(patches), self.device)
-        return self.uploaded[id(patches)][1]
+        if id(array) not in self.uploaded:
+            self.uploaded[id(array)] = array, upload(torch.from_numpy(array), self.device)
+        return self.uploaded[id(array)][1]
 
 
 @dataclass
@@ -586,7 +586,7 @@ class Processor:
         pairs = list(zip(cells, pack.regions, strict=True))
         input_ids = ints(pack.ids)
         return Batch(
-            input_ids=input_ids, segments=pack.segments, views=tuple(views),
+            input_ids=input_ids, segments=pack.segments, arrays=tuple(view.patches for view in views),
             position_ids=torch.from_numpy(np.concatenate([np.empty((3, 0), np.int64), *pack.positions], 1)),
             patches=torch.from_numpy(np.concatenate([view.patches for view in views])) if views else None,
             levels=self.levels if views else None, frames=self.images.temporal_patch_size,

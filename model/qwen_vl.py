@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels.attention import prefix_attention
 from kernels.layers import add_rms_norm, qk_norm_rope
 from kernels.linear_logprob import linear_logprob
-from kernels.packed_attention import Packing, gather_rows
+from kernels.packed_attention import Packing, gather_rows, upload
 from model.head3d import Head3D, PointEmbedding
 from model.processor import Batch, rope_positions
 from model.region import RegionToken
@@ -187,7 +187,7 @@ class Decoder(nn.Module):
         inv_freq = 1.0 / s.theta ** (
             torch.arange(0, s.head_dim, 2, device=device, dtype=torch.float) / s.head_dim
         )
-        axis = rope_axes(s.sections, interleaved=s.qwen3).to(device)
+        axis = upload(rope_axes(s.sections, interleaved=s.qwen3), device)
         angles = position_ids[axis].T.float() * inv_freq  # (T, D / 2)
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos().to(dtype), angles.sin().to(dtype)
@@ -295,7 +295,7 @@ class QwenVL(nn.Module):
         return Output(hidden, logprob, entropy, centres, sizes)
 
     def hidden(self, batch: Batch, pixel_values: Tensor | None = None) -> Tensor:
-        """(T, H) final hidden states of a packed batch; `pixel_values` stand for patches, where it has none."""
+        """(T, H) final hidden states of a packed batch; pixel_values for one without patches."""
         packing = Packing(batch.segments, self.device)
         return self._run(
             batch, lambda layer, q, k, v: prefix_attention(q, k, v, packing), pixel_values

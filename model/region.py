@@ -88,5 +88,6 @@ class RegionToken(nn.Module):
         wide = torch.promote_types(features.dtype, torch.float32)
         parts = gather_rows(features, patch).to(wide) * weight[:, None].to(wide)  # (E, C)
         starts = torch.searchsorted(region, torch.arange(count + 1, device=region.device))  # (R + 1,)
-        pooled = torch.segment_reduce(parts, "sum", offsets=starts, axis=0, unsafe=True)  # unsafe: no host wait
+        # unsafe: it doesn't look at the offsets, for which the host would wait.
+        pooled = torch.segment_reduce(parts, "sum", offsets=starts, axis=0, unsafe=True)  # (R, C)
         return self.proj(self.norm(pooled.to(features.dtype)))
