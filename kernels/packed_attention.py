@@ -35,7 +35,8 @@ def upload(values, device: torch.device | str) -> Tensor:
     values = torch.as_tensor(values)
     if torch.device(device).type != "cuda" or values.is_cuda:
         return values.to(device)
-    return values.pin_memory().to(device, non_blocking=True)
+    # A slice would be gathered in memory that isn't pinned.
+    return values.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 # ---- Rows that several read
