@@ -12,10 +12,10 @@ Decoding computes the two parts, on a GPU splits of them, on their own and merge
 
     out = sum_i w_i out_i,    w_i = exp(lse_i - lse),    lse = log sum_i exp(lse_i)
 
-In training a segment is one call of PyTorch's attention over its prefix and itself, with the causal mask at
-the lower right: exact, with PyTorch's own gradients. That copies a prompt's keys for each of its completions.
-The form without copies, in which all completions ask the prompt in one call and are merged with their own
-part as above, isn't written: what it would gain on a GPU is not measured.
+In training all segments are one call of flash attention on CUDA (packed_attention.py); elsewhere a segment
+is one call of PyTorch's attention over its prefix and itself, with the causal mask at the lower right. Both
+copy a prompt's keys for each of its completions. The form without copies, in which all completions ask the
+prompt in one call and are merged with their own part as above, isn't written: its gain is not measured.
 
 T packed tokens; S slots, B prompts with at most n slots each; A query heads, K key-value heads (A a multiple
 of K), D head width; P and R: room of a prefix and of a suffix.
@@ -32,10 +32,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from kernels.packed_attention import Packing, Segment, flash_prefix_attention, takes_flash
+
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default  # (out, log-sum-exp)
 HIDDEN = -1e30  # added to a score: it leaves exactly nothing, and unlike -inf no NaN where all are hidden
-Segment = tuple[int, int, int, int]  # start, end, prefix_start, prefix_end
 MULTIPROCESSORS = 132  # of an H100 and an H200
 MOST_SPLITS = 16  # of a prompt: the suffix's kernel takes in one after the other
 BLOCK, MOST_ROWS = (16, 32) if INTERPRET else (64, 64)  # keys, and queries, of a tile
@@ -442,4 +443,9 @@ def decode_attention(
     return decode(q, prefix_k, prefix_v, suffix_k, suffix_v, table)
 
 
-prefix_attention = reference_prefix_attention
+def prefix_attention(q: Tensor, k: Tensor, v: Tensor, segments: list[Segment] | Packing) -> Tensor:
+    """Attend as `reference_prefix_attention` does; a Packing, made once, saves what all layers share."""
+    packing = segments if isinstance(segments, Packing) else Packing(segments, q.device)
+    if takes_flash(q):
+        return flash_prefix_attention(q, k, v, packing)
+    return reference_prefix_attention(q, k, v, packing.segments)

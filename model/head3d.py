@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from kernels.packed_attention import upload
 from model.region import shares
 
 WAVELENGTHS = tuple(32.0 / 2**k for k in range(8))  # metres
@@ -72,7 +73,7 @@ def fourier(points: Tensor) -> Tensor:
 
     Without a the short waves, which cancel in a region's mean, drown the long ones: with it a small head on
     pooled embeddings reached a median of 0.15 m instead of 0.17 m in 600 steps."""
-    waves = points.new_tensor(WAVELENGTHS)
+    waves = upload(torch.tensor(WAVELENGTHS, dtype=points.dtype), points.device)
     phase, loudness = points[:, :, None] * (2 * math.pi / waves), (waves / waves[0]).sqrt()  # (P, 3, 8), (8,)
     waves = (phase.sin() * loudness, phase.cos() * loudness)
     return torch.cat((points, *(wave.flatten(1) for wave in waves)), dim=1)

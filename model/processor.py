@@ -13,7 +13,7 @@ import re
 import sys
 import threading
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AddedToken, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
+from kernels.packed_attention import upload
 from model.ahead import Ahead
 from model.checkpoint import CheckpointError, copy_files, read_config, read_json, resolve
 from model.head3d import point_grid, read_depth
@@ -46,8 +47,11 @@ class Batch:
     input_ids: torch.Tensor  # (T,) int64; image placeholders are config.image_token_id, regions the <mask> id
     position_ids: torch.Tensor  # (3, T) int64; mRoPE t, h, w
     segments: list  # of (start, end, prefix_start, prefix_end): [start, end) is causal and sees the prefix
-    pixel_values: torch.Tensor | None  # (P, patch_dim) f32, in the image processor's order (`blocks`)
-    image_grid_thw: torch.Tensor | None  # (N, 3) int64
+    patches: torch.Tensor | None  # (P, 3, p * p) uint8, one frame, in the image processor's order (`blocks`)
+    levels: torch.Tensor | None  # (3, 256) f32; what a byte of each channel becomes
+    frames: int  # of a patch of the tower's: a still image's frame comes so many times
+    image_grid_thw: torch.Tensor | None  # (N, 3) int64; stays on the host, which alone reads it
+    image_at: torch.Tensor  # (placeholders,) int64; packed index of the k-th placeholder
     image_rows: torch.Tensor  # (placeholders,) int64; the merger's output row that the k-th placeholder takes
     points: torch.Tensor | None  # (P, 3) f32 metres, camera frame, NaN where unknown; None without depth
     region_token: torch.Tensor  # (R,) int64; packed index of the k-th <mask>
@@ -61,10 +65,52 @@ class Batch:
     cu_targets: torch.Tensor  # (S+1,) int64; sequence s owns targets [cu_targets[s], cu_targets[s+1])
     last: torch.Tensor  # (B,) int64; packed index of each example's last prompt token
     next_position: torch.Tensor  # (B,) int64; mRoPE position of the first token after each prompt
+    arrays: tuple = field(default=(), compare=False)  # `patches` image by image, for DeviceImages
 
-    def to(self, device) -> "Batch":
-        mine = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(device) for k, v in mine.items() if isinstance(v, torch.Tensor)})
+    def to(self, device, images: "DeviceImages | None" = None) -> "Batch":
+        """Move what the model reads; `images` shares a step's uploads of patches between its batches."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "image_grid_thw"}
+        if images is not None and self.arrays:
+            moved["patches"] = images.patches(self.arrays)
+        moved = {k: upload(v, device) for k, v in moved.items() if isinstance(v, torch.Tensor)}
+        return replace(self, **moved)
+
+    def pixels(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """Normalise the patches where they lie: (P, 3 * frames * p * p), transformers' pixel_values.
+
+        A byte takes its level from a table, to the bit what arithmetic in fp32 and a cast would give.
+        """
+        if self.patches is None:
+            return None
+        table = self.levels.to(dtype).flatten()  # (3 * 256,)
+        first = torch.arange(0, len(table), 256, dtype=torch.int32, device=table.device)[:, None]
+        index = (self.patches.int() + first).flatten()
+        frame = table.index_select(0, index).view(*self.patches.shape[:2], 1, -1)
+        return frame.expand(-1, -1, self.frames, -1).flatten(1)
+
+    @property
+    def pixel_values(self) -> torch.Tensor | None:
+        """(P, 3 * frames * p * p) f32: for transformers' models, and for tests."""
+        return self.pixels(torch.float32)
+
+
+class DeviceImages:
+    """A step's images on the device, each uploaded once, as bytes, whoever asks: the rollout's prompts, the
+    reference's passes, the update's. Whoever makes it drops it when the step ends."""
+
+    def __init__(self, device: torch.device | str):
+        self.device = torch.device(device)
+        self.uploaded: dict[int, tuple[np.ndarray, torch.Tensor]] = {}
+
+    def patches(self, arrays: tuple) -> torch.Tensor:
+        """(P, 3, p * p) uint8 of a batch's images, one behind the other."""
+        return torch.cat([self._one(array) for array in arrays])
+
+    def _one(self, array: np.ndarray) -> torch.Tensor:
+        # By the array itself: a view's key holds an id(), and the image behind that may have changed since.
+        if id(array) not in self.uploaded:
+            self.uploaded[id(array)] = array, upload(torch.from_numpy(array), self.device)
+        return self.uploaded[id(array)][1]
 
 
 @dataclass
@@ -74,7 +120,7 @@ class View:
     key: tuple  # equal keys: the same image with the same depth
     size: tuple[int, int]  # width, height of the original
     grid: tuple[int, int]  # rows, columns of patches
-    patches: np.ndarray  # (rows * columns, 3, p * p) uint8; levels and frames are made while packing
+    patches: np.ndarray  # (rows * columns, 3, p * p) uint8; the model makes levels and frames of them
     points: np.ndarray | None  # (rows * columns, 3) f32
     sources: tuple  # image and depth, kept alive so that the id()s in the key stay theirs
 
@@ -338,7 +384,8 @@ class Processor:
         images.size = {"shortest_edge": least, "longest_edge": self.max_pixels}
         values = np.tile(np.arange(256, dtype=np.uint8)[:, None], (3, 1, 1))  # (3, 256, 1): every pixel value
         values = images.rescale(values, images.rescale_factor)
-        self.levels = images.normalize(values, images.image_mean, images.image_std)[..., 0]  # (3, 256)
+        levels = images.normalize(values, images.image_mean, images.image_std)[..., 0]
+        self.levels = torch.from_numpy(levels).float()  # (3, 256)
         self.image_token_id, self.assumed_fov = self.config.image_token_id, 0
         self.turns = Recent(32e6, lambda ids: 2 * ids.nbytes)
         cost = lambda view: 2 * view.patches.nbytes  # noqa: E731  and some for what the sources hold
@@ -537,11 +584,14 @@ class Processor:
         truth = torch.tensor(pack.truths, dtype=torch.float32).reshape(-1, 2, 3)
         cells = [np.flatnonzero(weights) for *_, weights in pack.regions]
         pairs = list(zip(cells, pack.regions, strict=True))
+        input_ids = ints(pack.ids)
         return Batch(
-            input_ids=ints(pack.ids), segments=pack.segments,
+            input_ids=input_ids, segments=pack.segments, arrays=tuple(view.patches for view in views),
             position_ids=torch.from_numpy(np.concatenate([np.empty((3, 0), np.int64), *pack.positions], 1)),
-            pixel_values=self._pixel_values(views) if views else None,
+            patches=torch.from_numpy(np.concatenate([view.patches for view in views])) if views else None,
+            levels=self.levels if views else None, frames=self.images.temporal_patch_size,
             image_grid_thw=torch.tensor([(1, *view.grid) for view in views]) if views else None,
+            image_at=(input_ids == self.image_token_id).nonzero()[:, 0],
             image_rows=ints(pack.rows), points=point_rows(views),
             region_token=ints([[at] for at, *_ in pack.regions]),
             region_id=ints([np.full(len(c), k) for k, c in enumerate(cells)]),
@@ -551,16 +601,6 @@ class Processor:
             targets=ints(pack.targets), cu_targets=ints([pack.ends]), last=ints([pack.last]),
             next_position=ints([pack.next]),
         )  # fmt: skip
-
-    def _pixel_values(self, views):
-        """(P, 3 * temporal * p * p), normalised; a still image is the same frame, temporal times."""
-        frames, ends = self.images.temporal_patch_size, np.cumsum([len(view.patches) for view in views])
-        values = np.empty((ends[-1], 3, frames, self.images.patch_size**2), np.float32)
-        for end, patches in zip(ends, (view.patches for view in views), strict=True):
-            for c in range(3):
-                level = np.take(self.levels[c], patches[:, c, None], mode="clip")  # a byte: nothing to clip
-                values[end - len(patches) : end, c] = level
-        return torch.from_numpy(values).flatten(1)
 
     def save(self, directory) -> None:
         """The tokenizer with <mask>, and the source's files but for weights; max_pixels where it was set."""

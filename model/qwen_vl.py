@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels.attention import prefix_attention
 from kernels.layers import add_rms_norm, qk_norm_rope
 from kernels.linear_logprob import linear_logprob
+from kernels.packed_attention import Packing, gather_rows, upload
 from model.head3d import Head3D, PointEmbedding
 from model.processor import Batch, rope_positions
 from model.region import RegionToken
@@ -176,6 +177,7 @@ class Decoder(nn.Module):
         for i, layer in enumerate(self.layers):
             x = layer(x, cos, sin, attend)
             if i < len(deepstack):
+                # One term a token, and its gradient is one: nothing is summed in 16 bits.
                 x = x.index_add(0, image_at, deepstack[i].to(x.dtype))
         return self.norm(x)
 
@@ -185,7 +187,7 @@ class Decoder(nn.Module):
         inv_freq = 1.0 / s.theta ** (
             torch.arange(0, s.head_dim, 2, device=device, dtype=torch.float) / s.head_dim
         )
-        axis = rope_axes(s.sections, interleaved=s.qwen3).to(device)
+        axis = upload(rope_axes(s.sections, interleaved=s.qwen3), device)
         angles = position_ids[axis].T.float() * inv_freq  # (T, D / 2)
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos().to(dtype), angles.sin().to(dtype)
@@ -285,25 +287,29 @@ class QwenVL(nn.Module):
         """
         hidden = self.hidden(batch)
         logprob, entropy = linear_logprob(
-            hidden[batch.predict_from], self.head_weight, batch.targets, temperature
+            # All completions of a prompt begin at its last token.
+            gather_rows(hidden, batch.predict_from), self.head_weight, batch.targets, temperature
         )
-        centres, sizes = self.head3d(hidden[batch.region_token])
+        centres, sizes = self.head3d(hidden[batch.region_token])  # no token twice
         return Output(hidden, logprob, entropy, centres, sizes)
 
-    def hidden(self, batch: Batch) -> Tensor:
-        """(T, H) final hidden states of a packed batch."""
-        return self._run(batch, lambda layer, q, k, v: prefix_attention(q, k, v, batch.segments))
+    def hidden(self, batch: Batch, pixel_values: Tensor | None = None) -> Tensor:
+        """(T, H) final hidden states of a packed batch; pixel_values for one without patches."""
+        packing = Packing(batch.segments, self.device)
+        return self._run(
+            batch, lambda layer, q, k, v: prefix_attention(q, k, v, packing), pixel_values
+        )
 
     @torch.no_grad()
     def prefill(self, batch: Batch) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Hidden states (T, H) of a prompt-only batch, and per layer the rotated keys and values, (T, K, D)
         each.
         """
-        cache = []
+        cache, packing = [], Packing(batch.segments, self.device)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             cache.append((k, v))
-            return prefix_attention(q, k, v, batch.segments)
+            return prefix_attention(q, k, v, packing)
 
         return self._run(batch, attend), cache
 
@@ -312,16 +318,21 @@ class QwenVL(nn.Module):
         """Hidden states (N, H) of one new text token per sequence: tokens, positions (N,) int64."""
         return self.decoder(self.decoder.embed_tokens(tokens), positions.expand(3, -1), attend)
 
-    def _run(self, batch: Batch, attend: Attend) -> Tensor:
+    def _run(self, batch: Batch, attend: Attend, pixels: Tensor | None = None) -> Tensor:
+        # The embedding's gradient sums in fp32, but for at most 3,072 tokens: then, on CUDA, 32 at a time,
+        # rounded in between. Placeholders, the one token that comes by the thousand, hand on none.
         x, deepstack = self.decoder.embed_tokens(batch.input_ids), []
-        image_at = (batch.input_ids == self.config.image_token_id).nonzero()[:, 0]
-        if batch.pixel_values is not None:
-            features, deepstack = self.vision(batch.pixel_values, batch.image_grid_thw)  # (P, C)
+        pixels = batch.pixels(self.dtype) if pixels is None else pixels
+        if pixels is None and len(batch.image_at):
+            raise ValueError(f"{len(batch.image_at)} image placeholders, but no pixel_values")
+        if pixels is not None:
+            features, deepstack = self.vision(pixels, batch.image_grid_thw)  # (P, C)
             if batch.points is not None:
                 features = features + self.points(batch.points)
-            merged = self.vision.merger(features)  # (M, H), each distinct image once
-            x = x.index_copy(0, image_at, merged[batch.image_rows].to(x.dtype))
-            deepstack = [early[batch.image_rows] for early in deepstack]
+            # Each distinct image is merged once, and read by every prompt that shows it.
+            merged = gather_rows(self.vision.merger(features), batch.image_rows)  # (placeholders, H)
+            x = x.index_copy(0, batch.image_at, merged.to(x.dtype))
+            deepstack = [gather_rows(early, batch.image_rows) for early in deepstack]
             if len(batch.region_token):
                 tokens = self.region(
                     features,
@@ -331,9 +342,7 @@ class QwenVL(nn.Module):
                     len(batch.region_token),
                 )
                 x = x.index_copy(0, batch.region_token, tokens.to(x.dtype))
-        elif len(image_at):
-            raise ValueError(f"{len(image_at)} image placeholders, but no pixel_values")
-        return self.decoder(x, batch.position_ids, attend, image_at, tuple(deepstack))
+        return self.decoder(x, batch.position_ids, attend, batch.image_at, tuple(deepstack))
 
     @torch.no_grad()
     def logits(
@@ -358,13 +367,14 @@ class QwenVL(nn.Module):
         ]
         none = packed.new_zeros(0)
         batch = Batch(
-            packed, torch.cat(positions, 1).to(packed.device), segments, pixel_values, image_grid_thw,
+            packed, torch.cat(positions, 1).to(packed.device), segments, patches=None, levels=None, frames=0,
+            image_grid_thw=image_grid_thw, image_at=is_image.nonzero()[:, 0],
             image_rows=torch.arange(int(is_image.sum()), device=packed.device), points=None,
             region_token=none, region_id=none, region_patch=none, region_weight=none, centres=none,
             sizes=none, predict_from=none, targets=none, cu_targets=none, last=none, next_position=none,
         )  # fmt: skip
         out = torch.zeros(*input_ids.shape, self.decoder.sizes.vocab, dtype=self.dtype, device=packed.device)
-        out[keep] = F.linear(self.hidden(batch), self.head_weight)
+        out[keep] = F.linear(self.hidden(batch, pixel_values), self.head_weight)
         return out
 
 

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kernels.packed_attention import gather_rows
+
 
 def is_mask(region) -> bool:
     return isinstance(region, np.ndarray) and region.ndim == 2
@@ -78,7 +80,14 @@ class RegionToken(nn.Module):
             self.norm.bias.zero_()
 
     def forward(self, features: Tensor, region: Tensor, patch: Tensor, weight: Tensor, count: int) -> Tensor:
-        """features (P, C); region, patch (E,) int64 and weight (E,): overlaps; count = R. Returns (R, H)."""
-        pooled = features.new_zeros(count, features.shape[1])
-        pooled = pooled.index_add(0, region, features[patch] * weight[:, None].to(features.dtype))  # (R, C)
-        return self.proj(self.norm(pooled))
+        """Pool each region's patches and project: features (P, C) -> (R, H), R = count.
+
+        region, patch (E,) int64 and weight (E,) fp32 are the overlaps, sorted by region.
+        """
+        # In fp32, one after the other, rounded once: of 1,024 equal patches, bf16 sums lose the last 768.
+        wide = torch.promote_types(features.dtype, torch.float32)
+        parts = gather_rows(features, patch).to(wide) * weight[:, None].to(wide)  # (E, C)
+        starts = torch.searchsorted(region, torch.arange(count + 1, device=region.device))  # (R + 1,)
+        # unsafe: it doesn't look at the offsets, for which the host would wait.
+        pooled = torch.segment_reduce(parts, "sum", offsets=starts, axis=0, unsafe=True)  # (R, C)
+        return self.proj(self.norm(pooled.to(features.dtype)))

@@ -36,6 +36,7 @@ from torch import Tensor
 from kernels.attention import INTERPRET, Table, decode_attention
 from kernels.layers import add_rms_norm, qk_norm_rope_write, swiglu_joint, torch_norm
 from kernels.sample import sample, sequence_key
+from model.processor import DeviceImages
 from model.qwen_vl import adjoined
 from srreal import Example
 
@@ -65,14 +66,15 @@ def generate(
     model, processor, examples: list[Example], n: int = 1, max_new_tokens: int = 256,
     temperature: float = 1.0, top_p: float = 1.0, seed: int = 0, progress: Callable | None = None,
     slots: int | None = None, enough: Callable[[list[Rollout]], bool] | None = None,
-    wasted: Callable[[int, int], None] | None = None,
+    wasted: Callable[[int, int], None] | None = None, images: DeviceImages | None = None,
 ) -> list[list[Rollout]]:  # fmt: skip
     """n completions per example, in the examples' order; temperature 0 is greedy.
 
     `progress` hears how many samples have ended. `slots`: live samples, None: see `default_slots`. `enough`
     hears every example's rollouts, in the order of the examples and never in that of finishing, which would
     prefer short ones; once it returns True the result ends there, and what runs behind it is thrown away:
-    `wasted` hears of how many samples, and tokens.
+    `wasted` hears of how many samples, and tokens. `images` takes the prompts' images, and lends them to
+    whoever trains on them.
     """
     if not (examples and n and max_new_tokens):
         return [[Rollout("", [], [], False) for _ in range(n)] for _ in examples]
@@ -88,7 +90,7 @@ def generate(
         while waiting and engine.free:
             i, j = divmod(waiting[0], n)
             if i == encoded and engine.free_rows:
-                taken = engine.prefill(processor, examples[encoded:])
+                taken = engine.prefill(processor, examples[encoded:], images)
                 rows |= enumerate(taken, encoded)
                 encoded += len(taken)
             if i not in rows:
@@ -219,7 +221,9 @@ class Slots:
 
     # ---- 1. prefill ----
 
-    def prefill(self, processor, examples: list[Example]) -> list[int]:
+    def prefill(
+        self, processor, examples: list[Example], images: DeviceImages | None = None
+    ) -> list[int]:
         """Encodes the first of the examples, as many as the budget and the free rows hold; their rows. It is
         no one while room for them has to wait for rows in use.
         """
@@ -232,7 +236,7 @@ class Slots:
         rows, self.free_rows = self.free_rows[: len(lengths)], self.free_rows[len(lengths) :]
         for row, length in zip(rows, lengths, strict=True):
             self.lengths[row] = length
-        batch, at = batch.to(self.device), sent(rows, self.device)
+        batch, at = batch.to(self.device, images), sent(rows, self.device)
         with self.quick():
             hidden, cache = self.model.prefill(batch)
         self.last[at], self.after[at] = hidden[batch.last], batch.next_position

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.layers import rms_norm, swiglu
+from kernels.layers import qk_norm_rope, rms_norm, swiglu
+from kernels.packed_attention import Windows, upload, window_attention
 
 
 class RMSNorm(nn.Module):
@@ -76,16 +77,13 @@ class VisionAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: list[int]) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, windows: Windows) -> Tensor:
         q, k, v = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)  # (P, heads, head_dim) each
-        q, k = rotate(q.float(), cos, sin).to(x.dtype), rotate(k.float(), cos, sin).to(x.dtype)
-        parts, out = [t.transpose(0, 1).split(lengths, dim=1) for t in (q, k, v)], [None] * len(lengths)
-        for length in set(lengths):  # one call for all windows of a size: an image has 50 and more of them
-            own = [i for i, other in enumerate(lengths) if other == length]
-            alike = (torch.stack([t[i] for i in own]) for t in parts)  # (windows, heads, length, head_dim)
-            for i, attended in zip(own, F.scaled_dot_product_attention(*alike).unbind(), strict=True):
-                out[i] = attended
-        return self.proj(torch.cat(out, dim=1).transpose(0, 1).flatten(1))
+        if x.is_cuda:  # in fp32 as well, by one kernel
+            q, k = qk_norm_rope(q, k, cos, sin)
+        else:
+            q, k = rotate(q.float(), cos, sin).to(x.dtype), rotate(k.float(), cos, sin).to(x.dtype)
+        return self.proj(window_attention(q, k, v, windows).flatten(1))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -101,8 +99,8 @@ class VisionBlock(nn.Module):
         self.attn = VisionAttention(width, heads)
         self.mlp = mlp
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: list[int]) -> Tensor:
-        x = x + self.attn(self.norm1(x), cos, sin, lengths)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, windows: Windows) -> Tensor:
+        x = x + self.attn(self.norm1(x), cos, sin, windows)
         return x + self.mlp(self.norm2(x))
 
 
@@ -181,22 +179,25 @@ class VisionTower(nn.Module):
         grids = grid_thw.tolist()
         proj = self.patch_embed["proj"]
         x = F.linear(pixel_values.to(proj.weight.dtype), proj.weight.flatten(1), proj.bias)  # (P, C)
-        at = patch_positions(grids, self.merge).to(x.device)  # (P, 2)
+        at = upload(patch_positions(grids, self.merge), x.device)  # (P, 2)
         if self.family == "qwen3_vl":
             x = x + self._learnt_positions(at, grids).to(x.dtype)
         cos, sin = self._angles(at)
-        whole = [h * w for t, h, w in grids for _ in range(t)]
-        windows, order = whole, None
+        whole = Windows([h * w for t, h, w in grids for _ in range(t)], x.device)
+        windows = whole
         if self.window is not None:
-            order, windows = window_order(grids, self.merge, self.window)
-            order = order.to(x.device)
-            x, cos, sin = x[order], cos[order], sin[order]
+            order, lengths = window_order(grids, self.merge, self.window)
+            windows = Windows(lengths, x.device)
+            back = upload(order.argsort(), x.device)
+            order = upload(order, x.device)
+            # A permutation: no row's gradient is a sum.
+            x, cos, sin = (t.index_select(0, order) for t in (x, cos, sin))
         deepstack = []
         for i, block in enumerate(self.blocks):
             x = block(x, cos, sin, whole if i in self.full_blocks else windows)
             if i in self.deepstack_at:
                 deepstack.append(self.deepstack_merger_list[self.deepstack_at.index(i)](x))
-        return (x if order is None else x[order.argsort()]), deepstack
+        return (x if self.window is None else x.index_select(0, back)), deepstack
 
     def _angles(self, at: Tensor) -> tuple[Tensor, Tensor]:
         """cos, sin (P, head_dim) fp32: a quarter of the head turns by the row, a quarter by the column,
@@ -212,7 +213,8 @@ class VisionTower(nn.Module):
         (P, C).
         """
         side = round(self.pos_embed.num_embeddings**0.5)
-        extent = torch.tensor([(h, w) for t, h, w in grids for _ in range(t * h * w)], device=at.device)
+        sizes, counts = torch.tensor(grids)[:, 1:], torch.tensor([t * h * w for t, h, w in grids])
+        extent = upload(sizes.repeat_interleave(counts, 0), at.device)  # (P, 2)
         where = at * (side - 1) / (extent - 1).clamp(min=1)  # (P, 2) in table units
         low = where.floor().long()
         high, frac = (low + 1).clamp(max=side - 1), (where - low).to(self.pos_embed.weight.dtype)

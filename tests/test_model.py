@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_tiny import checkpoint
 from tiny_models import FAMILIES, inputs, make, reference_logits
@@ -14,7 +15,13 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 from model.checkpoint import CheckpointError, load, on_disk, rename
 from model.head3d import head_loss
+from model.processor import DeviceImages, Processor
 from model.qwen_vl import QwenVL, rope_axes
+from model.region import RegionToken
+from srreal import Example
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="a GPU's kernels and attention")
 
 IDS = dict(
     image_token_id=151655, video_token_id=151656, vision_start_token_id=151652, vision_end_token_id=151653
@@ -332,6 +339,83 @@ def test_region_token_starts_as_loud_as_an_embedding(tmp_path):
     tokens = model.region(features, region, torch.arange(40), torch.full((40,), 0.5), 20)
     rms = model.decoder.embed_tokens.weight.pow(2).mean().sqrt()
     assert 0.7 < tokens.pow(2).mean().sqrt() / rms < 1.4
+
+
+def pooling(width: int) -> RegionToken:
+    """A RegionToken that returns what it has pooled."""
+    token = RegionToken(width, width)
+    token.norm = token.proj = torch.nn.Identity()
+    return token
+
+
+def in_bf16_one_by_one(terms: torch.Tensor) -> torch.Tensor:
+    """Their sum as CUDA's index_add into bf16 makes it: rounded after every addition."""
+    total = torch.zeros_like(terms[0])
+    for term in terms:
+        total = total + term
+    return total
+
+
+@pytest.mark.parametrize("patches", [1, 256, 1024, 2912])
+def test_a_region_token_of_many_patches_in_bf16(patches):
+    """A mean over the region as good as bf16 can say it: sums in fp32, rounded once."""
+    generator = torch.Generator().manual_seed(patches)
+    features = (1 + torch.randn(patches + 8, 64, generator=generator)).to(DEVICE, torch.bfloat16)
+    patch = torch.randperm(patches + 8, generator=generator)[:patches].to(DEVICE)
+    region = torch.zeros(patches, dtype=torch.int64, device=DEVICE)
+    weight = torch.full((patches,), 1 / patches, device=DEVICE)
+    ours = pooling(64)(features, region, patch, weight, 1)[0]
+    truth = (features[patch].double() * weight[:, None].double()).sum(0)
+    bound = 2**-8 * truth.norm()
+    assert ours.dtype == torch.bfloat16 and (ours - truth).norm() < bound
+    if patches >= 1024:
+        terms = features[patch] * weight[:, None].bfloat16()
+        assert (in_bf16_one_by_one(terms) - truth).norm() > 10 * bound
+
+
+def test_regions_that_share_patches_sum_their_gradients_in_fp32():
+    """600 regions over the same 16 patches, and one without any patch."""
+    count, patches = 600, 16
+    features = torch.ones(patches, 8, dtype=torch.bfloat16, device=DEVICE).requires_grad_()
+    region = torch.arange(count, device=DEVICE).repeat_interleave(patches)
+    patch = torch.arange(patches, device=DEVICE).repeat(count)
+    weight = torch.full((count * patches,), 1 / patches, device=DEVICE)
+    pooled = pooling(8)(features, region, patch, weight, count + 1)
+    assert torch.equal(pooled[:count].float(), torch.ones_like(pooled[:count]).float())
+    assert not pooled[count].any()
+    (grad,) = torch.autograd.grad(pooled.float().sum(), features)
+    assert ((grad - count / patches).abs() < 2**-8 * count / patches).all()
+    terms = torch.full((count, 1), 1 / patches, dtype=torch.bfloat16)
+    assert in_bf16_one_by_one(terms).item() < 0.5 * count / patches
+
+
+@needs_cuda
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pass_on_a_gpu_equals_that_of_a_cpu(family):
+    """A group behind its prompt, with image, depth and regions: log-probs and the gradient in bf16."""
+    folder = checkpoint(family)
+    processor = Processor.from_pretrained(folder)
+    pixels = torch.randint(256, (64, 96, 3), generator=torch.Generator().manual_seed(0))
+    image = Image.fromarray(pixels.to(torch.uint8).numpy())
+    depth = 1 + torch.rand(64, 96, generator=torch.Generator().manual_seed(1)).numpy()
+    example = Example(
+        "0", "lor", [image], "Is <mask> behind <mask>?", "a",
+        regions=[(0, (4, 4, 40, 50)), (0, (0, 0, 96, 64))],
+        depths=[depth], intrinsics=[(90.0, 90.0, 48.0, 32.0)],
+    )  # fmt: skip
+    batch = processor([example], [[list(range(40, 40 + n)) for n in (9, 1, 12)]])
+    found = []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        model = load(str(folder), device, dtype)
+        model.checkpoint_blocks()
+        images = DeviceImages(device)
+        output = model(batch.to(device, images))
+        output.logprob.sum().backward()
+        norm = torch.stack([p.grad.float().norm() for p in model.parameters() if p.grad is not None]).norm()
+        found.append((output.logprob.detach().cpu(), output.centres.detach().cpu(), norm.cpu()))
+    (logprob, centres, norm), (ours, our_centres, our_norm) = found
+    assert (logprob - ours).abs().max() < 0.05 and (centres - our_centres).abs().max() < 0.05
+    assert abs(our_norm / norm - 1) < 0.05
 
 
 def test_gradients_of_region_token_and_head_reach_the_patches(tmp_path):

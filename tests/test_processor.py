@@ -16,9 +16,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from kernels.packed_attention import upload
 from model import tiny
 from model.checkpoint import CheckpointError
-from model.processor import Processor, Recent, blocks, object_of, point_grid, region_weights
+from model.processor import DeviceImages, Processor, Recent, blocks, object_of, point_grid, region_weights
 from srreal import Example, prompt, target
 
 RNG = np.random.default_rng(0)
@@ -100,6 +101,53 @@ def test_pixels_are_transformers(family, tmp_path):
     assert torch.equal(
         small([example(images[:1])]).pixel_values, theirs(images[0], return_tensors="pt")["pixel_values"]
     )
+
+
+def test_pixels_travel_as_bytes_and_are_normalised_in_any_dtype():
+    """Levels are looked up in fp32's own values: a cast of the table is a cast of every pixel."""
+    batch = processor()([example([picture(64, 48, 1), picture(48, 64, 2)])])
+    assert batch.patches.dtype == torch.uint8 and batch.patches.shape == (96, 3, 64)
+    for dtype in (torch.bfloat16, torch.float64):
+        assert torch.equal(batch.pixels(dtype), batch.pixel_values.to(dtype))
+    levels = batch.levels[:, None, None, :].expand(-1, 96, 64, -1)
+    plain = levels.gather(3, batch.patches.transpose(0, 1)[..., None].long())[..., 0].transpose(0, 1)
+    for frame in batch.pixel_values.view(96, 3, 2, 64).unbind(2):
+        assert torch.equal(frame, plain)
+
+
+def test_a_steps_images_are_uploaded_once(monkeypatch):
+    p, a, b = processor(), picture(64, 48, 1), picture(48, 64, 2)
+    asked = [example([a]), example([b]), example([a, b])]
+    sent = []
+
+    def note(values, device):
+        sent.append(values)
+        return upload(values, device)
+
+    monkeypatch.setattr("model.processor.upload", note)
+    p.expect(asked)  # as a training step does: from here on an image is decoded once
+    images = DeviceImages("cpu")
+    for examples in (asked, asked[1:], asked[:1]):
+        batch = p(examples, [[[5, 6]]] * len(examples))
+        moved = batch.to("cpu", images)
+        assert torch.equal(moved.patches, batch.patches)
+        assert torch.equal(moved.pixel_values, batch.pixel_values)
+    arrays = {array.ctypes.data for array in p(asked).arrays}
+    assert len(arrays) == 2 and sum(v.data_ptr() in arrays for v in sent) == 2
+
+    p.expect([])
+    before = p([example([a])]).to("cpu", images).patches
+    a.putpixel((0, 0), tuple(255 - v for v in a.getpixel((0, 0))))  # the same object, another image
+    after = p([example([a])])
+    assert torch.equal(after.to("cpu", images).patches, after.patches)
+    assert not torch.equal(after.patches, before)
+
+
+def test_grids_stay_on_the_host():
+    batch = processor()([example([picture(64, 48)])])
+    moved = batch.to("meta")
+    assert moved.image_grid_thw.device.type == "cpu"  # asking a GPU for them would make the host wait
+    assert moved.patches.device.type == moved.levels.device.type == moved.image_at.device.type == "meta"
 
 
 def test_images_may_be_paths_16_bit_or_anything_that_converts(tmp_path):

@@ -18,7 +18,7 @@ from transformers import AutoModelForImageTextToText
 import train_rl
 import trainer
 from model import lora
-from model.processor import Processor
+from model.processor import DeviceImages, Processor
 from model.qwen_vl import QwenVL, adjoin, adjoined
 from model.rollout import (
     Job,
@@ -90,6 +90,19 @@ def test_greedy_equals_transformers(tiny):
     for n, slots in ((1, None), (3, None), (3, 2), (3, 50)):
         groups = generate(model, processor, plain, n=n, slots=slots, **greedy)
         assert tokens_of(groups) == [[tokens] * n for tokens in truth]
+
+
+def test_the_prompts_images_are_there_for_the_update(tiny):
+    model, processor, _ = tiny
+    asked, images = examples(), DeviceImages(model.device)
+    processor.expect(asked)
+    shared = generate(model, processor, asked, n=2, max_new_tokens=3, seed=1, images=images)
+    kept = dict(images.uploaded)
+    assert len(kept) == 4
+    processor(asked, [[[5, 6]]] * len(asked)).to(model.device, images)
+    assert images.uploaded.keys() == kept.keys()
+    plain = generate(model, processor, asked, n=2, max_new_tokens=3, seed=1)
+    assert tokens_of(shared) == tokens_of(plain)
 
 
 def test_the_step_of_a_gpu(tiny, monkeypatch):

@@ -262,7 +262,7 @@ def asked(tmp_path):
 
 
 def same(a, b) -> bool:
-    pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in fields(a)]
+    pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in fields(a) if f.compare]
     return all(torch.equal(x.nan_to_num(-1), y.nan_to_num(-1)) if torch.is_tensor(x) else x == y
                for x, y in pairs)  # fmt: skip
 
