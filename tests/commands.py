@@ -1,0 +1,41 @@
+"""Start the product's own commands as a user does, each in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+QUIET = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+
+
+def start(*command, **environment: str) -> subprocess.Popen:
+    """Start `python COMMAND` on the CPU with one thread; `finish` waits for it."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=os.environ | QUIET | environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def finish(*processes: subprocess.Popen) -> None:
+    """Wait for all of them; fail with the words of the first that failed."""
+    words = [process.communicate()[0] for process in processes]
+    for process, said in zip(processes, words, strict=True):
+        assert process.returncode == 0, said[-4000:]
+
+
+def flags(options: dict) -> list[str]:
+    """{"lr": 1e-3} -> ["--lr", "0.001"]."""
+    out = []
+    for name, value in options.items():
+        out += [f"--{name.replace('_', '-')}", str(value)]
+    return out
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,28 @@
+"""Fixtures of several files."""
+
+import json
+
+import pytest
+from commands import finish, start
+
+
+@pytest.fixture(scope="session")
+def tiny_home(tmp_path_factory):
+    """A folder with tiny/, a random checkpoint, and scenes/: rows.jsonl of both paths, and numbers.jsonl.
+
+    In numbers.jsonl the answer is one number, asked for without reasoning (path direct). That is one
+    token of the tiny model, so that even its random completions earn something now and then: RL
+    without a stand-in for the reward.
+    """
+    home = tmp_path_factory.mktemp("tiny-home")
+    scenes = home / "scenes"
+    finish(
+        start("-m", "model.tiny", "--family", "qwen3_vl", "--out", home / "tiny", "--seed", 0),
+        start("-m", "data.scenes", "--out", scenes, "--n", 6, "--seed", 1, "--size", 128, 96),
+    )
+    rows = [json.loads(line) for line in (scenes / "rows.jsonl").read_text().splitlines()]
+    depths = [
+        row | {"path": "direct"} for row in rows if row["path"] == "lor" and row["task"] == "depth"
+    ]
+    (scenes / "numbers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in depths))
+    return home
