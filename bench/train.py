@@ -119,6 +119,7 @@ def load(cfg: Config, folder: str, device: torch.device) -> tuple[QwenVL, Proces
         config.text_config.vocab_size = vocabulary
         with torch.device(device):
             model = QwenVL(config).to(torch.bfloat16).eval()
+        model.adjoin()  # as the product's loading does
         shape_tiny("tiny")  # a small checkpoint of the family, for the processor
         tiny.SIZES["images"]["patch_size"] = SHAPES[cfg.shape][2][-1]
         tiny.SIZES["vision"]["patch_size"] = SHAPES[cfg.shape][2][-1]
@@ -367,8 +368,8 @@ def compare_updates(cfg: Config, model, processor, optimizer) -> dict[str, float
 
 
 def main(cfg: Config) -> dict:
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
+    _, _, device = trainer.setup()
+    cuda = device.type == "cuda"
     peers = {"trl": run_trl, "baseline": run_baseline}
     peer = ("trl" if util.find_spec("trl") else "baseline") if cfg.baseline and not cuda else None
     rows = {"ours": []} | ({peer: []} if peer else {})

@@ -5,7 +5,6 @@ import json
 import pytest
 from commands import finish, start
 
-
 # Of two layers, with a tokenizer that is learnt from few rooms.
 MAKE_TINY = """if True:
     import sys
