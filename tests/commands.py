@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+TIMEOUT = 300  # seconds; then something hangs
 QUIET = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
 
 
@@ -24,7 +26,15 @@ def start(*command, **environment: str) -> subprocess.Popen:
 
 def finish(*processes: subprocess.Popen) -> None:
     """Wait for all of them; fail with the words of the first that failed."""
-    words = [process.communicate()[0] for process in processes]
+
+    def read(process: subprocess.Popen) -> str:
+        try:
+            return process.communicate(timeout=TIMEOUT)[0]
+        finally:
+            process.terminate()  # torchrun takes its ranks along
+
+    with ThreadPoolExecutor(len(processes)) as pool:  # at once: nobody has to wait for a full pipe
+        words = list(pool.map(read, processes))
     for process, said in zip(processes, words, strict=True):
         assert process.returncode == 0, said[-4000:]
 

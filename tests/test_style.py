@@ -32,9 +32,10 @@ ROOT = Path(__file__).parent.parent
 # by length (train_rl 396), what --tries threw away.
 # rollout (566): a CPU's own products, rows get fewer where prompts are long, a prompt's one sample goes on in
 # its row (a quarter of a step); the CPU's norm is in layers (364), which trains and prefills with it, too;
-# weights side by side (qwen_vl 384). trainer (556):
-# ranks choose alike and find the same checkpoint, gradients cross boxes once, --keep. train_rl (412): the
-# log-probs' own time, one wait a pass. trainer (566): cuDNN's attention off, metrics that are not finite. Scorers (425), coldstart (250), rows (270), grounding (265),
+# weights side by side (qwen_vl 384). trainer (566):
+# ranks choose alike and find the same checkpoint, gradients cross boxes once, --keep; cuDNN's attention is
+# off, a metric that is not finite is null. train_rl (412): the
+# log-probs' own time, one wait a pass. Scorers (425), coldstart (250), rows (270), grounding (265),
 # benchmarks (415): letters and numbers in prose, units in claims, folders with val and test, rows left out.
 BUDGETS = {
     "srreal.py": 330, "train_sft.py": 220, "train_rl.py": 412, "eval.py": 428, "trainer.py": 566,
