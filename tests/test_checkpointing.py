@@ -118,7 +118,8 @@ def test_every_function_of_ours_has_a_case():
     reached = set()
     for case in CASES.values():
         reached |= run(*case, checkpointed=False)[1]
-    assert not own_functions() - reached, "CASES needs a call that comes by it"
+    missing = own_functions() - reached
+    assert not missing, f"CASES needs a call that comes by {missing}"
 
 
 # ---- A step of both scripts
