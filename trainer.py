@@ -19,6 +19,7 @@ all."""
 import contextlib
 import hashlib
 import json
+import math
 import os
 import random
 import resource
@@ -129,6 +130,9 @@ def say(text: str) -> None:
 
 def setup() -> tuple[int, int, torch.device]:
     """(rank, world, device). gloo on CPU, NCCL on CUDA; host tensors always travel by gloo."""
+    # cuDNN's attention, which sm_90 prefers, plans for every new shape: tenths of a second each, and packed
+    # batches have a new shape each time.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     names, cuda = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)), torch.cuda.is_available()
     rank, world, own = (int(os.environ.get(name, default)) for name, default in names)
     if cuda:
@@ -625,8 +629,13 @@ class Log:
     def __call__(self, row: dict) -> None:
         self.bar.update()
         if FIRST:
-            self.file.write(json.dumps(row, allow_nan=False) + "\n")
+            # JSON has no NaN, and a metric beside a finite loss is no reason to stop.
+            odd = {k: v for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
+            self.file.write(json.dumps(row | dict.fromkeys(odd), allow_nan=False) + "\n")
             self.file.flush()
+            if odd:
+                values = ", ".join(f"{name} is {value}" for name, value in odd.items())
+                say(f"step {row['step']}: {values}; null in metrics.jsonl")
             say("  ".join(f"{name} {row[name]:{form}}" for name, form in self.columns.items()))
 
 

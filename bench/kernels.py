@@ -442,6 +442,7 @@ def main(names: list[str]) -> None:
         raise SystemExit("TRITON_INTERPRET=1: the interpreter's times say nothing")
     if CUDA and "judged" in names:
         raise SystemExit("--judged is a CPU's row: CUDA_VISIBLE_DEVICES= python -m bench.kernels --judged")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as in the product
     file = RESULTS / (re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-") + ".json")
     old = json.loads(file.read_text()) if file.exists() else {}
     report = {"device": device_name(), "cuda": CUDA, "dtype": str(DTYPE), "versions": versions()}

@@ -33,6 +33,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
+import trainer
 from bench import train
 from model import rollout, tiny
 from model.processor import Processor
@@ -235,11 +236,12 @@ def decode(model, processor, count: int, bandwidth: float, rate: float, tokens: 
 
 
 def gpu() -> dict:
+    _, _, device = trainer.setup()
     bandwidth, rate = ceilings()
     out = {"copy_gb_per_s": bandwidth / 1e9, "matmul_tflop_per_s": rate / 1e12}
     for shape, slots in (("qwen2.5-vl-3b", (1, 64, 256)), ("qwen3-vl-4b", (64,)), ("qwen3-vl-8b", (64,))):
         with tempfile.TemporaryDirectory() as folder:
-            model, processor = train.load(train.Config(shape), folder, torch.device("cuda"))
+            model, processor = train.load(train.Config(shape), folder, device)
         endless(processor)
         more = model.decoder.sizes.vocab - len(processor.banned)  # ids of the true vocabulary
         processor.banned = torch.nn.functional.pad(processor.banned, (0, more), value=True)

@@ -368,8 +368,8 @@ def compare_updates(cfg: Config, model, processor, optimizer) -> dict[str, float
 
 
 def main(cfg: Config) -> dict:
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
+    _, _, device = trainer.setup()
+    cuda = device.type == "cuda"
     peers = {"trl": run_trl, "baseline": run_baseline}
     peer = ("trl" if util.find_spec("trl") else "baseline") if cfg.baseline and not cuda else None
     rows = {"ours": []} | ({peer: []} if peer else {})

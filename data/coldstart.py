@@ -120,6 +120,7 @@ def sampler(cfg: Config):
     import torch  # only here a model is needed
 
     from model import Processor, QwenVL, generate
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans for every new shape
     model = QwenVL.from_pretrained(cfg.expert, "cuda" if torch.cuda.is_available() else "cpu")
     processor = Processor.from_pretrained(cfg.expert, max_pixels=cfg.max_pixels, regions=cfg.regions)
     return lambda examples: [[rollout.text for rollout in group] for group in generate(

@@ -81,6 +81,7 @@ def main(cfg: Config) -> None:
     if cfg.batch < 1:
         raise ValueError(f"--batch {cfg.batch}: at least 1")
     files = missing(cfg)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans for every new shape
     try:
         model = AutoModelForDepthEstimation.from_pretrained(cfg.model)
         processor = AutoImageProcessor.from_pretrained(cfg.model)

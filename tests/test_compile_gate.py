@@ -30,6 +30,7 @@ INTERPRETED = [  # all of what runs on Triton, at sizes that an interpreter of a
     ("test_sample.py", "triton or greedy or bad_input"),
     ("test_layers.py", "not float64 and not dtype2"),
     ("test_attention.py", "decode"),
+    ("test_checkpointing.py", "not commands"),
 ]
 
 

@@ -179,6 +179,16 @@ def test_curves_by_path(run):
     assert "LOR 0.58" in page.text and "DTR 0.6" in page.text
 
 
+def test_curves_skip_what_was_not_finite():
+    """trainer.Log writes null there."""
+    losses = [1.0, None, 3.0, 2.0]
+    rows = [{"step": i, "loss": loss, "kl": None} for i, loss in enumerate(losses, 1)]
+    page = report.charts(rows)
+    assert page.count("<svg") == 1 and "nan" not in page
+    (faint,) = (tag for tag in Page(page).tags if tag[1].get("class") == "one faint")
+    assert len(faint[1]["points"].split()) == 3
+
+
 def test_missing_parts(run, tmp_path):
     assert "Not evaluated yet" in Page(report.page(tmp_path, 3)).text
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')

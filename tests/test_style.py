@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+# Which of our own modules a part may import: srreal <- data <- scripts; kernels, srreal <- model <- scripts.
 MAY_IMPORT = {
     "srreal.py": set(),
     "kernels/": {"kernels"},

@@ -169,10 +169,21 @@ def test_log_keeps_rows_up_to_the_checkpoint(tmp_path, capsys):
     path.write_text('{"step": 1, "loss": 1.0}\n{"ste')  # killed before the first checkpoint
     trainer.Log(Config(str(tmp_path), resume=True), 0, {"loss": ".1f"})
     assert path.read_text() == ""
-    log = trainer.Log(Config(str(tmp_path)), 0, {"loss": ".1f"})  # a new run starts a new file
+    trainer.Log(Config(str(tmp_path)), 0, {"loss": ".1f"})  # a new run starts a new file
     assert path.read_text() == ""
-    with pytest.raises(ValueError):
-        log({"step": 1, "loss": math.nan})  # strict JSON has no NaN
+
+
+def test_a_metric_that_is_not_finite_is_null_and_said(tmp_path, capsys):
+    """A loss that isn't ends the run before: optim.py."""
+    log = trainer.Log(Config(str(tmp_path)), 0, {"loss": ".1f", "kl": ".1f"})
+    log({"step": 1, "loss": 0.5, "kl": math.nan, "ratio_max": math.inf, "tokens": 7})
+    log({"step": 2, "loss": 0.5, "kl": 0.0})
+    first, second = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert first == {"step": 1, "loss": 0.5, "kl": None, "ratio_max": None, "tokens": 7}
+    assert second == {"step": 2, "loss": 0.5, "kl": 0.0}
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "step 1: kl is nan, ratio_max is inf; null in metrics.jsonl"
+    assert said[1:] == ["loss 0.5  kl nan", "loss 0.5  kl 0.0"]
 
 
 def last_words(monkeypatch, error, argv=()):

@@ -1,0 +1,37 @@
+"""Fixtures of several files."""
+
+import json
+
+import pytest
+from commands import finish, start
+
+# Of two layers, with a tokenizer that is learnt from few rooms.
+MAKE_TINY = """if True:
+    import sys
+    from pathlib import Path
+    from model import tiny
+    tiny.SIZES |= dict(scenes=20, vocab=1000)
+    tiny.SIZES["text"] |= dict(num_hidden_layers=2)
+    tiny.write("qwen3_vl", Path(sys.argv[1]))"""
+
+
+@pytest.fixture(scope="session")
+def tiny_home(tmp_path_factory):
+    """A folder with tiny/, a random checkpoint, and scenes/: rows.jsonl of both paths, and numbers.jsonl.
+
+    In numbers.jsonl the answer is one number, asked for without reasoning (path direct). That is one
+    token of the tiny model, so that even its random completions earn something now and then: RL
+    without a stand-in for the reward.
+    """
+    home = tmp_path_factory.mktemp("tiny-home")
+    scenes = home / "scenes"
+    finish(
+        start("-c", MAKE_TINY, home / "tiny"),
+        start("-m", "data.scenes", "--out", scenes, "--n", 6, "--seed", 1, "--size", 128, 96),
+    )
+    rows = [json.loads(line) for line in (scenes / "rows.jsonl").read_text().splitlines()]
+    depths = [
+        row | {"path": "direct"} for row in rows if row["path"] == "lor" and row["task"] == "depth"
+    ]
+    (scenes / "numbers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in depths))
+    return home
