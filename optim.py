@@ -1,24 +1,26 @@
-"""torch.optim's AdamW and Muon on fp32 masters, whatever computes; and the learning rate's schedules.
+"""torch.optim's AdamW and Muon on fp32 masters; the schedules of the learning rate.
 
-fp32 is what learns, the compute dtype (bf16 on CUDA) is what samples and, unless training is sharded, trains.
-At a learning rate of 1e-6 an update is far below bf16's spacing: added to a bf16 weight, it would vanish.
+fp32 is what learns, the compute dtype (bf16 on CUDA) is what samples and, unless training is
+sharded, trains. At a learning rate of 1e-6 an update is far below bf16's spacing: added to a bf16
+weight, it would vanish.
 
     name      of a parameter that learns
-    master    its fp32 weight, which torch.optim updates: the parameter itself where that is fp32 (a CPU's; FSDP2's
-              shards), else a copy that lives here
-    image     the whole weight in the compute dtype, which is rounded from the master after every step, in place:
-              CUDA graphs read its address. The parameter itself, or that of a whole copy beside the shards
+    master    its fp32 weight, which torch.optim updates: the parameter itself where that is fp32
+              (a CPU's; FSDP2's shards), else a copy that lives here
+    image     the whole weight in the compute dtype, which is rounded from the master after every
+              step, in place: CUDA graphs read its address. The parameter itself, or that of a whole
+              copy beside the shards
 
     bf16 on one GPU        image (parameter) 2 B, master 4 B, gradient 4 B, moments 8 B a weight
     fp32 on a CPU          master = image = parameter 4 B, gradient 4 B, moments 8 B
     FSDP2 over N ranks     master = parameter: (4 + 4 + 8) B / N; image, where something samples, 2 B
 
-Gradients are summed in fp32: over the passes of a step (a bf16 parameter's gradient moves into its master's as
-soon as a backward has made it), and over the ranks. A parameter that no batch touched has a zero gradient: the
-update doesn't depend on which rank happened to see an image or a region.
+Gradients are summed in fp32: over the passes of a step (a bf16 parameter's gradient moves into its
+master's as soon as a backward has made it), and over the ranks. A parameter that no batch touched
+has a zero gradient: the update doesn't depend on which rank happened to see an image or a region.
 
-The state is {kind: {full parameter name: whole tensor}}, so that it is stored as safetensors and resumes on any
-number of ranks, sharded or not.
+The state is {kind: {full parameter name: whole tensor}}, so that it is stored as safetensors and
+resumes on any number of ranks, sharded or not.
 """
 
 import math
@@ -35,10 +37,11 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 KINDS = ("master", "exp_avg", "exp_avg_sq", "momentum_buffer")
 BUCKET = 2**24  # elements that are summed over replicas at a time
 
-# Muon (Jordan et al., 2024) takes the matrices of attention and MLP; everything else stays with AdamW.
+# Muon (Jordan et al., 2024) takes the matrices of attention and MLP; everything else stays with
+# AdamW.
 BLOCK_MATRIX = re.compile(r"\.(layers|blocks)\.\d+\.")
-# Muon's learning rate in units of AdamW's. torch scales it by .2 sqrt(longer side), at which a step of Muon is as
-# long as one of AdamW; a model from scratch took half as much again (LOG.md).
+# Muon's learning rate in units of AdamW's. torch scales it by .2 sqrt(longer side), at which a step
+# of Muon is as long as one of AdamW; a model from scratch took half as much again (LOG.md).
 MUON_LR_SCALE = 1.5
 
 
@@ -60,7 +63,8 @@ def shard_like(full: Tensor, like: Tensor) -> Tensor:
 
 
 def sum_over_replicas(tensors: list[Tensor]) -> None:
-    """Sum each tensor over all ranks, in place, in its own dtype, to the same bits on every rank."""
+    """Sum each tensor over all ranks, in place, in its own dtype, to the same bits on every
+    rank."""
     bucket, size = [], 0
     for i, tensor in enumerate(tensors):
         bucket.append(tensor)
@@ -75,7 +79,8 @@ def sum_over_replicas(tensors: list[Tensor]) -> None:
 
 
 def accumulate_in_master(master: Tensor, param: Tensor) -> None:
-    """Move the gradient that a backward has just made from a 16-bit parameter to its fp32 master."""
+    """Move the gradient that a backward has just made from a 16-bit parameter to its fp32
+    master."""
     if master.grad is None:
         master.grad = param.grad.float()
     else:
@@ -87,10 +92,10 @@ class Optimizer:
     """The fp32 masters of some named parameters, and torch.optim over them.
 
     named: (name, parameter) pairs; those that don't require a gradient are left out.
-    images: name -> whole weight that is kept equal to the master; None: the parameters themselves. Where training
-        is sharded and nothing samples: {}.
-    Only matrices (and larger) decay: not biases, not norms. vector_lr_scale is the learning rate of biases and
-    norms in units of the matrices'.
+    images: name -> whole weight that is kept equal to the master; None: the parameters themselves;
+        {} where training is sharded and nothing samples.
+    Only matrices (and larger) decay: not biases, not norms. vector_lr_scale is the learning rate of
+    biases and norms in units of the matrices'.
     """
 
     def __init__(
@@ -134,7 +139,8 @@ class Optimizer:
         self._init_state()
 
     def _init_state(self) -> None:
-        """Moments of zero from the start, as torch.optim makes them at the first step: they can be saved before."""
+        """Moments of zero from the start, as torch.optim makes them at the first step: they can be
+        saved before."""
         for name, master in self.masters.items():
             zeros = partial(torch.zeros_like, master, requires_grad=False)
             if name in self.muon_names:
@@ -157,8 +163,9 @@ class Optimizer:
     def step(self, lr: float, clip_norm: float, loss: float, name: str) -> float:
         """Sum over replicas, check, clip, update, publish; return the global norm before the clip.
 
-        `loss` is the global one, so that all ranks stop together: FloatingPointError, which says `name`, if it or
-        the norm isn't finite; nothing is updated then. One host sync. Frees the gradients.
+        `loss` is the global one, so that all ranks stop together: FloatingPointError, which says
+        `name`, if it or the norm isn't finite; nothing is updated then. One host sync. Frees the
+        gradients.
         """
         grads = self._gradients()
         total_norm = whole(get_total_norm(grads))
@@ -176,7 +183,8 @@ class Optimizer:
         return norm
 
     def _gradients(self) -> list[Tensor]:
-        """The fp32 gradients of all masters, zero where no batch has touched one, summed over replicas."""
+        """The fp32 gradients of all masters, zero where no batch has touched one, summed over
+        replicas."""
         for master in self.masters.values():
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
@@ -200,7 +208,8 @@ class Optimizer:
         return {"master": master, **optimizer.state[master]}
 
     def state(self, kind: str) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, whole tensor) of each master that has this kind. Collective: every rank walks all of it."""
+        """Yield (name, whole tensor) of each master that has this kind. Collective: every rank
+        walks all of it."""
         for name in self.masters:
             state = self._state_of(name)
             if kind in state:
@@ -210,7 +219,8 @@ class Optimizer:
     def load(self, read: Callable[[str, str], Tensor], updates: int) -> None:
         """Restore masters and moments, and publish. read(kind, name) gives the whole tensor.
 
-        Exact on any number of ranks, with the same --train, --lora and --optimizer as when it was saved.
+        Exact on any number of ranks, with the same --train, --lora and --optimizer as when it was
+        saved.
         """
         self.updates = updates
         for name in self.masters:
@@ -222,7 +232,8 @@ class Optimizer:
         self.publish()
 
 
-# Learning rate as a fraction of its peak; `done` in [0, 1) is the share of the steps after the warm-up.
+# Learning rate as a fraction of its peak; `done` in [0, 1) is the share of the steps after the
+# warm-up.
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
     "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
@@ -231,6 +242,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
-    """Return the rate of step `step` (from 0) of `steps`: up over `warmup` steps, then the schedule. Never 0."""
+    """Return the rate of step `step` (from 0) of `steps`: up over `warmup` steps, then the
+    schedule. Never 0."""
     done = max(0, step - warmup) / max(1, steps - warmup)
     return peak * min((step + 1) / (warmup + 1), SCHEDULES[schedule](done))

@@ -1,20 +1,22 @@
-"""What training a model by RL will take of a GPU, and the settings to choose, before anything is loaded.
+"""What training a model by RL will take of a GPU, and the settings to choose, before anything is
+loaded.
 
     python plan.py --model Qwen/Qwen2.5-VL-7B-Instruct --gpus 8 --memory 80
 
-The training scripts ask `choose` too: it is what --shard auto and --checkpointing auto come to. Only
-config.json is read; parameters are counted on the model itself, on the meta device. GB are 1e9 bytes of each
-of the N GPUs of a box. Of A parameters T learn; b bytes a weight (2); t tokens a pass (--micro-tokens).
+The training scripts ask `choose` too: it is what --shard auto and --checkpointing auto come to.
+Only config.json is read; parameters are counted on the model itself, on the meta device. GB are 1e9
+bytes of each of the N GPUs of a box. Of A parameters T learn; b bytes a weight (2); t tokens a pass
+(--micro-tokens).
 
-    weights             A b: the whole copy that samples, and trains where training is not sharded; a sharded SFT
-                        has only its frozen ones, (A - T) b
+    weights             A b: the whole copy that samples, and trains where training is not sharded;
+                        a sharded SFT has only its frozen ones, (A - T) b
     master and moments  T (4 + 4 + 4), / N if sharded; in fp32 (a CPU) the weights are their own masters
     reference           T b / N; with one GPU on the host; none at --kl 0; with LoRA next to nothing
     cache               rollout: (slots R + 2 prompts P) 2 layers (key-value heads) (head width) b
     prefill             rollout: keys and values, and an MLP, of PREFILL tokens
     sampler             rollout: 3 fp32 rows of logits a slot
-    gradients           update: 4 T, / N if sharded; and the largest weight's own in b, or, sharded, two layers'
-                        and the embeddings' whole ones in b, and a layer's and theirs in fp32
+    gradients           update: 4 T, / N if sharded; and the largest weight's own in b, or, sharded,
+                        two layers' and the embeddings' whole ones in b, a layer's and theirs in fp32
     activations         update: t layers (4 H + 2 (query + key-value heads) D + 3 I) b, and t 3 I b of a
                         layer's gradients; with checkpointing t layers H b, and one layer whole
     gathered keys       update: on CUDA, of a layer (of all, without checkpointing) the keys and values as the
@@ -22,10 +24,12 @@ of the N GPUs of a box. Of A parameters T learn; b bytes a weight (2); t tokens 
     logits              update: 64 MB, and the head's gradient in fp32 and in b
     pixels              update: the vision tower's patches of t, and its activations where it learns
 
-The peak is what stays and the larger of rollout and update. The first candidate that fits into the memory
-less RESERVE is chosen: replicated before sharded, whole activations before checkpointing, both before LoRA; then as many slots as the update leaves room for, or BUSY. At the peak the
-cache has made room for the update. Where there is room for both (with BUSY slots at least), it stays, and the
-sampler's CUDA graph with it: that is the other peak, `cache kept`. Else every step records the graph again.
+The peak is what stays and the larger of rollout and update. The first candidate that fits into the
+memory less RESERVE is chosen: replicated before sharded, whole activations before checkpointing,
+both before LoRA; then as many slots as the update leaves room for, or BUSY. At the peak the cache
+has made room for the update. Where there is room for both (with BUSY slots at least), it stays, and
+the sampler's CUDA graph with it: that is the other peak, `cache kept`. Else every step records the
+graph again.
 """
 
 import sys
@@ -83,8 +87,8 @@ def count(config, train: str, lora: int) -> dict[str, int]:
 
 
 def tally(model) -> dict[str, int]:
-    """Parameters: all; of those that learn all, a decoder layer's, the largest tensor's, the decoder's outside of
-    layers, vision's, the head's."""
+    """Parameters: all; of those that learn all, a decoder layer's, the largest tensor's, the
+    decoder's outside of layers, vision's, the head's."""
 
     def own(*parts) -> int:
         return sum(p.numel() for part in parts for p in part.parameters() if p.requires_grad)
@@ -154,8 +158,8 @@ def choose(
     config, cfg: Config, options: Iterable[Settings] | None = None,
     counts: Callable[[int], dict[str, int]] | None = None,
 ) -> tuple[Settings, dict[str, float]]:  # fmt: skip
-    """The first of the options (all candidates) that fits, and its estimate; ValueError where none does.
-    counts(lora rank) is what `tally` says of the model, if one is there already."""
+    """The first of the options (all candidates) that fits, and its estimate; ValueError where none
+    does. counts(lora rank) is what `tally` says of the model, if one is there already."""
     options = candidates(cfg) if options is None else options
     counts = counts or cache(lambda lora: count(config, cfg.train, lora))
     room = (cfg.memory - RESERVE[0]) * (1 - RESERVE[1])

@@ -56,7 +56,7 @@ import trainer
 from kernels.policy_loss import policy_loss
 from kernels.rewards import group_advantages
 from model.lora import LORA_RANK
-from model.processor import Batch, Processor
+from model.processor import Batch, DeviceImages, Processor
 from model.rollout import Rollout, default_slots, generate, release
 from optim import Optimizer, learning_rate
 from srreal import Example, Scores, score
@@ -158,7 +158,10 @@ def choose_slots(cfg: Config, model, planned: int, earlier: int) -> Config:
     return cfg
 
 
-def roll_out(model, processor: Processor, prompts, cfg: Config, seed: int, wanted=0, greedy=False):
+def roll_out(
+    model, processor: Processor, prompts, cfg: Config, seed: int, wanted=0, greedy=False,
+    images: DeviceImages | None = None,
+):  # fmt: skip
     """Groups of the prompts in their order, and how many samples and tokens were in vain: with `wanted`,
     groups end with the one that is so many's last to differ."""
     n, temperature = (1, 0.0) if greedy else (cfg.group, cfg.temperature)
@@ -174,7 +177,7 @@ def roll_out(model, processor: Processor, prompts, cfg: Config, seed: int, wante
             generate, model, processor, examples, n=n, max_new_tokens=cfg.max_new_tokens,
             temperature=temperature, seed=seed, progress=bar.update,
             slots=None if greedy else cfg.slots,  # prompts of one sample each take more memory
-            enough=enough if wanted else None, wasted=lambda *counts: in_vain.extend(counts),
+            enough=enough if wanted else None, wasted=lambda *counts: in_vain.extend(counts), images=images,
         )  # fmt: skip
     groups = [Group(example, turn, own) for (turn, example), own in zip(prompts, rollouts, strict=False)]
     return groups, in_vain or [0, 0]
@@ -250,9 +253,11 @@ def micro(pieces: list, processor: Processor, paths: list[str], world: int, devi
     return Micro(batch, owner, advantage, batch.cu_targets[: len(advantage) + 1].to(device), sampled)
 
 
-def forward(model, one: Micro, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies (L,). The batch is on the host: a step's pixels would fill a GPU."""
-    output = model(one.batch.to(one.cu.device), temperature)
+def forward(
+    model, one: Micro, temperature: float, images: DeviceImages | None = None
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies (L,). The batch is on the host; the step's images are uploaded once, as bytes."""
+    output = model(one.batch.to(one.cu.device, images), temperature)
     return output.logprob[: len(one.rollout)], output.entropy[: len(one.rollout)]
 
 
@@ -327,7 +332,8 @@ def main(cfg: Config) -> None:
         own, noise = offered(step), cfg.seed * 1_000_003 + step
         processor.expect([example for _, example in own + offered(step + 1)])
         wanted = -(-len(own) // cfg.tries) if cfg.tries > 1 else 0
-        groups, in_vain = roll_out(rollout_model, processor, own, cfg, noise, wanted)
+        images = DeviceImages(device)
+        groups, in_vain = roll_out(rollout_model, processor, own, cfg, noise, wanted, images=images)
         if not settings.keep or cfg.slots > settings.slots:
             release()  # the update needs the cache's room: the next step records the graph again
         in_vain = trainer.reduce(in_vain)  # the wait for the slowest rank is the rollout's
@@ -343,9 +349,9 @@ def main(cfg: Config) -> None:
         with torch.no_grad():
             with reference or nullcontext():
                 for one in (one for share in shares for one in share):
-                    one.ref = forward(rollout_model, one, cfg.temperature)[0] if reference else None
+                    one.ref = forward(rollout_model, one, cfg.temperature, images)[0] if reference else None
             for one in (one for share in shares for one in share):
-                one.old = forward(rollout_model, one, cfg.temperature)[0] if cfg.updates > 1 else None
+                one.old = forward(rollout_model, one, cfg.temperature, images)[0] if cfg.updates > 1 else None
 
         # Update.
         clock.append(time.perf_counter())
@@ -359,7 +365,7 @@ def main(cfg: Config) -> None:
                 continue
             losses.append(0.0)
             for one in trainer.passes(model, share):
-                logprob, entropy = forward(model, one, cfg.temperature)
+                logprob, entropy = forward(model, one, cfg.temperature, images)
                 one.old = logprob.detach() if one.old is None else one.old
                 loss, metrics = policy_loss(
                     logprob, one.old, one.advantage, one.cu, kind=cfg.loss, clip_low=cfg.clip_low,
@@ -372,7 +378,7 @@ def main(cfg: Config) -> None:
                 peaks |= token_stats(one, sums, logprob, entropy, metrics)
             losses[-1] = trainer.reduce(losses[-1:])[0]
             norms.append(optimizer.step(lr, cfg.clip_norm, losses[-1], name=f"step {step + 1}"))
-        shares = share = one = None  # no pixels stay behind
+        shares = share = one = images = None  # no pixels stay behind
         clock.append(time.perf_counter())
 
         # Log, validate, save.

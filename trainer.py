@@ -1,4 +1,5 @@
-"""What train_sft.py and train_rl.py share: command line, ranks, sharding, data order, checkpoints, log.
+"""What train_sft.py and train_rl.py share: command line, ranks, sharding, data order, checkpoints,
+log.
 
 Nothing here knows a loss. In the order of a run:
 
@@ -12,9 +13,9 @@ Nothing here knows a loss. In the order of a run:
     save, restore  step-000123/: a checkpoint, plus trainer/ with all that the run needs to go on to the bit
     Log            metrics.jsonl, one printed line a step, progress bar
 
-Several ranks give the numbers of one: losses are divided by global counts, gradients summed, not averaged.
-All ranks run the same passes over the same parameters (`even`, `pad`): to skip a collective is to hang them
-all."""
+Several ranks give the numbers of one: losses are divided by global counts, gradients summed, not
+averaged. All ranks run the same passes over the same parameters (`even`, `pad`): to skip a
+collective is to hang them all."""
 
 import contextlib
 import hashlib
@@ -99,7 +100,8 @@ def launch(main: Callable, config: type) -> None:
 
 
 def end(message: str, code: int) -> None:
-    """At once: other ranks and background threads may hang in what this rank will not take part in."""
+    """At once: other ranks and background threads may hang in what this rank will not take part
+    in."""
     if code == 2 and not FIRST:
         time.sleep(5)  # where all stop, rank 0 has said it by then, and torchrun has ended the others
     if FIRST or code != 130:
@@ -109,7 +111,8 @@ def end(message: str, code: int) -> None:
 
 
 def mendable(call: Callable, *args, **options):
-    """call(...), with its complaint about a file, a checkpoint or a source of data as the run's last line."""
+    """call(...), with its complaint about a file, a checkpoint or a source of data as the run's
+    last line."""
     try:
         return call(*args, **options)
     except data.BadRows:
@@ -130,8 +133,8 @@ def say(text: str) -> None:
 
 def setup() -> tuple[int, int, torch.device]:
     """(rank, world, device). gloo on CPU, NCCL on CUDA; host tensors always travel by gloo."""
-    # cuDNN's attention, which sm_90 prefers, plans for every new shape: tenths of a second each, and packed
-    # batches have a new shape each time.
+    # cuDNN's attention, which sm_90 prefers, plans for every new shape: tenths of a second each,
+    # and packed batches have a new shape each time.
     torch.backends.cuda.enable_cudnn_sdp(False)
     names, cuda = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)), torch.cuda.is_available()
     rank, world, own = (int(os.environ.get(name, default)) for name, default in names)
@@ -153,8 +156,9 @@ def phase(name: str) -> None:
 
 
 def watch() -> None:
-    """Says once where this rank is when a phase takes nearly as long as a collective may. gloo's own timeout
-    ends in an exception and `launch`; NCCL's watchdog ends the process, and knows no phase."""
+    """Says once where this rank is when a phase takes nearly as long as a collective may. gloo's
+    own timeout ends in an exception and `launch`; NCCL's watchdog ends the process, and knows no
+    phase."""
     said = None
     while True:
         time.sleep(min(10.0, TIMEOUT / 10))
@@ -175,8 +179,8 @@ def reduce(values: list[float], op: str = "SUM") -> list[float]:
 
 
 def deal(weights: list[float], rank: int, world: int) -> list[int]:
-    """This rank's rows, in their order: the heaviest left goes to whoever has least, so that ranks finish
-    together. Every rank computes the same."""
+    """This rank's rows, in their order: the heaviest left goes to whoever has least, so that ranks
+    finish together. Every rank computes the same."""
     loads, own = [0.0] * world, []
     for i in sorted(range(len(weights)), key=lambda i: -weights[i]):
         least = loads.index(min(loads))
@@ -186,27 +190,30 @@ def deal(weights: list[float], rank: int, world: int) -> list[int]:
 
 
 def evenly(weights: list[float], rank: int, world: int) -> slice:
-    """This rank's share of consecutive rows: of about equal weight, so that nobody waits for the others."""
+    """This rank's share of consecutive rows: of about equal weight, so that nobody waits for the
+    others."""
     middles = np.cumsum(weights) - np.array(weights) / 2
     edges = np.searchsorted(middles, sum(weights) * np.arange(world + 1) / world)
     return slice(*edges[rank : rank + 2].tolist())
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """What forward and backward compute in: bf16 on CUDA, fp32 on a CPU. Masters are fp32 (optim.py)."""
+    """What forward and backward compute in: bf16 on CUDA, fp32 on a CPU. Masters are fp32
+    (optim.py)."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def load(source: str, device: torch.device, train: str | None = None, rank: int = 0) -> QwenVL:
-    """A whole model on the device, in its compute dtype. train None: nothing learns; rank: of the adapters, 0 for
-    none."""
+    """A whole model on the device, in its compute dtype. train None: nothing learns; rank: of the
+    adapters, 0 for none."""
     model = mendable(QwenVL.from_pretrained, source, device, compute_dtype(device))
     mendable(lora.learn, model, train, rank)
     return model
 
 
 def load_processor(source: str, cfg) -> Processor:
-    """--workers None: on CUDA a rank's share of the cores but one, at most 8; on a CPU, which computes, 0."""
+    """--workers None: on CUDA a rank's share of the cores but one, at most 8; on a CPU, which
+    computes, 0."""
     workers = cfg.workers
     if workers is None:
         near = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -217,8 +224,9 @@ def load_processor(source: str, cfg) -> Processor:
 
 
 def settle(cfg, config, device: torch.device, world: int, **sizes) -> plan.Settings:
-    """What --shard and --checkpointing come to: where auto, what `plan.py` chooses for this rank's memory;
-    with the slots of a rollout, and whether their cache may stay during the update. Nothing is loaded yet.
+    """What --shard and --checkpointing come to: where auto, what `plan.py` chooses for this rank's
+    memory; with the slots of a rollout, and whether their cache may stay during the update. Nothing
+    is loaded yet.
 
     config: of the checkpoint (transformers'); sizes: prompts, group, new_tokens, kl of the plan.
     """
@@ -249,12 +257,13 @@ def settle(cfg, config, device: torch.device, world: int, **sizes) -> plan.Setti
 
 @dataclass
 class Policy:
-    """The model that trains, and the whole model that samples and takes log-probs without gradients.
+    """The model that trains, and the whole model that samples and takes log-probs without
+    gradients.
 
-    They are one object where training is not sharded. Where it is, `model` has fp32 shards (FSDP2 casts them to
-    the compute dtype as it gathers a layer), and `rollout_model` is a whole copy in the compute dtype whose
-    addresses never change, since CUDA graphs read it: `Optimizer.publish` keeps it up to date. None: nothing
-    samples (SFT).
+    They are one object where training is not sharded. Where it is, `model` has fp32 shards (FSDP2
+    casts them to the compute dtype as it gathers a layer), and `rollout_model` is a whole copy in
+    the compute dtype whose addresses never change, since CUDA graphs read it: `Optimizer.publish`
+    keeps it up to date. None: nothing samples (SFT).
     """
 
     model: QwenVL
@@ -262,7 +271,8 @@ class Policy:
 
     @property
     def images(self) -> dict[str, torch.Tensor] | None:
-        """What `Optimizer` rounds the masters to: name -> weight. None: the parameters themselves."""
+        """What `Optimizer` rounds the masters to: name -> weight. None: the parameters
+        themselves."""
         if self.rollout_model is self.model:
             return None
         return dict(self.rollout_model.named_parameters()) if self.rollout_model else {}
@@ -271,8 +281,8 @@ class Policy:
 def load_policy(
     source: str, cfg, device: torch.device, world: int, settings: plan.Settings, samples: bool
 ) -> Policy:
-    """Load what trains, sharded where the settings say so, and what samples. Never two whole models on a GPU,
-    but for the sampling copy."""
+    """Load what trains, sharded where the settings say so, and what samples. Never two whole models
+    on a GPU, but for the sampling copy."""
     if settings.shard:
         rollout_model = load(source, device, cfg.train, cfg.lora) if samples else None
         host = torch.device("cpu")  # in place of a copy: the checkpoint's own pages, read as they are sharded
@@ -293,12 +303,14 @@ def shard(
     compute: torch.dtype,
     rollout_model: QwenVL | None = None,
 ) -> None:
-    """Cut what learns over the ranks, layer by layer (FSDP2), from the host to the device, as fp32 (or finer).
+    """Cut what learns over the ranks, layer by layer (FSDP2), from the host to the device, as fp32
+    (or finer).
 
-    Each block goes to the device whole, is cut there, and only its shard stays. Gradients are reduced in fp32
-    behind each pass: to wait would keep 4 bytes a parameter on every rank. Beyond one box the shards of one are
-    replicated on the others. What is frozen stays whole on each rank and in the compute dtype, shared with the
-    rollout model where there is one; so a rank without images may skip a frozen tower.
+    Each block goes to the device whole, is cut there, and only its shard stays. Gradients are
+    reduced in fp32 behind each pass: to wait would keep 4 bytes a parameter on every rank. Beyond
+    one box the shards of one are replicated on the others. What is frozen stays whole on each rank
+    and in the compute dtype, shared with the rollout model where there is one; so a rank without
+    images may skip a frozen tower.
     """
     whole_weights = dict(rollout_model.named_parameters()) if rollout_model else {}
     frozen = set()
@@ -341,13 +353,15 @@ def reshard(model: QwenVL) -> None:
 
 
 class Reference:
-    """The policy that the run began with: inside of `with reference:` the rollout model is that policy.
+    """The policy that the run began with: inside of `with reference:` the rollout model is that
+    policy.
 
-    It takes no second model: what learns changes places with what it was. Adapters are switched off, which takes
-    nothing. Of the rest a rank keeps what it began with in the compute dtype: alone, on the host in one pinned
-    buffer; several ranks deal the weights among themselves, and send them round. On the way back the weights are
-    rounded from their masters again (Optimizer.publish); only what is its own master has to be kept meanwhile.
-    Made before `restore`. Collective.
+    It takes no second model: what learns changes places with what it was. Adapters are switched
+    off, which takes nothing. Of the rest a rank keeps what it began with in the compute dtype:
+    alone, on the host in one pinned buffer; several ranks deal the weights among themselves, and
+    send them round. On the way back the weights are rounded from their masters again
+    (Optimizer.publish); only what is its own master has to be kept meanwhile. Made before
+    `restore`. Collective.
     """
 
     def __init__(self, model: QwenVL, optimizer: Optimizer):
@@ -384,14 +398,16 @@ class Reference:
 
 
 def keep_aside(weights: list[torch.Tensor], on_host: bool) -> list[torch.Tensor]:
-    """Copies of the weights, as views of one buffer: on their device, or on the host, pinned for CUDA."""
+    """Copies of the weights, as views of one buffer: on their device, or on the host, pinned for
+    CUDA."""
     if not weights:
         return []
     device = torch.device("cpu") if on_host else weights[0].device
     sizes = [w.numel() for w in weights]
     buffer = torch.empty(sum(sizes), dtype=weights[0].dtype, device=device)
     if on_host and weights[0].is_cuda:
-        # Not pin_memory(), whose allocator rounds up to a power of two: 8.6 GB for the 6.2 GB of a 3B.
+        # Not pin_memory(), whose allocator rounds up to a power of two: 8.6 GB for the 6.2 GB of a
+        # 3B.
         torch.cuda.check_error(
             torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)
         )  # fmt: skip
@@ -402,7 +418,8 @@ def keep_aside(weights: list[torch.Tensor], on_host: bool) -> list[torch.Tensor]
 
 
 def passes(model: QwenVL, batches: list) -> Iterator:
-    """Each of the batches; beyond one box, gradients go from box to box behind the last of them alone."""
+    """Each of the batches; beyond one box, gradients go from box to box behind the last of them
+    alone."""
     for i, batch in enumerate(batches, 1):
         if isinstance(model, FSDPModule):
             model.set_requires_all_reduce(i == len(batches))
@@ -413,7 +430,8 @@ def passes(model: QwenVL, batches: list) -> Iterator:
 
 
 def load_data(cfg, more=None) -> tuple[list[Example], list[Example]]:
-    """The examples of --data and of --eval-data; the bad rows of both in one list. more: as of data.load."""
+    """The examples of --data and of --eval-data; the bad rows of both in one list. more: as of
+    data.load."""
     sets, bad = [], []
     for sources in (cfg.data, cfg.eval_data):
         try:
@@ -430,8 +448,8 @@ def load_data(cfg, more=None) -> tuple[list[Example], list[Example]]:
 class Order:
     """An endless shuffled order of rows. Epoch e is drawn from (seed, e), so a place is one number.
 
-    Rows of one key (the questions of one image) come in runs of at most `run`, to share the image's encoding;
-    each row once an epoch. Unique keys give a plain shuffle.
+    Rows of one key (the questions of one image) come in runs of at most `run`, to share the image's
+    encoding; each row once an epoch. Unique keys give a plain shuffle.
     """
 
     def __init__(self, keys: Iterable, seed, run: int = 1):
@@ -479,8 +497,9 @@ def ahead(make: Callable, items: Iterable) -> Iterator:
 
 
 def cut(lengths: list[int], budget: int, shared: list[int] | None = None) -> list[slice]:
-    """Consecutive items in micro-batches of at most `budget` tokens (or of one item that alone is longer).
-    shared: what an item has in common with the one before, and only needs as the first of a micro-batch."""
+    """Consecutive items in micro-batches of at most `budget` tokens (or of one item that alone is
+    longer). shared: what an item has in common with the one before, and only needs as the first of
+    a micro-batch."""
     starts, used = [], 0
     for i, length in enumerate(lengths):
         more = length - (shared[i] if shared else 0)
@@ -491,13 +510,15 @@ def cut(lengths: list[int], budget: int, shared: list[int] | None = None) -> lis
 
 
 def even(batches: list, spare: Callable) -> list:
-    """The batches, and spare() for as long as another rank still has some: each pass is a collective."""
+    """The batches, and spare() for as long as another rank still has some: each pass is a
+    collective."""
     longest = int(reduce([len(batches)], "MAX")[0])
     return [*batches, *(spare() for _ in range(longest - len(batches)))]
 
 
 def filler() -> Example:
-    """A tiny example that touches every parameter: image, depth, region. It gets no weight in any loss."""
+    """A tiny example that touches every parameter: image, depth, region. It gets no weight in any
+    loss."""
     return Example(
         "filler", "direct", [Image.new("RGB", (64, 64))], "What is it <mask>?", "A",
         depths=[np.ones((64, 64), np.float32)], intrinsics=[(64, 64, 32, 32)], regions=[(0, (8, 8, 56, 56))],
@@ -505,7 +526,8 @@ def filler() -> Example:
 
 
 def pad(examples: list[Example], world: int) -> list[Example]:
-    """Appends the filler where a pass might leave out parameters whose gradients other ranks reduce."""
+    """Appends the filler where a pass might leave out parameters whose gradients other ranks
+    reduce."""
     whole = any(e.images and e.regions and any(d is not None for d in e.depths or ()) for e in examples)
     return examples if world == 1 or whole else [*examples, filler()]
 
@@ -521,7 +543,8 @@ def write_config(out: Path, config: dict) -> None:
 
 
 def begin(cfg) -> tuple[Path | None, int]:
-    """(checkpoint to go on from or None, steps done). Writes config.json; won't mix a new run with an old."""
+    """(checkpoint to go on from or None, steps done). Writes config.json; won't mix a new run with
+    an old."""
     torch.manual_seed(cfg.seed)  # nothing here draws from it; a fork's dropout would
     out, old = Path(cfg.out), sorted(Path(cfg.out).glob("step-*[0-9]"))
     if old and not cfg.resume:
@@ -570,7 +593,8 @@ def save(cfg, step: int, model: QwenVL, processor, optimizer: Optimizer, **same)
 
 
 def restore(checkpoint: Path | None, optimizer: Optimizer, **same) -> None:
-    """Optimiser, masters, random states. `same` must equal what `save` was given (the data's fingerprint)."""
+    """Optimiser, masters, random states. `same` must equal what `save` was given (the data's
+    fingerprint)."""
     if checkpoint is None:
         return
     state, folder = record(checkpoint), checkpoint / "trainer"
@@ -593,7 +617,8 @@ def record(checkpoint: Path) -> dict:
 
 
 def missing(checkpoint: Path) -> str | None:
-    """What a checkpoint lacks to resume from, or None: its files and their sizes are on record in it."""
+    """What a checkpoint lacks to resume from, or None: its files and their sizes are on record in
+    it."""
     try:
         files = record(checkpoint)["files"].items()
         return next((name for name, size in files if (checkpoint / name).stat().st_size != size), None)
@@ -615,7 +640,8 @@ def newest(out: Path, named: bool = True) -> Path | None:
 
 
 class Log:
-    """metrics.jsonl, a printed line a step, and a bar with the time left on a terminal. Rank 0 only."""
+    """metrics.jsonl, a printed line a step, and a bar with the time left on a terminal. Rank 0
+    only."""
 
     def __init__(self, cfg, done: int, columns: dict[str, str]):
         self.columns = columns

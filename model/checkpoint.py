@@ -7,10 +7,10 @@ The published files come in two layouts, and transformers writes either:
     ours    vision.*         decoder.*                  lm_head.*       region.* points.* head3d.*
     (spatial.safetensors)
 
-A model remembers the layout and the dtype of every tensor it was loaded from, and saves in the same, so that
-transformers' own class (and whatever else reads Qwen-VL) loads what we trained. Saving is atomic: everything
-is written and synced in a directory aside, which then takes the place of the old one in a single rename, with
-what others have put into that one.
+A model remembers the layout and the dtype of every tensor it was loaded from, and saves in the
+same, so that transformers' own class (and whatever else reads Qwen-VL) loads what we trained.
+Saving is atomic: everything is written and synced in a directory aside, which then takes the place
+of the old one in a single rename, with what others have put into that one.
 """
 
 import contextlib
@@ -36,7 +36,8 @@ SHARD_BYTES = 4_000_000_000
 # Longest first; `model.` alone is the older layout's decoder.
 PREFIXES = (("model.language_model.", "decoder."), ("model.visual.", "vision."), ("visual.", "vision."),
             ("model.", "decoder."), ("lm_head.", "lm_head."))  # fmt: skip
-# What a save may write. An old one of these must not stand beside the new: a reader might prefer it.
+# What a save may write. An old one of these must not stand beside the new: a reader might prefer
+# it.
 OWN = re.compile(
     r"(model(-\d+-of-\d+)?|spatial)\.safetensors(\.index\.json)?|chat_template\.\w+|merges\.txt"
     r"|((generation|\w*processor|tokenizer)_)?config\.json|(tokenizer|vocab|added_tokens|special_tokens_map)\.json"
@@ -44,7 +45,8 @@ OWN = re.compile(
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that can't be loaded or saved; one line that says which file or tensor, and what to do."""
+    """A checkpoint that can't be loaded or saved; one line that says which file or tensor, and what
+    to do."""
 
 
 @dataclass
@@ -57,10 +59,11 @@ class Origin:
 
 
 def load(source: str, device=None, dtype: torch.dtype | None = None, fuse: bool = True):
-    """A QwenVL from a directory or hub id. dtype None: the decoder's dtype on disk, for the whole model.
+    """A QwenVL from a directory or hub id. dtype None: the decoder's dtype on disk, for the whole
+    model.
 
-    fuse: put weights that the sampler multiplies one input with side by side. Without it, a model on a CPU in the
-    dtype on disk takes no memory of its own: its weights are the file's pages.
+    fuse: put weights that the sampler multiplies one input with side by side. Without it, a model
+    on a CPU in the dtype on disk takes no memory of its own: its weights are the file's pages.
     """
     from model.qwen_vl import QwenVL
 
@@ -101,7 +104,8 @@ def resolve(source: str) -> Path:
 
 
 def read_config(directory: Path):
-    """transformers' config object of a checkpoint of the three families; CheckpointError for any other."""
+    """transformers' config object of a checkpoint of the three families; CheckpointError for any
+    other."""
     from model.qwen_vl import Sizes
 
     path = directory / "config.json"
@@ -162,7 +166,8 @@ def _read(directory: Path, model) -> tuple[dict[str, Tensor], Origin]:
 
 
 def rename(name: str) -> str:
-    """A tensor's name on disk -> ours; one of neither layout stays as it is (and is reported as surplus)."""
+    """A tensor's name on disk -> ours; one of neither layout stays as it is (and is reported as
+    surplus)."""
     for theirs, ours in PREFIXES:
         if name.startswith(theirs):
             return ours + name[len(theirs) :]
@@ -205,7 +210,8 @@ def _check(directory: Path, model, state: dict[str, Tensor], spatial: dict[str, 
 
 
 def _init_spatial(model, device, dtype: torch.dtype) -> None:
-    """The extra weights at their start: seeded, and such that a pretrained model's logits don't change."""
+    """The extra weights at their start: seeded, and such that a pretrained model's logits don't
+    change."""
     for part in (model.region, model.points, model.head3d):
         part.to_empty(device=device).to(dtype)
     model.region.init_like(model.decoder.embed_tokens.weight)
@@ -214,9 +220,9 @@ def _init_spatial(model, device, dtype: torch.dtype) -> None:
 
 
 def save(model, directory: str | Path, processor=None) -> None:
-    """Atomically replaces `directory` by the model's checkpoint: weights, spatial.safetensors, the source's
-    other files, and the processor's settings where one is given. What an older checkpoint there holds beyond
-    that is kept; a directory that holds something else is refused."""
+    """Atomically replaces `directory` by the model's checkpoint: weights, spatial.safetensors, the
+    source's other files, and the processor's settings where one is given. What an older checkpoint
+    there holds beyond that is kept; a directory that holds something else is refused."""
     directory = Path(directory).resolve()  # the rename would replace a link, not what it points to
     if directory.exists() and not (directory / "config.json").is_file():
         if not directory.is_dir() or any(directory.iterdir()):
@@ -236,7 +242,8 @@ def save(model, directory: str | Path, processor=None) -> None:
 
 
 def _keep_foreign(old: Path, new: Path) -> None:
-    """What is in `old` and no save writes, into `new` as well: by hard links, so that size doesn't matter."""
+    """What is in `old` and no save writes, into `new` as well: by hard links, so that size doesn't
+    matter."""
 
     def ours(folder, names):
         return [n for n in names if Path(folder) == old and (OWN.fullmatch(n) or (new / n).exists())]
@@ -295,7 +302,8 @@ def _write_shards(tensors: dict[str, Tensor], directory: Path) -> None:
 
 
 def copy_files(source: Path, directory: Path) -> None:
-    """Everything of a checkpoint but its weights: config, tokenizer, processor, template, licence, ..."""
+    """Everything of a checkpoint but its weights: config, tokenizer, processor, template, licence,
+    ..."""
     weights = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
     if not source.is_dir():
         raise CheckpointError(f"{source}: gone since it was loaded, and config and tokenizer with it")
@@ -306,7 +314,8 @@ def copy_files(source: Path, directory: Path) -> None:
 
 
 def replace(aside: Path, directory: Path) -> None:
-    """Makes the finished directory `aside` be `directory`, in one step where the kernel exchanges names."""
+    """Makes the finished directory `aside` be `directory`, in one step where the kernel exchanges
+    names."""
     for path in [p for p in aside.rglob("*") if p.is_file() or p.is_dir()] + [aside]:  # no dangling links
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)

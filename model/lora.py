@@ -1,12 +1,13 @@
-"""What learns, and low-rank adapters (LoRA, Hu et al. 2021): small to train, merged where it is saved.
+"""What learns, and low-rank adapters (LoRA, Hu et al. 2021): small to train, merged where it is
+saved.
 
     y = W x + b + s B (A x),    A (rank, in), B (out, rank), s = 2;    B = 0 at the start: the base model
 
-A wrapped projection of the decoder keeps the names of its weight and bias; the adapters are parameters like
-others, `...lora_a` and `...lora_b`, and lie in trainer/ by their full names. `with off(model)` it is the base
-model, to the bit. A checkpoint holds what `merge` makes of them: W + s B A, rounded to W's dtype. A run
-resumes from its base checkpoint and its adapters: in a merged one, what is below half a unit of W's last bit
-is gone.
+A wrapped projection of the decoder keeps the names of its weight and bias; the adapters are
+parameters like others, `...lora_a` and `...lora_b`, and lie in trainer/ by their full names. `with
+off(model)` it is the base model, to the bit. A checkpoint holds what `merge` makes of them: W + s B
+A, rounded to W's dtype. A run resumes from its base checkpoint and its adapters: in a merged one,
+what is below half a unit of W's last bit is gone.
 """
 
 from collections.abc import Iterator
@@ -16,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# --train: prefixes of the parameters that learn. RL's default is lm (the paper froze the rest), SFT's is all.
-# With --lora RANK the decoder's projections have adapters, and of the language model only these learn: beside
-# them nothing else (lm, or lora, which needs no --lora), the tower too (all), or region token, point map and
-# head (spatial: what SFT wants).
+# --train: prefixes of the parameters that learn. RL's default is lm (the paper froze the rest),
+# SFT's is all. With --lora RANK the decoder's projections have adapters, and of the language model
+# only these learn: beside them nothing else (lm, or lora, which needs no --lora), the tower too
+# (all), or region token, point map and head (spatial: what SFT wants).
 TRAIN = {"all": ("",), "lm": ("decoder.", "lm_head."), "lora": (),
          "spatial": ("region.", "points.", "head3d.")}  # fmt: skip
 LORA_RANK = 32  # of --train lora
@@ -44,7 +45,8 @@ class LoRALinear(nn.Module):
 
 
 def learn(model, train: str | None, rank: int = 0) -> None:
-    """Lets learn what the row `train` of TRAIN says (None: nothing), with adapters where rank > 0."""
+    """Lets learn what the row `train` of TRAIN says (None: nothing), with adapters where rank >
+    0."""
     for name, p in model.named_parameters():
         p.requires_grad_(train is not None and name.startswith(TRAIN[train]))
     if rank:
@@ -52,8 +54,8 @@ def learn(model, train: str | None, rank: int = 0) -> None:
 
 
 def attach(model, rank: int, seed: int = 0) -> None:
-    """Wraps the decoder's projections; of the language model only the adapters learn. Whether the other
-    parts do (vision, region, points, head3d) stays as it is."""
+    """Wraps the decoder's projections; of the language model only the adapters learn. Whether the
+    other parts do (vision, region, points, head3d) stays as it is."""
     if rank < 1 or adapters(model):
         raise ValueError(f"--lora {rank}: the rank is at least 1, and a model is wrapped once")
     for name, p in model.named_parameters():
@@ -82,7 +84,8 @@ def off(model) -> Iterator[None]:
 
 
 def merge(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights by name with each adapted one merged, W + s B A rounded to W's dtype, and no adapters.
+    """Return the weights by name with each adapted one merged, W + s B A rounded to W's dtype, and
+    no adapters.
 
     All are whole (not sharded). What to save; a dict without adapters comes back as it is.
     """

@@ -1,4 +1,5 @@
-"""optim.Optimizer against torch's own and closed forms: masters, images, sums in fp32, state by name; schedules."""
+"""optim.Optimizer against torch's own and closed forms: masters, images, sums in fp32, state by
+name; schedules."""
 
 import math
 from functools import partial
@@ -26,7 +27,8 @@ def params(dtype=torch.float32, seed=0):
 
 
 def backward(table, seed, scale=1.0):
-    """Give every parameter a random gradient, as a backward does: hooks run, and gradients add up."""
+    """Give every parameter a random gradient, as a backward does: hooks run, and gradients add
+    up."""
     generator = torch.Generator().manual_seed(seed)
     loss = 0.0
     for p in table.values():
@@ -103,7 +105,8 @@ def test_small_updates_do_not_vanish_in_bf16():
 
 
 def test_gradients_of_many_passes_are_summed_in_fp32():
-    """In bf16 a sum stops growing at 256 times its terms; and the gradient of a pass is freed at once."""
+    """In bf16 a sum stops growing at 256 times its terms; and the gradient of a pass is freed at
+    once."""
     p = torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
     optimizer = Optimizer([("p", p)])
     for _ in range(1000):
@@ -179,7 +182,8 @@ def test_a_step_that_is_not_finite_changes_nothing(loss, gradient):
 
 
 def test_muon_moves_the_blocks_matrices_only():
-    """Its step has the singular vectors of the gradient and singular values near 1, times .3 sqrt(longer side)."""
+    """Its step has the singular vectors of the gradient and singular values near 1, times .3
+    sqrt(longer side)."""
     table = {name: torch.nn.Parameter(torch.zeros_like(p)) for name, p in params().items()}
     optimizer = Optimizer(table.items(), muon=True)
     matrix = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
@@ -200,7 +204,8 @@ def test_muon_moves_the_blocks_matrices_only():
     "shape, placements", [((4,), [Shard(0)]), ((2, 2), [Replicate(), Shard(0)])]
 )
 def test_the_cut_changes_nothing(shape, placements):
-    """What each of four ranks does, in turn, behind a process group that sends nothing: AdamW is elementwise."""
+    """What each of four ranks does, in turn, behind a process group that sends nothing: AdamW is
+    elementwise."""
     start = params()["w"].detach().repeat(2, 1)  # (10, 3), cut unevenly
     gradient = torch.randn(10, 3, generator=torch.Generator().manual_seed(2))
 

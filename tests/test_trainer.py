@@ -399,7 +399,8 @@ def test_auto_is_what_the_plan_chooses(monkeypatch, capsys):
             )
         return s.shard, s.checkpointing
 
-    cfg, counts = plan.Config("", 1, group=1, new_tokens=64, kl=0.0, dtype="fp32"), plan.count(config, "lm", 0)
+    cfg = plan.Config("", 1, group=1, new_tokens=64, kl=0.0, dtype="fp32")
+    counts = plan.count(config, "lm", 0)
     options = {c: plan.Settings(False, c, 0, 4096) for c in (False, True)}
     need = {c: plan.estimate(config, cfg, s, counts)["peak"] for c, s in options.items()}
     enough = {c: gb / (1 - plan.RESERVE[1]) + plan.RESERVE[0] + 0.01 for c, gb in need.items()}
