@@ -32,6 +32,7 @@ the sampler's CUDA graph with it: that is the other peak, `cache kept`. Else eve
 graph again.
 """
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -207,8 +208,9 @@ def main(cfg: Config) -> None:
     elif s.slots:
         print(f"their cache goes before the update (kept: {kept:.1f} GB); every step records its graph again")
     if cfg.kl and cfg.gpus == 1:
-        size = n["trained"] * (2 if cfg.dtype == "bf16" else 4) / 1e9
-        print(f"and {size:.1f} GB of host memory for the reference policy")
+        size = n["trained"] * (2 if cfg.dtype == "bf16" else 4)
+        pinned = 2 ** math.ceil(math.log2(size))  # CUDA's pinned memory comes in powers of two
+        print(f"and {pinned / 1e9:.1f} GB of host memory for the reference policy")
 
 
 if __name__ == "__main__":

@@ -256,7 +256,7 @@ def micro(pieces: list, processor: Processor, paths: list[str], world: int, devi
 def forward(
     model, one: Micro, temperature: float, images: DeviceImages | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies (L,). The batch is on the host; the step's images are uploaded once, as bytes."""
+    """Log-probs and entropies (L,). The batch is on the host; a step's images are uploaded once."""
     output = model(one.batch.to(one.cu.device, images), temperature)
     return output.logprob[: len(one.rollout)], output.entropy[: len(one.rollout)]
 

@@ -399,18 +399,15 @@ class Reference:
 
 def keep_aside(weights: list[torch.Tensor], on_host: bool) -> list[torch.Tensor]:
     """Copies of the weights, as views of one buffer: on their device, or on the host, pinned for
-    CUDA."""
+    CUDA (whose allocator of pinned memory rounds up to a power of two)."""
     if not weights:
         return []
-    device = torch.device("cpu") if on_host else weights[0].device
     sizes = [w.numel() for w in weights]
-    buffer = torch.empty(sum(sizes), dtype=weights[0].dtype, device=device)
-    if on_host and weights[0].is_cuda:
-        # Not pin_memory(), whose allocator rounds up to a power of two: 8.6 GB for the 6.2 GB of a
-        # 3B.
-        torch.cuda.check_error(
-            torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)
-        )  # fmt: skip
+    like = weights[0]
+    if on_host:
+        buffer = torch.empty(sum(sizes), dtype=like.dtype, pin_memory=like.is_cuda)
+    else:
+        buffer = torch.empty(sum(sizes), dtype=like.dtype, device=like.device)
     copies = [part.view(w.shape) for part, w in zip(buffer.split(sizes), weights, strict=True)]
     for copy, w in zip(copies, weights, strict=True):
         copy.copy_(w.detach())

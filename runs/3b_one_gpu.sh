@@ -5,7 +5,7 @@
 # python plan.py --model Qwen/Qwen2.5-VL-3B-Instruct --gpus 1     GB: weights 7.5, master and moments 37.0,
 #   gradients 13.0, activations 5.0, logits 1.9, cache 9.4, prefill 1.0, peak 64.5, left 15.5;
 #   --checkpointing always --micro-tokens 16384 (200 samples at a time; their cache stays: 74.3 GB),
-#   6.2 GB of host memory for the reference
+#   8.6 GB of host memory for the reference
 # cold start (--train all --prompts 0 --new-tokens 256): master and moments 45.2, peak 74.2, left 5.8
 #
 # The paper (NVILA 8B, 64 GPUs): SFT 2 epochs, lr 5e-6, cosine, 3 % warm-up, no decay, all parts learn. RL: 512

@@ -337,7 +337,7 @@ def test_the_command_prints_parts_and_settings(configs, capsys):
         assert name in said
     plan.main(Config(configs["Qwen2.5-VL-3B"].folder))
     said = capsys.readouterr().out
-    assert "6.2 GB of host memory for the reference" in said and "stay during the update" in said
+    assert "8.6 GB of host memory for the reference" in said and "stay during the update" in said
     plan.main(Config(configs["Qwen2.5-VL-3B"].folder, memory=66))
     assert "goes before the update" in capsys.readouterr().out
 
