@@ -129,7 +129,7 @@ SCRIPTS = {
     # cispo: where all lengths are equal, the other losses are 0 before the first update.
     "train_rl.py": dict(
         data="numbers.jsonl",
-        prompts=4,
+        prompts=2,
         group=8,
         max_new_tokens=1,
         filter="none",
