@@ -19,6 +19,7 @@ test: $(READY)
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
 
 bench: $(READY)
 	$(PYTHON) -m bench.kernels

@@ -16,7 +16,8 @@ bytes of each of the N GPUs of a box. Of A parameters T learn; b bytes a weight 
     prefill             rollout: keys and values, and an MLP, of PREFILL tokens
     sampler             rollout: 3 fp32 rows of logits a slot
     gradients           update: 4 T, / N if sharded; and the largest weight's own in b, or, sharded,
-                        two layers' and the embeddings' whole ones in b, a layer's and theirs in fp32
+                        two layers' and the embeddings' whole ones in b, a layer's and theirs in
+                        fp32
     activations         update: t layers (4 H + 2 (query + key-value heads) D + 3 I) b, and t 3 I b of a
                         layer's gradients; with checkpointing t layers H b, and one layer whole
     gathered keys       update: on CUDA, of a layer (of all, without checkpointing) the keys and values as the
@@ -50,7 +51,8 @@ from model.lora import LORA_RANK, learn
 from model.qwen_vl import QwenVL, Sizes
 
 RESERVE = 1.5, 0.05  # GB of CUDA, its libraries and NCCL; share of the rest that lies in gaps
-BUSY, SLOTS = 128, 384  # live samples that keep a GPU busy; above SLOTS the matrix products gain nothing more
+# live samples that keep a GPU busy; above SLOTS the matrix products gain nothing more
+BUSY, SLOTS = 128, 384
 PREFILL = 8192  # tokens of prompts that are encoded at a time: model.rollout's
 
 
@@ -59,7 +61,8 @@ class Config:
     model: str  # checkpoint directory or hub id
     gpus: int = 1  # of one box
     memory: float = 80.0  # GB of each
-    prompts: int = 64  # a step, over all GPUs; 0: SFT, which samples nothing (one target a prompt, no KL)
+    # a step, over all GPUs; 0: SFT, which samples nothing (one target a prompt, no KL)
+    prompts: int = 64
     group: int = 8  # completions a prompt (G)
     prompt_tokens: int = 1024  # P, the image's included
     new_tokens: int = 1024  # R, of a completion
@@ -76,7 +79,8 @@ class Settings:
     lora: int = 0
     micro_tokens: int = 16384
     slots: int = 0
-    keep: bool = False  # the cache of so many slots, and the graph that reads it, stay during the update
+    # the cache of so many slots, and the graph that reads it, stay during the update
+    keep: bool = False
 
 
 def count(config, train: str, lora: int) -> dict[str, int]:
@@ -97,10 +101,14 @@ def tally(model) -> dict[str, int]:
     z = model.decoder
     outside = own(model) - own(z.layers, model.vision, model.region, model.points, model.head3d)
     return dict(
-        all=sum(p.numel() for p in model.parameters()), trained=own(model), layer=own(z.layers[0]),
+        all=sum(p.numel() for p in model.parameters()),
+        trained=own(model),
+        layer=own(z.layers[0]),
         largest=max((p.numel() for p in model.parameters() if p.requires_grad), default=0),
-        outside=outside, vision=own(model.vision), head=outside and model.head_weight.numel(),
-    )  # fmt: skip
+        outside=outside,
+        vision=own(model.vision),
+        head=outside and model.head_weight.numel(),
+    )
 
 
 def estimate(config, cfg: Config, s: Settings, n: dict[str, int]) -> dict[str, float]:
@@ -108,7 +116,8 @@ def estimate(config, cfg: Config, s: Settings, n: dict[str, int]) -> dict[str, f
     z, vision, b = Sizes.of(config), config.vision_config, {"bf16": 2, "fp32": 4}[cfg.dtype]
     parts, query, kv = cfg.gpus if s.shard else 1, z.heads * z.head_dim, z.kv_heads * z.head_dim
     masters = 4 if b == 2 or s.shard else 0  # whole fp32 weights are their own masters
-    gathered = (2 * n["layer"] + n["outside"]) * b + (n["layer"] + n["outside"]) * 4  # reduced in fp32
+    # reduced in fp32
+    gathered = (2 * n["layer"] + n["outside"]) * b + (n["layer"] + n["outside"]) * 4
     transient = n["largest"] * b if b == 2 else 0  # until its fp32 master has it
     qk_norm = (query + kv) * z.qwen3
     layer = (4 * z.hidden + 2 * (query + kv) + qk_norm + 3 * z.inner) * b  # bytes a token
@@ -119,32 +128,50 @@ def estimate(config, cfg: Config, s: Settings, n: dict[str, int]) -> dict[str, f
     patches *= vision.spatial_merge_size**2
     width = vision.embed_dim if config.model_type == "qwen2_vl" else vision.hidden_size
     block = (1 if s.checkpointing else 24) * width * b  # an MLP of 4 C
-    pixels = 12 * vision.temporal_patch_size * vision.patch_size**2 + block * vision.depth * (n["vision"] > 0)
-    rows = 2 * -(-s.slots // cfg.group) * cfg.prompt_tokens  # of the prompts, and room for the next ones
+    pixels = 12 * vision.temporal_patch_size * vision.patch_size**2 + block * vision.depth * (
+        n["vision"] > 0
+    )
+    # of the prompts, and room for the next ones
+    rows = 2 * -(-s.slots // cfg.group) * cfg.prompt_tokens
     prefill = (2 * z.layers * kv + 3 * z.inner + 6 * z.hidden) * b
     reference = n["trained"] * b / cfg.gpus if cfg.kl and cfg.gpus > 1 else 0
     samples = cfg.prompts > 0 or not s.shard
     whole = n["all"] if samples else n["all"] - n["trained"]
-    stays = {"weights": whole * b, "master and moments": n["trained"] * (masters + 8) / parts,
-             "reference": reference}  # fmt: skip
-    rollout = {"cache": (s.slots * cfg.new_tokens + rows) * 2 * z.layers * kv * b,
-               "prefill": min(rows, PREFILL) * prefill, "sampler": 3 * s.slots * z.vocab * 4}  # fmt: skip
+    stays = {
+        "weights": whole * b,
+        "master and moments": n["trained"] * (masters + 8) / parts,
+        "reference": reference,
+    }
+    rollout = {
+        "cache": (s.slots * cfg.new_tokens + rows) * 2 * z.layers * kv * b,
+        "prefill": min(rows, PREFILL) * prefill,
+        "sampler": 3 * s.slots * z.vocab * 4,
+    }
     tokens, keys = cfg.prompt_tokens + cfg.group * cfg.new_tokens, cfg.prompt_tokens
     keys += cfg.group * (cfg.prompt_tokens + cfg.new_tokens)
     copies = 2 * kv * b * keys / tokens * (1 if s.checkpointing else z.layers) * (b == 2)
-    update = {"gradients": n["trained"] * 4 / parts + (gathered if s.shard else transient),
-              "activations": s.micro_tokens * (kept + 3 * z.inner * b),
-              "gathered keys": s.micro_tokens * copies, "pixels": patches * pixels,
-              "logits": 64 * 2**20 + n["head"] * (6 if b == 2 else 4)}  # fmt: skip
+    update = {
+        "gradients": n["trained"] * 4 / parts + (gathered if s.shard else transient),
+        "activations": s.micro_tokens * (kept + 3 * z.inner * b),
+        "gathered keys": s.micro_tokens * copies,
+        "pixels": patches * pixels,
+        "logits": 64 * 2**20 + n["head"] * (6 if b == 2 else 4),
+    }
     both = rollout["cache"] + rollout["sampler"]  # the logits lie in the graph's own memory
     always, longest = sum(stays.values()), max(sum(rollout.values()), sum(update.values()))
-    peaks = {"peak": always + longest, "cache kept": always + max(longest, both + sum(update.values()))}
+    peaks = {
+        "peak": always + longest,
+        "cache kept": always + max(longest, both + sum(update.values())),
+    }
     return {name: size / 1e9 for name, size in (stays | rollout | update | peaks).items()}
 
 
 def candidates(cfg: Config) -> Iterator[Settings]:
     """In the order of preference."""
-    least, group = cfg.prompt_tokens + cfg.new_tokens, cfg.prompt_tokens + cfg.group * cfg.new_tokens
+    least, group = (
+        cfg.prompt_tokens + cfg.new_tokens,
+        cfg.prompt_tokens + cfg.group * cfg.new_tokens,
+    )
     whole = [t for t in (16384, 8192, 4096) if t >= group] or [group]
     split = [t for t in (8192, 4096, 2048) if least <= t < group]  # groups in parts, prompts again
     ranks = [LORA_RANK] if cfg.train == "lora" else [0, LORA_RANK]
@@ -156,9 +183,11 @@ def candidates(cfg: Config) -> Iterator[Settings]:
 
 
 def choose(
-    config, cfg: Config, options: Iterable[Settings] | None = None,
+    config,
+    cfg: Config,
+    options: Iterable[Settings] | None = None,
     counts: Callable[[int], dict[str, int]] | None = None,
-) -> tuple[Settings, dict[str, float]]:  # fmt: skip
+) -> tuple[Settings, dict[str, float]]:
     """The first of the options (all candidates) that fits, and its estimate; ValueError where none
     does. counts(lora rank) is what `tally` says of the model, if one is there already."""
     options = candidates(cfg) if options is None else options
@@ -167,9 +196,13 @@ def choose(
     most = min(-(-cfg.prompts // cfg.gpus) * cfg.group, max(SLOTS // cfg.group, 1) * cfg.group)
     for s in options:
         alone = estimate(config, cfg, s, counts(s.lora))["peak"]  # of the update
-        sizes = {n: estimate(config, cfg, replace(s, slots=n), counts(s.lora))
-                 for n in range(most, 0, -cfg.group) or [0]}  # fmt: skip
-        fit = [n for n, gb in sizes.items() if gb["peak"] <= (min(alone, room) if n > BUSY else room)]
+        sizes = {
+            n: estimate(config, cfg, replace(s, slots=n), counts(s.lora))
+            for n in range(most, 0, -cfg.group) or [0]
+        }
+        fit = [
+            n for n, gb in sizes.items() if gb["peak"] <= (min(alone, room) if n > BUSY else room)
+        ]
         stay = [n for n in fit if sizes[n]["cache kept"] <= room and n >= min(BUSY, fit[0])]
         if fit:  # better fewer slots than to record the graph in every step
             slots = (stay or fit)[0]
@@ -180,8 +213,11 @@ def choose(
 
 
 def main(cfg: Config) -> None:
-    low = {k: v for k, v in vars(cfg).items()
-           if isinstance(v, int | float) and v < (k not in ("kl", "lora", "prompts"))}  # fmt: skip
+    low = {
+        k: v
+        for k, v in vars(cfg).items()
+        if isinstance(v, int | float) and v < (k not in ("kl", "lora", "prompts"))
+    }
     if low:
         raise ValueError(", ".join(f"--{k.replace('_', '-')} {v}: too low" for k, v in low.items()))
     cfg = cfg if cfg.prompts else replace(cfg, group=1, kl=0.0)
@@ -204,9 +240,13 @@ def main(cfg: Config) -> None:
     flags += [f"--lora {s.lora}"] * bool(s.lora)
     print(*flags, f" ({s.slots} samples at a time)" if s.slots else "")
     if s.slots and s.keep:
-        print(f"their cache and the graph of a step stay during the update: then the peak is {kept:.1f} GB")
+        print(
+            f"their cache and the graph of a step stay during the update: then the peak is {kept:.1f} GB"
+        )
     elif s.slots:
-        print(f"their cache goes before the update (kept: {kept:.1f} GB); every step records its graph again")
+        print(
+            f"their cache goes before the update (kept: {kept:.1f} GB); every step records its graph again"
+        )
     if cfg.kl and cfg.gpus == 1:
         size = n["trained"] * (2 if cfg.dtype == "bf16" else 4)
         pinned = 2 ** math.ceil(math.log2(size))  # CUDA's pinned memory comes in powers of two

@@ -1,13 +1,15 @@
-"""A run's directory -> one self-contained report.html: what the model scores, how it learned, what it says.
+"""A run's directory -> one self-contained report.html: what the model scores, how it learned, what
+it says.
 
     python report.py --run out/speedrun
 
-Takes what there is of sft/ and rl/ (or the directory's own metrics.jsonl), of eval-blind/, eval-sft/ and
-eval-rl/ (before and after RL, greedy), and of eval-sft-sampled/ and eval-rl-sampled/ (at temperature 1).
-Images lie in the file, curves are SVG: it needs no network. The gallery takes the tasks in turn, in turn with
-a question that the last model gets right, one whose answer training changed, and one that it gets wrong: a
-tour, not a sample. The shares are in the table.
+Takes what there is of sft/ and rl/ (or the directory's own metrics.jsonl), of eval-blind/,
+eval-sft/ and eval-rl/ (before and after RL, greedy), and of eval-sft-sampled/ and eval-rl-sampled/
+(at temperature 1). Images lie in the file, curves are SVG: it needs no network. The gallery takes
+the tasks in turn, in turn with a question that the last model gets right, one whose answer training
+changed, and one that it gets wrong: a tour, not a sample. The shares are in the table.
 """
+
 import base64
 import hashlib
 import io
@@ -30,19 +32,43 @@ from srreal import Example, several_views
 
 BEFORE, AFTER = "after SFT", "after RL"
 EVALS = {"eval-blind": "blind", "eval-sft": BEFORE, "eval-rl": AFTER}  # directory -> column
-SAMPLED = {"eval-sft-sampled": BEFORE, "eval-rl-sampled": AFTER}  # at temperature 1: what RL maximises
-LOGS = {"": "Training", "sft": "Cold start (SFT)", "rl": "Reinforcement learning"}  # directory -> heading
-ROWS = {"accuracy": "accuracy", "any_format": "accuracy, any format", "format": "format", "detect": "detect",
-        "total": "reward", "text_errors": "centre in the text, m", "head_errors": "centre of the 3D head, m",
-        "tokens": "length, tokens"}  # metric of eval.py -> label
-PANELS = {"loss": "loss", "loss_text": "loss of the text, nats a token", "val_loss": "loss on held-out rows",
-          "head_error_metres": "3D head: centre error, m", "reward": "reward", "accuracy": "accuracy",
-          "format": "format", "detect": "detect", "length": "length, tokens", "kept": "share of groups kept",
-          "kl": "KL to the cold start", "entropy": "entropy, nats", "mismatch_kl": "sampler to trainer, KL",
-          "grad_norm": "gradient norm", "tokens_per_second": "tokens a second", "rollout_tokens_per_second":
-          "rollout, tokens a second"}  # key of metrics.jsonl, alone or behind lor_ and dtr_ -> title
+# at temperature 1: what RL maximises
+SAMPLED = {"eval-sft-sampled": BEFORE, "eval-rl-sampled": AFTER}
+# directory -> heading
+LOGS = {"": "Training", "sft": "Cold start (SFT)", "rl": "Reinforcement learning"}
+ROWS = {
+    "accuracy": "accuracy",
+    "any_format": "accuracy, any format",
+    "format": "format",
+    "detect": "detect",
+    "total": "reward",
+    "text_errors": "centre in the text, m",
+    "head_errors": "centre of the 3D head, m",
+    "tokens": "length, tokens",
+}  # metric of eval.py -> label
+PANELS = {
+    "loss": "loss",
+    "loss_text": "loss of the text, nats a token",
+    "val_loss": "loss on held-out rows",
+    "head_error_metres": "3D head: centre error, m",
+    "reward": "reward",
+    "accuracy": "accuracy",
+    "format": "format",
+    "detect": "detect",
+    "length": "length, tokens",
+    "kept": "share of groups kept",
+    "kl": "KL to the cold start",
+    "entropy": "entropy, nats",
+    "mismatch_kl": "sampler to trainer, KL",
+    "grad_norm": "gradient norm",
+    "tokens_per_second": "tokens a second",
+    "rollout_tokens_per_second":
+    # key of metrics.jsonl, alone or behind lor_ and dtr_ -> title
+    "rollout, tokens a second",
+}
 LABELS = {"lor": "LOR", "dtr": "DTR", "direct": "direct", "one": ""}
-COLOURS = {"red": "#e5484d", "blue": "#3e7bfa", "green": "#2f9e5b", "yellow": "#e2b203"}  # of the marks
+# of the marks
+COLOURS = {"red": "#e5484d", "blue": "#3e7bfa", "green": "#2f9e5b", "yellow": "#e2b203"}
 
 
 @dataclass
@@ -52,9 +78,13 @@ class Config:
 
 
 def tag(name: str, *children: str, **attributes) -> str:
-    """<name attributes>children</name>. Children are markup already; attributes are escaped here."""
+    """<name attributes>children</name>. Children are markup already; attributes are escaped
+    here."""
     names = (key.rstrip("_").replace("_", "-") for key in attributes)
-    pairs = (f' {key}="{escape(str(value))}"' for key, value in zip(names, attributes.values(), strict=True))
+    pairs = (
+        f' {key}="{escape(str(value))}"'
+        for key, value in zip(names, attributes.values(), strict=True)
+    )
     return f"<{name}{''.join(pairs)}>{''.join(children)}</{name}>"
 
 
@@ -78,7 +108,8 @@ def cell(number: dict | None, digits: int, sign: str = "") -> str:
 
 
 def dots(chance: dict | None, numbers: list[dict], path: str) -> str:
-    """On a line from 0 to 1: a bar for chance, hollow before, full after, whiskers of one standard error."""
+    """On a line from 0 to 1: a bar for chance, hollow before, full after, whiskers of one standard
+    error."""
     at = lambda value: 6 + 228 * min(max(value, 0), 1)  # noqa: E731
     parts = [line(6, 9, 234, 9, "grid"), *(line(at(v), 6, at(v), 12, "grid") for v in MARKS)]
     parts += [line(at(chance["value"]), 3, at(chance["value"]), 15, "chance")] if chance else []
@@ -94,42 +125,67 @@ def change(evals: dict, path: str, metric: str, task: str = "all") -> dict | Non
     """RL's paired difference, where there are both runs."""
     if not {BEFORE, AFTER} <= set(evals):
         return None
-    return paired(*([row for row in evals[name][1] if row["path"] == path and task in ("all", row["task"])]
-                    for name in (BEFORE, AFTER)), metric)
+    return paired(
+        *(
+            [row for row in evals[name][1] if row["path"] == path and task in ("all", row["task"])]
+            for name in (BEFORE, AFTER)
+        ),
+        metric,
+    )
 
 
 def table_row(evals: dict, path: str, metric: str, task: str) -> list[str]:
     """path, n, chance, a cell an evaluation, RL's paired difference, the dots."""
     digits, error = 1 if metric == "tokens" else 3, metric.endswith("errors")
-    found = {name: summary["results"].get(path, {}).get(task) for name, (summary, _) in evals.items()}
+    found = {
+        name: summary["results"].get(path, {}).get(task) for name, (summary, _) in evals.items()
+    }
     last = [result for result in found.values() if result][-1]
     chance = last["chance"] if metric == "accuracy" else last["chance_errors"] if error else None
     cells = [tag("i", LABELS[path], class_=path), str(last[metric]["n"])]
     cells += [cell(chance and {**chance, "se": None}, digits)]
     cells += [cell(result and result[metric], digits) for result in found.values()]
-    gain = None if error else change(evals, path, metric, task)  # a median over objects has no pairs
+    # a median over objects has no pairs
+    gain = None if error else change(evals, path, metric, task)
     sure = gain and gain["se"] and abs(gain["value"]) > 2 * gain["se"]
     cells += [tag("b" if sure else "span", cell(gain, digits, "+"))]
     trained = [result[metric] for name, result in found.items() if name != "blind" and result]
-    return [*cells, "" if error or metric == "tokens" else dots(chance, [t for t in trained if t], path)]
+    return [
+        *cells,
+        "" if error or metric == "tokens" else dots(chance, [t for t in trained if t], path),
+    ]
 
 
 def table(first: str, groups: list[tuple], evals: dict) -> str:
     """groups: (label, path, metric, task), a line each; a label is written once."""
     axis = [word(f"{v:g}", 6 + 228 * v, 12, "middle") for v in MARKS]
     axis = tag("svg", *axis, viewBox="0 0 240 16", width=240, height=16)
-    lines = [tag("tr", *(tag("th", head) for head in (first, "", "n", "chance", *evals, "RL − SFT", axis)))]
+    lines = [
+        tag(
+            "tr",
+            *(tag("th", head) for head in (first, "", "n", "chance", *evals, "RL − SFT", axis)),
+        )
+    ]
     for i, (label, *what) in enumerate(groups):
         new = i == 0 or groups[i - 1][0] != label
         cells = [escape(label) if new else "", *table_row(evals, *what)]
-        lines.append(tag("tr", *(tag("td", text) for text in cells), class_="first" if new else "more"))
+        lines.append(
+            tag("tr", *(tag("td", text) for text in cells), class_="first" if new else "more")
+        )
     return tag("table", *lines)
 
 
 def tables(evals: dict) -> str:
     scores = list(evals.values())[-1][0]["results"]
-    whole = [(label, p, key, "all") for key, label in ROWS.items() for p in scores if scores[p]["all"][key]]
-    whole += [("accuracy, no depth", p, "accuracy", "no depth") for p in scores if "no depth" in scores[p]]
+    whole = [
+        (label, p, key, "all")
+        for key, label in ROWS.items()
+        for p in scores
+        if scores[p]["all"][key]
+    ]
+    whole += [
+        ("accuracy, no depth", p, "accuracy", "no depth") for p in scores if "no depth" in scores[p]
+    ]
     names = sorted({task for tasks in scores.values() for task in tasks} - {"all", "no depth"})
     tasks = [(task, p, "accuracy", task) for task in names for p in scores if task in scores[p]]
     return table("all questions", whole, evals) + table("accuracy by task", tasks, evals)
@@ -145,11 +201,16 @@ def headline(evals: dict, sampled: dict) -> str:
         return "Not evaluated yet: eval.py --out RUN/eval-sft, or RUN/eval-rl, fills in the scores."
     column, (summary, _) = list(evals.items())[-1]
     scores = {path: tasks["all"] for path, tasks in summary["results"].items()}
-    said = [f"{LABELS[path]} scores {percent(score['accuracy'])} %" for path, score in scores.items()]
+    said = [
+        f"{LABELS[path]} scores {percent(score['accuracy'])} %" for path, score in scores.items()
+    ]
     last = list(scores.values())[-1]
     text = f"{column[0].upper() + column[1:]}, {' and '.join(said)} on {last['n']:,} questions"
     text += f"; the best constant answers score {100 * last['chance']['value']:.1f} %."
-    for runs, metric, it in ((evals, "accuracy", "that"), (sampled, "total", "the reward at temperature 1")):
+    for runs, metric, it in (
+        (evals, "accuracy", "that"),
+        (sampled, "total", "the reward at temperature 1"),
+    ):
         gains = {path: change(runs, path, metric) for path in scores}
         said = [f"{percent(gain, '+')} ({LABELS[path]})" for path, gain in gains.items() if gain]
         text += f" RL moved {it} by {' and '.join(said)} points." if said else ""
@@ -176,19 +237,32 @@ def brief(value: float) -> str:
 
 
 def chart(title: str, curves: dict[str, np.ndarray]) -> str:
-    """curves: path -> (2, n) steps and values; faint as logged, strong smoothed, last one by the title."""
+    """curves: path -> (2, n) steps and values; faint as logged, strong smoothed, last one by the
+    title."""
     means = {path: smooth(values) for path, (_, values) in curves.items()}
-    bounds = np.concatenate([np.quantile(v, (0.02, 0.98)) for _, v in curves.values()] + list(means.values()))
+    bounds = np.concatenate(
+        [np.quantile(v, (0.02, 0.98)) for _, v in curves.values()] + list(means.values())
+    )
     low, high = bounds.min(), bounds.max()  # spikes are cut, so that they don't flatten the rest
     end = max(steps.max() for steps, _ in curves.values())
-    margin = 0 if high - low > 1e-3 * abs(high) else 0.05 * (abs(high) or 1)  # a constant needs some room
+    # a constant needs some room
+    margin = 0 if high - low > 1e-3 * abs(high) else 0.05 * (abs(high) or 1)
     low, high = low - margin, high + margin
     right = lambda step: 44 + 250 * step / end  # noqa: E731
     up = lambda value: 124 - 92 * (np.clip(value, low, high) - low) / (high - low)  # noqa: E731
-    last = (tag("tspan", f"{LABELS[path]} {brief(mean[-1])} ", class_=path) for path, mean in means.items())
-    parts = [word(escape(title), 4, 14, class_="title"), word("".join(last), 298, 14, class_="last")]
+    last = (
+        tag("tspan", f"{LABELS[path]} {brief(mean[-1])} ", class_=path)
+        for path, mean in means.items()
+    )
+    parts = [
+        word(escape(title), 4, 14, class_="title"),
+        word("".join(last), 298, 14, class_="last"),
+    ]
     for value in ticks(low, high):
-        parts += [line(44, up(value), 294, up(value), "grid"), word(brief(value), 39, up(value) + 3.5, "end")]
+        parts += [
+            line(44, up(value), 294, up(value), "grid"),
+            word(brief(value), 39, up(value) + 3.5, "end"),
+        ]
     parts += [word(brief(step), right(step), 139, "middle") for step in ticks(0, end)]
     for path, (steps, values) in curves.items():
         for ys, class_ in ((values, path + " faint"), (means[path], path)):
@@ -198,7 +272,8 @@ def chart(title: str, curves: dict[str, np.ndarray]) -> str:
 
 
 def charts(rows: list[dict]) -> str:
-    """The panels that these rows of metrics.jsonl have values for, by path where they are logged by path."""
+    """The panels that these rows of metrics.jsonl have values for, by path where they are logged by
+    path."""
     panels = []
     for key, title in PANELS.items():
         found = {}
@@ -218,12 +293,17 @@ def project(centre, camera) -> tuple[float, float] | None:
 
 
 def glyph(kind: str, x: float, y: float, r: float, colour: str) -> str:
-    """A ring for the truth, a cross for the text's centre, a diamond for the 3D head's, on a white halo."""
-    d = {"truth": f"m{-r} 0a{r} {r} 0 1 0 {2 * r} 0a{r} {r} 0 1 0 {-2 * r} 0z",
-         "text": f"m{-r} {-r}l{2 * r} {2 * r}m{-2 * r} 0l{2 * r} {-2 * r}",
-         "head": f"m0 {-r}l{r} {r} {-r} {r} {-r} {-r}z"}[kind]
-    return "".join(tag("path", d=f"M{x:.3f} {y:.3f}{d}", fill="none", stroke=stroke, stroke_width=r * width)
-                   for stroke, width in (("#fff", 0.75), (colour, 0.4)))
+    """A ring for the truth, a cross for the text's centre, a diamond for the 3D head's, on a white
+    halo."""
+    d = {
+        "truth": f"m{-r} 0a{r} {r} 0 1 0 {2 * r} 0a{r} {r} 0 1 0 {-2 * r} 0z",
+        "text": f"m{-r} {-r}l{2 * r} {2 * r}m{-2 * r} 0l{2 * r} {-2 * r}",
+        "head": f"m0 {-r}l{r} {r} {-r} {r} {-r} {-r}z",
+    }[kind]
+    return "".join(
+        tag("path", d=f"M{x:.3f} {y:.3f}{d}", fill="none", stroke=stroke, stroke_width=r * width)
+        for stroke, width in (("#fff", 0.75), (colour, 0.4))
+    )
 
 
 def colour_of(mention: str | None) -> str:
@@ -245,7 +325,9 @@ def inlined(image: Image.Image, kind: str, x: float, y: float, width: float, hei
     buffer = io.BytesIO()
     image.save(buffer, kind, quality=88)
     uri = f"data:image/{kind.lower()};base64," + base64.b64encode(buffer.getvalue()).decode()
-    return tag("image", href=uri, x=f"{x:.3f}", y=f"{y:.3f}", width=f"{width:.3f}", height=f"{height:.3f}")
+    return tag(
+        "image", href=uri, x=f"{x:.3f}", y=f"{y:.3f}", width=f"{width:.3f}", height=f"{height:.3f}"
+    )
 
 
 def picture(image: Image.Image, example: Example, points: list, view: int) -> str:
@@ -254,8 +336,11 @@ def picture(image: Image.Image, example: Example, points: list, view: int) -> st
     small = image.resize((640, 640 * height // width)) if width > 640 else image
     parts = [inlined(small, "JPEG", 0, 0, width, height)]
     for region in (np.asarray(region) for index, region in example.regions if index == view):
-        y, x = np.nonzero(region) if region.ndim == 2 else (region[1::2], region[::2])  # a mask or a box
-        parts += [tag("rect", x=x.min(), y=y.min(), width=np.ptp(x), height=np.ptp(y), class_="region")]
+        # a mask or a box
+        y, x = np.nonzero(region) if region.ndim == 2 else (region[1::2], region[::2])
+        parts += [
+            tag("rect", x=x.min(), y=y.min(), width=np.ptp(x), height=np.ptp(y), class_="region")
+        ]
     camera = example.intrinsics[view] if example.intrinsics else None
     for kind, colour, centre in points if camera else []:
         at = project(centre, camera)
@@ -282,14 +367,19 @@ def from_above(image: Image.Image, depth: np.ndarray, camera, size: float = 0.05
 
 
 def top_view(image: Image.Image, example: Example, points: list, view: int) -> str:
-    """x to the right, z up, a line a metre, the camera's field of view, the same glyphs as on the image."""
+    """x to the right, z up, a line a metre, the camera's field of view, the same glyphs as on the
+    image."""
     camera = example.intrinsics[view] if example.intrinsics else None
     if camera is None:
         return ""
     depth, parts = example.depths[view] if example.depths else None, []
     far = max([3.0] + [centre[2] for kind, _, centre in points if kind == "truth"])
     if depth is not None:
-        depth = np.asarray(Image.open(depth)) / 1000 if isinstance(depth, str | Path) else np.asarray(depth)
+        depth = (
+            np.asarray(Image.open(depth)) / 1000
+            if isinstance(depth, str | Path)
+            else np.asarray(depth)
+        )
         known = depth[(depth > 0) & (depth < np.inf)]
         parts = [from_above(image, depth, camera)]
         far = max(far, np.quantile(known, 0.98)) if len(known) else far
@@ -317,16 +407,23 @@ def answer(name: str, row: dict | None) -> str:
     for part in ("accuracy", "format", "detect", "total"):
         value = row[part]
         grade = "fair" if value is None or 0.2 <= value < 0.8 else "good" if value >= 0.8 else "bad"
-        chips += [tag("span", f"{part} {value:.2f}", class_=f"chip {grade}")] if value is not None else []
+        chips += (
+            [tag("span", f"{part} {value:.2f}", class_=f"chip {grade}")]
+            if value is not None
+            else []
+        )
     title = f"{LABELS[row['path']]} {name}" + ", cut" * row["truncated"]
     title = tag("h4", title, class_=row["path"])
     return tag("div", title, *chips, tag("pre", coloured(row["text"])), class_="cell")
 
 
 def card(example: Example, rows: dict[tuple[str, str], dict]) -> str:
-    """rows: (column, path) -> an answer. Points are the last model's, of its DTR answer if it has one."""
+    """rows: (column, path) -> an answer. Points are the last model's, of its DTR answer if it has
+    one."""
     last = sorted(rows.items(), key=lambda item: item[0][1] == "dtr")[-1][1]
-    images = [(Image.open(i) if isinstance(i, str | Path) else i).convert("RGB") for i in example.images]
+    images = [
+        (Image.open(i) if isinstance(i, str | Path) else i).convert("RGB") for i in example.images
+    ]
     points = [points_of(example, last, view) for view in range(len(images))]
     frame = last["parsed"]["frame"] if several_views(example) else 0
     frame = frame if frame in range(len(images)) else example.frame or 0
@@ -335,9 +432,16 @@ def card(example: Example, rows: dict[tuple[str, str], dict]) -> str:
     mark = lambda m: f'{m[1]} <mark style="color:{colour_of(m[1])}">▣</mark>'  # noqa: E731
     question = re.sub(r"(\w+ \w+) ?&lt;mask&gt;", mark, escape(example.question))
     answers = [answer(name, rows.get((name, path))) for name in names for path in paths]
-    return tag("article", tag("div", *seen, top_view(images[frame], example, points[frame], frame)), tag(
-        "div", tag("h3", escape(example.task), tag("span", f"truth: {escape(example.answer)}")),
-        tag("pre", question, class_="question"), tag("div", *answers, class_=f"of{len(paths)}")))
+    return tag(
+        "article",
+        tag("div", *seen, top_view(images[frame], example, points[frame], frame)),
+        tag(
+            "div",
+            tag("h3", escape(example.task), tag("span", f"truth: {escape(example.answer)}")),
+            tag("pre", question, class_="question"),
+            tag("div", *answers, class_=f"of{len(paths)}"),
+        ),
+    )
 
 
 def outcome(rows: dict[tuple[str, str], dict]) -> str:
@@ -345,13 +449,17 @@ def outcome(rows: dict[tuple[str, str], dict]) -> str:
     last = list(rows)[-1][0]
     if any(abs(scores[a] - scores[b]) >= 0.5 for a in rows for b in rows if a[1] == b[1]):
         return "changed"
-    return "right" if all(score >= 0.5 for key, score in scores.items() if key[0] == last) else "wrong"
+    return (
+        "right" if all(score >= 0.5 for key, score in scores.items() if key[0] == last) else "wrong"
+    )
 
 
 def choose(questions: dict[str, dict], count: int) -> list[str]:
     """The tasks in turn, the outcomes in turn, ties by hash."""
     left = sorted(questions, key=lambda name: hashlib.sha1(name.encode()).digest())
-    kinds = {name: (next(iter(rows.values()))["task"], outcome(rows)) for name, rows in questions.items()}
+    kinds = {
+        name: (next(iter(rows.values()))["task"], outcome(rows)) for name, rows in questions.items()
+    }
     tasks, chosen = sorted({task for task, _ in kinds.values()}), []
     for i in range(min(count, len(left))):
         turn, place = divmod(i, len(tasks))
@@ -364,8 +472,11 @@ def choose(questions: dict[str, dict], count: int) -> list[str]:
 def gallery(evals: dict, count: int) -> str:
     config = list(evals.values())[-1][0]["config"]
     examples: dict[str, Example] = {}
-    with suppress(OSError, ValueError):  # BadRows is one; data may move or change after an evaluation
-        for example in () if config["benchmark"] else datasets.load(config["data"], skip_bad_rows=True):
+    # BadRows is one; data may move or change after an evaluation
+    with suppress(OSError, ValueError):
+        for example in (
+            () if config["benchmark"] else datasets.load(config["data"], skip_bad_rows=True)
+        ):
             examples.setdefault(question_id(example), example)
     if not examples:
         return tag("p", "No gallery: it needs the data of eval's --data at the same place.")
@@ -424,29 +535,44 @@ mark. Below the image the same from above, over what the depth map shows."""
 
 
 def read_lines(path: Path) -> list[dict]:
-    """Rows of a JSON-lines file, none if it is not there; without a last line that is still being written."""
+    """Rows of a JSON-lines file, none if it is not there; without a last line that is still being
+    written."""
     text = path.read_text() if path.exists() else ""
-    return [json.loads(row) for row in text[:text.rfind("\n") + 1].splitlines()]
+    return [json.loads(row) for row in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def read_evals(run: Path, folders: dict[str, str]) -> dict:
     """column -> (summary, predictions) of the evaluations that have finished."""
     found = {name: run / folder for folder, name in folders.items()}
-    return {name: (json.loads((done / "summary.json").read_text()), read_lines(done / "predictions.jsonl"))
-            for name, done in found.items() if (done / "summary.json").exists()}
+    return {
+        name: (
+            json.loads((done / "summary.json").read_text()),
+            read_lines(done / "predictions.jsonl"),
+        )
+        for name, done in found.items()
+        if (done / "summary.json").exists()
+    }
 
 
 def page(run: Path, questions: int) -> str:
     evals, sampled = read_evals(run, EVALS), read_evals(run, SAMPLED)
     title = escape(run.resolve().name)
     parts = [tag("h1", title), tag("p", headline(evals, sampled), class_="lead")]
-    parts += [tag("h2", "Results"), tag("p", RESULTS, class_="note"), tables(evals)] if evals else []
+    parts += (
+        [tag("h2", "Results"), tag("p", RESULTS, class_="note"), tables(evals)] if evals else []
+    )
     for folder, name in LOGS.items():
         rows = read_lines(run / folder / "metrics.jsonl")
         parts += [tag("h2", f"{name}, {rows[-1]['step']:,} steps"), charts(rows)] if rows else []
     if evals:
-        parts += [tag("h2", "Test questions"), tag("p", GALLERY, class_="note"), gallery(evals, questions)]
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">' + tag("title", title)
+        parts += [
+            tag("h2", "Test questions"),
+            tag("p", GALLERY, class_="note"),
+            gallery(evals, questions),
+        ]
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">' + tag(
+        "title", title
+    )
     head = tag("head", head, tag("style", CSS))
     return "<!doctype html>" + tag("html", head, tag("body", *parts), lang="en")
 

@@ -73,7 +73,9 @@ class Stop(Exception):
 def launch(main: Callable, config: type) -> None:
     """Runs main(Config) from the command line. The one handler for errors that a user can mend."""
     name = Path(sys.argv[0]).name
-    cfg = tyro.cli(config, prog=name, description=sys.modules[main.__module__].__doc__.split("\n\n")[0])
+    cfg = tyro.cli(
+        config, prog=name, description=sys.modules[main.__module__].__doc__.split("\n\n")[0]
+    )
     try:
         main(cfg)
     except data.BadRows as bad:
@@ -81,11 +83,19 @@ def launch(main: Callable, config: type) -> None:
     except Stop as stop:
         end(f"{name}: {stop}", 2)
     except KeyboardInterrupt:
-        tail = f"; --resume goes on from the newest checkpoint in {cfg.out}" if "resume" in vars(cfg) else ""
+        tail = (
+            f"; --resume goes on from the newest checkpoint in {cfg.out}"
+            if "resume" in vars(cfg)
+            else ""
+        )
         end(f"{name}: interrupted{tail}", 130)
     except FloatingPointError as error:
         kept = newest(Path(cfg.out), named=False)
-        kept = f"{kept} is whole, and --resume goes on from it" if kept else "no checkpoint was saved before"
+        kept = (
+            f"{kept} is whole, and --resume goes on from it"
+            if kept
+            else "no checkpoint was saved before"
+        )
         end(f"{name}: {error}; nothing was updated; {kept} (with a lower --lr?)", 1)
     except (RuntimeError, MemoryError) as error:
         if any(word in str(error) for word in HUNG):
@@ -103,7 +113,8 @@ def end(message: str, code: int) -> None:
     """At once: other ranks and background threads may hang in what this rank will not take part
     in."""
     if code == 2 and not FIRST:
-        time.sleep(5)  # where all stop, rank 0 has said it by then, and torchrun has ended the others
+        # where all stop, rank 0 has said it by then, and torchrun has ended the others
+        time.sleep(5)
     if FIRST or code != 130:
         print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
@@ -141,7 +152,9 @@ def setup() -> tuple[int, int, torch.device]:
     if cuda:
         torch.cuda.set_device(own)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=TIMEOUT))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=TIMEOUT)
+        )
         threading.Thread(target=watch, daemon=True).start()
     return rank, world, torch.device("cuda", own) if cuda else torch.device("cpu")
 
@@ -251,7 +264,9 @@ def settle(cfg, config, device: torch.device, world: int, **sizes) -> plan.Setti
     except ValueError:
         settings = options[-1]
         gb = plan.estimate(config, wanted, settings, counts)["peak"]
-        say(f"this takes about {gb:.0f} of {memory:.0f} GB a rank: memory may run out (plan.py says of what)")
+        say(
+            f"this takes about {gb:.0f} of {memory:.0f} GB a rank: memory may run out (plan.py says of what)"
+        )
     return settings
 
 
@@ -285,7 +300,8 @@ def load_policy(
     on a GPU, but for the sampling copy."""
     if settings.shard:
         rollout_model = load(source, device, cfg.train, cfg.lora) if samples else None
-        host = torch.device("cpu")  # in place of a copy: the checkpoint's own pages, read as they are sharded
+        # in place of a copy: the checkpoint's own pages, read as they are sharded
+        host = torch.device("cpu")
         model = mendable(huggingface.load, source, host, compute_dtype(device), fuse=False)
         mendable(lora.learn, model, cfg.train, cfg.lora)
         shard(model, device, world, compute_dtype(device), rollout_model)
@@ -337,7 +353,9 @@ def shard(
         block.set_force_sum_reduction_for_comms(True)  # gloo can't scale while it sums
 
 
-def place_frozen(model: QwenVL, name: str, shared: torch.Tensor | None, device: torch.device) -> None:
+def place_frozen(
+    model: QwenVL, name: str, shared: torch.Tensor | None, device: torch.device
+) -> None:
     """Put a frozen parameter on the device, or take the rollout model's in its place."""
     owner, _, leaf = name.rpartition(".")
     current = model.get_parameter(name)
@@ -369,7 +387,11 @@ class Reference:
         adapted = (".lora_a", ".lora_b")
         self.weights = [w for name, w in optimizer.images.items() if not name.endswith(adapted)]
         self.world = ranks()
-        mine = range(len(self.weights)) if self.world == 1 else range(RANK, len(self.weights), self.world)
+        mine = (
+            range(len(self.weights))
+            if self.world == 1
+            else range(RANK, len(self.weights), self.world)
+        )
         self.kept = keep_aside([self.weights[i] for i in mine], on_host=self.world == 1)
         self.kept = dict(zip(mine, self.kept, strict=True))
         masters = {id(master) for master in optimizer.masters.values()}
@@ -463,7 +485,8 @@ class Order:
                 rows = rng.sample(rows, len(rows))
                 runs += [rows[i : i + self.run] for i in range(0, len(rows), self.run)]
             rng.shuffle(runs)
-            kept = {k: v for k, v in self.epochs.items() if k == number - 1}  # a batch may straddle two
+            # a batch may straddle two
+            kept = {k: v for k, v in self.epochs.items() if k == number - 1}
             self.epochs = kept | {number: [row for run in runs for row in run]}
         return self.epochs[number]
 
@@ -473,7 +496,9 @@ class Order:
 
 
 def images_key(example: Example) -> tuple:
-    return tuple(str(image) if isinstance(image, (str, Path)) else id(image) for image in example.images)
+    return tuple(
+        str(image) if isinstance(image, (str, Path)) else id(image) for image in example.images
+    )
 
 
 def fingerprint(examples: list[Example]) -> str:
@@ -503,7 +528,11 @@ def cut(lengths: list[int], budget: int, shared: list[int] | None = None) -> lis
         if not starts or used + more > budget:
             starts, used, more = [*starts, i], 0, length
         used += more
-    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(lengths)], strict=True)] if starts else []
+    return (
+        [slice(a, b) for a, b in zip(starts, [*starts[1:], len(lengths)], strict=True)]
+        if starts
+        else []
+    )
 
 
 def even(batches: list, spare: Callable) -> list:
@@ -517,15 +546,23 @@ def filler() -> Example:
     """A tiny example that touches every parameter: image, depth, region. It gets no weight in any
     loss."""
     return Example(
-        "filler", "direct", [Image.new("RGB", (64, 64))], "What is it <mask>?", "A",
-        depths=[np.ones((64, 64), np.float32)], intrinsics=[(64, 64, 32, 32)], regions=[(0, (8, 8, 56, 56))],
-    )  # fmt: skip
+        "filler",
+        "direct",
+        [Image.new("RGB", (64, 64))],
+        "What is it <mask>?",
+        "A",
+        depths=[np.ones((64, 64), np.float32)],
+        intrinsics=[(64, 64, 32, 32)],
+        regions=[(0, (8, 8, 56, 56))],
+    )
 
 
 def pad(examples: list[Example], world: int) -> list[Example]:
     """Appends the filler where a pass might leave out parameters whose gradients other ranks
     reduce."""
-    whole = any(e.images and e.regions and any(d is not None for d in e.depths or ()) for e in examples)
+    whole = any(
+        e.images and e.regions and any(d is not None for d in e.depths or ()) for e in examples
+    )
     return examples if world == 1 or whole else [*examples, filler()]
 
 
@@ -545,13 +582,21 @@ def begin(cfg) -> tuple[Path | None, int]:
     torch.manual_seed(cfg.seed)  # nothing here draws from it; a fork's dropout would
     out, old = Path(cfg.out), sorted(Path(cfg.out).glob("step-*[0-9]"))
     if old and not cfg.resume:
-        raise Stop(f"{out} holds a run ({old[-1].name}) already: --resume it, or choose another --out")
+        raise Stop(
+            f"{out} holds a run ({old[-1].name}) already: --resume it, or choose another --out"
+        )
     found = newest(out) if cfg.resume else None
     done = record(found)["step"] if found else 0
     if reduce([done], "MAX") != [-least for least in reduce([-done], "MAX")]:
-        raise Stop(f"{out}: the ranks find different checkpoints in it; --out has to be on a shared disk")
+        raise Stop(
+            f"{out}: the ranks find different checkpoints in it; --out has to be on a shared disk"
+        )
     if cfg.resume:
-        say(f"going on from {found}" if found else f"no whole checkpoint in {out}: starting at step 0")
+        say(
+            f"going on from {found}"
+            if found
+            else f"no whole checkpoint in {out}: starting at step 0"
+        )
     if FIRST:
         out.mkdir(parents=True, exist_ok=True)
         config = {"script": Path(sys.argv[0]).stem, **asdict(cfg)}
@@ -580,8 +625,16 @@ def save(cfg, step: int, model: QwenVL, processor, optimizer: Optimizer, **same)
             save_file(state, aside / "trainer" / f"{kind}.safetensors")
     if FIRST:
         save_file({"torch": torch.get_rng_state()}, aside / "trainer" / "random.safetensors")
-        files = {str(p.relative_to(aside)): p.stat().st_size for p in aside.rglob("*") if p.is_file()}
-        state = {"step": step, "updates": optimizer.updates, "ranks": ranks(), "same": same, "files": files}
+        files = {
+            str(p.relative_to(aside)): p.stat().st_size for p in aside.rglob("*") if p.is_file()
+        }
+        state = {
+            "step": step,
+            "updates": optimizer.updates,
+            "ranks": ranks(),
+            "same": same,
+            "files": files,
+        }
         (aside / "trainer" / "state.json").write_text(json.dumps(state, indent=1, allow_nan=False))
         huggingface.replace(aside, final)
         for old in sorted(Path(cfg.out).glob("step-*[0-9]"))[: -cfg.keep] if cfg.keep else ():
@@ -618,7 +671,9 @@ def missing(checkpoint: Path) -> str | None:
     it."""
     try:
         files = record(checkpoint)["files"].items()
-        return next((name for name, size in files if (checkpoint / name).stat().st_size != size), None)
+        return next(
+            (name for name, size in files if (checkpoint / name).stat().st_size != size), None
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         return getattr(error, "filename", None) or "trainer/state.json"
 
@@ -643,9 +698,13 @@ class Log:
     def __init__(self, cfg, done: int, columns: dict[str, str]):
         self.columns = columns
         self.bar = tqdm(total=cfg.steps, initial=done, unit="step", disable=None if FIRST else True)
-        if FIRST:  # row k is step k: on resuming, what is behind the checkpoint's goes, a torn line too
+        # row k is step k: on resuming, what is behind the checkpoint's goes, a torn line
+        # too
+        if FIRST:
             path, aside = Path(cfg.out) / "metrics.jsonl", Path(cfg.out) / "metrics.partial"
-            aside.write_text("".join(path.read_text().splitlines(keepends=True)[:done] if done else []))
+            aside.write_text(
+                "".join(path.read_text().splitlines(keepends=True)[:done] if done else [])
+            )
             os.replace(aside, path)
             self.file = path.open("a")
 

@@ -1,10 +1,12 @@
-"""How fast rows are read and images made into patches, per core, and how that compares with transformers.
+"""How fast rows are read and images made into patches, per core, and how that compares with
+transformers.
 
     python -m bench.data --images 32 --size 1296 968
     python -m bench.data --model Qwen/Qwen3-VL-8B-Instruct
 
-Rooms are rendered once, at a quarter of the size, and enlarged; they are read as JPEG files, as a lab's are.
-A core's second is a second of CPU time, of all threads together: other jobs on the machine do not count.
+Rooms are rendered once, at a quarter of the size, and enlarged; they are read as JPEG files, as a
+lab's are. A core's second is a second of CPU time, of all threads together: other jobs on the
+machine do not count.
 
     rows      data.load on our own format: JSON, checks, and every image decoded (a second time: remembered)
     parquet   data.benchmarks.load on CV-Bench's schema: image bytes in memory, headers read
@@ -12,9 +14,10 @@ A core's second is a second of CPU time, of all threads together: other jobs on 
     ours      model.processor.Processor: file -> decode, resize, normalise, patches, text, positions -> Batch
     theirs    transformers' image processor on the same decoded images, plus that decoding
 
-And by the clock, in batches of one image each, with --workers processes that make the images ahead; and what
-of it remains to the process that trains.
+And by the clock, in batches of one image each, with --workers processes that make the images ahead;
+and what of it remains to the process that trains.
 """
+
 import io
 import json
 import os
@@ -40,7 +43,8 @@ from srreal import Example
 
 @dataclass
 class Config:
-    model: str | None = None  # whose processor; None: a tiny checkpoint, 16 px patches, 1280 tokens at most
+    # whose processor; None: a tiny checkpoint, 16 px patches, 1280 tokens at most
+    model: str | None = None
     images: int = 16  # how many different ones
     size: tuple[int, int] = (1296, 968)  # width, height: ScanNet's
     workers: int = 2
@@ -83,22 +87,33 @@ def row_rates(config: Config, files: list[str], folder: Path) -> dict[str, float
     for k, file in enumerate(files * copies):
         rows.append(dict(id=str(k), path="lor", images=[file], question="How far?", answer="1.5"))
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")  # the first call decodes, the second one remembers
+    # the first call decodes, the second one remembers
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     start = time.process_time()
     data.load([str(folder)])
     first = len(rows) / (time.process_time() - start)
     import pyarrow as pa
     from pyarrow import parquet
-    fields = dict(idx=0, task="Depth", source="Omni3D", choices=["a", "b"], answer="(A)", prompt="?")
-    table = [fields | dict(image={"bytes": Path(file).read_bytes(), "path": file}) for file in files]
+
+    fields = dict(
+        idx=0, task="Depth", source="Omni3D", choices=["a", "b"], answer="(A)", prompt="?"
+    )
+    table = [
+        fields | dict(image={"bytes": Path(file).read_bytes(), "path": file}) for file in files
+    ]
     parquet.write_table(pa.Table.from_pylist(table), folder / "test_3d.parquet")
     warnings.simplefilter("ignore")  # that these are not all of CV-Bench's rows
     again = per_core(len(rows), lambda: data.load([str(folder)]))
-    return {"rows, images decoded": first, "rows, remembered": again,
-            "rows, parquet": per_core(len(files), lambda: benchmarks.load("cv-bench", folder))}
+    return {
+        "rows, images decoded": first,
+        "rows, remembered": again,
+        "rows, parquet": per_core(len(files), lambda: benchmarks.load("cv-bench", folder)),
+    }
 
 
-def image_rates(config: Config, files: list[str], source: str) -> tuple[dict[str, float], float, int]:
+def image_rates(
+    config: Config, files: list[str], source: str
+) -> tuple[dict[str, float], float, int]:
     """Rates; the largest difference of a pixel value; patches in all."""
     decode = lambda file: Image.open(io.BytesIO(Path(file).read_bytes())).convert("RGB")  # noqa: E731
     examples = [Example(str(k), "lor", [file], "How far?", "1.5") for k, file in enumerate(files)]
@@ -108,15 +123,21 @@ def image_rates(config: Config, files: list[str], source: str) -> tuple[dict[str
     theirs, made = Processor.from_pretrained(source).images, []
     rates = {"decode": per_core(len(files), lambda: [decode(file) for file in files])}
     rates["ours"] = 1 / (1 / per_core(len(files), ours) - 1 / setup / len(files))
-    rates["theirs"] = per_core(len(files), lambda: made.append(
-        [theirs(images=[decode(file)], return_tensors="pt") for file in files]))
+    rates["theirs"] = per_core(
+        len(files),
+        lambda: made.append([theirs(images=[decode(file)], return_tensors="pt") for file in files]),
+    )
     want = torch.cat([one["pixel_values"] for one in made[-1]])
     return rates, (batches[-1].pixel_values - want).abs().max().item(), len(want)
 
 
 def ahead_rates(config: Config, files: list[str], source: str) -> dict[str, float]:
-    """Images a second by the clock without and with workers; images a CPU second of this process."""
-    examples, rates = [Example(str(k), "lor", [file], "How far?", "1.5") for k, file in enumerate(files)], {}
+    """Images a second by the clock without and with workers; images a CPU second of this
+    process."""
+    examples, rates = (
+        [Example(str(k), "lor", [file], "How far?", "1.5") for k, file in enumerate(files)],
+        {},
+    )
     for workers in dict.fromkeys((0, config.workers)):
         processor = Processor.from_pretrained(source, workers=workers)
         for _ in range(2):  # the first time the processes start
@@ -127,7 +148,10 @@ def ahead_rates(config: Config, files: list[str], source: str) -> dict[str, floa
             for example in examples:
                 processor([example])
             seconds, own = time.perf_counter() - clock, time.process_time() - own
-        rates |= {f"{workers} workers": len(files) / seconds, f"{workers} workers, own": len(files) / own}
+        rates |= {
+            f"{workers} workers": len(files) / seconds,
+            f"{workers} workers, own": len(files) / own,
+        }
     return rates
 
 
@@ -140,13 +164,17 @@ def main(config: Config) -> dict[str, float]:
         rates, apart, patches = image_rates(config, files, source)
         ahead = ahead_rates(config, files, source)
         rows = row_rates(config, files, folder)
-    print(f"{len(files)} JPEGs of {config.size[0]} x {config.size[1]}, {patches // len(files)} patches each; "
-          f"Python {sys.version.split()[0]}, torch {torch.__version__}; per core and second:")
+    print(
+        f"{len(files)} JPEGs of {config.size[0]} x {config.size[1]}, {patches // len(files)} patches each; "
+        f"Python {sys.version.split()[0]}, torch {torch.__version__}; per core and second:"
+    )
     for name, rate in rows.items():
         print(f"  {name:24}{rate:12,.0f}")
     for name, rate in rates.items():
         print(f"  images, {name:16}{rate:12,.1f}")
-    print(f"  ours / theirs {rates['ours'] / rates['theirs']:.2f}; pixel values apart by at most {apart:.1e}")
+    print(
+        f"  ours / theirs {rates['ours'] / rates['theirs']:.2f}; pixel values apart by at most {apart:.1e}"
+    )
     print("images, by the clock (own: a CPU second of the process that trains):")
     for name, rate in ahead.items():
         print(f"  {name:24}{rate:12,.1f}")

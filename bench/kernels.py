@@ -3,19 +3,21 @@
     python -m bench.kernels [--only NAME ...]     (make bench; a GPU: some minutes, a CPU: about one)
     python -m bench.kernels --judged              (a CPU: linear_logprob at full size; 6 minutes and 16 GB)
 
-Writes bench/results/<device>.json, after every case; `python -m bench.table` renders that into the README.
-All contenders of a case see the same random inputs and are timed in turn (interleaved), so that a disturbance
-hits all of them; the median counts. So are the ceilings, a copy and a square matmul. On a GPU the L2 cache is
-flushed before each call, and where ours takes less than a millisecond the host gets a head start, so that
-GPU time is compared and not Python's. Peak memory is beyond the inputs and their gradients: on a CPU the
-high-water mark of a process of its own (Linux). --judged takes the time in such processes, too.
+Writes bench/results/<device>.json, after every case; `python -m bench.table` renders that into the
+README. All contenders of a case see the same random inputs and are timed in turn (interleaved), so
+that a disturbance hits all of them; the median counts. So are the ceilings, a copy and a square
+matmul. On a GPU the L2 cache is flushed before each call, and where ours takes less than a
+millisecond the host gets a head start, so that GPU time is compared and not Python's. Peak memory
+is beyond the inputs and their gradients: on a CPU the high-water mark of a process of its own
+(Linux). --judged takes the time in such processes, too.
 
-Contenders: ours, which on CUDA is Liger's op for the norms and SwiGLU; naive, the plain PyTorch that a kernel
-replaces; compiled, torch.compile of that (CUDA); liger, its op where ours is another; trl, its chunked
-log-prob, or the few lines below in its manner; cce, Apple's cut-cross-entropy, which gives no entropy and
-drops small gradients. What is not installed is left out, and named; so is what runs out of memory. On a CPU
-the shapes are small, ratios say more than times, and ours is the reference itself for policy_loss, rewards,
-SwiGLU and the rotation. decode_attention's bytes are each key and value once, a prompt's too.
+Contenders: ours, which on CUDA is Liger's op for the norms and SwiGLU; naive, the plain PyTorch
+that a kernel replaces; compiled, torch.compile of that (CUDA); liger, its op where ours is another;
+trl, its chunked log-prob, or the few lines below in its manner; cce, Apple's cut-cross-entropy,
+which gives no entropy and drops small gradients. What is not installed is left out, and named; so
+is what runs out of memory. On a CPU the shapes are small, ratios say more than times, and ours is
+the reference itself for policy_loss, rewards, SwiGLU and the rotation. decode_attention's bytes are
+each key and value once, a prompt's too.
 """
 
 import argparse
@@ -41,20 +43,34 @@ RESULTS = Path(__file__).parent / "results"
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
 REPEATS = 20 if CUDA else 3
-IN_PLACE = {"ours", "liger"} if CUDA else set()  # contenders whose backward may write over the inputs
+# contenders whose backward may write over the inputs
+IN_PLACE = {"ours", "liger"} if CUDA else set()
 VOCAB = 151_936 if CUDA else 16_000
 JUDGED = 4096, 512, 151_936  # N, H, V
 SHORT, HEAD_START = 1e-3, 10_000_000  # seconds; cycles of the GPU, about 6 ms
-VERSIONS = ("torch", "triton", "numpy", "liger-kernel", "trl", "cut-cross-entropy", "nvidia-cutlass-dsl")
-PEERS = {"trl": ("trl", "trl")} | ({  # contender: module, what to install; the last two need a GPU
-    "liger": ("liger_kernel", "liger-kernel[cutedsl]"),
-    "cce": ("cut_cross_entropy", "cut-cross-entropy"),
-} if CUDA else {})  # fmt: skip
+VERSIONS = (
+    "torch",
+    "triton",
+    "numpy",
+    "liger-kernel",
+    "trl",
+    "cut-cross-entropy",
+    "nvidia-cutlass-dsl",
+)
+PEERS = {"trl": ("trl", "trl")} | (
+    {  # contender: module, what to install; the last two need a GPU
+        "liger": ("liger_kernel", "liger-kernel[cutedsl]"),
+        "cce": ("cut_cross_entropy", "cut-cross-entropy"),
+    }
+    if CUDA
+    else {}
+)
 
 
 @dataclass
 class Case:
-    """`make` draws the inputs; a contender takes them, and with `backward` its outputs are differentiated."""
+    """`make` draws the inputs; a contender takes them, and with `backward` its outputs are
+    differentiated."""
 
     kernel: str
     shape: str
@@ -75,7 +91,9 @@ def normal(*shape, scale=1.0, grad=True, dtype=DTYPE) -> Tensor:
 
 
 def with_compiled(contenders: dict[str, Callable]) -> dict[str, Callable]:
-    return contenders | ({"compiled": torch.compile(contenders["naive"], dynamic=False)} if CUDA else {})
+    return contenders | (
+        {"compiled": torch.compile(contenders["naive"], dynamic=False)} if CUDA else {}
+    )
 
 
 # ---- Cases
@@ -87,9 +105,13 @@ def naive_logprob(hidden, weight, targets):
 
 
 def chunked_logprob(hidden, weight, targets, rows=1024 if CUDA else 128):
-    """In the manner of trainers without a kernel: some rows at a time, made again in the backward."""
+    """In the manner of trainers without a kernel: some rows at a time, made again in the
+    backward."""
     chunks = [slice(i, i + rows) for i in range(0, len(hidden), rows)]
-    parts = [checkpoint(naive_logprob, hidden[c], weight, targets[c], use_reentrant=False) for c in chunks]
+    parts = [
+        checkpoint(naive_logprob, hidden[c], weight, targets[c], use_reentrant=False)
+        for c in chunks
+    ]
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
@@ -99,7 +121,8 @@ def logprob_contenders() -> dict[str, Callable]:
     if installed("trl"):
         from trl.kernels.chunked_logprob import ChunkedLogProbFunction as Chunked
 
-        more = 1.0, 8192, None, 1.0, ("entropy",)  # temperature, columns of a tile, softcap, scale, outputs
+        # temperature, columns of a tile, softcap, scale, outputs
+        more = 1.0, 8192, None, 1.0, ("entropy",)
         contenders["trl"] = lambda h, w, t: Chunked.apply(h, w, None, t, *more)[:2]
     if installed("liger"):
         from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as Liger
@@ -112,16 +135,33 @@ def logprob_contenders() -> dict[str, Callable]:
     return contenders
 
 
-def logprob_case(n: int, h: int, v: int, contenders: dict[str, Callable], backward: bool, apart=0) -> Case:
-    make = lambda: [normal(n, h), normal(v, h, scale=h**-0.5), torch.randint(v, (n,), device=DEVICE)]  # noqa: E731
-    return Case("linear_logprob", f"N={n} H={h} V={v}", make, contenders, backward,
-                flops=(8 if backward else 2) * n * h * v, apart=apart)
+def logprob_case(
+    n: int, h: int, v: int, contenders: dict[str, Callable], backward: bool, apart=0
+) -> Case:
+    make = lambda: [
+        normal(n, h),
+        normal(v, h, scale=h**-0.5),
+        torch.randint(v, (n,), device=DEVICE),
+    ]  # noqa: E731
+    return Case(
+        "linear_logprob",
+        f"N={n} H={h} V={v}",
+        make,
+        contenders,
+        backward,
+        flops=(8 if backward else 2) * n * h * v,
+        apart=apart,
+    )
 
 
 def logprob_cases() -> list[Case]:
     contenders = logprob_contenders()
-    shapes = [(n, h) for h in (2048, 3584, 4096) for n in (2048, 8192, 32_768)] if CUDA else [(512, 256)]
-    return [logprob_case(*shape, VOCAB, contenders, way) for shape in shapes for way in (False, True)]
+    shapes = (
+        [(n, h) for h in (2048, 3584, 4096) for n in (2048, 8192, 32_768)] if CUDA else [(512, 256)]
+    )
+    return [
+        logprob_case(*shape, VOCAB, contenders, way) for shape in shapes for way in (False, True)
+    ]
 
 
 def judged_cases() -> list[Case]:
@@ -134,10 +174,15 @@ def policy_cases() -> list[Case]:
     t, s = 32_768, 128
     cu = torch.linspace(0, t, s + 1).long().to(DEVICE)
     call = lambda f: lambda new, old, advantage: f(new, old, advantage, cu, rollout_logprob=old)[0]  # noqa: E731
-    make = lambda: [normal(t, dtype=torch.float32), normal(t, grad=False, dtype=torch.float32),  # noqa: E731
-                    normal(s, grad=False, dtype=torch.float32)]
+    make = lambda: [
+        normal(t, dtype=torch.float32),
+        normal(t, grad=False, dtype=torch.float32),  # noqa: E731
+        normal(s, grad=False, dtype=torch.float32),
+    ]
     both = {"ours": call(policy_loss.policy_loss), "naive": call(policy_loss.reference_policy_loss)}
-    return [Case("policy_loss", f"T={t} S={s}", make, with_compiled(both), backward=True, bytes=24 * t)]
+    return [
+        Case("policy_loss", f"T={t} S={s}", make, with_compiled(both), backward=True, bytes=24 * t)
+    ]
 
 
 def rewards_cases() -> list[Case]:
@@ -147,12 +192,31 @@ def rewards_cases() -> list[Case]:
     yes = torch.ones(n, dtype=torch.bool, device=DEVICE)
     wide = lambda *shape: torch.randn(*shape, device=DEVICE, dtype=torch.float64)  # noqa: E731
     ramp = lambda count, step=1: torch.arange(count + 1, device=DEVICE) * step  # noqa: E731
-    make = lambda: [rewards.Scored(  # noqa: E731
-        yes, yes, wide(n, 5), whole(n, rewards.NO_FRAME), ramp(n), wide(n, 3), whole(n), ramp(groups, 8),
-        whole(groups, rewards.DTR), whole(groups, rewards.NUMBER), wide(groups, 5), whole(groups, 1),
-        whole(groups, rewards.ANY_FRAME), ramp(groups), wide(groups, 3), whole(groups),
-        whole(groups, rewards.ANY_FRAME))]
-    both = {"ours": rewards.rewards_and_advantages, "naive": rewards.reference_rewards_and_advantages}
+    make = lambda: [
+        rewards.Scored(  # noqa: E731
+            yes,
+            yes,
+            wide(n, 5),
+            whole(n, rewards.NO_FRAME),
+            ramp(n),
+            wide(n, 3),
+            whole(n),
+            ramp(groups, 8),
+            whole(groups, rewards.DTR),
+            whole(groups, rewards.NUMBER),
+            wide(groups, 5),
+            whole(groups, 1),
+            whole(groups, rewards.ANY_FRAME),
+            ramp(groups),
+            wide(groups, 3),
+            whole(groups),
+            whole(groups, rewards.ANY_FRAME),
+        )
+    ]
+    both = {
+        "ours": rewards.rewards_and_advantages,
+        "naive": rewards.reference_rewards_and_advantages,
+    }
     return [Case("rewards", f"N={n} G={groups}", make, both, bytes=200 * n)]
 
 
@@ -160,19 +224,31 @@ def sample_cases() -> list[Case]:
     """As the sampler has it: fp32 logits, and ids that are never drawn."""
     b, v = (256, VOCAB) if CUDA else (32, VOCAB)
     banned = torch.arange(v, device=DEVICE) >= v - 300
-    make = lambda: [normal(b, v, scale=3.0, grad=False, dtype=torch.float32),  # noqa: E731
-                    *torch.randint(1 << 40, (2, b), device=DEVICE)]
+    make = lambda: [
+        normal(b, v, scale=3.0, grad=False, dtype=torch.float32),  # noqa: E731
+        *torch.randint(1 << 40, (2, b), device=DEVICE),
+    ]
 
     def ours(logits, keys, positions):
         return sample.sample(logits, keys, positions, banned=banned)
 
     def naive(logits, keys, positions):  # noise of torch's own; the same work otherwise
-        race = logits.masked_fill(banned, -torch.inf).softmax(-1) / torch.empty_like(logits).exponential_()
+        race = (
+            logits.masked_fill(banned, -torch.inf).softmax(-1)
+            / torch.empty_like(logits).exponential_()
+        )
         token = race.argmax(-1, keepdim=True)
         return token, logits.log_softmax(-1).gather(1, token)
 
-    return [Case("sample", f"B={b} V={v}", make, with_compiled({"ours": ours, "naive": naive}),
-                 bytes=4 * b * v)]
+    return [
+        Case(
+            "sample",
+            f"B={b} V={v}",
+            make,
+            with_compiled({"ours": ours, "naive": naive}),
+            bytes=4 * b * v,
+        )
+    ]
 
 
 def liger_rope() -> dict[str, Callable]:
@@ -191,37 +267,68 @@ def liger_rope() -> dict[str, Callable]:
 
 
 def layer_cases() -> list[Case]:
-    """Widths, inner widths and heads of Qwen2.5-VL-3B, 7B and Qwen3-VL-8B; bytes: read and written once."""
+    """Widths, inner widths and heads of Qwen2.5-VL-3B, 7B and Qwen3-VL-8B; bytes: read and written
+    once."""
     shapes = (2048, 11_008, 16, 2), (3584, 18_944, 28, 4), (4096, 12_288, 32, 8)
     t, cases = 8192 if CUDA else 3000, []
     shapes = shapes if CUDA else [(128, 384, 4, 2)]
     for h, inner, heads, kv_heads in shapes:
         d = 128 if CUDA else 32
         angle = torch.randn(t, d // 2, device=DEVICE).repeat(1, 2)
-        turn, norms = [angle.cos().to(DTYPE), angle.sin().to(DTYPE)], lambda d=d: [normal(d), normal(d)]
+        turn, norms = (
+            [angle.cos().to(DTYPE), angle.sin().to(DTYPE)],
+            lambda d=d: [normal(d), normal(d)],
+        )
         qk = lambda a=heads, k=kv_heads, d=d: [normal(t, a, d), normal(t, k, d)]  # noqa: E731
         row = (heads + kv_heads) * d
         inputs = {  # name: shape, inputs, numbers moved forward, and forward and backward
             "rms_norm": (f"T={t} H={h}", lambda h=h: [normal(t, h), normal(h)], 2 * h, 5 * h),
-            "add_rms_norm": (f"T={t} H={h}", lambda h=h: [normal(t, h), normal(t, h), normal(h)],
-                             4 * h, 8 * h),
-            "swiglu": (f"T={t} inner={inner}", lambda i=inner: [normal(t, i), normal(t, i)],
-                       3 * inner, 8 * inner),
-            "swiglu_joint": (f"T={t} inner={inner}", lambda i=inner: [normal(t, 2 * i)],
-                             3 * inner, 8 * inner),
-            "qk_norm_rope": (f"T={t} heads={heads}+{kv_heads} D={d} normed",
-                             lambda qk=qk, turn=turn, norms=norms: qk() + turn + norms(),
-                             2 * row, 5 * row),
-            "qk_norm_rope, no norm": (f"T={t} heads={heads}+{kv_heads} D={d}",
-                                      lambda qk=qk, turn=turn: qk() + turn, 2 * row, 4 * row),
+            "add_rms_norm": (
+                f"T={t} H={h}",
+                lambda h=h: [normal(t, h), normal(t, h), normal(h)],
+                4 * h,
+                8 * h,
+            ),
+            "swiglu": (
+                f"T={t} inner={inner}",
+                lambda i=inner: [normal(t, i), normal(t, i)],
+                3 * inner,
+                8 * inner,
+            ),
+            "swiglu_joint": (
+                f"T={t} inner={inner}",
+                lambda i=inner: [normal(t, 2 * i)],
+                3 * inner,
+                8 * inner,
+            ),
+            "qk_norm_rope": (
+                f"T={t} heads={heads}+{kv_heads} D={d} normed",
+                lambda qk=qk, turn=turn, norms=norms: qk() + turn + norms(),
+                2 * row,
+                5 * row,
+            ),
+            "qk_norm_rope, no norm": (
+                f"T={t} heads={heads}+{kv_heads} D={d}",
+                lambda qk=qk, turn=turn: qk() + turn,
+                2 * row,
+                4 * row,
+            ),
         }
         for name, (shape, make, *moved) in inputs.items():
             op = name.split(",")[0]
             both = {"ours": getattr(layers, op), "naive": getattr(layers, "reference_" + op)}
             peer = liger_rope() if name == "qk_norm_rope, no norm" else {}
             for backward, numbers in zip((False, True), moved, strict=True):
-                cases.append(Case("layers", f"{op} {shape}", make, with_compiled(both) | peer, backward,
-                                  bytes=t * numbers * DTYPE.itemsize))
+                cases.append(
+                    Case(
+                        "layers",
+                        f"{op} {shape}",
+                        make,
+                        with_compiled(both) | peer,
+                        backward,
+                        bytes=t * numbers * DTYPE.itemsize,
+                    )
+                )
     return cases
 
 
@@ -231,8 +338,12 @@ def decode_case(slots: int, heads: int, kv: int, prompt: int, own: int, d: int, 
     lengths = lambda count, length: torch.full((count,), length, device=DEVICE)  # noqa: E731
     places = torch.arange(slots, device=DEVICE)
     shapes = (slots, heads, d), *[(prompts, kv, prompt, d)] * 2, *[(slots, kv, 2 * own, d)] * 2
-    make = lambda: [*(normal(*shape, grad=False) for shape in shapes), attention.Table(  # noqa: E731
-        lengths(prompts, prompt), lengths(slots, own), places.view(prompts, g), places)]
+    make = lambda: [
+        *(normal(*shape, grad=False) for shape in shapes),
+        attention.Table(  # noqa: E731
+            lengths(prompts, prompt), lengths(slots, own), places.view(prompts, g), places
+        ),
+    ]
     both = {"ours": attention.decode_attention, "naive": attention.reference_decode_attention}
     moved = 2 * DTYPE.itemsize * kv * d * (prompts * prompt + slots * own)
     name = f"S={slots} G={g} heads={heads}+{kv} D={d} P={prompt} R={own}"
@@ -245,16 +356,24 @@ def decode_cases() -> list[Case]:
     return [decode_case(*size) for size in (sizes if CUDA else [(32, 8, 4, 320, 32, 64)])]
 
 
-CASES = {"linear_logprob": logprob_cases, "policy_loss": policy_cases, "rewards": rewards_cases,
-         "sample": sample_cases, "layers": layer_cases, "decode_attention": decode_cases,
-         "judged": judged_cases}  # fmt: skip
+CASES = {
+    "linear_logprob": logprob_cases,
+    "policy_loss": policy_cases,
+    "rewards": rewards_cases,
+    "sample": sample_cases,
+    "layers": layer_cases,
+    "decode_attention": decode_cases,
+    "judged": judged_cases,
+}
 KERNELS = [name for name in CASES if name != "judged"]
 
 
 # ---- Measuring
 
 
-def step(call: Callable, inputs: list, backward: bool, grads: list[Tensor] | None = None) -> list[Tensor]:
+def step(
+    call: Callable, inputs: list, backward: bool, grads: list[Tensor] | None = None
+) -> list[Tensor]:
     """Returns the outputs' gradients, for the next call: making them isn't the contender's work."""
     with torch.set_grad_enabled(backward):
         out = call(*inputs)
@@ -287,7 +406,9 @@ def own_copy(x):
     return x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
 
 
-def interleaved(calls: dict[str, Callable], inputs: list, backward: bool = False) -> dict[str, float]:
+def interleaved(
+    calls: dict[str, Callable], inputs: list, backward: bool = False
+) -> dict[str, float]:
     """Median seconds of each, after two calls to warm up, in which compilers run."""
     times, flush = {name: [] for name in calls}, torch.empty(1 << 26, device=DEVICE)
     own = dict.fromkeys(calls, inputs)
@@ -303,13 +424,15 @@ def interleaved(calls: dict[str, Callable], inputs: list, backward: bool = False
 
 
 def probes() -> tuple[dict[str, Callable], dict[str, float]]:
-    """What the machine can do, timed in turn with the contenders: a copy, a matmul in the kernels' dtype. And
-    their work: bytes read and written, FLOPs."""
+    """What the machine can do, timed in turn with the contenders: a copy, a matmul in the kernels'
+    dtype. And their work: bytes read and written, FLOPs."""
     size, side = (1 << 30, 8192) if CUDA else (1 << 26, 1536)
     source, a = torch.randn(size // 4, device=DEVICE), normal(side, side, grad=False)
     target = torch.empty_like(source)
-    return ({"copy": lambda *_: target.copy_(source), "matmul": lambda *_: a @ a},
-            {"copy": 2 * size, "matmul": 2 * side**3})  # fmt: skip
+    return (
+        {"copy": lambda *_: target.copy_(source), "matmul": lambda *_: a @ a},
+        {"copy": 2 * size, "matmul": 2 * side**3},
+    )
 
 
 def high_water() -> int:
@@ -324,7 +447,9 @@ def alone(name: str, index: int, contender: str) -> tuple[float, float]:
     case = CASES[name]()[index]
     inputs, mark = case.make(), torch.cuda.max_memory_allocated if CUDA else high_water
     call, grads = case.contenders[contender], None
-    learning = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad] if case.backward else []
+    learning = (
+        [x for x in inputs if isinstance(x, Tensor) and x.requires_grad] if case.backward else []
+    )
     gradients = [torch.ones_like(x) for x in learning]
     if CUDA:
         grads = step(call, inputs, case.backward)  # compilers and autotuners run here
@@ -362,7 +487,9 @@ def runs_apart(name: str, index: int, case: Case) -> tuple[dict[str, list], dict
     return runs, lost
 
 
-def in_turn(case: Case, memory: dict[str, float], lost: dict[str, str], probe: dict) -> dict[str, float]:
+def in_turn(
+    case: Case, memory: dict[str, float], lost: dict[str, str], probe: dict
+) -> dict[str, float]:
     while True:
         calls = {who: case.contenders[who] for who in memory} | probe
         try:
@@ -381,7 +508,9 @@ def measure(name: str, index: int, case: Case) -> list[dict]:
     probe, work = probes()
     memory = {who: max(mb for mb, _ in own) for who, own in runs.items() if who not in lost}
     if case.apart:
-        taken = interleaved(probe, []) | {who: statistics.median(t for _, t in runs[who]) for who in memory}
+        taken = interleaved(probe, []) | {
+            who: statistics.median(t for _, t in runs[who]) for who in memory
+        }
     else:
         taken = in_turn(case, memory, lost, probe)
     limit = "matmul" if case.flops else "copy"
@@ -390,29 +519,53 @@ def measure(name: str, index: int, case: Case) -> list[dict]:
     ceiling = f"{limit} {top / 1e12:.3g} TFLOP/s" if case.flops else f"{limit} {top / 1e9:.4g} GB/s"
     rows, way = [], "fwd+bwd" if case.backward else "fwd"
     for who in case.contenders:
-        row = {"case": name, "kernel": case.kernel, "shape": case.shape, "backward": case.backward,
-               "contender": who}  # fmt: skip
+        row = {
+            "case": name,
+            "kernel": case.kernel,
+            "shape": case.shape,
+            "backward": case.backward,
+            "contender": who,
+        }
         if who in lost:
             rows.append(row | {"note": lost[who]})
             print(f"{case.kernel} {case.shape} {way:8} {who:9} {lost[who]}", flush=True)
             continue
         rate = (case.flops or case.bytes) / taken[who]
-        rows.append(row | {"ms": taken[who] * 1e3, "peak_mb": memory[who], unit: rate / scale,
-                           "percent_of_ceiling": 100 * rate / top, "ceiling": ceiling})  # fmt: skip
-        print(f"{case.kernel} {case.shape} {way:8} {who:9} {taken[who] * 1e3:.3f} ms, "
-              f"{100 * rate / top:.1f} % of {ceiling}, peak {memory[who]:9.1f} MB", flush=True)
+        rows.append(
+            row
+            | {
+                "ms": taken[who] * 1e3,
+                "peak_mb": memory[who],
+                unit: rate / scale,
+                "percent_of_ceiling": 100 * rate / top,
+                "ceiling": ceiling,
+            }
+        )
+        print(
+            f"{case.kernel} {case.shape} {way:8} {who:9} {taken[who] * 1e3:.3f} ms, "
+            f"{100 * rate / top:.1f} % of {ceiling}, peak {memory[who]:9.1f} MB",
+            flush=True,
+        )
     return rows
 
 
 def fused_rows() -> dict[int, int]:
-    """What linear_logprob.FUSED_ROWS should be: for each H, up to which N its fused forward wins."""
+    """What linear_logprob.FUSED_ROWS should be: for each H, up to which N its fused forward
+    wins."""
     table = {}
     for h in (2048, 3584, 4096):
         weight, table[h] = normal(VOCAB, h, scale=h**-0.5, grad=False), 0
         for n in (1, 16, 64, 256, 1024, 4096, 16_384):
-            inputs = [normal(n, h, grad=False), weight, torch.randint(VOCAB, (n,), device=DEVICE), 1.0]
-            taken = interleaved({"fused": linear_logprob._forward_fused,
-                                 "tiles": linear_logprob._forward_tiles}, inputs)  # fmt: skip
+            inputs = [
+                normal(n, h, grad=False),
+                weight,
+                torch.randint(VOCAB, (n,), device=DEVICE),
+                1.0,
+            ]
+            taken = interleaved(
+                {"fused": linear_logprob._forward_fused, "tiles": linear_logprob._forward_tiles},
+                inputs,
+            )
             if taken["fused"] > taken["tiles"]:
                 break
             table[h] = n
@@ -441,7 +594,9 @@ def main(names: list[str]) -> None:
     if linear_logprob.INTERPRET:
         raise SystemExit("TRITON_INTERPRET=1: the interpreter's times say nothing")
     if CUDA and "judged" in names:
-        raise SystemExit("--judged is a CPU's row: CUDA_VISIBLE_DEVICES= python -m bench.kernels --judged")
+        raise SystemExit(
+            "--judged is a CPU's row: CUDA_VISIBLE_DEVICES= python -m bench.kernels --judged"
+        )
     torch.backends.cuda.enable_cudnn_sdp(False)  # as in the product
     file = RESULTS / (re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-") + ".json")
     old = json.loads(file.read_text()) if file.exists() else {}
@@ -469,7 +624,9 @@ def main(names: list[str]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Time the kernels beside their peers.")
-    parser.add_argument("--only", nargs="*", choices=KERNELS, default=[], help="kernels; default: all")
+    parser.add_argument(
+        "--only", nargs="*", choices=KERNELS, default=[], help="kernels; default: all"
+    )
     parser.add_argument("--judged", action="store_true", help="linear_logprob on a CPU, full size")
     arguments = parser.parse_args()
     main(["judged"] if arguments.judged else arguments.only or KERNELS)

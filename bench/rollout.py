@@ -1,22 +1,24 @@
-"""Tokens a second of `generate`: on a CPU beside transformers' generate, on a GPU beside the roofline.
+"""Tokens a second of `generate`: on a CPU beside transformers' generate, on a GPU beside the
+roofline.
 
     OMP_NUM_THREADS=2 python -m bench.rollout        writes bench/results/<device>-rollout.json
 
-CPU: a random Qwen3-VL-shaped model of about 30 M parameters in fp32, 4 image prompts of about 300 tokens, G
-samples of 64 tokens each, without end tokens; transformers gets the same prompts G times in one batch, and
-the better of its caches. Both sides sample at temperature 1, pixels are prepared on both, runs alternate, the
-ratio is the median over the rounds.
+CPU: a random Qwen3-VL-shaped model of about 30 M parameters in fp32, 4 image prompts of about 300
+tokens, G samples of 64 tokens each, without end tokens; transformers gets the same prompts G times
+in one batch, and the better of its caches. Both sides sample at temperature 1, pixels are prepared
+on both, runs alternate, the ratio is the median over the rounds.
 
-GPU: the shapes of published models with random weights in bf16, B slots, 8 to a prompt of about 896 tokens,
-while samples grow to 256 tokens (1,024 keys a sample in the mean). A step can't be faster than
+GPU: the shapes of published models with random weights in bf16, B slots, 8 to a prompt of about 896
+tokens, while samples grow to 256 tokens (1,024 keys a sample in the mean). A step can't be faster
+than
 
     max(weights / bandwidth, 2 FLOPs a weight and slot / rate) + keys and values / bandwidth
 
-with the weights of the decoder's layers and the head, a prompt's keys and values once, and the bandwidth of a
-copy and the rate of a matrix product as measured in the same run. `share` is that bound over the measured
-step. Timed are steps and the look at their flags, by events, without prefill; `host_share` is the host's part
-of that time, without its wait for the flags; `generate_tokens_per_second` is of whole calls, with
-prefill and texts.
+with the weights of the decoder's layers and the head, a prompt's keys and values once, and the
+bandwidth of a copy and the rate of a matrix product as measured in the same run. `share` is that
+bound over the measured step. Timed are steps and the look at their flags, by events, without
+prefill; `host_share` is the host's part of that time, without its wait for the flags;
+`generate_tokens_per_second` is of whole calls, with prefill and texts.
 """
 
 import gc
@@ -43,12 +45,22 @@ from srreal import Example
 
 RESULTS = Path(__file__).parent / "results"
 MEDIUM = {  # what the bench changes of tiny's sizes: about 30 M parameters, images of 256 tokens
-    "images": dict(patch_size=8, merge_size=2, temporal_patch_size=2,
-                   size={"shortest_edge": 32 * 32, "longest_edge": 256 * 256}),
-    "text": dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
-                 num_key_value_heads=4, max_position_embeddings=4096),
+    "images": dict(
+        patch_size=8,
+        merge_size=2,
+        temporal_patch_size=2,
+        size={"shortest_edge": 32 * 32, "longest_edge": 256 * 256},
+    ),
+    "text": dict(
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=4096,
+    ),
     "vision": dict(depth=4, num_heads=4, patch_size=8, temporal_patch_size=2, spatial_merge_size=2),
-}  # fmt: skip
+}
 TOWER = dict(hidden_size=256, out_hidden_size=512, intermediate_size=1024)
 
 
@@ -62,13 +74,18 @@ def medium(folder: Path) -> None:
 
 
 def prompts(folder: Path, count: int) -> list[Example]:
-    """Image prompts of about 300 tokens; the images are files, so the processor remembers their pixels."""
+    """Image prompts of about 300 tokens; the images are files, so the processor remembers their
+    pixels."""
     out = []
     for i in range(count):
         noise = np.random.default_rng(i).integers(0, 255, (32, 32, 3), dtype=np.uint8)
         path = folder / f"{i}.png"
         Image.fromarray(noise).resize((256, 256)).save(path)
-        out.append(Example(f"bench {i}", "direct", [str(path)], "What is left of the chair? " * (4 + i), "A"))
+        out.append(
+            Example(
+                f"bench {i}", "direct", [str(path)], "What is left of the chair? " * (4 + i), "A"
+            )
+        )
     return out
 
 
@@ -78,19 +95,29 @@ def endless(processor: Processor) -> Processor:
     return processor
 
 
-def transformers_side(model, processor: Processor, examples: list[Example], g: int, tokens: int, cache):
-    """A call that samples g times from each prompt in one left-padded batch; it returns how many tokens."""
+def transformers_side(
+    model, processor: Processor, examples: list[Example], g: int, tokens: int, cache
+):
+    """A call that samples g times from each prompt in one left-padded batch; it returns how many
+    tokens."""
     rows = [processor([example]) for example in examples for _ in range(g)]
     longest = max(len(row.input_ids) for row in rows)
     pads = [longest - len(row.input_ids) for row in rows]
     both = zip(rows, pads, strict=True)
     ids = torch.stack([torch.nn.functional.pad(row.input_ids, (pad, 0)) for row, pad in both])
     mask = torch.arange(longest) >= torch.tensor(pads)[:, None]
-    images = dict(pixel_values=torch.cat([row.pixel_values for row in rows]),
-                  image_grid_thw=torch.cat([row.image_grid_thw for row in rows]),
-                  mm_token_type_ids=(ids == processor.image_token_id).int())  # fmt: skip
-    options = dict(do_sample=True, top_k=0, max_new_tokens=tokens, cache_implementation=cache,
-                   suppress_tokens=processor.banned.nonzero()[:, 0].tolist())  # fmt: skip
+    images = dict(
+        pixel_values=torch.cat([row.pixel_values for row in rows]),
+        image_grid_thw=torch.cat([row.image_grid_thw for row in rows]),
+        mm_token_type_ids=(ids == processor.image_token_id).int(),
+    )
+    options = dict(
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=tokens,
+        cache_implementation=cache,
+        suppress_tokens=processor.banned.nonzero()[:, 0].tolist(),
+    )
     model.generation_config.eos_token_id = None
 
     def run() -> int:
@@ -119,10 +146,14 @@ def cpu(rounds: int = 7, tokens: int = 64) -> dict:
         folder = Path(name)
         medium(folder)
         model, processor = QwenVL.from_pretrained(name), endless(Processor.from_pretrained(name))
-        theirs, examples = AutoModelForImageTextToText.from_pretrained(name).eval(), prompts(folder, 4)
+        theirs, examples = (
+            AutoModelForImageTextToText.from_pretrained(name).eval(),
+            prompts(folder, 4),
+        )
         out["parameters"] = sum(p.numel() for p in theirs.parameters())
         out["prompt_tokens"] = [len(processor.prompt_ids(example)) for example in examples]
         for g in (8, 1):
+
             def ours(g=g) -> int:
                 groups = generate(model, processor, examples, n=g, max_new_tokens=tokens)
                 return sum(len(rollout.tokens) for group in groups for rollout in group)
@@ -132,7 +163,11 @@ def cpu(rounds: int = 7, tokens: int = 64) -> dict:
                 calls[cache] = transformers_side(theirs, processor, examples, g, tokens, cache)
             rates = alternate(calls, rounds)
             ratios = [a / max(b, c) for a, b, c in zip(*rates.values(), strict=True)]
-            out[f"G={g}"] = {"tokens_per_second": rates, "ratios": ratios, "ratio": statistics.median(ratios)}
+            out[f"G={g}"] = {
+                "tokens_per_second": rates,
+                "ratios": ratios,
+                "ratio": statistics.median(ratios),
+            }
             print(f"G={g}", json.dumps(out[f"G={g}"]))
     return out
 
@@ -155,9 +190,14 @@ def seconds(call: Callable, repeats: int = 20) -> float:
 
 def ceilings() -> tuple[float, float]:
     """(bytes a second of a copy, read and written; FLOP/s of a square product in bf16)."""
-    source, a = torch.empty(2**30, dtype=torch.uint8, device="cuda"), torch.randn(8192, 8192, device="cuda")
+    source, a = (
+        torch.empty(2**30, dtype=torch.uint8, device="cuda"),
+        torch.randn(8192, 8192, device="cuda"),
+    )
     target, a = torch.empty_like(source), a.bfloat16()
-    return 2 * len(source) / seconds(lambda: target.copy_(source)), 2 * 8192**3 / seconds(lambda: a @ a)
+    return 2 * len(source) / seconds(lambda: target.copy_(source)), 2 * 8192**3 / seconds(
+        lambda: a @ a
+    )
 
 
 def long_prompts(processor: Processor, count: int, tokens: int) -> list[Example]:
@@ -227,19 +267,30 @@ def decode(model, processor, count: int, bandwidth: float, rate: float, tokens: 
         whole.append(count * tokens / (time.perf_counter() - clock))
     cache = sum(t.numel() * t.element_size() for t in (*engine.prefix, *engine.suffix))
     return {
-        "slots": count, "prompt_tokens": engine.lengths[0], "new_tokens": tokens, "step_ms": step * 1e3,
-        "bound_ms": least * 1e3, "share": least / step, "tokens_per_second": count / step,
-        "generate_tokens_per_second": statistics.median(whole), "host_share": host / step,
+        "slots": count,
+        "prompt_tokens": engine.lengths[0],
+        "new_tokens": tokens,
+        "step_ms": step * 1e3,
+        "bound_ms": least * 1e3,
+        "share": least / step,
+        "tokens_per_second": count / step,
+        "generate_tokens_per_second": statistics.median(whole),
+        "host_share": host / step,
         "peak_gb_beyond_weights": (torch.cuda.max_memory_allocated() - weights) / 1e9,
-        "cache_gb": cache / 1e9, "same_graph": engine.graph is graph,
-    }  # fmt: skip
+        "cache_gb": cache / 1e9,
+        "same_graph": engine.graph is graph,
+    }
 
 
 def gpu() -> dict:
     _, _, device = trainer.setup()
     bandwidth, rate = ceilings()
     out = {"copy_gb_per_s": bandwidth / 1e9, "matmul_tflop_per_s": rate / 1e12}
-    for shape, slots in (("qwen2.5-vl-3b", (1, 64, 256)), ("qwen3-vl-4b", (64,)), ("qwen3-vl-8b", (64,))):
+    for shape, slots in (
+        ("qwen2.5-vl-3b", (1, 64, 256)),
+        ("qwen3-vl-4b", (64,)),
+        ("qwen3-vl-8b", (64,)),
+    ):
         with tempfile.TemporaryDirectory() as folder:
             model, processor = train.load(train.Config(shape), folder, device)
         endless(processor)
@@ -258,7 +309,11 @@ def gpu() -> dict:
 if __name__ == "__main__":
     RESULTS.mkdir(exist_ok=True)
     cuda = torch.cuda.is_available()
-    row = {"torch": torch.__version__, "threads": torch.get_num_threads(), **(gpu() if cuda else cpu())}
+    row = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        **(gpu() if cuda else cpu()),
+    }
     device = torch.cuda.get_device_name() if cuda else "cpu"
     device = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     (RESULTS / f"{device}-rollout.json").write_text(json.dumps(row, indent=1) + "\n")

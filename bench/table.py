@@ -1,6 +1,6 @@
 """bench/results/*.json -> one table, between the markers in README.md.
 
-    python -m bench.table
+python -m bench.table
 """
 
 import json
@@ -24,7 +24,11 @@ def time_and_memory(row: dict | None) -> str:
 def rate(row: dict) -> str:
     if "note" in row:
         return ""
-    value = f"{row['tflop_per_s']:.3g} TFLOP/s" if "tflop_per_s" in row else f"{row['gb_per_s']:.3g} GB/s"
+    value = (
+        f"{row['tflop_per_s']:.3g} TFLOP/s"
+        if "tflop_per_s" in row
+        else f"{row['gb_per_s']:.3g} GB/s"
+    )
     return f"{value}, {row['percent_of_ceiling']:.0f} % of {row['ceiling']}"
 
 
@@ -33,21 +37,28 @@ def line(*cells: str) -> str:
 
 
 def table(reports: list[dict]) -> str:
-    """A line a kernel, shape, direction and device; and a line for each kernel that no GPU has run."""
+    """A line a kernel, shape, direction and device; and a line for each kernel that no GPU has
+    run."""
     cases: dict[tuple, dict] = {}
     for letter, report in zip("ABCDEFGH", reports, strict=False):
         for row in report["rows"]:
             key = KERNELS.index(row["kernel"]), row["shape"], letter, row["backward"]
             cases.setdefault(key, {})[row["contender"]] = row
     peers = [peer for peer in PEERS if any(peer in found for found in cases.values())]
-    lines = ["Milliseconds / peak MB beyond inputs and gradients. The ceiling: a matmul or a copy, timed in "
-             "turn with the contenders. On:", ""]  # fmt: skip
+    lines = [
+        "Milliseconds / peak MB beyond inputs and gradients. The ceiling: a matmul or a copy, timed in "
+        "turn with the contenders. On:",
+        "",
+    ]
     for letter, report in zip("ABCDEFGH", reports, strict=False):
         versions = ", ".join(f"{k} {v}" for k, v in report["versions"].items())
         dtype = report["dtype"].removeprefix("torch.")
         lines.append(f"- {letter}: {report['device']}, {dtype} ({versions})")
-    lines += ["", line("kernel, shape", "on", "", "ours", "ours reaches", *peers),
-              "|" + "---|" * (5 + len(peers))]  # fmt: skip
+    lines += [
+        "",
+        line("kernel, shape", "on", "", "ours", "ours reaches", *peers),
+        "|" + "---|" * (5 + len(peers)),
+    ]
     measured = {row["kernel"] for report in reports if report["cuda"] for row in report["rows"]}
     for i, kernel in enumerate(KERNELS):
         if kernel not in measured:
@@ -55,14 +66,25 @@ def table(reports: list[dict]) -> str:
         for (k, shape, letter, backward), found in cases.items():
             if k == i:
                 ours, way = found["ours"], "fwd + bwd" if backward else "fwd"
-                lines.append(line(f"`{kernel}` {shape}", letter, way, time_and_memory(ours), rate(ours),
-                                  *(time_and_memory(found.get(peer)) for peer in peers)))  # fmt: skip
+                lines.append(
+                    line(
+                        f"`{kernel}` {shape}",
+                        letter,
+                        way,
+                        time_and_memory(ours),
+                        rate(ours),
+                        *(time_and_memory(found.get(peer)) for peer in peers),
+                    )
+                )
     return "\n".join(lines)
 
 
 def main() -> None:
-    reports = [json.loads(file.read_text()) for file in sorted((ROOT / "bench" / "results").glob("*.json"))]
-    reports = [report for report in reports if "rows" in report]  # of kernels; others have their own form
+    reports = [
+        json.loads(file.read_text()) for file in sorted((ROOT / "bench" / "results").glob("*.json"))
+    ]
+    # of kernels; others have their own form
+    reports = [report for report in reports if "rows" in report]
     readme = ROOT / "README.md"
     before, found, rest = readme.read_text().partition(START)
     if not found or END not in rest:

@@ -1,5 +1,5 @@
-"""One GRPO step, ours beside what a trainer on top of transformers does, and the update with and without the
-shared prefix.
+"""One GRPO step, ours beside what a trainer on top of transformers does, and the update with and
+without the shared prefix.
 
     python -m bench.train [--shape cpu] [--steps 2]                             ours and the peer, in turn
     for s in qwen3-vl-2b qwen2.5-vl-3b qwen3-vl-4b                                       (an 80 GB GPU: ours)
@@ -7,23 +7,27 @@ shared prefix.
     for s in qwen2.5-vl-7b qwen3-vl-8b                                           (the same GPU, adapters only)
     do python -m bench.train --shape $s --image 832 768 --new-tokens 1024 --checkpointing --lora 32; done
 
-Writes bench/results/<device>-train.json. Weights are random, and no end token is drawn, so every completion
-has --new-tokens tokens. The language model learns (fp32 on a CPU, bf16 with fp32 masters on a GPU), kl is 0:
-`logprobs`, a pass without gradients as --kl and --updates take it, is timed, and no part of `step`. Full
-training of 7B and 8B takes several GPUs: there train_rl.py's own metrics.jsonl has the same times.
+Writes bench/results/<device>-train.json. Weights are random, and no end token is drawn, so every
+completion has --new-tokens tokens. The language model learns (fp32 on a CPU, bf16 with fp32 masters
+on a GPU), kl is 0: `logprobs`, a pass without gradients as --kl and --updates take it, is timed,
+and no part of `step`. Full training of 7B and 8B takes several GPUs: there train_rl.py's own
+metrics.jsonl has the same times.
 
     ours      model.rollout.generate; a group packed as P + G R tokens; linear_logprob, policy_loss,
               optim.AdamW
     trl       TRL's GRPOTrainer, where TRL is installed, on the same checkpoint, prompts and images: its loop,
-              its loss (dapo), its fused head, torch's AdamW; a micro-batch is a group, no checkpointing, fp32
-    baseline  where it isn't: what it does, written by hand. generate() on rows that repeat prompt and image G
-              times; padded forwards of one group, G (P + R) tokens; the same loss. TRL's own work around that
-              isn't counted, nor the processing of images, which both others count
-    unshared  ours, but each completion is packed behind a copy of its prompt and image: G (P + R) tokens
+              its loss (dapo), its fused head, torch's AdamW; a micro-batch is a group, no
+              checkpointing, fp32
+    baseline  where it isn't: what it does, written by hand. generate() on rows that repeat prompt
+    and image G
+              times; padded forwards of one group, G (P + R) tokens; the same loss. TRL's own work
+              around that isn't counted, nor the processing of images, which both others count
+    unshared  ours, but each completion is packed behind a copy of its prompt and image: G (P + R)
+    tokens
 
-They are timed in turn, so that a disturbance hits all; medians of --steps. Seconds on a CPU are of CPU time,
-of all threads together, so that other jobs on the machine hardly count; wall_step is by the clock. MFU: 6
-FLOPs a decoder parameter and token of the update, over --tflops.
+They are timed in turn, so that a disturbance hits all; medians of --steps. Seconds on a CPU are of
+CPU time, of all threads together, so that other jobs on the machine hardly count; wall_step is by
+the clock. MFU: 6 FLOPs a decoder parameter and token of the update, over --tflops.
 """
 
 import copy
@@ -57,8 +61,8 @@ from model.rollout import default_slots, generate, release
 from optim import AdamW
 from srreal import Example
 
-# Decoder: width, inner, layers, heads, key-value heads, vocabulary (0: the tiny tokenizer's); tower: width,
-# inner, layers, heads, patch. From the published config.json files.
+# Decoder: width, inner, layers, heads, key-value heads, vocabulary (0: the tiny tokenizer's);
+# tower: width, inner, layers, heads, patch. From the published config.json files.
 SHAPES = {
     "tiny": ("qwen3_vl", (128, 384, 2, 4, 2, 0), (64, 256, 2, 4, 8)),
     "cpu": ("qwen3_vl", (512, 1536, 8, 8, 4, 0), (256, 1024, 4, 4, 8)),
@@ -77,7 +81,8 @@ class Config:
     group: int = 8  # completions a prompt (G)
     image: tuple[int, int] = (256, 256)  # width, height in pixels; a token is two patches square
     new_tokens: int = 64  # of a completion (R)
-    update_image: tuple[int, int] = (416, 400)  # of the comparison of updates: 650 tokens at the shape cpu
+    # of the comparison of updates: 650 tokens at the shape cpu
+    update_image: tuple[int, int] = (416, 400)
     update_tokens: int = 300  # R of that; 0: leave it out
     micro_tokens: int = 16384  # tokens of a forward pass
     checkpointing: bool = False  # as the training scripts'
@@ -94,9 +99,13 @@ def shape_tiny(name: str) -> str:
     family, text, vision = SHAPES[name]
     width, inner, layers, heads, kv, vocabulary = text
     tiny.SIZES["text"] |= dict(
-        hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv, max_position_embeddings=32768,
-    )  # fmt: skip
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        max_position_embeddings=32768,
+    )
     extra, sections, tower = tiny.FAMILIES[family]
     head_dim = 128 if vocabulary else width // heads
     extra |= {"head_dim": head_dim} if family == "qwen3_vl" else {}
@@ -138,8 +147,10 @@ def load(cfg: Config, folder: str, device: torch.device) -> tuple[QwenVL, Proces
 def examples_of(count: int, size: tuple[int, int]) -> list[Example]:
     rng = np.random.default_rng(0)
     pixels = [rng.integers(0, 255, (size[1], size[0], 3), np.uint8) for _ in range(count)]
-    return [Example(str(i), "lor", [Image.fromarray(p)], "What is nearer: a or b?", "a")
-            for i, p in enumerate(pixels)]  # fmt: skip
+    return [
+        Example(str(i), "lor", [Image.fromarray(p)], "What is nearer: a or b?", "a")
+        for i, p in enumerate(pixels)
+    ]
 
 
 def clocked(device: torch.device, work, *args) -> tuple[float, object]:
@@ -154,8 +165,10 @@ def clocked(device: torch.device, work, *args) -> tuple[float, object]:
 
 def groups_of(examples: list[Example], rollouts: list) -> list[train_rl.Group]:
     """Made-up advantages: half of a group is good."""
-    return [train_rl.Group(e, i, own, advantages=[1.0 if k % 2 else -1.0 for k in range(len(own))])
-            for i, (e, own) in enumerate(zip(examples, rollouts, strict=True))]  # fmt: skip
+    return [
+        train_rl.Group(e, i, own, advantages=[1.0 if k % 2 else -1.0 for k in range(len(own))])
+        for i, (e, own) in enumerate(zip(examples, rollouts, strict=True))
+    ]
 
 
 def update(model, optimizer, micros: list, tokens: int) -> float:
@@ -173,13 +186,17 @@ def update(model, optimizer, micros: list, tokens: int) -> float:
 def ours(cfg: Config, model, processor, optimizer, examples, seed: int) -> dict[str, float]:
     options = dict(n=cfg.group, max_new_tokens=cfg.new_tokens, temperature=1.0, seed=seed)
     began, peaks = time.perf_counter(), []
-    rollout, rollouts = clocked(model.device, lambda: generate(model, processor, examples, **options))
+    rollout, rollouts = clocked(
+        model.device, lambda: generate(model, processor, examples, **options)
+    )
     release()
     peaks.append(peak(model.device))
     settings = train_rl.Config("", (), "", micro_tokens=cfg.micro_tokens)
 
     def pack():
-        return train_rl.pack(groups_of(examples, rollouts), processor, ["lor"], settings, 1, model.device)
+        return train_rl.pack(
+            groups_of(examples, rollouts), processor, ["lor"], settings, 1, model.device
+        )
 
     def learn():
         return update(model, optimizer, pack(), len(examples) * cfg.group * cfg.new_tokens)
@@ -189,9 +206,19 @@ def ours(cfg: Config, model, processor, optimizer, examples, seed: int) -> dict[
     peaks.append(peak(model.device))
     with torch.no_grad():
         micros = pack()
-        logprobs, _ = clocked(model.device, lambda: [train_rl.forward(model, one, 1.0) for one in micros])
-    return {"rollout": rollout, "update": seconds, "step": rollout + seconds, "wall_step": wall, "norm": norm,
-            "logprobs": logprobs, "rollout_peak_mib": peaks[0], "update_peak_mib": peaks[1]}  # fmt: skip
+        logprobs, _ = clocked(
+            model.device, lambda: [train_rl.forward(model, one, 1.0) for one in micros]
+        )
+    return {
+        "rollout": rollout,
+        "update": seconds,
+        "step": rollout + seconds,
+        "wall_step": wall,
+        "norm": norm,
+        "logprobs": logprobs,
+        "rollout_peak_mib": peaks[0],
+        "update_peak_mib": peaks[1],
+    }
 
 
 def peak(device: torch.device) -> float:
@@ -206,11 +233,18 @@ def peak(device: torch.device) -> float:
 def planned(cfg: Config, model, prompt: int) -> dict[str, float]:
     """GB of each part, as plan.py has it for what was run here."""
     wanted = plan.Config(
-        "", prompts=cfg.prompts, group=cfg.group, prompt_tokens=prompt, new_tokens=cfg.new_tokens, kl=0.0,
+        "",
+        prompts=cfg.prompts,
+        group=cfg.group,
+        prompt_tokens=prompt,
+        new_tokens=cfg.new_tokens,
+        kl=0.0,
         dtype="bf16" if model.device.type == "cuda" else "fp32",
-    )  # fmt: skip
+    )
     slots = min(default_slots(model, cfg.group, cfg.new_tokens), cfg.prompts * cfg.group)
-    settings = plan.Settings(False, cfg.checkpointing, not cfg.rounding, cfg.lora, cfg.micro_tokens, slots)
+    settings = plan.Settings(
+        False, cfg.checkpointing, not cfg.rounding, cfg.lora, cfg.micro_tokens, slots
+    )
     return plan.estimate(model.config, wanted, settings, plan.tally(model))
 
 
@@ -220,8 +254,13 @@ def theirs(
     """The baseline's step: inputs are of all prompts, each repeated G times."""
     torch.manual_seed(seed)
     began = time.perf_counter()
-    options = dict(max_new_tokens=cfg.new_tokens, min_new_tokens=cfg.new_tokens, do_sample=True, top_k=0,
-                   suppress_tokens=banned)  # fmt: skip
+    options = dict(
+        max_new_tokens=cfg.new_tokens,
+        min_new_tokens=cfg.new_tokens,
+        do_sample=True,
+        top_k=0,
+        suppress_tokens=banned,
+    )
     with torch.no_grad():
         rollout, ids = clocked(model.device, lambda: model.generate(**inputs, **options))
     patches = len(inputs["pixel_values"]) // len(ids)
@@ -230,24 +269,41 @@ def theirs(
         total = ids.shape[0] * cfg.new_tokens
         for start in range(0, len(ids), cfg.group):
             rows = slice(start, start + cfg.group)
-            logits = model(
-                input_ids=ids[rows], attention_mask=torch.ones_like(ids[rows]),
-                pixel_values=inputs["pixel_values"][start * patches : (start + cfg.group) * patches],
-                image_grid_thw=inputs["image_grid_thw"][rows], logits_to_keep=cfg.new_tokens + 1,
-                mm_token_type_ids=(ids[rows] == model.config.image_token_id).int(),
-            ).logits[:, :-1].float()  # fmt: skip
+            logits = (
+                model(
+                    input_ids=ids[rows],
+                    attention_mask=torch.ones_like(ids[rows]),
+                    pixel_values=inputs["pixel_values"][
+                        start * patches : (start + cfg.group) * patches
+                    ],
+                    image_grid_thw=inputs["image_grid_thw"][rows],
+                    logits_to_keep=cfg.new_tokens + 1,
+                    mm_token_type_ids=(ids[rows] == model.config.image_token_id).int(),
+                )
+                .logits[:, :-1]
+                .float()
+            )
             logprob = logits.log_softmax(-1).gather(2, ids[rows, prompt:, None])[..., 0]
             advantage = torch.tensor([1.0 if k % 2 else -1.0 for k in range(cfg.group)])[:, None]
             ratio = (logprob - logprob.detach()).exp()
-            (-torch.min(ratio * advantage, ratio.clamp(0.8, 1.3) * advantage).sum() / total).backward()
-        norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+            (
+                -torch.min(ratio * advantage, ratio.clamp(0.8, 1.3) * advantage).sum() / total
+            ).backward()
+        norm = torch.nn.utils.clip_grad_norm_(
+            [p for p in model.parameters() if p.requires_grad], 1.0
+        )
         optimizer.step()
         optimizer.zero_grad()
         return norm.item()
 
     seconds, norm = clocked(model.device, learn)
-    return {"rollout": rollout, "update": seconds, "step": rollout + seconds,
-            "wall_step": time.perf_counter() - began, "norm": norm}  # fmt: skip
+    return {
+        "rollout": rollout,
+        "update": seconds,
+        "step": rollout + seconds,
+        "wall_step": time.perf_counter() - began,
+        "norm": norm,
+    }
 
 
 class ImageProcessor(Qwen3VLProcessor):
@@ -276,7 +332,14 @@ class Clock(TrainerCallback):
 
     def on_step_end(self, *_, **__):
         step, wall = time.process_time() - self.began[0], time.perf_counter() - self.began[1]
-        self.turn({"rollout": self.rollout, "update": step - self.rollout, "step": step, "wall_step": wall})
+        self.turn(
+            {
+                "rollout": self.rollout,
+                "update": step - self.rollout,
+                "step": step,
+                "wall_step": wall,
+            }
+        )
 
 
 def run_trl(cfg: Config, folder: str, processor, examples: list[Example], turn: Callable) -> None:
@@ -285,36 +348,70 @@ def run_trl(cfg: Config, folder: str, processor, examples: list[Example], turn: 
     from trl import GRPOConfig, GRPOTrainer
 
     options = GRPOConfig(
-        folder + "/trl", use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
-        per_device_train_batch_size=cfg.group, gradient_accumulation_steps=cfg.prompts,
-        num_generations=cfg.group, max_completion_length=cfg.new_tokens, max_steps=cfg.steps, beta=0.0,
-        learning_rate=1e-6, lr_scheduler_type="constant", max_grad_norm=1.0, shuffle_dataset=False,
-        save_strategy="no", logging_strategy="no", disable_tqdm=True,
-        generation_kwargs=dict(min_new_tokens=cfg.new_tokens,
-                               suppress_tokens=processor.banned.nonzero()[:, 0].tolist()),
-    )  # fmt: skip
+        folder + "/trl",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        per_device_train_batch_size=cfg.group,
+        gradient_accumulation_steps=cfg.prompts,
+        num_generations=cfg.group,
+        max_completion_length=cfg.new_tokens,
+        max_steps=cfg.steps,
+        beta=0.0,
+        learning_rate=1e-6,
+        lr_scheduler_type="constant",
+        max_grad_norm=1.0,
+        shuffle_dataset=False,
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        generation_kwargs=dict(
+            min_new_tokens=cfg.new_tokens, suppress_tokens=processor.banned.nonzero()[:, 0].tolist()
+        ),
+    )
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     for name, p in model.named_parameters():
         p.requires_grad_("visual" not in name)
-    images, tokens = Qwen2VLImageProcessorPil.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    images, tokens = (
+        Qwen2VLImageProcessorPil.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
     own = ImageProcessor(images, tokens)
     messages = [[{"role": "user", "content": srreal.prompt(e)}] for e in examples]
     text = own.apply_chat_template(
-        [[{"role": "user", "content": [{"type": "image", "image": examples[0].images[0]},
-                                       {"type": "text", "text": srreal.prompt(examples[0])}]}]],
-        add_generation_prompt=True, tokenize=True, return_dict=True,
-    )  # fmt: skip
-    assert list(text["input_ids"][0]) == list(processor.prompt_ids(examples[0]))  # both read the same
+        [
+            [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "image", "image": examples[0].images[0]},
+                        {"type": "text", "text": srreal.prompt(examples[0])},
+                    ],
+                }
+            ]
+        ],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+    )
+    # both read the same
+    assert list(text["input_ids"][0]) == list(processor.prompt_ids(examples[0]))
     rows = datasets.Dataset.from_dict({"row": range(len(examples))}).with_transform(
-        lambda chosen: {"prompt": [messages[i] for i in chosen["row"]],
-                        "image": [examples[i].images[0] for i in chosen["row"]]})  # fmt: skip
+        lambda chosen: {
+            "prompt": [messages[i] for i in chosen["row"]],
+            "image": [examples[i].images[0] for i in chosen["row"]],
+        }
+    )
     half = lambda completions, **_: [float(i % 2) for i in range(len(completions))]  # noqa: E731
     grpo = GRPOTrainer(model, half, options, rows, processing_class=own)
     grpo.add_callback(Clock(grpo, turn))
     grpo.train()
 
 
-def run_baseline(cfg: Config, folder: str, processor, examples: list[Example], turn: Callable) -> None:
+def run_baseline(
+    cfg: Config, folder: str, processor, examples: list[Example], turn: Callable
+) -> None:
     """cfg.steps steps by hand, on transformers; turn(row) after each."""
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     for name, p in model.named_parameters():
@@ -323,11 +420,12 @@ def run_baseline(cfg: Config, folder: str, processor, examples: list[Example], t
     ids = batch.input_ids.view(len(examples), -1).repeat_interleave(cfg.group, 0)
     pixels = batch.pixel_values.view(len(examples), -1, batch.pixel_values.shape[1])
     inputs = dict(
-        input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=(
-            ids == model.config.image_token_id).int(),
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        mm_token_type_ids=(ids == model.config.image_token_id).int(),
         pixel_values=pixels.repeat_interleave(cfg.group, 0).flatten(0, 1),
         image_grid_thw=batch.image_grid_thw.repeat_interleave(cfg.group, 0),
-    )  # fmt: skip
+    )
     model.generation_config.eos_token_id = None
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
     banned = processor.banned.nonzero()[:, 0].tolist()
@@ -343,7 +441,9 @@ def compare_updates(cfg: Config, model, processor, optimizer) -> dict[str, float
         one.images = [example.images[0].copy()]
     ids = torch.randint(40, 500, (cfg.group, cfg.update_tokens)).tolist()
     owner = torch.zeros(cfg.group * cfg.update_tokens, dtype=torch.long)
-    advantage = torch.tensor([1.0 if k % 2 else -1.0 for k in range(cfg.group)], device=model.device)
+    advantage = torch.tensor(
+        [1.0 if k % 2 else -1.0 for k in range(cfg.group)], device=model.device
+    )
 
     def run(examples, completions):
         batch = processor(examples, completions).to(model.device)
@@ -363,8 +463,12 @@ def compare_updates(cfg: Config, model, processor, optimizer) -> dict[str, float
                     p.data.copy_(state[name])
     assert abs(norms["shared"] / norms["unshared"] - 1) < 1e-2, norms  # the same gradient
     shared, unshared = (statistics.median(seconds[kind]) for kind in kinds)
-    return {"shared_seconds": shared, "unshared_seconds": unshared, "ratio": unshared / shared,
-            "token_ratio": tokens["unshared"] / tokens["shared"]}  # fmt: skip
+    return {
+        "shared_seconds": shared,
+        "unshared_seconds": unshared,
+        "ratio": unshared / shared,
+        "token_ratio": tokens["unshared"] / tokens["shared"],
+    }
 
 
 def main(cfg: Config) -> dict:
@@ -385,7 +489,9 @@ def main(cfg: Config) -> dict:
             """The peer has done a step; one of ours."""
             if row:
                 rows[peer].append(row)
-            rows["ours"].append(ours(cfg, model, processor, optimizer, examples, len(rows["ours"]) + 1))
+            rows["ours"].append(
+                ours(cfg, model, processor, optimizer, examples, len(rows["ours"]) + 1)
+            )
             print(*(f"{name} {own[-1]}" for name, own in rows.items()), sep="\n", flush=True)
 
         if peer:
@@ -395,8 +501,14 @@ def main(cfg: Config) -> dict:
                 turn()
     keys = ("rollout", "update", "step", "wall_step")
     more = ("logprobs", "rollout_peak_mib", "update_peak_mib")
-    result = {name: {key: statistics.median(row[key] for row in own)
-                     for key in (*keys, *more) if key in own[0]} for name, own in rows.items()}  # fmt: skip
+    result = {
+        name: {
+            key: statistics.median(row[key] for row in own)
+            for key in (*keys, *more)
+            if key in own[0]
+        }
+        for name, own in rows.items()
+    }
     if peer:
         result["ratio"] = {key: result[peer][key] / result["ours"][key] for key in keys}
     prompt = len(processor.prompt_ids(examples[0]))
@@ -405,20 +517,30 @@ def main(cfg: Config) -> dict:
     padded = cfg.prompts * cfg.group * (prompt + cfg.new_tokens)
     seconds = result["ours"]["update"] * cfg.tflops * 1e12
     result |= {
-        "device": torch.cuda.get_device_name() if cuda else "cpu", "threads": torch.get_num_threads(),
-        "versions": {name: metadata.version(name)
-                     for name in ("torch", "transformers") + (("trl",) if peer == "trl" else ())},
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "threads": torch.get_num_threads(),
+        "versions": {
+            name: metadata.version(name)
+            for name in ("torch", "transformers") + (("trl",) if peer == "trl" else ())
+        },
         "config": {key: str(value) for key, value in vars(cfg).items() if key != "out"},
-        "parameters_million": sum(p.numel() for p in model.parameters()) / 1e6, "prompt_tokens": prompt,
+        "parameters_million": sum(p.numel() for p in model.parameters()) / 1e6,
+        "prompt_tokens": prompt,
         "planned_gb": planned(cfg, model, prompt),
-        "completion_tokens_per_second": cfg.prompts * cfg.group * cfg.new_tokens / result["ours"]["step"],
+        "completion_tokens_per_second": cfg.prompts
+        * cfg.group
+        * cfg.new_tokens
+        / result["ours"]["step"],
         "update_mfu_computed": 6 * sizes * packed / seconds if cuda else None,
         "update_mfu_padded": 6 * sizes * padded / seconds if cuda else None,
         "update_shared_prefix": compare_updates(cfg, model, processor, optimizer)
-        if cfg.update_tokens else None,
-    }  # fmt: skip
+        if cfg.update_tokens
+        else None,
+    }
     cfg.out.mkdir(parents=True, exist_ok=True)
-    name = result["device"].lower().replace(" ", "-") + ("" if cfg.shape == "cpu" else f"-{cfg.shape}")
+    name = result["device"].lower().replace(" ", "-") + (
+        "" if cfg.shape == "cpu" else f"-{cfg.shape}"
+    )
     (cfg.out / f"{name}-train.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
     return result

@@ -1,15 +1,18 @@
-"""Depth for sets that have none: a depth model's, as a 16-bit PNG a/b.depth.png beside each image a/b.jpg.
+"""Depth for sets that have none: a depth model's, as a 16-bit PNG a/b.depth.png beside each image
+a/b.jpg.
 
     python -m data.depth --data llava:sets/chat.json@sets/images \\
         --model depth-anything/Depth-Anything-V2-Metric-Indoor-Large-hf
 
 All loaders take that file where a row names no depth. What a model of metric depth says is kept, in
-millimetres (0 where it is not finite, at most 65.535 m). One of relative depth says a disparity d, which has
-no unit: written is 1 / (1/10 + 9/10 d) m with d brought to 0..1, so that the nearest pixel is at 1 m and the
-farthest at 10 m; the relative point map (model/head3d.py) takes no notice of that scale, the metric one would
-take it for true, so data.load leaves it out and says so. Each PNG says in its text fields which model and
-kind it is from. A second call goes on with the images that have no depth yet.
+millimetres (0 where it is not finite, at most 65.535 m). One of relative depth says a disparity d,
+which has no unit: written is 1 / (1/10 + 9/10 d) m with d brought to 0..1, so that the nearest
+pixel is at 1 m and the farthest at 10 m; the relative point map (model/head3d.py) takes no notice
+of that scale, the metric one would take it for true, so data.load leaves it out and says so. Each
+PNG says in its text fields which model and kind it is from. A second call goes on with the images
+that have no depth yet.
 """
+
 import os
 import sys
 from dataclasses import dataclass
@@ -26,56 +29,83 @@ from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 import data
 from data.marks import Marked
 
-KINDS = {"zoedepth": "metric", "glpn": "metric", "depth_pro": "metric", "dpt": "relative"}  # by model_type
+# by model_type
+KINDS = {"zoedepth": "metric", "glpn": "metric", "depth_pro": "metric", "dpt": "relative"}
 
 
 @dataclass
 class Config:
     data: tuple[str, ...]  # sets: path or kind:path
     model: str  # hub id or directory of a depth model that transformers knows
-    kind: Literal["auto", "metric", "relative"] = "auto"  # what the model predicts; auto: by its config.json
+    # what the model predicts; auto: by its config.json
+    kind: Literal["auto", "metric", "relative"] = "auto"
     batch: int = 8  # images at a time, of one size
     skip_bad_rows: bool = False  # go on without the unusable rows, and count them
+
 
 def place(image: str) -> str:
     return f"{os.path.splitext(image)[0]}.depth.png"
 
+
 def kind_of(config) -> str:
-    kind = KINDS.get(config.model_type) or getattr(config, "depth_estimation_type", None)  # Depth Anything's
+    # Depth Anything's
+    kind = KINDS.get(config.model_type) or getattr(config, "depth_estimation_type", None)
     if kind is None:
-        raise ValueError(f"a depth model of type {config.model_type!r}: say --kind metric or --kind relative")
+        raise ValueError(
+            f"a depth model of type {config.model_type!r}: say --kind metric or --kind relative"
+        )
     return kind
+
 
 def millimetres(depth: np.ndarray, kind: str) -> np.ndarray:
     """What the model says (H, W) -> uint16."""
     if kind == "relative":
         low, high = depth.min(), depth.max()
-        depth = 1 / (.1 + .9 * (depth - low) / max(high - low, 1e-9))
-    return (np.nan_to_num(depth, nan=0, posinf=0, neginf=0) * 1000).round().clip(0, 65535).astype(np.uint16)
+        depth = 1 / (0.1 + 0.9 * (depth - low) / max(high - low, 1e-9))
+    return (
+        (np.nan_to_num(depth, nan=0, posinf=0, neginf=0) * 1000)
+        .round()
+        .clip(0, 65535)
+        .astype(np.uint16)
+    )
+
 
 @torch.inference_mode()
 def predict(model, processor, images: list) -> list[np.ndarray]:
     """Depth or disparity (H, W) of each image, at its own resolution."""
     sizes = [image.size[::-1] for image in images]
     inputs = processor(images=images, return_tensors="pt").to(model.device)
-    padded = {"source_sizes": sizes} if model.config.model_type == "zoedepth" else {}  # whose padding goes
+    # whose padding goes
+    padded = {"source_sizes": sizes} if model.config.model_type == "zoedepth" else {}
     found = processor.post_process_depth_estimation(model(**inputs), target_sizes=sizes, **padded)
     return [one["predicted_depth"].float().cpu().numpy() for one in found]
+
 
 def missing(cfg: Config) -> list[str]:
     """Image files of the sets without depth, those of one size together."""
     examples = data.load(cfg.data, cfg.skip_bad_rows)
-    pairs = [pair for e in examples
-             for pair in zip(e.images, e.depths or [None] * len(e.images), strict=True)]
-    bare = [image.source if isinstance(image, Marked) else image for image, depth in pairs if depth is None]
+    pairs = [
+        pair
+        for e in examples
+        for pair in zip(e.images, e.depths or [None] * len(e.images), strict=True)
+    ]
+    bare = [
+        image.source if isinstance(image, Marked) else image
+        for image, depth in pairs
+        if depth is None
+    ]
     files = {str(image) for image in bare if isinstance(image, str | os.PathLike)}
     if held := sum(not isinstance(image, str | os.PathLike) for image in bare):
         print(f"{held} images lie in no file of their own: no depth for them")
-    return sorted((file for file in files if not os.path.exists(place(file))), key=lambda f: (size(f), f))
+    return sorted(
+        (file for file in files if not os.path.exists(place(file))), key=lambda f: (size(f), f)
+    )
+
 
 def size(file: str) -> tuple[int, int]:
     with Image.open(file) as image:
         return image.size
+
 
 def main(cfg: Config) -> None:
     if cfg.batch < 1:
@@ -93,7 +123,7 @@ def main(cfg: Config) -> None:
     about.add_text("model", cfg.model)
     about.add_text("kind", kind)
     alike = [list(group) for _, group in groupby(files, key=size)]
-    batches = [group[i:i + cfg.batch] for group in alike for i in range(0, len(group), cfg.batch)]
+    batches = [group[i : i + cfg.batch] for group in alike for i in range(0, len(group), cfg.batch)]
     with tqdm(total=len(files), desc=f"{kind} depth", unit="image") as bar:
         for batch in batches:
             images = [Image.open(file).convert("RGB") for file in batch]
@@ -103,6 +133,7 @@ def main(cfg: Config) -> None:
                 os.replace(part, place(file))  # whole or not at all
             bar.update(len(batch))
     print(f"{len(files)} depth maps, {kind} (by {cfg.model})")
+
 
 if __name__ == "__main__":
     try:

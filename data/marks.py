@@ -1,7 +1,10 @@
-"""Images and depth maps that are opened when asked for: a list of millions of rows holds paths, not pixels.
+"""Images and depth maps that are opened when asked for: a list of millions of rows holds paths, not
+pixels.
 
-`Marked` is an image with the coloured points and boxes that a question speaks of; `DepthMap` a depth PNG
-whose resolution isn't its image's. Both compare by value, and pickle where `draw` is a module's function."""
+`Marked` is an image with the coloured points and boxes that a question speaks of; `DepthMap` a
+depth PNG whose resolution isn't its image's. Both compare by value, and pickle where `draw` is a
+module's function."""
+
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,10 +20,12 @@ def opened(source) -> Image.Image:
         return source
     return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
 
+
 @dataclass(frozen=True)
 class Marked:
     source: str | Path | bytes | Image.Image
-    draw: Callable | None = None  # takes the RGB image, a copy of its own, and returns it with its marks
+    # takes the RGB image, a copy of its own, and returns it with its marks
+    draw: Callable | None = None
     options: tuple = ()  # of (name, value), for `draw`
 
     @property
@@ -33,10 +38,12 @@ class Marked:
         image = image.copy() if image is self.source else image
         return (self.draw(image, **dict(self.options)) if self.draw else image).convert(mode)
 
+
 @dataclass(frozen=True)
 class DepthMap:
-    """A 16-bit PNG in millimetres, brought to its image's size by nearest neighbour: a mean of two surfaces
-    lies on neither."""
+    """A 16-bit PNG in millimetres, brought to its image's size by nearest neighbour: a mean of two
+    surfaces lies on neither."""
+
     source: str | bytes
     size: tuple[int, int]  # width, height of the image
     shape = property(lambda self: self.size[::-1])

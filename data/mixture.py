@@ -1,4 +1,5 @@
-"""Which rows a training run takes: sources with their shares, on the command line or in a .toml file.
+"""Which rows a training run takes: sources with their shares, on the command line or in a .toml
+file.
 
     kind:path@image_root,weight=.1,cap=1000,seed=1,path=dtr,occlusion=off
 
@@ -7,9 +8,11 @@
     data = "spar:$SPAR/scannet"
     weight = 0.1
 
-A row is taken by the hash of (seed, its id): so the share doesn't depend on the number of ranks, a larger
-share holds a smaller one, and of an array of millions only the share stays in memory. Where a set has no ids
-of its own, an id holds the row's place in its file: then the files must stay as they are."""
+A row is taken by the hash of (seed, its id): so the share doesn't depend on the number of ranks, a
+larger share holds a smaller one, and of an array of millions only the share stays in memory. Where
+a set has no ids of its own, an id holds the row's place in its file: then the files must stay as
+they are."""
+
 import hashlib
 import heapq
 import os
@@ -26,6 +29,7 @@ from srreal import PATHS
 KEYS = ("weight", "cap", "seed", "path", "occlusion")
 OPTIONS = re.compile(rf"(.*?)((?:,(?:{'|'.join(KEYS)})=[^,]*)+)")
 
+
 @dataclass
 class Part:
     source: str  # as open_source takes it
@@ -36,32 +40,44 @@ class Part:
     occlusion: str = "on"  # of spar: off leaves out data/embodiedscan.py's check of depth
 
     def __post_init__(self):
-        try:                                                  # of a command line's text, too
+        try:  # of a command line's text, too
             self.weight, self.seed = float(self.weight), int(str(self.seed))
             self.cap = None if self.cap is None else int(str(self.cap))
             good = 0 < self.weight <= 1 and (self.cap is None or self.cap >= 1)
         except (ValueError, TypeError):
             good = False
-        if self.occlusion != "on" and not (self.occlusion == "off" and self.source.startswith("spar:")):
-            raise ValueError(f"{self.source}: occlusion={self.occlusion}: it is on, or off for a spar:PATH")
+        if self.occlusion != "on" and not (
+            self.occlusion == "off" and self.source.startswith("spar:")
+        ):
+            raise ValueError(
+                f"{self.source}: occlusion={self.occlusion}: it is on, or off for a spar:PATH"
+            )
         if not good or self.path not in (None, *PATHS):
-            raise ValueError(f"{self.source}: weight={self.weight}, cap={self.cap}, seed={self.seed}, path="
-                             f"{self.path}: it takes 0 < weight <= 1, whole cap >= 1 and seed, path one of "
-                             f"{', '.join(PATHS)}")
+            raise ValueError(
+                f"{self.source}: weight={self.weight}, cap={self.cap}, seed={self.seed}, path="
+                f"{self.path}: it takes 0 < weight <= 1, whole cap >= 1 and seed, path one of "
+                f"{', '.join(PATHS)}"
+            )
 
     def share(self, rows: Iterable[Row]) -> Iterable[Row]:
         if self.occlusion == "off":
             rows = (replace(row, make=partial(row.make, occlusion=False)) for row in rows)
         placed = ((self.place(row), k, row) for k, row in enumerate(rows))
         share = (item for item in placed if item[0] < self.weight)
-        share = sorted(heapq.nsmallest(self.cap, share), key=lambda item: item[1]) if self.cap else share
+        share = (
+            sorted(heapq.nsmallest(self.cap, share), key=lambda item: item[1])
+            if self.cap
+            else share
+        )
         return (row for *_, row in share)
 
     def place(self, row: Row) -> float:
-        """In [0, 1); a row that stands for a whole file is always taken, as it says what is wrong with it."""
+        """In [0, 1); a row that stands for a whole file is always taken, as it says what is wrong
+        with it."""
         text = f"{self.seed} {row.id}".encode(errors="replace")
         digest = hashlib.blake2b(text, digest_size=8).digest()
-        return int.from_bytes(digest, "big") / 2 ** 64 if row.number else -1.0
+        return int.from_bytes(digest, "big") / 2**64 if row.number else -1.0
+
 
 def parts(source: str) -> Iterator[Part]:
     """A source with its options, or all those of a mixture file."""
@@ -78,7 +94,11 @@ def parts(source: str) -> Iterator[Part]:
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     entries = mixture.get("source")
-    if not (entries and matches(entries, list[dict]) and all(matches(e.get("data"), str) for e in entries)):
+    if not (
+        entries
+        and matches(entries, list[dict])
+        and all(matches(e.get("data"), str) for e in entries)
+    ):
         raise ValueError(f"{source}: a mixture is a list of [[source]] tables, each with `data`")
     unknown = mixture.keys() - {"seed", "source"} | set().union(*entries) - {"data", *KEYS}
     if unknown:
@@ -86,5 +106,9 @@ def parts(source: str) -> Iterator[Part]:
     for entry in entries:
         place = os.path.expandvars(entry["data"])
         if "$" in place:
-            raise ValueError(f"{source}: {place}: where the set lies: that environment variable is not set")
-        yield Part(place, **{"seed": mixture.get("seed", 0)} | {k: entry[k] for k in KEYS if k in entry})
+            raise ValueError(
+                f"{source}: {place}: where the set lies: that environment variable is not set"
+            )
+        yield Part(
+            place, **{"seed": mixture.get("seed", 0)} | {k: entry[k] for k in KEYS if k in entry}
+        )

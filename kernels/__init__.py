@@ -1,1 +1,2 @@
-"""One file a kernel: formula, PyTorch reference (the specification), Triton, autograd, the public call."""
+"""One file a kernel: formula, PyTorch reference (the specification), Triton, autograd, the public
+call."""

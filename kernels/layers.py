@@ -1,4 +1,5 @@
-"""What stands between a decoder's matrix products: RMSNorm (with the residual), SwiGLU, QK-norm and mRoPE.
+"""What stands between a decoder's matrix products: RMSNorm (with the residual), SwiGLU, QK-norm and
+mRoPE.
 
     rms_norm              y = x / sqrt(mean(x^2) + eps) * weight, over the last axis
     add_rms_norm          h = x + delta,  y = rms_norm(h)
@@ -8,21 +9,24 @@
                           (n_1 cos - n_2 sin, n_2 cos + n_1 sin)
     qk_norm_rope_write    the same for decoding: the new keys and values go straight into the cache
 
-cos and sin hold mRoPE already: the model makes them once a forward for all layers, from the axis (time, row,
-column) that each frequency listens to.
+cos and sin hold mRoPE already: the model makes them once a forward for all layers, from the axis
+(time, row, column) that each frequency listens to.
 
-Why fuse: it is all memory traffic. T = 8192 tokens of H = 4096 are 67 MB in bf16, 22 us at the 3.0 TB/s that
-an H100 copies. Eager PyTorch passes over memory about ten times for an RMSNorm in bf16 (casts, square, mean,
-products) where two passes are enough (backward three), five times for SwiGLU where three are enough, about
-thirty times for both norms and rotations of q and k where two are enough.
+Why fuse: it is all memory traffic. T = 8192 tokens of H = 4096 are 67 MB in bf16, 22 us at the 3.0
+TB/s that an H100 copies. Eager PyTorch passes over memory about ten times for an RMSNorm in bf16
+(casts, square, mean, products) where two passes are enough (backward three), five times for SwiGLU
+where three are enough, about thirty times for both norms and rotations of q and k where two are
+enough.
 
-On CUDA the norms and SwiGLU are Liger's kernels. Ours is what Liger lacks: mRoPE with QK-norm, forward and
-backward, over packed tokens in one launch, and the same that writes into a cache; fp32 in registers, rounded
-once, at the end. `python -m bench.kernels --only layers` sets all of them beside PyTorch and torch.compile;
-no GPU has run it yet. On a CPU the references run, but for RMSNorm (`torch_norm` and `_norm_grad_torch` say
-why); so they do under TRITON_INTERPRET=1 for what is Liger's.
+On CUDA the norms and SwiGLU are Liger's kernels. Ours is what Liger lacks: mRoPE with QK-norm,
+forward and backward, over packed tokens in one launch, and the same that writes into a cache; fp32
+in registers, rounded once, at the end. `python -m bench.kernels --only layers` sets all of them
+beside PyTorch and torch.compile; no GPU has run it yet. On a CPU the references run, but for
+RMSNorm (`torch_norm` and `_norm_grad_torch` say why); so they do under TRITON_INTERPRET=1 for what
+is Liger's.
 
-Shapes: T tokens; H width; A query heads, K key-value heads, D head width; a row is a token, or its head.
+Shapes: T tokens; H width; A query heads, K key-value heads, D head width; a row is a token, or its
+head.
 """
 
 import functools
@@ -36,8 +40,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-TILE = 1 << 14 if INTERPRET else 2048  # elements of a tile, or one row: the interpreter pays by the operation
-PROGRAMS = 4 * 132  # at most so many sum up a weight's gradient: a guess, four to an H100's multiprocessor
+# elements of a tile, or one row: the interpreter pays by the operation
+TILE = 1 << 14 if INTERPRET else 2048
+# at most so many sum up a weight's gradient: a guess, four to an H100's multiprocessor
+PROGRAMS = 4 * 132
 
 
 def reference_rms_norm(x, weight, eps=1e-6):
@@ -70,8 +76,9 @@ def reference_qk_norm_rope(q, k, cos, sin, q_weight=None, k_weight=None, eps=1e-
     return rotate(q, q_weight), rotate(k, k_weight)
 
 
-def reference_qk_norm_rope_write(q, k, v, cos, sin, cache_k, cache_v, at, q_weight=None, k_weight=None,
-                                 eps=1e-6):
+def reference_qk_norm_rope_write(
+    q, k, v, cos, sin, cache_k, cache_v, at, q_weight=None, k_weight=None, eps=1e-6
+):
     q, k = reference_qk_norm_rope(q, k, cos, sin, q_weight, k_weight, eps)
     row = torch.arange(len(at), device=at.device)
     cache_k[row, :, at], cache_v[row, :, at] = k, v
@@ -90,16 +97,19 @@ scalar = functools.lru_cache(torch.tensor)
 
 
 def torch_norm(x, delta, weight, eps):
-    """(h, y), of any weights that can be multiplied with x. Rounded as the reference is, in half as many
-    operations as F.rms_norm has on a CPU."""
+    """(h, y), of any weights that can be multiplied with x. Rounded as the reference is, in half as
+    many operations as F.rms_norm has on a CPU."""
     h, wide = x if delta is None else x + delta, torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(h, dim=-1, keepdim=True, dtype=wide)
-    square = torch.addcmul(scalar(eps, dtype=wide, device=x.device), norm, norm, value=1 / x.shape[-1])
+    square = torch.addcmul(
+        scalar(eps, dtype=wide, device=x.device), norm, norm, value=1 / x.shape[-1]
+    )
     return h, (h * square.rsqrt_()).to(x.dtype).mul_(weight)
 
 
 def _norm_grad_torch(h, weight, d_out, d_summed, eps):
-    """Autograd's chain of small operators takes 2.9 times as long (one core, T = 3000, H = 128, 4.6 ms)."""
+    """Autograd's chain of small operators takes 2.9 times as long (one core, T = 3000, H = 128, 4.6
+    ms)."""
     n = h.to(torch.promote_types(h.dtype, torch.float32))
     scale = (n.square().mean(-1, keepdim=True) + eps).rsqrt_()
     n, g = n * scale, d_out * weight.to(n.dtype)
@@ -137,11 +147,32 @@ def _pair(pointer, at, half, mask):
 
 
 @triton.jit
-def _rotate(x, weight, cos, sin, at, out, tokens, heads, x_token, out_token, out_head, out_place, half, eps,
-            ROWS: tl.constexpr, HALF: tl.constexpr, BACK: tl.constexpr):
-    """Without cos a copy; BACK: by the opposite angle. x_token, out_*: strides (a token of x is contiguous);
-    at: its place in a cache."""
-    r, c, rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, HALF)[None, :], tokens * heads
+def _rotate(
+    x,
+    weight,
+    cos,
+    sin,
+    at,
+    out,
+    tokens,
+    heads,
+    x_token,
+    out_token,
+    out_head,
+    out_place,
+    half,
+    eps,
+    ROWS: tl.constexpr,
+    HALF: tl.constexpr,
+    BACK: tl.constexpr,
+):
+    """Without cos a copy; BACK: by the opposite angle. x_token, out_*: strides (a token of x is
+    contiguous); at: its place in a cache."""
+    r, c, rows = (
+        tl.program_id(0) * ROWS + tl.arange(0, ROWS),
+        tl.arange(0, HALF)[None, :],
+        tokens * heads,
+    )
     token, head, mask = (r // heads).to(tl.int64), r % heads, (r < rows)[:, None] & (c < half)
     a, b = _pair(x, (token * x_token + head * 2 * half)[:, None] + c, half, mask)
     if weight is not None:
@@ -169,7 +200,8 @@ def _norm_grad_kernel(
 
         d_h = scale (g - n mean(g n)),  d_weight = sum d_out n
 
-    A program walks over many rows and keeps its share of d_weight: no atomics, the same bits every run.
+    A program walks over many rows and keeps its share of d_weight: no atomics, the same bits every
+    run.
     """
     c = tl.arange(0, BLOCK)
     w = _load(weight, c, c < width)[None, :]
@@ -205,37 +237,141 @@ def _norm_grad_triton(h, weight, d_out, eps):
 
 
 @triton.jit
-def _rope_kernel(q, k, v, cos, sin, q_weight, k_weight, at, q_out, k_out, v_out, tokens, q_heads, k_heads,
-                 q_token, k_token, v_token, out_token, out_head, out_place, half, eps, ROWS: tl.constexpr,
-                 HALF: tl.constexpr, BACK: tl.constexpr):
+def _rope_kernel(
+    q,
+    k,
+    v,
+    cos,
+    sin,
+    q_weight,
+    k_weight,
+    at,
+    q_out,
+    k_out,
+    v_out,
+    tokens,
+    q_heads,
+    k_heads,
+    q_token,
+    k_token,
+    v_token,
+    out_token,
+    out_head,
+    out_place,
+    half,
+    eps,
+    ROWS: tl.constexpr,
+    HALF: tl.constexpr,
+    BACK: tl.constexpr,
+):
     """Programs (i, 0) take queries, (i, 1) keys, (i, 2) values."""
     if tl.program_id(1) == 0:
-        _rotate(q, q_weight, cos, sin, None, q_out, tokens, q_heads, q_token, q_heads * 2 * half, 2 * half, 0,
-                half, eps, ROWS, HALF, BACK)
+        _rotate(
+            q,
+            q_weight,
+            cos,
+            sin,
+            None,
+            q_out,
+            tokens,
+            q_heads,
+            q_token,
+            q_heads * 2 * half,
+            2 * half,
+            0,
+            half,
+            eps,
+            ROWS,
+            HALF,
+            BACK,
+        )
     elif tl.program_id(1) == 1:
-        _rotate(k, k_weight, cos, sin, at, k_out, tokens, k_heads, k_token, out_token, out_head, out_place,
-                half, eps, ROWS, HALF, BACK)
+        _rotate(
+            k,
+            k_weight,
+            cos,
+            sin,
+            at,
+            k_out,
+            tokens,
+            k_heads,
+            k_token,
+            out_token,
+            out_head,
+            out_place,
+            half,
+            eps,
+            ROWS,
+            HALF,
+            BACK,
+        )
     elif v is not None:
-        _rotate(v, None, None, None, at, v_out, tokens, k_heads, v_token, out_token, out_head, out_place,
-                half, eps, ROWS, HALF, BACK)
+        _rotate(
+            v,
+            None,
+            None,
+            None,
+            at,
+            v_out,
+            tokens,
+            k_heads,
+            v_token,
+            out_token,
+            out_head,
+            out_place,
+            half,
+            eps,
+            ROWS,
+            HALF,
+            BACK,
+        )
 
 
-def _rope_triton(q, k, cos, sin, q_weight, k_weight, eps, k_out, v=None, v_out=None, at=None, back=False):
-    """Returns the queries, writes keys and values to k_out and v_out (T, K, [places,] D). Of q, k and v the
-    heads of a token lie together, as in parts of a joint projection; tokens may lie anywhere."""
+def _rope_triton(
+    q, k, cos, sin, q_weight, k_weight, eps, k_out, v=None, v_out=None, at=None, back=False
+):
+    """Returns the queries, writes keys and values to k_out and v_out (T, K, [places,] D). Of q, k
+    and v the heads of a token lie together, as in parts of a joint projection; tokens may lie
+    anywhere."""
     (tokens, heads, width), k_heads, q_out = q.shape, k.shape[1], q.new_empty(q.shape)
     half, places = triton.next_power_of_2(width // 2), 0 if at is None else k_out.stride(2)
     blocks = triton.cdiv(tokens * max(heads, k_heads), TILE // half)
-    q, k, v = (x if x is None or x.stride()[1:] == (width, 1) else x.contiguous() for x in (q, k, v))
+    q, k, v = (
+        x if x is None or x.stride()[1:] == (width, 1) else x.contiguous() for x in (q, k, v)
+    )
     _rope_kernel[blocks, 2 if v is None else 3](
-        q, k, v, cos, sin, q_weight, k_weight, at, q_out, k_out, v_out, tokens, heads, k_heads,
-        q.stride(0), k.stride(0), 0 if v is None else v.stride(0), *k_out.stride()[:2], places, width // 2,
-        eps, ROWS=TILE // half, HALF=half, BACK=back, num_warps=8)
+        q,
+        k,
+        v,
+        cos,
+        sin,
+        q_weight,
+        k_weight,
+        at,
+        q_out,
+        k_out,
+        v_out,
+        tokens,
+        heads,
+        k_heads,
+        q.stride(0),
+        k.stride(0),
+        0 if v is None else v.stride(0),
+        *k_out.stride()[:2],
+        places,
+        width // 2,
+        eps,
+        ROWS=TILE // half,
+        HALF=half,
+        BACK=back,
+        num_warps=8,
+    )
     return q_out
 
 
 class _Rope(torch.autograd.Function):
-    """Backward: the rotation's inverse is that by the opposite angle; then the norm's own backward."""
+    """Backward: the rotation's inverse is that by the opposite angle; then the norm's own
+    backward."""
 
     @staticmethod
     def forward(ctx, q, k, cos, sin, q_weight, k_weight, eps):
@@ -266,7 +402,8 @@ class _Rope(torch.autograd.Function):
 
 @functools.cache
 def _liger():
-    """Liger's operations; imported when the first CUDA tensor comes, as macOS has no such package."""
+    """Liger's operations; imported when the first CUDA tensor comes, as macOS has no such
+    package."""
     from liger_kernel import ops
 
     return ops
@@ -289,15 +426,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """x (..., H), weight (H,) -> (..., H), differentiable in both."""
     _agree(x.shape[-1:], weight.shape)
     if _on_liger(x):
-        # "llama": rounded where transformers' Llama, and Qwen, round. False: not in place, which would write
-        # over the gradient of y; that may be somebody else's, too.
+        # "llama": rounded where transformers' Llama, and Qwen, round. False: not in place, which
+        # would write over the gradient of y; that may be somebody else's, too.
         return _liger().LigerRMSNormFunction.apply(x, weight, eps, 0.0, "llama", False)
     if torch.is_grad_enabled():
         return _Norm.apply(x, None, weight, eps)
     return torch_norm(x, None, weight, eps)[1]
 
 
-def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, delta: Tensor, weight: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
     """x, delta (..., H) -> the residual stream h = x + delta, and rms_norm(h), both (..., H)."""
     _agree(x.shape, delta.shape)
     _agree(x.shape[-1:], weight.shape)
@@ -311,8 +450,9 @@ def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float = 1e-6) ->
 def _add_norm_liger(x, delta, weight, eps):
     """One launch where nobody learns; an addition and a norm where somebody does.
 
-    The backward of Liger 0.8.5's fused call takes ceil(tokens / 132) as a constant: it would compile anew
-    for nearly every batch. Apart, they pass over the stream four times more: about 0.5 % of a layer's time.
+    The backward of Liger 0.8.5's fused call takes ceil(tokens / 132) as a constant: it would
+    compile anew for nearly every batch. Apart, they pass over the stream four times more: about 0.5
+    % of a layer's time.
     """
     if torch.is_grad_enabled():
         h = x + delta
@@ -324,8 +464,8 @@ def _add_norm_liger(x, delta, weight, eps):
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up of one shape. On CUDA the backward writes the gradients over gate and up.
 
-    That is safe for outputs of linear layers, with or without adapters, as nobody keeps those for a backward,
-    and for one backward of a graph. It isn't for leaves, nor for one tensor as both.
+    That is safe for outputs of linear layers, with or without adapters, as nobody keeps those for a
+    backward, and for one backward of a graph. It isn't for leaves, nor for one tensor as both.
     """
     _agree(gate.shape, up.shape)
     if _on_liger(gate):
@@ -334,17 +474,26 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def swiglu_joint(gate_up: Tensor) -> Tensor:
-    """The same for both side by side, as one product makes them: (..., 2 I) -> (..., I). Nothing in place."""
+    """The same for both side by side, as one product makes them: (..., 2 I) -> (..., I). Nothing in
+    place."""
     if _on_liger(gate_up):
         return _liger().LigerFusedGateUpSiLUMulFunction.apply(gate_up)
     return reference_swiglu_joint(gate_up)
 
 
-def qk_norm_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None = None,
-                 k_weight: Tensor | None = None, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """q (T, A, D), k (T, K, D): normed where both weights (D,) are given, rotated by cos, sin (T, D), whose
-    two halves are equal and which may be wider than q and k: fp32 beside bf16. q and k may be parts of a
-    joint projection; they aren't copied. Differentiable in q, k and the weights."""
+def qk_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """q (T, A, D), k (T, K, D): normed where both weights (D,) are given, rotated by cos, sin (T,
+    D), whose two halves are equal and which may be wider than q and k: fp32 beside bf16. q and k
+    may be parts of a joint projection; they aren't copied. Differentiable in q, k and the
+    weights."""
     _agree(q.shape[::2], k.shape[::2], cos.shape, sin.shape)
     _agree(q.shape[2:], *(weight.shape for weight in (q_weight, k_weight) if weight is not None))
     if _on_triton(q):
@@ -355,14 +504,29 @@ def qk_norm_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tenso
 
 
 @torch.no_grad()
-def qk_norm_rope_write(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache_k: Tensor,
-                       cache_v: Tensor, at: Tensor, q_weight: Tensor | None = None,
-                       k_weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
-    """One new token of each of T sequences: returns the rotated queries (T, A, D), writes the rotated keys
-    and the values to cache_k and cache_v (T, K, places, D) at [t, :, at[t]], at (T,) int64. No gradient."""
+def qk_norm_rope_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cache_k: Tensor,
+    cache_v: Tensor,
+    at: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """One new token of each of T sequences: returns the rotated queries (T, A, D), writes the
+    rotated keys and the values to cache_k and cache_v (T, K, places, D) at [t, :, at[t]], at (T,)
+    int64. No gradient."""
     if not _on_triton(q):
-        return reference_qk_norm_rope_write(q, k, v, cos, sin, cache_k, cache_v, at, q_weight, k_weight, eps)
+        return reference_qk_norm_rope_write(
+            q, k, v, cos, sin, cache_k, cache_v, at, q_weight, k_weight, eps
+        )
     if cache_k.stride() != cache_v.stride() or cache_k.stride(3) != 1:
-        raise ValueError(f"caches need equal strides, the last 1: {cache_k.stride()} and {cache_v.stride()}")
+        raise ValueError(
+            f"caches need equal strides, the last 1: {cache_k.stride()} and {cache_v.stride()}"
+        )
     cos, sin = cos.contiguous(), sin.contiguous()
     return _rope_triton(q, k, cos, sin, q_weight, k_weight, eps, cache_k, v, cache_v, at)

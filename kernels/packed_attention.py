@@ -1,4 +1,5 @@
-"""Attention within packed sequences: on CUDA one call, however many sequences there are and however long.
+"""Attention within packed sequences: on CUDA one call, however many sequences there are and however
+long.
 
     segment (start, end, prefix_start, prefix_end):
     out(q) = softmax( q [K_prefix ; K_own]^T / sqrt(D) ) [V_prefix ; V_own],    causal within the own part
@@ -90,8 +91,9 @@ def flash_attention(
 ) -> Tensor:
     """Let sequence i of q (T, A, D) ask sequence i of k and v (S, K, D), last axes contiguous.
 
-    This is the operator below torch.nn.attention.varlen.varlen_attn. That one takes no grouped heads
-    in torch 2.11, and in 2.13 is a custom operator in Python that launches one kernel more a call.
+    This is the operator below torch.nn.attention.varlen.varlen_attn. That one takes no grouped
+    heads in torch 2.11, and in 2.13 is a custom operator in Python that launches one kernel more a
+    call.
     """
     # In order: no dropout, is_causal, no debug mask. Differentiable.
     return torch.ops.aten._flash_attention_forward(
@@ -104,7 +106,8 @@ def flash_attention(
 
 @dataclass
 class Packing:
-    """The segments of a batch, which tile [0, T) in order, and what all layers' calls share of them."""
+    """The segments of a batch, which tile [0, T) in order, and what all layers' calls share of
+    them."""
 
     segments: list[Segment]
     device: torch.device
@@ -134,7 +137,8 @@ class Packing:
 
 
 def flash_prefix_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
-    """One launch for all segments; arguments and result are those of `reference_prefix_attention`."""
+    """One launch for all segments; arguments and result are those of
+    `reference_prefix_attention`."""
     if not packing.filled:
         return q
     if packing.key_index is not None:
@@ -147,7 +151,8 @@ def flash_prefix_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing) ->
 
 @dataclass
 class Windows:
-    """Packed sequences within which every patch sees every other: windows of an image, or whole images."""
+    """Packed sequences within which every patch sees every other: windows of an image, or whole
+    images."""
 
     lengths: list[int]
     device: torch.device
@@ -158,7 +163,8 @@ class Windows:
 
 
 def reference_window_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-    """One call for all windows of a size: q, k, v (P, A, D), lengths in order. Returns (P, A, D)."""
+    """One call for all windows of a size: q, k, v (P, A, D), lengths in order. Returns (P, A,
+    D)."""
     parts = [t.transpose(0, 1).split(lengths, dim=1) for t in (q, k, v)]
     out = [None] * len(lengths)
     for length in set(lengths):  # an image has 50 windows and more of one size

@@ -1,4 +1,5 @@
-"""Policy-gradient loss over flat packed completions: five kinds, metrics, the gradient in closed form.
+"""Policy-gradient loss over flat packed completions: five kinds, metrics, the gradient in closed
+form.
 
     r = exp(logprob - old)      (gspo: exp of its mean over the sequence)      A: the sequence's advantage
     dapo, grpo, dr_grpo   l = max(-r A, -clip(r, 1 - clip_low, 1 + clip_high) A); A < 0: at most -dual_clip A
@@ -9,17 +10,19 @@
     grpo, gspo            sum over sequences of the mean over their tokens / denominator (S)
     dr_grpo               sum over tokens / (denominator (S) max_tokens)
 
-The caller gives the global denominator, a number or a 0-dim tensor, so that micro-batches and ranks add up
-exactly. Exponents end at 80: e^80 is finite in fp32 and beyond every clip, while inf * 0 would make a clipped
-token's gradient nan. nan itself is passed on, for the training script to stop at.
+The caller gives the global denominator, a number or a 0-dim tensor, so that micro-batches and ranks
+add up exactly. Exponents end at 80: e^80 is finite in fp32 and beyond every clip, while inf * 0
+would make a clipped token's gradient nan. nan itself is passed on, for the training script to stop
+at.
 
-Why fuse: 24 bytes a token, so 32,768 tokens are under 1 MB and all the time is launches. Eager PyTorch makes
-about sixty, forward and backward; here it is a token kernel, which also yields dlogprob, and a one-block
-finaliser (gspo: a pass over sequences before). No atomics: sums have one order, every run the same bits.
-Time on a GPU: not measured yet
-(`python -m bench.kernels --only policy_loss`).
+Why fuse: 24 bytes a token, so 32,768 tokens are under 1 MB and all the time is launches. Eager
+PyTorch makes about sixty, forward and backward; here it is a token kernel, which also yields
+dlogprob, and a one-block finaliser (gspo: a pass over sequences before). No atomics: sums have one
+order, every run the same bits. Time on a GPU: not measured yet (`python -m bench.kernels --only
+policy_loss`).
 
-Shapes: T tokens of all completions, one after the other; S sequences; cu_seqlens[s] is where s starts.
+Shapes: T tokens of all completions, one after the other; S sequences; cu_seqlens[s] is where s
+starts.
 """
 
 import os
@@ -41,15 +44,31 @@ def _mean(x):
     return x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)) / max(len(x), 1)
 
 
-def reference_policy_loss(logprob, old_logprob, advantage, cu_seqlens, *, kind="dapo", clip_low=0.2,
-                          clip_high=0.3, dual_clip=3.0, ref_logprob=None, kl=0.0, rollout_logprob=None,
-                          rollout_cap=2.0, max_tokens=None, denominator=None):
-    """The specification. Fork here: the CPU runs this, and the tests say when Triton lags behind."""
+def reference_policy_loss(
+    logprob,
+    old_logprob,
+    advantage,
+    cu_seqlens,
+    *,
+    kind="dapo",
+    clip_low=0.2,
+    clip_high=0.3,
+    dual_clip=3.0,
+    ref_logprob=None,
+    kl=0.0,
+    rollout_logprob=None,
+    rollout_cap=2.0,
+    max_tokens=None,
+    denominator=None,
+):
+    """The specification. Fork here: the CPU runs this, and the tests say when Triton lags
+    behind."""
     wide, zero = torch.promote_types(logprob.dtype, torch.float32), torch.zeros_like(logprob)
     new, constants = logprob.to(wide), (old_logprob, advantage, ref_logprob, rollout_logprob)
     old, A, ref, rollout = (None if x is None else x.detach().to(wide) for x in constants)
     token = torch.arange(len(new), device=new.device, dtype=cu_seqlens.dtype)
-    sequence = torch.searchsorted(cu_seqlens, token, right=True) - 1  # an empty sequence owns no token
+    # an empty sequence owns no token
+    sequence = torch.searchsorted(cu_seqlens, token, right=True) - 1
     length, A, d = cu_seqlens.diff()[sequence], A[sequence], new - old
     if kind == "gspo":
         d = torch.zeros_like(advantage, dtype=wide).index_add(0, sequence, d / length)[sequence]
@@ -63,13 +82,23 @@ def reference_policy_loss(logprob, old_logprob, advantage, cu_seqlens, *, kind="
         loss = torch.where((A < 0) & (loss > -dual_clip * A), -dual_clip * A, loss)
     if rollout is not None:
         loss = loss * (old - rollout).exp().clamp(max=rollout_cap)
-    k3, mismatch = zero if ref is None else _k3(ref - new), zero if rollout is None else _k3(old - rollout)
+    k3, mismatch = (
+        zero if ref is None else _k3(ref - new),
+        zero if rollout is None else _k3(old - rollout),
+    )
     loss = (loss + kl * k3) / (length if kind in ("grpo", "gspo") else 1)
     low = bound & (A < 0) & (kind != "cispo")
-    metrics = {"kl": _mean(k3), "clip_low": _mean(low), "clip_high": _mean(bound & ~low),
-               "ratio_max": torch.cat((r.detach(), r.new_zeros(1))).amax(), "mismatch_kl": _mean(mismatch),
-               "tokens": torch.full((), float(len(new)), device=new.device)}
-    return loss.sum() / _denominator(kind, len(new), len(advantage), max_tokens, denominator), metrics
+    metrics = {
+        "kl": _mean(k3),
+        "clip_low": _mean(low),
+        "clip_high": _mean(bound & ~low),
+        "ratio_max": torch.cat((r.detach(), r.new_zeros(1))).amax(),
+        "mismatch_kl": _mean(mismatch),
+        "tokens": torch.full((), float(len(new)), device=new.device),
+    }
+    return loss.sum() / _denominator(
+        kind, len(new), len(advantage), max_tokens, denominator
+    ), metrics
 
 
 def _denominator(kind, tokens, sequences, max_tokens, denominator):
@@ -87,7 +116,11 @@ def _load(pointer, i, mask):
 def _k3_kernel(d):
     """e^d - d - 1; near 0 its series, as the difference would lose all digits."""
     d = tl.where(d > 80.0, 80.0, d)
-    series = d * d * (1 / 2 + d * (1 / 6 + d * (1 / 24 + d * (1 / 120 + d * (1 / 720 + d * (1 / 5040))))))
+    series = (
+        d
+        * d
+        * (1 / 2 + d * (1 / 6 + d * (1 / 24 + d * (1 / 120 + d * (1 / 720 + d * (1 / 5040))))))
+    )
     return tl.where(tl.abs(d) < 0.3, series, tl.exp(d) - d - 1)
 
 
@@ -107,7 +140,9 @@ def _sequence_kernel(new, old, rollout, cu, out, sequences, cap, BLOCK: tl.const
         i, mask = at + tl.arange(0, BLOCK), at + tl.arange(0, BLOCK) < end
         o = _load(old, i, mask)
         d += _load(new, i, mask) - o
-        w += tl.where(mask, _weight(o, _load(rollout, i, mask), cap) if rollout is not None else 1.0, 0.0)
+        w += tl.where(
+            mask, _weight(o, _load(rollout, i, mask), cap) if rollout is not None else 1.0, 0.0
+        )
     tl.store(out + s, tl.sum(d, 0) / (end - start))
     tl.store(out + sequences + s, tl.sum(w, 0) / (end - start))
 
@@ -128,9 +163,29 @@ def _surrogate(r, d, A, n, low, high, dual, KIND: tl.constexpr):
 
 
 @triton.jit
-def _token_kernel(new, old, advantage, cu, ref, rollout, means, partial, slope_out, tokens, sequences, steps,
-                  low, high, dual, kl, cap, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """A program a block of tokens: their dlogprob, and the block's sums (lanes beyond T read and add 0)."""
+def _token_kernel(
+    new,
+    old,
+    advantage,
+    cu,
+    ref,
+    rollout,
+    means,
+    partial,
+    slope_out,
+    tokens,
+    sequences,
+    steps,
+    low,
+    high,
+    dual,
+    kl,
+    cap,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program a block of tokens: their dlogprob, and the block's sums (lanes beyond T read and
+    add 0)."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = i < tokens
     s, after = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32) + sequences
@@ -170,11 +225,14 @@ def _token_kernel(new, old, advantage, cu, ref, rollout, means, partial, slope_o
 
 @triton.jit
 def _finaliser(partial, out, blocks, tokens, BLOCK: tl.constexpr):
-    """One program: the blocks' sums, in order -> loss, kl, clip_low, clip_high, mismatch_kl, ratio_max, T."""
+    """One program: the blocks' sums, in order -> loss, kl, clip_low, clip_high, mismatch_kl,
+    ratio_max, T."""
     for row in tl.static_range(6):
         total = tl.zeros([BLOCK], tl.float32)
         for at in range(0, blocks, BLOCK):
-            x = _load(partial + row * blocks, at + tl.arange(0, BLOCK), at + tl.arange(0, BLOCK) < blocks)
+            x = _load(
+                partial + row * blocks, at + tl.arange(0, BLOCK), at + tl.arange(0, BLOCK) < blocks
+            )
             total = tl.maximum(total, x) if row == 5 else total + x
         value = tl.max(total, 0) if row == 5 else tl.sum(total, 0)
         tl.store(out + row, value if row == 0 or row == 5 else value / tl.maximum(tokens, 1))
@@ -187,14 +245,36 @@ class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, new, old, advantage, cu, ref, rollout, kind, low, high, dual, kl, cap):
         t, s, block, means = len(new), len(advantage), 32 if INTERPRET else 256, None
-        blocks, empty = triton.cdiv(t, block), lambda *shape: new.new_empty(shape, dtype=torch.float32)
+        blocks, empty = (
+            triton.cdiv(t, block),
+            lambda *shape: new.new_empty(shape, dtype=torch.float32),
+        )
         partial, slope, out = empty(6, blocks), empty(t), empty(7)
         if kind == "gspo" and t:
             means = empty(2, s)
             _sequence_kernel[(s,)](new, old, rollout, cu, means, s, cap, BLOCK=block)
         if t:
-            _token_kernel[(blocks,)](new, old, advantage, cu, ref, rollout, means, partial, slope, t, s,
-                                     s.bit_length(), low, high, dual, kl, cap, KIND=kind, BLOCK=block)
+            _token_kernel[(blocks,)](
+                new,
+                old,
+                advantage,
+                cu,
+                ref,
+                rollout,
+                means,
+                partial,
+                slope,
+                t,
+                s,
+                s.bit_length(),
+                low,
+                high,
+                dual,
+                kl,
+                cap,
+                KIND=kind,
+                BLOCK=block,
+            )
         _finaliser[(1,)](partial, out, blocks, t, BLOCK=block)
         ctx.save_for_backward(slope)
         ctx.dtype = new.dtype
@@ -206,7 +286,9 @@ class _PolicyLoss(torch.autograd.Function):
         return (ctx.saved_tensors[0] * grad).to(ctx.dtype), *[None] * 11
 
 
-def _check(logprob, old_logprob, advantage, cu_seqlens, kind, ref_logprob, kl, rollout_logprob, max_tokens):
+def _check(
+    logprob, old_logprob, advantage, cu_seqlens, kind, ref_logprob, kl, rollout_logprob, max_tokens
+):
     if kind not in KINDS:
         raise ValueError(f"unknown loss kind {kind!r}: one of {', '.join(KINDS)}")
     if kind == "dr_grpo" and max_tokens is None:
@@ -219,31 +301,73 @@ def _check(logprob, old_logprob, advantage, cu_seqlens, kind, ref_logprob, kl, r
         raise ValueError(f"log-probs must be [T], advantage [S], cu_seqlens [S + 1]: got {shapes}")
     if not cu_seqlens.is_cuda:  # on CUDA this would stop the host
         if cu_seqlens[0] != 0 or cu_seqlens[-1] != len(logprob) or (cu_seqlens.diff() < 0).any():
-            raise ValueError(f"cu_seqlens must rise from 0 to {len(logprob)}: {cu_seqlens.tolist()}")
+            raise ValueError(
+                f"cu_seqlens must rise from 0 to {len(logprob)}: {cu_seqlens.tolist()}"
+            )
 
 
-def policy_loss(logprob: torch.Tensor, old_logprob: torch.Tensor, advantage: torch.Tensor,
-                cu_seqlens: torch.Tensor, *, kind: str = "dapo", clip_low: float = 0.2,
-                clip_high: float = 0.3, dual_clip: float | None = 3.0,
-                ref_logprob: torch.Tensor | None = None, kl: float = 0.0,
-                rollout_logprob: torch.Tensor | None = None, rollout_cap: float = 2.0,
-                max_tokens: int | None = None, denominator: float | torch.Tensor | None = None):
+def policy_loss(
+    logprob: torch.Tensor,
+    old_logprob: torch.Tensor,
+    advantage: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    kind: str = "dapo",
+    clip_low: float = 0.2,
+    clip_high: float = 0.3,
+    dual_clip: float | None = 3.0,
+    ref_logprob: torch.Tensor | None = None,
+    kl: float = 0.0,
+    rollout_logprob: torch.Tensor | None = None,
+    rollout_cap: float = 2.0,
+    max_tokens: int | None = None,
+    denominator: float | torch.Tensor | None = None,
+):
     """(loss, metrics) of logprob[T] against old_logprob[T], with the advantage[S] of each sequence.
 
-    Differentiable in logprob only. metrics: detached 0-dim tensors on the device (no host sync), means over
-    this call's tokens: kl, clip_low, clip_high, ratio_max, mismatch_kl; and tokens, to weigh them with. What
-    is not given yields 0.
+    Differentiable in logprob only. metrics: detached 0-dim tensors on the device (no host sync),
+    means over this call's tokens: kl, clip_low, clip_high, ratio_max, mismatch_kl; and tokens, to
+    weigh them with. What is not given yields 0.
     """
-    _check(logprob, old_logprob, advantage, cu_seqlens, kind, ref_logprob, kl, rollout_logprob, max_tokens)
+    _check(
+        logprob,
+        old_logprob,
+        advantage,
+        cu_seqlens,
+        kind,
+        ref_logprob,
+        kl,
+        rollout_logprob,
+        max_tokens,
+    )
     if not (logprob.is_cuda or INTERPRET) or logprob.dtype == torch.float64:
         return reference_policy_loss(
-            logprob, old_logprob, advantage, cu_seqlens, kind=kind, clip_low=clip_low, clip_high=clip_high,
-            dual_clip=dual_clip, ref_logprob=ref_logprob, kl=kl, rollout_logprob=rollout_logprob,
-            rollout_cap=rollout_cap, max_tokens=max_tokens, denominator=denominator)
+            logprob,
+            old_logprob,
+            advantage,
+            cu_seqlens,
+            kind=kind,
+            clip_low=clip_low,
+            clip_high=clip_high,
+            dual_clip=dual_clip,
+            ref_logprob=ref_logprob,
+            kl=kl,
+            rollout_logprob=rollout_logprob,
+            rollout_cap=rollout_cap,
+            max_tokens=max_tokens,
+            denominator=denominator,
+        )
     constants = (old_logprob, advantage, cu_seqlens, ref_logprob, rollout_logprob)
     total, out = _PolicyLoss.apply(
-        logprob.contiguous(), *(None if x is None else x.detach().contiguous() for x in constants), kind,
-        1 - clip_low, 1 + clip_high, dual_clip, kl, rollout_cap)
+        logprob.contiguous(),
+        *(None if x is None else x.detach().contiguous() for x in constants),
+        kind,
+        1 - clip_low,
+        1 + clip_high,
+        dual_clip,
+        kl,
+        rollout_cap,
+    )
     names = "kl", "clip_low", "clip_high", "mismatch_kl", "ratio_max", "tokens"
     loss = total / _denominator(kind, len(logprob), len(advantage), max_tokens, denominator)
     return loss, dict(zip(names, out[1:].unbind(), strict=True))

@@ -6,14 +6,16 @@
     total      lor .8 accuracy + .2 format; dtr .8 + .1 + .1 detect, without objects .8 + .2; direct accuracy
     advantage  (total - mean) / (std + 1e-6) over the group, unbiased std; keep: max - min of accuracy > 1e-6
 
-Strict rules only; a group of one has advantage 0 and is not kept. The string half (tags, letters, units)
-stays on the host, which fills `Scored`. Whoever scores wholly on the host needs `group_advantages` alone.
+Strict rules only; a group of one has advantage 0 and is not kept. The string half (tags, letters,
+units) stays on the host, which fills `Scored`. Whoever scores wholly on the host needs
+`group_advantages` alone.
 
-Why fuse: some 200 bytes a completion, so all the time is launches: eager PyTorch makes about a hundred, here
-it is one, a program a group. In fp64, as steps and keep flags must equal the host's on every input. Time on a
-GPU: not measured yet (`python -m bench.kernels --only rewards`).
+Why fuse: some 200 bytes a completion, so all the time is launches: eager PyTorch makes about a
+hundred, here it is one, a program a group. In fp64, as steps and keep flags must equal the host's
+on every input. Time on a GPU: not measured yet (`python -m bench.kernels --only rewards`).
 
-Shapes: N completions; G groups, the completions of one example, contiguous; P boxes; K true centres.
+Shapes: N completions; G groups, the completions of one example, contiguous; P boxes; K true
+centres.
 """
 
 import math
@@ -27,7 +29,8 @@ import triton.language as tl
 LOR, DTR, DIRECT = 0, 1, 2  # Scored.path
 GIVEN, NUMBER, MOTION = 0, 1, 2  # Scored.kind
 ANY_FRAME, NO_FRAME = -1, -2
-STEPS = ((0.1, 1.0), (0.2, 0.8), (0.3, 0.6), (0.4, 0.4), (0.6, 0.2), (1.0, 0.1))  # nearer than: score
+# nearer than: score
+STEPS = ((0.1, 1.0), (0.2, 0.8), (0.3, 0.6), (0.4, 0.4), (0.6, 0.2), (1.0, 0.1))
 FLOOR, EPS = math.exp(-2), 1e-6
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -35,10 +38,11 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 class Scored(NamedTuple):
     """What the string half found, on one device; bool, int64 and fp64 tensors.
 
-    Completion n's boxes are rows box_start[n] : box_start[n + 1]; group g's completions and true centres
-    group_start[g] : group_start[g + 1] and true_start[g] : true_start[g + 1]. Mentions are numbered within
-    their group, below objects[g], by their lower-cased text: keys of Example.objects that differ only in case
-    share a number, and so a box. A box of no such mention has -1.
+    Completion n's boxes are rows box_start[n] : box_start[n + 1]; group g's completions and true
+    centres group_start[g] : group_start[g + 1] and true_start[g] : true_start[g + 1]. Mentions are
+    numbered within their group, below objects[g], by their lower-cased text: keys of
+    Example.objects that differ only in case share a number, and so a box. A box of no such mention
+    has -1.
     """
 
     well_formed: torch.Tensor  # (N,) bool
@@ -87,19 +91,28 @@ def _accuracy(a, group):
 def _detect(a, group):
     n, boxes, device = len(group), len(a.box_mention), group.device
     width = int(a.objects.max()) if len(a.objects) else 0
-    first = torch.full((n * width + 1,), boxes, device=device)  # by (completion, mention); the last: of none
-    slot = torch.where(a.box_mention >= 0, _owners(a.box_start, boxes) * width + a.box_mention, n * width)
+    # by (completion, mention); the last: of none
+    first = torch.full((n * width + 1,), boxes, device=device)
+    slot = torch.where(
+        a.box_mention >= 0, _owners(a.box_start, boxes) * width + a.box_mention, n * width
+    )
     first.scatter_reduce_(0, slot, torch.arange(boxes, device=device), "amin")
     count = a.true_start.diff()[group]
-    who = torch.repeat_interleave(torch.arange(n, device=device), count)  # pairs (completion, true centre)
-    k = a.true_start[group][who] + torch.arange(len(who), device=device) - (count.cumsum(0) - count)[who]
+    # pairs (completion, true centre)
+    who = torch.repeat_interleave(torch.arange(n, device=device), count)
+    k = (
+        a.true_start[group][who]
+        + torch.arange(len(who), device=device)
+        - (count.cumsum(0) - count)[who]
+    )
     box = first[who * width + a.true_mention[k]]
     found = (box < boxes) & ((a.true_frame[k] == ANY_FRAME) | (a.true_frame[k] == a.frame[who]))
     who, k, box = who[found], k[found], box[found]
     d = (a.box_centre[box] - a.true_centre[k]).square().sum(1).sqrt()
     credit = torch.zeros_like(d)
     for limit, value in reversed(STEPS):
-        credit = torch.where(d < limit - 1e-6, value, credit)  # the slack: ties lie on the 0.01 m grid
+        # the slack: ties lie on the 0.01 m grid
+        credit = torch.where(d < limit - 1e-6, value, credit)
     total = torch.zeros(n, dtype=d.dtype, device=device).index_add(0, who, credit)
     total = total / torch.maximum(a.box_start.diff(), a.objects[group]).clamp(min=1)
     wanted = a.wanted_frame[group]
@@ -107,7 +120,8 @@ def _detect(a, group):
 
 
 def group_advantages(total: torch.Tensor, accuracy: torch.Tensor, group_start: torch.Tensor):
-    """(advantage[N] fp64, keep[G] bool) of totals and accuracies [N] in the groups of group_start[G + 1]."""
+    """(advantage[N] fp64, keep[G] bool) of totals and accuracies [N] in the groups of group_start[G
+    + 1]."""
     total, accuracy, count = total.double(), accuracy.double(), group_start.diff()
     group, zero = _owners(group_start, len(total)), total.new_zeros(len(count))
     centred = total - (zero.index_add(0, group, total) / count.clamp(min=1))[group]
@@ -129,7 +143,8 @@ def reference_rewards_and_advantages(a: Scored) -> Rewards:
 
 
 FLOOR_, STEPS_ = tl.constexpr(FLOOR), tl.constexpr(STEPS)
-# Below, `zero` is an fp64 block: Triton's own floats are fp32, and the interpreter's | and & want two blocks.
+# Below, `zero` is an fp64 block: Triton's own floats are fp32, and the interpreter's | and & want
+# two blocks.
 
 
 @triton.jit
@@ -149,8 +164,20 @@ def _accuracy_of(answer, truth, kind, i, g, mask, zero):
 
 
 @triton.jit
-def _detect_of(centre, mention, true_centre, true_mention, true_frame, frame, start, end, k, k_end, objects,
-               zero):
+def _detect_of(
+    centre,
+    mention,
+    true_centre,
+    true_mention,
+    true_frame,
+    frame,
+    start,
+    end,
+    k,
+    k_end,
+    objects,
+    zero,
+):
     """Boxes start : end of each completion against the true centres k : k_end of their group."""
     total, most = zero, tl.max(end - start, 0)
     while k < k_end:
@@ -165,17 +192,40 @@ def _detect_of(centre, mention, true_centre, true_mention, true_frame, frame, st
             offset = x - tl.load(true_centre + 3 * k + axis)
             square += offset * offset
         for step in tl.static_range(5, -1, -1):
-            credit = tl.where(tl.sqrt(square) < STEPS_[step][0] - 1e-6, zero + STEPS_[step][1], credit)
+            credit = tl.where(
+                tl.sqrt(square) < STEPS_[step][0] - 1e-6, zero + STEPS_[step][1], credit
+            )
         total += tl.where(found, credit, zero)
         k += 1
     return total / tl.maximum(tl.maximum(end - start, objects), 1).to(tl.float64)
 
 
 @triton.jit
-def _rewards_kernel(well_formed, parsed, answer, frame, box_start, box_centre, box_mention, group_start, path,
-                    kind, truth, objects, wanted_frame, true_start, true_centre, true_mention, true_frame,
-                    out, keep, n, BLOCK: tl.constexpr):
-    """A program a group: parts and totals of its completions, their statistics, then the advantages."""
+def _rewards_kernel(
+    well_formed,
+    parsed,
+    answer,
+    frame,
+    box_start,
+    box_centre,
+    box_mention,
+    group_start,
+    path,
+    kind,
+    truth,
+    objects,
+    wanted_frame,
+    true_start,
+    true_centre,
+    true_mention,
+    true_frame,
+    out,
+    keep,
+    n,
+    BLOCK: tl.constexpr,
+):
+    """A program a group: parts and totals of its completions, their statistics, then the
+    advantages."""
     g, lane = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     begin, last = tl.load(group_start + g), tl.load(group_start + g + 1)
     zero, none = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.int64)
@@ -187,11 +237,25 @@ def _rewards_kernel(well_formed, parsed, answer, frame, box_start, box_centre, b
         good = tl.load(well_formed + i, mask=mask, other=0) != 0
         stated = tl.load(frame + i, mask=mask, other=-2)
         right = good & (tl.load(parsed + i, mask=mask, other=0) != 0)
-        accuracy = tl.where(right, _accuracy_of(answer, truth, tl.load(kind + g), i, g, mask, zero), zero)
+        accuracy = tl.where(
+            right, _accuracy_of(answer, truth, tl.load(kind + g), i, g, mask, zero), zero
+        )
         start = tl.load(box_start + i, mask=mask, other=0)
         end = tl.load(box_start + i + 1, mask=mask, other=0)
-        detect = _detect_of(box_centre, box_mention, true_centre, true_mention, true_frame, stated, start,
-                            end, tl.load(true_start + g), tl.load(true_start + g + 1), count, zero)
+        detect = _detect_of(
+            box_centre,
+            box_mention,
+            true_centre,
+            true_mention,
+            true_frame,
+            stated,
+            start,
+            end,
+            tl.load(true_start + g),
+            tl.load(true_start + g + 1),
+            count,
+            zero,
+        )
         dtr = (way == 1) & (count > 0)
         detect = tl.where(good & dtr & ((wanted == -1) | (wanted == stated)), detect, zero)
         form = good.to(tl.float64)
@@ -217,14 +281,19 @@ def _rewards_kernel(well_formed, parsed, answer, frame, box_start, box_centre, b
 
 
 def rewards_and_advantages(a: Scored) -> Rewards:
-    """Parts, totals, advantages and keep flags of a step's completions: see `Scored` and `Rewards`."""
+    """Parts, totals, advantages and keep flags of a step's completions: see `Scored` and
+    `Rewards`."""
     n, groups = len(a.well_formed), len(a.path)
     if len(a.group_start) != groups + 1 or len(a.box_start) != n + 1:
-        raise ValueError(f"{groups} groups and {n} completions need {groups + 1} group_start and {n + 1} "
-                         f"box_start: got {len(a.group_start)} and {len(a.box_start)}")
+        raise ValueError(
+            f"{groups} groups and {n} completions need {groups + 1} group_start and {n + 1} "
+            f"box_start: got {len(a.group_start)} and {len(a.box_start)}"
+        )
     if not (a.answer.is_cuda or INTERPRET):
         return reference_rewards_and_advantages(a)
     out, keep = a.answer.new_empty(5, n), a.well_formed.new_zeros(groups)
     if groups:
-        _rewards_kernel[(groups,)](*(x.contiguous() for x in a), out, keep, n, BLOCK=32, num_warps=1)
+        _rewards_kernel[(groups,)](
+            *(x.contiguous() for x in a), out, keep, n, BLOCK=32, num_warps=1
+        )
     return Rewards(*out, keep)

@@ -1,20 +1,23 @@
-"""Sampling: temperature, banned ids, top-p, Gumbel-max with counter noise, the log-prob of the choice.
+"""Sampling: temperature, banned ids, top-p, Gumbel-max with counter noise, the log-prob of the
+choice.
 
     token = argmax over allowed v of  z_v - log E_v    z = logits / temperature, E = -log(1 - u)
     logprob = z_token - logsumexp over ALL v of z      the trainer's definition: neither ban nor top-p enters
     temperature 0: token = argmax over allowed logits, log-prob at temperature 1
 
-u is a hash of (key, position, token id) only: a sequence's noise does not depend on slot, batch or rank. It
-mixes 32-bit integers: Philox in torch costs seconds a batch at V = 151,936 on a CPU, this some 1-3 ms a row.
-u = (31 bits + 0.5) * UNIT: near 0, where the winners are, it keeps full precision, so that a token of
-probability 1e-9 is still drawn as often as it should be; it never reaches 1, where E would be infinite.
-top_p keeps the smallest set of tokens, by falling probability (ties: lower id first), with at least top_p of
-the allowed tokens' mass; it needs a sort, which is left to torch, also on a GPU.
+u is a hash of (key, position, token id) only: a sequence's noise does not depend on slot, batch or
+rank. It mixes 32-bit integers: Philox in torch costs seconds a batch at V = 151,936 on a CPU, this
+some 1-3 ms a row. u = (31 bits + 0.5) * UNIT: near 0, where the winners are, it keeps full
+precision, so that a token of probability 1e-9 is still drawn as often as it should be; it never
+reaches 1, where E would be infinite. top_p keeps the smallest set of tokens, by falling probability
+(ties: lower id first), with at least top_p of the allowed tokens' mass; it needs a sort, which is
+left to torch, also on a GPU.
 
-Why fuse: eager PyTorch reads or writes B x V about thirty times, this reads it once (256 x 151,936 in fp32:
-156 MB) and keeps a max, a sum and a best token for each part of a row. Counted in sm_90's assembly, not
-timed: 36 instructions an element (fp32, banned ids; Triton 3.9; 38 with 3.6), where an H100 has time for 40
-while it copies. What it reaches on a GPU is not measured yet (`python -m bench.kernels --only sample`).
+Why fuse: eager PyTorch reads or writes B x V about thirty times, this reads it once (256 x 151,936
+in fp32: 156 MB) and keeps a max, a sum and a best token for each part of a row. Counted in sm_90's
+assembly, not timed: 36 instructions an element (fp32, banned ids; Triton 3.9; 38 with 3.6), where
+an H100 has time for 40 while it copies. What it reaches on a GPU is not measured yet (`python -m
+bench.kernels --only sample`).
 
 Shapes: B sequences, V vocabulary.
 """
@@ -31,13 +34,16 @@ import triton.language as tl
 MIX32 = 0x21F0AAAD, 0xD35A2D97  # multipliers of a 32-bit mixer with low bias
 MIX64 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 GOLDEN = 0x9E3779B9
-UNIT = 2.0**-31 - 2.0**-55  # the float below 2^-31: fp32 rounds the largest 31-bit integers up to 2^31
-BLOCK = 2048  # tokens of a part, a warp's 64 a lane: not by B, as the sums' order, so log-probs, would change
+# the float below 2^-31: fp32 rounds the largest 31-bit integers up to 2^31
+UNIT = 2.0**-31 - 2.0**-55
+# tokens of a part, a warp's 64 a lane: not by B, as the sums' order, so log-probs, would change
+BLOCK = 2048
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def sequence_key(seed: int, example_id: str, path: str, sample_index: int) -> int:
-    """The stable 64-bit key of one sampled completion: never of its place in a list, slot or rank."""
+    """The stable 64-bit key of one sampled completion: never of its place in a list, slot or
+    rank."""
     text = f"{seed}\0{example_id}\0{path}\0{sample_index}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
 
@@ -47,7 +53,8 @@ def _signed(c, bits):
 
 
 A32, B32, GOLDEN_, UNIT_, LOG2E_, INTERPRET_ = (
-    tl.constexpr(c) for c in (*MIX32, GOLDEN, UNIT, math.log2(math.e), INTERPRET))
+    tl.constexpr(c) for c in (*MIX32, GOLDEN, UNIT, math.log2(math.e), INTERPRET)
+)
 A64, B64, C64 = (tl.constexpr(_signed(c, 64)) for c in MIX64)
 
 
@@ -58,7 +65,8 @@ def _xorshift_(x, k, scratch):
 
 
 def _row_words(keys, positions):
-    """(key, position) -> two 32-bit words, as int32 [B, 1]. Integers wrap; the shifts are arithmetic."""
+    """(key, position) -> two 32-bit words, as int32 [B, 1]. Integers wrap; the shifts are
+    arithmetic."""
     x = (keys ^ (positions.long() * _signed(MIX64[0], 64))) * _signed(MIX64[1], 64)
     x = (x ^ (x >> 32)) * _signed(MIX64[2], 64)
     x = (x ^ (x >> 29))[:, None]
@@ -71,7 +79,8 @@ def _token_words(vocab, device):
 
 
 def race_times(keys: torch.Tensor, positions: torch.Tensor, vocab: int) -> torch.Tensor:
-    """E[B, V], exponentials of (key, position, token id) only: argmax z - log E is a draw from softmax(z)."""
+    """E[B, V], exponentials of (key, position, token id) only: argmax z - log E is a draw from
+    softmax(z)."""
     first, second = _row_words(keys, positions)
     x = _token_words(vocab, keys.device) + first
     scratch = torch.empty_like(x)
@@ -97,21 +106,29 @@ def reference_sample(logits, keys, positions, temperature=1.0, top_p=1.0, banned
     allowed = z if banned is None else torch.where(banned, -torch.inf, z)
     allowed = allowed if top_p == 1 else _nucleus(allowed, top_p)
     if temperature > 0:
-        allowed = allowed - race_times(keys, positions, z.shape[1]).log_()  # p / E may underflow, this can't
+        # p / E may underflow, this can't
+        allowed = allowed - race_times(keys, positions, z.shape[1]).log_()
     token = allowed.argmax(-1)
     return token, (z.gather(1, token[:, None])[:, 0] - logsumexp).clamp_(max=0)
 
 
 @triton.jit
 def _log2(x):
-    """One instruction, off by 2^-22 at most for x in (1/2, 2), relatively elsewhere; tl.log2 is twenty."""
-    return tl.log2(x) if INTERPRET_ else tl.inline_asm_elementwise(
-        "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    """One instruction, off by 2^-22 at most for x in (1/2, 2), relatively elsewhere; tl.log2 is
+    twenty."""
+    return (
+        tl.log2(x)
+        if INTERPRET_
+        else tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    )
 
 
 @triton.jit
 def _race_times(first, second, token):
-    """race_times / ln 2, of the same bits; log(1 - u) by its series near 0, where 1 - u loses its digits."""
+    """race_times / ln 2, of the same bits; log(1 - u) by its series near 0, where 1 - u loses its
+    digits."""
     x = token.to(tl.uint32) * GOLDEN_ + first
     x = (x ^ (x >> 16)) * A32
     x = (x ^ (x >> 15) ^ (second ^ (second >> 15))) * B32  # the same for a row, so shifted once
@@ -121,9 +138,21 @@ def _race_times(first, second, token):
 
 
 @triton.jit
-def _part_kernel(logits, keys, positions, banned, floats, ids, vocab, stride, inv_temperature,
-                 GREEDY: tl.constexpr, BLOCK: tl.constexpr):
-    """A program a part of a row: max, sum of exponentials, and the best token of the race, in base 2."""
+def _part_kernel(
+    logits,
+    keys,
+    positions,
+    banned,
+    floats,
+    ids,
+    vocab,
+    stride,
+    inv_temperature,
+    GREEDY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program a part of a row: max, sum of exponentials, and the best token of the race, in base
+    2."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     x = (tl.load(keys + row) ^ (tl.load(positions + row).to(tl.int64) * A64)) * B64
     x = (x ^ (x >> 32)) * C64
@@ -136,7 +165,9 @@ def _part_kernel(logits, keys, positions, banned, floats, ids, vocab, stride, in
     score = z if GREEDY else tl.fma(z, scale, -_log2(_race_times(first, second, i)))
     if banned is not None:
         score = tl.where(tl.load(banned + i, mask=i < vocab) != 0, -float("inf"), score)
-    best, token = tl.max(score, 0, return_indices=True, return_indices_tie_break_left=GREEDY or INTERPRET_)
+    best, token = tl.max(
+        score, 0, return_indices=True, return_indices_tie_break_left=GREEDY or INTERPRET_
+    )
     out = row * tl.num_programs(1) + part
     tl.store(floats + 3 * out, peak)
     tl.store(floats + 3 * out + 1, total)
@@ -145,7 +176,9 @@ def _part_kernel(logits, keys, positions, banned, floats, ids, vocab, stride, in
 
 
 @triton.jit
-def _row_kernel(logits, floats, ids, tokens, logprobs, parts, stride, inv_temperature, PARTS: tl.constexpr):
+def _row_kernel(
+    logits, floats, ids, tokens, logprobs, parts, stride, inv_temperature, PARTS: tl.constexpr
+):
     """A program a row: its parts to the token and its log-prob."""
     row, part = tl.program_id(0).to(tl.int64), tl.arange(0, PARTS)
     at, mask = row * parts + part, part < parts
@@ -163,28 +196,79 @@ def _row_kernel(logits, floats, ids, tokens, logprobs, parts, stride, inv_temper
 def _sample_triton(logits, keys, positions, temperature, banned):
     (b, v), block = logits.shape, 512 if INTERPRET else BLOCK
     parts, scale = triton.cdiv(v, block), 1 / (temperature or 1.0)
-    floats, logprobs = (logits.new_empty(shape, dtype=torch.float32) for shape in ((b, parts, 3), (b,)))
+    floats, logprobs = (
+        logits.new_empty(shape, dtype=torch.float32) for shape in ((b, parts, 3), (b,))
+    )
     ids, tokens = keys.new_empty(b, parts, dtype=torch.int32), torch.empty_like(keys)
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    _part_kernel[(b, parts)](logits, keys, positions, banned, floats, ids, v, logits.stride(0), scale,
-                             GREEDY=temperature == 0, BLOCK=block, num_warps=1)
-    _row_kernel[(b,)](logits, floats, ids, tokens, logprobs, parts, logits.stride(0), scale,
-                      PARTS=triton.next_power_of_2(parts), num_warps=1)
+    _part_kernel[(b, parts)](
+        logits,
+        keys,
+        positions,
+        banned,
+        floats,
+        ids,
+        v,
+        logits.stride(0),
+        scale,
+        GREEDY=temperature == 0,
+        BLOCK=block,
+        num_warps=1,
+    )
+    _row_kernel[(b,)](
+        logits,
+        floats,
+        ids,
+        tokens,
+        logprobs,
+        parts,
+        logits.stride(0),
+        scale,
+        PARTS=triton.next_power_of_2(parts),
+        num_warps=1,
+    )
     return tokens, logprobs
 
 
-def sample(logits: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor, temperature: float = 1.0,
-           top_p: float = 1.0, banned: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(tokens[B] int64, logprobs[B] fp32) of logits[B, V]. keys[B]: int64, of `sequence_key`; positions[B]:
-    the places in the completions; banned[V]: bool, ids that are never sampled (not all of them)."""
+def sample(
+    logits: torch.Tensor,
+    keys: torch.Tensor,
+    positions: torch.Tensor,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    banned: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens[B] int64, logprobs[B] fp32) of logits[B, V]. keys[B]: int64, of `sequence_key`;
+    positions[B]: the places in the completions; banned[V]: bool, ids that are never sampled (not
+    all of them)."""
     b, v = logits.shape
-    if keys.shape != (b,) or positions.shape != (b,) or (banned is not None and banned.shape != (v,)):
-        raise ValueError(f"logits {list(logits.shape)} need keys and positions [{b}] and banned [{v}]")
+    if (
+        keys.shape != (b,)
+        or positions.shape != (b,)
+        or (banned is not None and banned.shape != (v,))
+    ):
+        raise ValueError(
+            f"logits {list(logits.shape)} need keys and positions [{b}] and banned [{v}]"
+        )
     if temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"temperature must be >= 0 and top_p in (0, 1]: got {temperature} and {top_p}")
+        raise ValueError(
+            f"temperature must be >= 0 and top_p in (0, 1]: got {temperature} and {top_p}"
+        )
     if (logits.is_cuda or INTERPRET) and top_p == 1 and b:
-        return _sample_triton(logits, keys.contiguous(), positions.contiguous(), temperature, banned)
-    rows = max(b if logits.is_cuda else (1 << 18) // v, 1)  # CPU: 1 MB a chunk, the hash stays in the cache
-    parts = [reference_sample(logits[i : i + rows], keys[i : i + rows], positions[i : i + rows], temperature,
-                              top_p, banned) for i in range(0, max(b, 1), rows)]
+        return _sample_triton(
+            logits, keys.contiguous(), positions.contiguous(), temperature, banned
+        )
+    # CPU: 1 MB a chunk, the hash stays in the cache
+    rows = max(b if logits.is_cuda else (1 << 18) // v, 1)
+    parts = [
+        reference_sample(
+            logits[i : i + rows],
+            keys[i : i + rows],
+            positions[i : i + rows],
+            temperature,
+            top_p,
+            banned,
+        )
+        for i in range(0, max(b, 1), rows)
+    ]
     return torch.cat([token for token, _ in parts]), torch.cat([logprob for _, logprob in parts])

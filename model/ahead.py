@@ -1,7 +1,7 @@
 """What is wanted soon, made by worker processes before it is asked for.
 
-Only time depends on it: what no worker has begun, or what one failed to make, is made in line by whoever asks
-for it. So any number of workers gives the same bits, and a bad file the same words.
+Only time depends on it: what no worker has begun, or what one failed to make, is made in line by
+whoever asks for it. So any number of workers gives the same bits, and a bad file the same words.
 """
 
 import os
@@ -18,10 +18,12 @@ AHEAD = 256  # at most so many are under way, or made and not asked for yet
 
 
 class Ahead:
-    """`make(*args)`, a pure function that can be pickled, in `workers` processes; 0: always in line.
+    """`make(*args)`, a pure function that can be pickled, in `workers` processes; 0: always in
+    line.
 
-    The processes are forked from a server that has imported make's module and nothing else: no CUDA, no
-    threads, no data. They compute with one thread, and end with this process, however that ends.
+    The processes are forked from a server that has imported make's module and nothing else: no
+    CUDA, no threads, no data. They compute with one thread, and end with this process, however that
+    ends.
     """
 
     def __init__(self, make: Callable, workers: int):
@@ -73,14 +75,18 @@ class Ahead:
         return made
 
     def _tell(self, error: Exception) -> None:
-        """Once, what only workers fail at: one was killed (by want of memory?), or args can't be pickled."""
+        """Once, what only workers fail at: one was killed (by want of memory?), or args can't be
+        pickled."""
         if not self.told:
-            print(f"workers: {error}: done in line, which takes longer", file=sys.stderr, flush=True)
+            print(
+                f"workers: {error}: done in line, which takes longer", file=sys.stderr, flush=True
+            )
         self.told = True
 
 
 def begin() -> None:
-    """In a worker: an interrupt is its parent's business; and a killed parent tells nobody to end."""
+    """In a worker: an interrupt is its parent's business; and a killed parent tells nobody to
+    end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()

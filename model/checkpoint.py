@@ -34,8 +34,13 @@ from model import lora
 SPATIAL = ("region.", "points.", "head3d.")
 SHARD_BYTES = 4_000_000_000
 # Longest first; `model.` alone is the older layout's decoder.
-PREFIXES = (("model.language_model.", "decoder."), ("model.visual.", "vision."), ("visual.", "vision."),
-            ("model.", "decoder."), ("lm_head.", "lm_head."))  # fmt: skip
+PREFIXES = (
+    ("model.language_model.", "decoder."),
+    ("model.visual.", "vision."),
+    ("visual.", "vision."),
+    ("model.", "decoder."),
+    ("lm_head.", "lm_head."),
+)
 # What a save may write. An old one of these must not stand beside the new: a reader might prefer
 # it.
 OWN = re.compile(
@@ -77,7 +82,9 @@ def load(source: str, device=None, dtype: torch.dtype | None = None, fuse: bool 
     dtype = dtype or origin.dtypes["decoder.norm.weight"]
     for name in list(state):
         state[name] = state[name].to(device=device or "cpu", dtype=dtype)
-    state |= {name: tensor.to(device=device or "cpu", dtype=dtype) for name, tensor in spatial.items()}
+    state |= {
+        name: tensor.to(device=device or "cpu", dtype=dtype) for name, tensor in spatial.items()
+    }
     model.load_state_dict(state, strict=False, assign=True)
     if not spatial:
         _init_spatial(model, device or "cpu", dtype)
@@ -93,14 +100,20 @@ def resolve(source: str) -> Path:
     if Path(source).is_dir():
         return Path(source)
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise CheckpointError(f"{source}: no such directory (nor a hub id like Qwen/Qwen2.5-VL-3B-Instruct)")
+        raise CheckpointError(
+            f"{source}: no such directory (nor a hub id like Qwen/Qwen2.5-VL-3B-Instruct)"
+        )
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
+        return Path(
+            snapshot_download(source, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"])
+        )
     except Exception as error:  # the hub's errors are many; a user needs one line
         reason = str(error).strip().splitlines()[0][:160]
-        raise CheckpointError(f"{source}: no such directory, and the hub has none ({reason})") from error
+        raise CheckpointError(
+            f"{source}: no such directory, and the hub has none ({reason})"
+        ) from error
 
 
 def read_config(directory: Path):
@@ -110,7 +123,9 @@ def read_config(directory: Path):
 
     path = directory / "config.json"
     if not path.is_file():
-        raise CheckpointError(f"{directory}: no config.json, so no checkpoint in the Hugging Face layout")
+        raise CheckpointError(
+            f"{directory}: no config.json, so no checkpoint in the Hugging Face layout"
+        )
     try:
         config = AutoConfig.from_pretrained(directory)
         Sizes.of(config)
@@ -129,7 +144,9 @@ def read_json(path: Path, key: str | None = None) -> dict:
         if not isinstance(values, dict):
             raise TypeError(f"{type(values).__name__} instead of an object")
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: not the JSON that it should be ({error}); copy it again") from error
+        raise CheckpointError(
+            f"{path}: not the JSON that it should be ({error}); copy it again"
+        ) from error
     return values
 
 
@@ -159,9 +176,13 @@ def _read(directory: Path, model) -> tuple[dict[str, Tensor], Origin]:
                     origin.names[ours], origin.dtypes[ours] = name, state[ours].dtype
                     if not state[ours].is_floating_point() or state[ours].element_size() < 2:
                         kind = str(state[ours].dtype).removeprefix("torch.")
-                        raise CheckpointError(f"{path}: {name} is {kind}; quantised weights don't load")
+                        raise CheckpointError(
+                            f"{path}: {name} is {kind}; quantised weights don't load"
+                        )
         except SafetensorError as error:
-            raise CheckpointError(f"{path}: not a whole safetensors file ({error}); copy it again") from error
+            raise CheckpointError(
+                f"{path}: not a whole safetensors file ({error}); copy it again"
+            ) from error
     return state, origin
 
 
@@ -189,7 +210,9 @@ def _read_spatial(directory: Path) -> tuple[dict[str, Tensor], str]:
             kind = (file.metadata() or {}).get("points", "metric")
             return {name: file.get_tensor(name) for name in file.keys()}, kind  # noqa: SIM118
     except SafetensorError as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file ({error}); copy it again") from error
+        raise CheckpointError(
+            f"{path}: not a whole safetensors file ({error}); copy it again"
+        ) from error
 
 
 def _check(directory: Path, model, state: dict[str, Tensor], spatial: dict[str, Tensor]) -> None:
@@ -202,11 +225,15 @@ def _check(directory: Path, model, state: dict[str, Tensor], spatial: dict[str, 
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             what = f"{what} {on_disk(names[0])}{more}"
-            raise CheckpointError(f"{directory}: the checkpoint {what}; is config.json of these weights?")
+            raise CheckpointError(
+                f"{directory}: the checkpoint {what}; is config.json of these weights?"
+            )
     if wrong:
         n = wrong[0]
         shapes = tuple(found[n].shape), tuple(wanted[n])
-        raise CheckpointError(f"{directory}: {on_disk(n)} is {shapes[0]}, config.json wants {shapes[1]}")
+        raise CheckpointError(
+            f"{directory}: {on_disk(n)} is {shapes[0]}, config.json wants {shapes[1]}"
+        )
 
 
 def _init_spatial(model, device, dtype: torch.dtype) -> None:
@@ -226,11 +253,14 @@ def save(model, directory: str | Path, processor=None) -> None:
     directory = Path(directory).resolve()  # the rename would replace a link, not what it points to
     if directory.exists() and not (directory / "config.json").is_file():
         if not directory.is_dir() or any(directory.iterdir()):
-            raise CheckpointError(f"{directory}: exists and holds no checkpoint; save to another directory")
+            raise CheckpointError(
+                f"{directory}: exists and holds no checkpoint; save to another directory"
+            )
     aside = directory.parent / f".{directory.name}.{os.getpid()}.tmp"
     for stale in directory.parent.glob(f".{glob.escape(directory.name)}.*.tmp"):
         pid = stale.suffixes[-2][1:]
-        if stale == aside or pid.isdigit() and not Path("/proc", pid).exists():  # its process was killed
+        # its process was killed
+        if stale == aside or pid.isdigit() and not Path("/proc", pid).exists():
             shutil.rmtree(stale, ignore_errors=True)
     try:
         write(model, aside, processor)
@@ -246,7 +276,9 @@ def _keep_foreign(old: Path, new: Path) -> None:
     matter."""
 
     def ours(folder, names):
-        return [n for n in names if Path(folder) == old and (OWN.fullmatch(n) or (new / n).exists())]
+        return [
+            n for n in names if Path(folder) == old and (OWN.fullmatch(n) or (new / n).exists())
+        ]
 
     def link(source, target):
         try:
@@ -255,7 +287,9 @@ def _keep_foreign(old: Path, new: Path) -> None:
             shutil.copy2(source, target)
 
     if old.exists():
-        shutil.copytree(old, new, symlinks=True, ignore=ours, copy_function=link, dirs_exist_ok=True)
+        shutil.copytree(
+            old, new, symlinks=True, ignore=ours, copy_function=link, dirs_exist_ok=True
+        )
 
 
 def write(model, directory: Path, processor=None, weights: dict[str, Tensor] | None = None) -> None:
@@ -267,7 +301,8 @@ def write(model, directory: Path, processor=None, weights: dict[str, Tensor] | N
 
     origin = model.origin
     if processor is None:
-        with contextlib.suppress(ValueError, OSError):  # no tokenizer, or no room: files as they are
+        # no tokenizer, or no room: files as they are
+        with contextlib.suppress(ValueError, OSError):
             processor = Processor(origin.directory)
     if processor is None:
         copy_files(origin.directory, directory)
@@ -297,16 +332,33 @@ def _write_shards(tensors: dict[str, Tensor], directory: Path) -> None:
     for file, shard in zip(files, shards, strict=True):
         save_file(shard, directory / file, metadata={"format": "pt"})
     places = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": places}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
+    index = {
+        "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
+        "weight_map": places,
+    }
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps(index, indent=2, sort_keys=True)
+    )
 
 
 def copy_files(source: Path, directory: Path) -> None:
     """Everything of a checkpoint but its weights: config, tokenizer, processor, template, licence,
     ..."""
-    weights = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+    weights = (
+        ".safetensors",
+        ".index.json",
+        ".bin",
+        ".pt",
+        ".pth",
+        ".gguf",
+        ".h5",
+        ".msgpack",
+        ".onnx",
+    )
     if not source.is_dir():
-        raise CheckpointError(f"{source}: gone since it was loaded, and config and tokenizer with it")
+        raise CheckpointError(
+            f"{source}: gone since it was loaded, and config and tokenizer with it"
+        )
     directory.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
         if path.is_file() and not path.name.endswith(weights) and path.parent != directory:
@@ -316,7 +368,8 @@ def copy_files(source: Path, directory: Path) -> None:
 def replace(aside: Path, directory: Path) -> None:
     """Makes the finished directory `aside` be `directory`, in one step where the kernel exchanges
     names."""
-    for path in [p for p in aside.rglob("*") if p.is_file() or p.is_dir()] + [aside]:  # no dangling links
+    # no dangling links
+    for path in [p for p in aside.rglob("*") if p.is_file() or p.is_dir()] + [aside]:
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
@@ -338,4 +391,7 @@ def _exchange(a: Path, b: Path) -> bool:
     libc = ctypes.CDLL(None, use_errno=True)
     at_cwd, exchange = -100, 2
     renameat2 = getattr(libc, "renameat2", None)
-    return renameat2 is not None and renameat2(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), exchange) == 0
+    return (
+        renameat2 is not None
+        and renameat2(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), exchange) == 0
+    )

@@ -1,18 +1,19 @@
-"""Metric 3D in and out: a point map embedded into the patch features, and a head that reads centres at region
-tokens.
+"""Metric 3D in and out: a point map embedded into the patch features, and a head that reads centres
+at region tokens.
 
-In (paper: 3D positional embedding; SR-3D). The processor turns depth and intrinsics into a camera-frame point
-(x right, y down, z forward, metres) per patch; here it becomes
+In (paper: 3D positional embedding; SR-3D). The processor turns depth and intrinsics into a
+camera-frame point (x right, y down, z forward, metres) per patch; here it becomes
 
     e(p) = MLP( p, a sin(2 pi p / L), a cos(2 pi p / L) ),    L = 32 m, 16 m, ... 0.25 m,  a = sqrt(L / 32 m)
 
-and is added to the vision tower's last features. The paper adds a relative, scale-free map; its targets are
-metric, so ours is. The MLP's last layer starts at zero: at step 0 a pretrained model equals its checkpoint,
-to the bit. (A model trained from scratch needs it loud instead: `init_unit_scale`.)
+and is added to the vision tower's last features. The paper adds a relative, scale-free map; its
+targets are metric, so ours is. The MLP's last layer starts at zero: at step 0 a pretrained model
+equals its checkpoint, to the bit. (A model trained from scratch needs it loud instead:
+`init_unit_scale`.)
 
-Out. From the decoder's hidden state at a region token: the centre (and size) of the region's object in
-metres, in the camera frame of the region's own image. It is an auxiliary loss in SFT and a second opinion
-beside the numbers in the text.
+Out. From the decoder's hidden state at a region token: the centre (and size) of the region's object
+in metres, in the camera frame of the region's own image. It is an auxiliary loss in SFT and a
+second opinion beside the numbers in the text.
 
 P patches, R regions, C width of the tower, H width of the decoder.
 """
@@ -37,7 +38,9 @@ def read_depth(depth, shape) -> np.ndarray:
     if isinstance(depth, str | Path):
         with Image.open(depth) as picture:
             if not picture.mode.startswith("I"):
-                raise ValueError(f"depth of mode {picture.mode}; a 16-bit PNG in millimetres is wanted")
+                raise ValueError(
+                    f"depth of mode {picture.mode}; a 16-bit PNG in millimetres is wanted"
+                )
             depth = np.asarray(picture).astype(np.float32) / 1000
     depth = np.asarray(depth)
     if depth.shape != shape:
@@ -46,10 +49,12 @@ def read_depth(depth, shape) -> np.ndarray:
 
 
 def point_grid(depth: np.ndarray, intrinsics, grid, kind: str) -> np.ndarray:
-    """Mean camera-frame point of each patch's valid pixels -> (rows, columns, 3) f32, NaN where it has none.
+    """Mean camera-frame point of each patch's valid pixels -> (rows, columns, 3) f32, NaN where it
+    has none.
 
-    metric: X = (u - cx) z / fx, u the pixel's column (centres lie at integers, as in OpenCV). relative: the
-    paper's map, u and v in [-1, 1], z = 2 d - 1 with d the inverted, min-max normalised disparity."""
+    metric: X = (u - cx) z / fx, u the pixel's column (centres lie at integers, as in OpenCV).
+    relative: the paper's map, u and v in [-1, 1], z = 2 d - 1 with d the inverted, min-max
+    normalised disparity."""
     (height, width), (rows, columns) = depth.shape, grid
     valid = np.isfinite(depth) & (depth > 0)
     z, u, v = np.where(valid, depth, 1).astype(np.float64), np.arange(width), np.arange(height)
@@ -69,18 +74,21 @@ def point_grid(depth: np.ndarray, intrinsics, grid, kind: str) -> np.ndarray:
 
 
 def fourier(points: Tensor) -> Tensor:
-    """points (P, 3) metres -> (P, 51): the coordinates, and a sine and cosine per wavelength, times its a.
+    """points (P, 3) metres -> (P, 51): the coordinates, and a sine and cosine per wavelength, times
+    its a.
 
-    Without a the short waves, which cancel in a region's mean, drown the long ones: with it a small head on
-    pooled embeddings reached a median of 0.15 m instead of 0.17 m in 600 steps."""
+    Without a the short waves, which cancel in a region's mean, drown the long ones: with it a small
+    head on pooled embeddings reached a median of 0.15 m instead of 0.17 m in 600 steps."""
     waves = upload(torch.tensor(WAVELENGTHS, dtype=points.dtype), points.device)
-    phase, loudness = points[:, :, None] * (2 * math.pi / waves), (waves / waves[0]).sqrt()  # (P, 3, 8), (8,)
+    # (P, 3, 8), (8,)
+    phase, loudness = points[:, :, None] * (2 * math.pi / waves), (waves / waves[0]).sqrt()
     waves = (phase.sin() * loudness, phase.cos() * loudness)
     return torch.cat((points, *(wave.flatten(1) for wave in waves)), dim=1)
 
 
 class PointEmbedding(nn.Module):
-    """Camera-frame points (P, 3) in metres, NaN where unknown -> (P, C) to add; zero where unknown."""
+    """Camera-frame points (P, 3) in metres, NaN where unknown -> (P, C) to add; zero where
+    unknown."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -93,7 +101,8 @@ class PointEmbedding(nn.Module):
         nn.init.zeros_(self.down.weight)
 
     def init_unit_scale(self, seed: int = 0) -> None:
-        """Output of about unit RMS, for a model trained from scratch: silent, it is never heard (tried)."""
+        """Output of about unit RMS, for a model trained from scratch: silent, it is never heard
+        (tried)."""
         self._init(seed)
 
     def _init(self, seed: int) -> None:
@@ -112,7 +121,8 @@ class PointEmbedding(nn.Module):
 
 
 class Head3D(nn.Module):
-    """Hidden states at region tokens (R, H) -> centres (R, 3) and sizes (R, 3; w, h, l), fp32 metres."""
+    """Hidden states at region tokens (R, H) -> centres (R, 3) and sizes (R, 3; w, h, l), fp32
+    metres."""
 
     def __init__(self, hidden: int):
         super().__init__()
@@ -128,7 +138,9 @@ class Head3D(nn.Module):
             self.norm.bias.zero_()
             for layer, gain in ((self.up, 1.0), (self.out, 0.1)):
                 layer.weight.copy_(
-                    torch.randn(layer.weight.shape, generator=generator) * gain / layer.in_features**0.5
+                    torch.randn(layer.weight.shape, generator=generator)
+                    * gain
+                    / layer.in_features**0.5
                 )
                 layer.bias.zero_()
             self.out.bias[2] = 3.0
@@ -139,8 +151,8 @@ class Head3D(nn.Module):
 
 
 def head_loss(centres: Tensor, sizes: Tensor, true_centres: Tensor, true_sizes: Tensor) -> Tensor:
-    """Summed smooth-L1 (beta 0.1 m) over the labelled coordinates; all (R, 3) metres, NaN rows of the truth
-    skipped.
+    """Summed smooth-L1 (beta 0.1 m) over the labelled coordinates; all (R, 3) metres, NaN rows of
+    the truth skipped.
 
     Divide it by the global count of labelled regions, as the token loss is by that of tokens."""
     total = centres.sum() * 0.0

@@ -21,8 +21,12 @@ from torch import Tensor, nn
 # SFT's is all. With --lora RANK the decoder's projections have adapters, and of the language model
 # only these learn: beside them nothing else (lm, or lora, which needs no --lora), the tower too
 # (all), or region token, point map and head (spatial: what SFT wants).
-TRAIN = {"all": ("",), "lm": ("decoder.", "lm_head."), "lora": (),
-         "spatial": ("region.", "points.", "head3d.")}  # fmt: skip
+TRAIN = {
+    "all": ("",),
+    "lm": ("decoder.", "lm_head."),
+    "lora": (),
+    "spatial": ("region.", "points.", "head3d."),
+}
 LORA_RANK = 32  # of --train lora
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SCALE = 2.0  # alpha / rank
@@ -35,7 +39,8 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.weight, self.bias, self.on = linear.weight, linear.bias, True
         out_features, in_features = self.weight.shape
-        noise = torch.randn(rank, in_features, generator=generator) / in_features**0.5  # A x has x's RMS
+        # A x has x's RMS
+        noise = torch.randn(rank, in_features, generator=generator) / in_features**0.5
         self.lora_a = nn.Parameter(noise.to(self.weight))
         self.lora_b = nn.Parameter(self.weight.new_zeros(out_features, rank))
 
@@ -60,7 +65,8 @@ def attach(model, rank: int, seed: int = 0) -> None:
         raise ValueError(f"--lora {rank}: the rank is at least 1, and a model is wrapped once")
     for name, p in model.named_parameters():
         p.requires_grad_(p.requires_grad and not name.startswith(("decoder.", "lm_head.")))
-    generator = torch.Generator().manual_seed(seed)  # on the host: the same on every rank and device
+    # on the host: the same on every rank and device
+    generator = torch.Generator().manual_seed(seed)
     for layer in model.decoder.layers:
         for block in (layer.self_attn, layer.mlp):
             for name in [name for name, _ in block.named_children() if name in PROJECTIONS]:

@@ -1,9 +1,11 @@
-"""Examples in, one packed Batch out: chat template, patches, region weights, point maps, mRoPE positions.
+"""Examples in, one packed Batch out: chat template, patches, region weights, point maps, mRoPE
+positions.
 
-No padding: sequences lie one behind the other, and `segments` says who may look at whom. What several share
-(an image under many questions, a prompt before many completions) is packed once.
+No padding: sequences lie one behind the other, and `segments` says who may look at whom. What
+several share (an image under many questions, a prompt before many completions) is packed once.
 
-T tokens, P patches, N distinct images, R regions, E region-patch pairs, S sequences, L targets, B examples.
+T tokens, P patches, N distinct images, R regions, E region-patch pairs, S sequences, L targets, B
+examples.
 """
 
 import itertools
@@ -21,7 +23,10 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from transformers import AddedToken, AutoTokenizer
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+    Qwen2VLImageProcessorPil,
+    smart_resize,
+)
 
 from kernels.packed_attention import upload
 from model.ahead import Ahead
@@ -31,44 +36,58 @@ from model.region import region_weights
 from srreal import Example, prompt, target
 
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
-# A character that goes on with a word: not in scripts that write no blanks (Thai to Khmer, kana, Han).
+# A character that goes on with a word: not in scripts that write no blanks (Thai to Khmer, kana,
+# Han).
 LETTER = re.compile(r"[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]|-")
-GROUNDING = re.compile(r"<\|(object_ref|box|quad)_(start|end)\|>")  # special tokens that may stand in a text
-BOXES = {  # a family's 2D box in a text, and its unit: 1/1000 of the image, or (None) a resized pixel
+# special tokens that may stand in a text
+GROUNDING = re.compile(r"<\|(object_ref|box|quad)_(start|end)\|>")
+# a family's 2D box in a text, and its unit: 1/1000 of the image, or (None) a resized pixel
+BOXES = {
     "qwen2_vl": ("<|box_start|>({},{}),({},{})<|box_end|>", 1000),
     "qwen2_5_vl": ('{{"bbox_2d": [{}, {}, {}, {}]}}', None),
     "qwen3_vl": ('{{"bbox_2d": [{}, {}, {}, {}]}}', 1000),
 }
-BOX_2D = re.compile(r"<2d_box>((?:[0-9.]+,){3}[0-9.]+)</2d_box>")  # in an answer: pixels of the first image
+# in an answer: pixels of the first image
+BOX_2D = re.compile(r"<2d_box>((?:[0-9.]+,){3}[0-9.]+)</2d_box>")
 
 
 @dataclass
 class Batch:
-    input_ids: torch.Tensor  # (T,) int64; image placeholders are config.image_token_id, regions the <mask> id
+    # (T,) int64; image placeholders are config.image_token_id, regions the <mask> id
+    input_ids: torch.Tensor
     position_ids: torch.Tensor  # (3, T) int64; mRoPE t, h, w
-    segments: list  # of (start, end, prefix_start, prefix_end): [start, end) is causal and sees the prefix
-    patches: torch.Tensor | None  # (P, 3, p * p) uint8, one frame, in the image processor's order (`blocks`)
+    # of (start, end, prefix_start, prefix_end): [start, end) is causal and sees the prefix
+    segments: list
+    # (P, 3, p * p) uint8, one frame, in the image processor's order (`blocks`)
+    patches: torch.Tensor | None
     levels: torch.Tensor | None  # (3, 256) f32; what a byte of each channel becomes
     frames: int  # of a patch of the tower's: a still image's frame comes so many times
     image_grid_thw: torch.Tensor | None  # (N, 3) int64; stays on the host, which alone reads it
     image_at: torch.Tensor  # (placeholders,) int64; packed index of the k-th placeholder
-    image_rows: torch.Tensor  # (placeholders,) int64; the merger's output row that the k-th placeholder takes
-    points: torch.Tensor | None  # (P, 3) f32 metres, camera frame, NaN where unknown; None without depth
+    # (placeholders,) int64; the merger's output row that the k-th placeholder takes
+    image_rows: torch.Tensor
+    # (P, 3) f32 metres, camera frame, NaN where unknown; None without depth
+    points: torch.Tensor | None
     region_token: torch.Tensor  # (R,) int64; packed index of the k-th <mask>
-    region_id: torch.Tensor  # (E,) int64; with the next two a sparse (R, P) matrix whose rows sum to 1
+    # (E,) int64; with the next two a sparse (R, P) matrix whose rows sum to 1
+    region_id: torch.Tensor
     region_patch: torch.Tensor  # (E,) int64
     region_weight: torch.Tensor  # (E,) f32
-    centres: torch.Tensor  # (R, 3) f32; truth in the camera frame of the region's own image, NaN if unknown
+    # (R, 3) f32; truth in the camera frame of the region's own image, NaN if unknown
+    centres: torch.Tensor
     sizes: torch.Tensor  # (R, 3) f32; w, h, l
-    predict_from: torch.Tensor  # (L,) int64; packed index of the token whose hidden state predicts targets[l]
+    # (L,) int64; packed index of the token whose hidden state predicts targets[l]
+    predict_from: torch.Tensor
     targets: torch.Tensor  # (L,) int64
-    cu_targets: torch.Tensor  # (S+1,) int64; sequence s owns targets [cu_targets[s], cu_targets[s+1])
+    # (S+1,) int64; sequence s owns targets [cu_targets[s], cu_targets[s+1])
+    cu_targets: torch.Tensor
     last: torch.Tensor  # (B,) int64; packed index of each example's last prompt token
     next_position: torch.Tensor  # (B,) int64; mRoPE position of the first token after each prompt
     arrays: tuple = field(default=(), compare=False)  # `patches` image by image, for DeviceImages
 
     def to(self, device, images: "DeviceImages | None" = None) -> "Batch":
-        """Move what the model reads; `images` shares a step's uploads of patches between its batches."""
+        """Move what the model reads; `images` shares a step's uploads of patches between its
+        batches."""
         moved = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "image_grid_thw"}
         if images is not None and self.arrays:
             moved["patches"] = images.patches(self.arrays)
@@ -76,9 +95,11 @@ class Batch:
         return replace(self, **moved)
 
     def pixels(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """Normalise the patches where they lie: (P, 3 * frames * p * p), transformers' pixel_values.
+        """Normalise the patches where they lie: (P, 3 * frames * p * p), transformers'
+        pixel_values.
 
-        A byte takes its level from a table, to the bit what arithmetic in fp32 and a cast would give.
+        A byte takes its level from a table, to the bit what arithmetic in fp32 and a cast would
+        give.
         """
         if self.patches is None:
             return None
@@ -95,8 +116,8 @@ class Batch:
 
 
 class DeviceImages:
-    """A step's images on the device, each uploaded once, as bytes, whoever asks: the rollout's prompts, the
-    reference's passes, the update's. Whoever makes it drops it when the step ends."""
+    """A step's images on the device, each uploaded once, as bytes, whoever asks: the rollout's
+    prompts, the reference's passes, the update's. Whoever makes it drops it when the step ends."""
 
     def __init__(self, device: torch.device | str):
         self.device = torch.device(device)
@@ -107,7 +128,8 @@ class DeviceImages:
         return torch.cat([self._one(array) for array in arrays])
 
     def _one(self, array: np.ndarray) -> torch.Tensor:
-        # By the array itself: a view's key holds an id(), and the image behind that may have changed since.
+        # By the array itself: a view's key holds an id(), and the image behind that may have
+        # changed since.
         if id(array) not in self.uploaded:
             self.uploaded[id(array)] = array, upload(torch.from_numpy(array), self.device)
         return self.uploaded[id(array)][1]
@@ -120,7 +142,8 @@ class View:
     key: tuple  # equal keys: the same image with the same depth
     size: tuple[int, int]  # width, height of the original
     grid: tuple[int, int]  # rows, columns of patches
-    patches: np.ndarray  # (rows * columns, 3, p * p) uint8; the model makes levels and frames of them
+    # (rows * columns, 3, p * p) uint8; the model makes levels and frames of them
+    patches: np.ndarray
     points: np.ndarray | None  # (rows * columns, 3) f32
     sources: tuple  # image and depth, kept alive so that the id()s in the key stay theirs
 
@@ -146,7 +169,9 @@ class Recent:
 
     def get(self, key, make):
         if (item := self.items.get(key)) is None:
-            made = make()  # outside of the lock, since it takes long; of two threads' work one is thrown away
+            # outside of the lock, since it takes long; of two threads' work one is
+            # thrown away
+            made = make()
             with self.lock:
                 self.used += 0 if key in self.items else self.cost(made)
                 item = self.items.setdefault(key, made)
@@ -170,19 +195,23 @@ class Decoder:
     points: str  # "metric" | "relative"
 
     def __call__(self, image, depth, camera) -> tuple:
-        """Size, grid, patches and points of a View; camera None: a horizontal view of 60 degrees."""
+        """Size, grid, patches and points of a View; camera None: a horizontal view of 60
+        degrees."""
         picture, p, merge = self._rgb(image), self.images.patch_size, self.images.merge_size
         width, height = picture.size
         least, points = self.images.size["shortest_edge"], None
         tall, wide = smart_resize(height, width, p * merge, least, self.max_pixels)
         pixels = np.asarray(picture.resize((wide, tall), self.images.resample))
         grid = tall // p, wide // p
-        cells = pixels.reshape(grid[0], p, grid[1], p, 3).transpose(0, 2, 4, 1, 3)  # (rows, columns, 3, p, p)
+        # (rows, columns, 3, p, p)
+        cells = pixels.reshape(grid[0], p, grid[1], p, 3).transpose(0, 2, 4, 1, 3)
         patches = blocks(cells, merge).reshape(-1, 3, p * p)
         if depth is not None:
             focal = width / 2 / np.tan(np.pi / 6)
             camera = camera or (focal, focal, (width - 1) / 2, (height - 1) / 2)
-            points = blocks(point_grid(read_depth(depth, (height, width)), camera, grid, self.points), merge)
+            points = blocks(
+                point_grid(read_depth(depth, (height, width)), camera, grid, self.points), merge
+            )
         return (width, height), grid, patches, points
 
     def _rgb(self, image):
@@ -203,9 +232,14 @@ class Decoder:
 
 
 def blocks(grid: np.ndarray, merge: int) -> np.ndarray:
-    """(rows, columns, ...) -> (rows * columns, ...), in the image processor's order: merge x merge blocks."""
+    """(rows, columns, ...) -> (rows * columns, ...), in the image processor's order: merge x merge
+    blocks."""
     (rows, columns), rest = grid.shape[:2], grid.shape[2:]
-    return grid.reshape(rows // merge, merge, -1, merge, *rest).swapaxes(1, 2).reshape(rows * columns, *rest)
+    return (
+        grid.reshape(rows // merge, merge, -1, merge, *rest)
+        .swapaxes(1, 2)
+        .reshape(rows * columns, *rest)
+    )
 
 
 def point_rows(views: list[View]) -> torch.Tensor | None:
@@ -213,7 +247,9 @@ def point_rows(views: list[View]) -> torch.Tensor | None:
     if all(view.points is None for view in views):
         return None
     unknown = [np.full((len(view.patches), 3), np.nan, np.float32) for view in views]
-    rows = [u if view.points is None else view.points for u, view in zip(unknown, views, strict=True)]
+    rows = [
+        u if view.points is None else view.points for u, view in zip(unknown, views, strict=True)
+    ]
     return torch.from_numpy(np.concatenate(rows))
 
 
@@ -225,22 +261,28 @@ def recorded_points(files: Path, wanted: str | None) -> str:
             with safe_open(path, framework="np") as file:
                 recorded = (file.metadata() or {}).get("points")
         except SafetensorError as error:
-            raise CheckpointError(f"{path}: not a whole safetensors file ({error}); copy it again") from error
+            raise CheckpointError(
+                f"{path}: not a whole safetensors file ({error}); copy it again"
+            ) from error
     if recorded and wanted not in (None, recorded):
         raise ValueError(f"{files}: trained with {recorded} point maps, asked for {wanted}")
     return wanted or recorded or "metric"
 
 
 def image_settings(files: Path) -> list[tuple]:
-    """(file, its content, the image processor's part of it) of each file that has one: newer ones nest it."""
+    """(file, its content, the image processor's part of it) of each file that has one: newer ones
+    nest it."""
     paths = [files / f"{name}_config.json" for name in ("preprocessor", "processor")]
     whole = {path: read_json(path) for path in paths if path.is_file()}
-    parts = [(path, v, v if path == paths[0] else v.get("image_processor")) for path, v in whole.items()]
+    parts = [
+        (path, v, v if path == paths[0] else v.get("image_processor")) for path, v in whole.items()
+    ]
     return [part for part in parts if part[2]]
 
 
 def check_files(files: Path) -> None:
-    """Where files are missing, transformers makes an empty tokenizer, or explains itself in a paragraph."""
+    """Where files are missing, transformers makes an empty tokenizer, or explains itself in a
+    paragraph."""
     held = {path.name for path in files.iterdir()}
     held |= {"tokenizer.json"} if {"vocab.json", "merges.txt"} <= held else set()
     held |= {"preprocessor_config.json"} if image_settings(files) else set()
@@ -265,11 +307,16 @@ def identity(source):
 
 
 def object_of(text: str, table: dict) -> str | None:
-    """The table's longest mention, in whole words, that the text ends with; case and brackets don't count."""
+    """The table's longest mention, in whole words, that the text ends with; case and brackets don't
+    count."""
     bare = lambda s: re.sub(r"\W+$", "", s.strip().lower())  # noqa: E731
     inside = lambda s, at: at > 0 and LETTER.match(s, at - 1) and LETTER.match(s, at)  # noqa: E731
     text = bare(text)
-    fits = [m for m in table if (k := bare(m)) and text.endswith(k) and not inside(text, len(text) - len(k))]
+    fits = [
+        m
+        for m in table
+        if (k := bare(m)) and text.endswith(k) and not inside(text, len(text) - len(k))
+    ]
     return max(fits, key=len, default=None)
 
 
@@ -282,8 +329,12 @@ def truths(example: Example) -> list:
         if isinstance(centre, dict):
             centre = centre.get(view)
         elif len(example.images) > 1 and view != example.frame:
-            centre = None  # one triple for several views lies in the frame that the question asks for
-        found.append((unknown if centre is None else centre, (example.sizes or {}).get(mention) or unknown))
+            # one triple for several views lies in the frame that the question asks
+            # for
+            centre = None
+        found.append(
+            (unknown if centre is None else centre, (example.sizes or {}).get(mention) or unknown)
+        )
     return found
 
 
@@ -291,10 +342,11 @@ def truths(example: Example) -> list:
 
 
 def rope_positions(length: int, slots, merged) -> tuple[np.ndarray, int]:
-    """mRoPE of a turn of `length` tokens whose `slots` expand to grids (rows, columns) -> (3, n), the next.
+    """mRoPE of a turn of `length` tokens whose `slots` expand to grids (rows, columns) -> (3, n),
+    the next.
 
-    Text counts up in all axes; an image's tokens hold (start, start + row, start + column), and what follows
-    goes on at start + max(rows, columns)."""
+    Text counts up in all axes; an image's tokens hold (start, start + row, start + column), and
+    what follows goes on at start + max(rows, columns)."""
     pieces, done, at = [], 0, 0
     for slot, (rows, columns) in zip(slots, merged, strict=True):
         pieces += [np.tile(np.arange(at, at + slot - done), (3, 1))]
@@ -305,16 +357,23 @@ def rope_positions(length: int, slots, merged) -> tuple[np.ndarray, int]:
 
 
 def groups(prompts: list[Prompt], completions: list) -> list:
-    """Runs of (prompt, completions) that may share a prefix: neighbours with equal images, one each."""
+    """Runs of (prompt, completions) that may share a prefix: neighbours with equal images, one
+    each."""
     pairs = list(zip(prompts, completions, strict=True))
-    keys = [[v.key for v in p.views] if p.views and len(c) == 1 else i for i, (p, c) in enumerate(pairs)]
-    return [[pairs[i] for i in run] for _, run in itertools.groupby(range(len(pairs)), keys.__getitem__)]
+    keys = [
+        [v.key for v in p.views] if p.views and len(c) == 1 else i for i, (p, c) in enumerate(pairs)
+    ]
+    return [
+        [pairs[i] for i in run] for _, run in itertools.groupby(range(len(pairs)), keys.__getitem__)
+    ]
 
 
 def shared(group: list) -> int:
-    """Length of the group's common prefix: all images or nothing; no <mask> (the regions differ)."""
+    """Length of the group's common prefix: all images or nothing; no <mask> (the regions
+    differ)."""
     if len(group) == 1:
-        return len(group[0][0].ids) if len(group[0][1]) > 1 else 0  # an RL group shares its whole prompt
+        # an RL group shares its whole prompt
+        return len(group[0][0].ids) if len(group[0][1]) > 1 else 0
     limit = min(min([len(p.ids) - 1, *p.masks[:1]]) for p, _ in group)
     ids = np.stack([p.ids[:limit] for p, _ in group])
     cut = int(np.append(ids != ids[0], np.ones((len(ids), 1), bool), 1).any(0).argmax())
@@ -326,7 +385,14 @@ class Pack:
 
     def __init__(self, first: dict):
         self.first, self.length, self.ends = first, 0, [0]  # view key -> (first patch, first row)
-        self.ids, self.positions, self.segments, self.rows, self.regions, self.truths = [], [], [], [], [], []
+        self.ids, self.positions, self.segments, self.rows, self.regions, self.truths = (
+            [],
+            [],
+            [],
+            [],
+            [],
+            [],
+        )
         self.predict_from, self.targets, self.last, self.next = [], [], [], []
 
     def add(self, ids, positions, prefix=(0, 0)) -> int:
@@ -342,18 +408,26 @@ class Pack:
         head, cut = group[0][0], shared(group)
         base = self.add(head.ids[:cut], head.positions[:, :cut])
         for p, completions in group:
-            own = self.length - cut  # token i of a prompt is at base + i in the prefix, behind it at own + i
+            # token i of a prompt is at base + i in the prefix, behind it at own + i
+            own = self.length - cut
             packed = [base + i if i < cut else own + i for i in (*p.masks, len(p.ids) - 1)]
             if cut == 0 or p is head:
                 starts = [self.first[view.key][1] for view in p.views]
-                self.rows += [start + np.arange(n) for start, n in zip(starts, p.merged, strict=True)]
+                self.rows += [
+                    start + np.arange(n) for start, n in zip(starts, p.merged, strict=True)
+                ]
             for c in completions or [np.empty(0, np.int64)]:
                 after = np.tile(np.arange(p.next, p.next + len(c) - 1), (3, 1))
                 positions = np.concatenate([p.positions[:, cut:], after], 1)
-                start = self.add(np.concatenate([p.ids[cut:], c[:-1]]), positions, (base, base + cut))
+                start = self.add(
+                    np.concatenate([p.ids[cut:], c[:-1]]), positions, (base, base + cut)
+                )
                 if completions:
                     behind = start + len(p.ids) - cut
-                    self.predict_from += [packed[-1:][: len(c)], np.arange(behind, behind + len(c) - 1)]
+                    self.predict_from += [
+                        packed[-1:][: len(c)],
+                        np.arange(behind, behind + len(c) - 1),
+                    ]
                     self.targets.append(c)
                     self.ends.append(self.ends[-1] + len(c))
             self.last.append(packed[-1])
@@ -364,25 +438,35 @@ class Pack:
 
 
 class Processor:
-    """Attributes: tokenizer, config, mask_id, image_token_id, end_ids, banned (bool [V]: ids never sampled),
-    max_pixels, regions ("token" | "text"), points ("metric" | "relative"), files (the source's directory),
-    assumed_fov (how many images were decoded with depth but without intrinsics)."""
+    """Attributes: tokenizer, config, mask_id, image_token_id, end_ids, banned (bool [V]: ids never
+    sampled), max_pixels, regions ("token" | "text"), points ("metric" | "relative"), files (the
+    source's directory), assumed_fov (how many images were decoded with depth but without
+    intrinsics)."""
 
     @classmethod
-    def from_pretrained(cls, source, max_pixels=None, regions="token", points=None, workers=0) -> "Processor":
+    def from_pretrained(
+        cls, source, max_pixels=None, regions="token", points=None, workers=0
+    ) -> "Processor":
         return cls(resolve(str(source)), max_pixels, regions, points, workers)
 
     def __init__(self, files: Path, max_pixels=None, regions="token", points=None, workers=0):
-        assert regions in ("token", "text") and points in (None, "metric", "relative"), (regions, points)
+        assert regions in ("token", "text") and points in (None, "metric", "relative"), (
+            regions,
+            points,
+        )
         self.files, self.regions, self.points = files, regions, recorded_points(files, points)
         self.config = read_config(files)
         check_files(files)
         self.tokenizer = AutoTokenizer.from_pretrained(files)
         self.images = images = Qwen2VLImageProcessorPil.from_pretrained(files)
-        self.resized, self.max_pixels = max_pixels is not None, max_pixels or images.size["longest_edge"]
+        self.resized, self.max_pixels = (
+            max_pixels is not None,
+            max_pixels or images.size["longest_edge"],
+        )
         least = min(images.size["shortest_edge"], self.max_pixels)
         images.size = {"shortest_edge": least, "longest_edge": self.max_pixels}
-        values = np.tile(np.arange(256, dtype=np.uint8)[:, None], (3, 1, 1))  # (3, 256, 1): every pixel value
+        # (3, 256, 1): every pixel value
+        values = np.tile(np.arange(256, dtype=np.uint8)[:, None], (3, 1, 1))
         values = images.rescale(values, images.rescale_factor)
         levels = images.normalize(values, images.image_mean, images.image_std)[..., 0]
         self.levels = torch.from_numpy(levels).float()  # (3, 256)
@@ -394,13 +478,22 @@ class Processor:
         self._read_tokens()
 
     def _read_tokens(self):
-        """`<mask>` takes the vocabulary's first spare row. What ends a turn; what is banned; the template."""
-        tokenizer, config, rows = self.tokenizer, self.config, self.config.get_text_config().vocab_size
-        tokenizer.add_tokens([AddedToken("<mask>", special=True, normalized=False)], special_tokens=True)
+        """`<mask>` takes the vocabulary's first spare row. What ends a turn; what is banned; the
+        template."""
+        tokenizer, config, rows = (
+            self.tokenizer,
+            self.config,
+            self.config.get_text_config().vocab_size,
+        )
+        tokenizer.add_tokens(
+            [AddedToken("<mask>", special=True, normalized=False)], special_tokens=True
+        )
         vocab = tokenizer.get_vocab()
         self.mask_id = vocab["<mask>"]
         if self.mask_id >= rows:
-            raise ValueError(f"{self.files}: no row for <mask>: {len(vocab) - 1} tokens, {rows} embeddings")
+            raise ValueError(
+                f"{self.files}: no row for <mask>: {len(vocab) - 1} tokens, {rows} embeddings"
+            )
         path, eos = self.files / "generation_config.json", tokenizer.eos_token_id
         end = (read_json(path) if path.is_file() else {}).get("eos_token_id")
         end = eos if end in (None, []) else end  # 0 is an id
@@ -410,9 +503,12 @@ class Processor:
         self.banned[[i for i in vocab.values() if i < rows]] = False
         never = [vocab[t] for t in VISION if t in vocab]
         self.banned[[self.mask_id, config.image_token_id, config.video_token_id, *never]] = True
-        special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} - {"<mask>"}
+        special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} - {
+            "<mask>"
+        }
         special = sorted(t for t in special if not GROUNDING.fullmatch(t))
-        self.control = re.compile("|".join(map(re.escape, special)) or "(?!)")  # (?!) matches nothing
+        # (?!) matches nothing
+        self.control = re.compile("|".join(map(re.escape, special)) or "(?!)")
         legacy = self.files / "chat_template.json"
         if tokenizer.chat_template is None and legacy.is_file():
             tokenizer.chat_template = read_json(legacy).get("chat_template")
@@ -422,7 +518,9 @@ class Processor:
     # ---- text ----
 
     def encode(self, text: str) -> np.ndarray:
-        return np.array(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+        return np.array(
+            self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids, np.int64
+        )
 
     def decode(self, tokens) -> str:
         """The text without the end tokens behind it; every other token stays, `<think>` too."""
@@ -443,27 +541,35 @@ class Processor:
         return self._prompt(example, {}).ids.tolist()
 
     def _check(self, example, text, what, masks):
-        """A text must not end its own turn or open an image: a row that holds a control token is refused."""
+        """A text must not end its own turn or open an image: a row that holds a control token is
+        refused."""
         if found := self.control.search(text):
             raise ValueError(f"{example.id}: the {what} holds the control token {found.group()}")
         if (count := text.count("<mask>")) != masks:
-            raise ValueError(f"{example.id}: {count} <mask> in the {what}, {masks} wanted (one a region)")
+            raise ValueError(
+                f"{example.id}: {count} <mask> in the {what}, {masks} wanted (one a region)"
+            )
 
     def _turn(self, text, images):
-        """Ids of the rendered user turn, one placeholder an image; a Thinking template's `<think>` is cut."""
+        """Ids of the rendered user turn, one placeholder an image; a Thinking template's `<think>`
+        is cut."""
         parts = text.split("<image>") if "<image>" in text else [""] * images + [text]
         content = [{"type": "text", "text": parts[0]}]
         for part in parts[1:]:
             content += [{"type": "image"}, {"type": "text", "text": part}]
         chat = [{"role": "user", "content": [item for item in content if item.get("text") != ""]}]
-        rendered = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        rendered = self.tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=True
+        )
         return self.encode(re.sub(r"<think>\s*$", "", rendered))
 
     def _prompt(self, example, seen):
         text, merge = prompt(example), self.images.merge_size
         self._check(example, text, "question", len(example.regions))
         if (count := text.count("<image>")) not in (0, len(example.images)):
-            raise ValueError(f"{example.id}: {count} <image> in the question, {len(example.images)} images")
+            raise ValueError(
+                f"{example.id}: {count} <image> in the question, {len(example.images)} images"
+            )
         if not all(0 <= index < len(example.images) for index, _ in example.regions):
             raise ValueError(f"{example.id}: a region lies on an image that is not there")
         views = [self._view(example, i, seen) for i in range(len(example.images))]
@@ -474,11 +580,17 @@ class Processor:
         slots = np.flatnonzero(turn == self.image_token_id)
         merged = [(view.grid[0] // merge, view.grid[1] // merge) for view in views]
         counts = np.ones(len(turn), np.int64)
-        counts[slots] = [rows * columns for rows, columns in merged]  # fails if the template lost an image
+        # fails if the template lost an image
+        counts[slots] = [rows * columns for rows, columns in merged]
         ids = np.repeat(turn, counts)
         positions, after = rope_positions(len(turn), slots, merged)
-        end, masks = int(counts[: slots[-1] + 1].sum()) if views else 0, np.flatnonzero(ids == self.mask_id)
-        return Prompt(example, ids, positions, after, views, weights, counts[slots].tolist(), masks, end)
+        end, masks = (
+            int(counts[: slots[-1] + 1].sum()) if views else 0,
+            np.flatnonzero(ids == self.mask_id),
+        )
+        return Prompt(
+            example, ids, positions, after, views, weights, counts[slots].tolist(), masks, end
+        )
 
     def _weights(self, example, views):
         """Each region's area weights on its image's patches, in their packed order."""
@@ -492,7 +604,8 @@ class Processor:
         return weights
 
     def _write_boxes(self, example, text, views):
-        """Each <mask> as a 2D box in the family's convention; of several images, behind its number."""
+        """Each <mask> as a 2D box in the family's convention; of several images, behind its
+        number."""
         pieces = text.split("<mask>")
         for k, (index, region) in enumerate(example.regions):
             if np.ndim(region := plain(region)) == 2:
@@ -503,7 +616,8 @@ class Processor:
         return "".join(pieces)
 
     def _box(self, box, view):
-        """(x0, y0, x1, y1) original pixels as the family writes a box: in 1/1000, or in resized pixels."""
+        """(x0, y0, x1, y1) original pixels as the family writes a box: in 1/1000, or in resized
+        pixels."""
         (form, scale), p = BOXES[self.config.model_type], self.images.patch_size
         (rows, columns), (width, height) = view.grid, view.size
         units = ((scale or columns * p) / width, (scale or rows * p) / height) * 2
@@ -513,8 +627,8 @@ class Processor:
     # ---- images ----
 
     def expect(self, examples: list[Example]) -> None:
-        """These come next, in this order: the workers make their images ahead, each once, and they are kept
-        until the next call, which lets go of all that it does not name."""
+        """These come next, in this order: the workers make their images ahead, each once, and they
+        are kept until the next call, which lets go of all that it does not name."""
         wanted = {}  # with its sources, so that the id()s in the keys stay theirs
         for example in examples:
             for index in range(len(example.images)):
@@ -531,13 +645,15 @@ class Processor:
     def _source(self, example, index):
         """(key, image, depth, camera): what a Decoder takes, and what identifies it."""
         image = example.images[index]
-        depth, camera = (each[index] if each else None for each in (example.depths, example.intrinsics))
+        depth, camera = (
+            each[index] if each else None for each in (example.depths, example.intrinsics)
+        )
         camera = None if depth is None or camera is None else tuple(camera)
         return (identity(image), identity(depth), camera), image, depth, camera
 
     def _view(self, example, index, seen):
-        """From files: kept for later calls. From objects, which may change: for this call (`seen`), or for
-        as long as they are expected."""
+        """From files: kept for later calls. From objects, which may change: for this call (`seen`),
+        or for as long as they are expected."""
         try:
             key, *sources = self._source(example, index)
             if key not in seen:
@@ -562,11 +678,15 @@ class Processor:
 
     # ---- batch ----
 
-    def __call__(self, examples: list[Example], completions: list[list[list[int]]] | None = None) -> Batch:
-        """Prompts only; or with completions, per example a list of token-id lists (end token included).
+    def __call__(
+        self, examples: list[Example], completions: list[list[list[int]]] | None = None
+    ) -> Batch:
+        """Prompts only; or with completions, per example a list of token-id lists (end token
+        included).
 
-        One each (SFT): neighbours with the same images share the prompt up to where their texts part. Several
-        (an RL group) share all of it. The last token of a completion is a target, never an input."""
+        One each (SFT): neighbours with the same images share the prompt up to where their texts
+        part. Several (an RL group) share all of it. The last token of a completion is a target,
+        never an input."""
         seen = {}
         prompts = [self._prompt(example, seen) for example in examples]
         completions = [[]] * len(prompts) if completions is None else completions
@@ -586,28 +706,46 @@ class Processor:
         pairs = list(zip(cells, pack.regions, strict=True))
         input_ids = ints(pack.ids)
         return Batch(
-            input_ids=input_ids, segments=pack.segments, arrays=tuple(view.patches for view in views),
-            position_ids=torch.from_numpy(np.concatenate([np.empty((3, 0), np.int64), *pack.positions], 1)),
-            patches=torch.from_numpy(np.concatenate([view.patches for view in views])) if views else None,
-            levels=self.levels if views else None, frames=self.images.temporal_patch_size,
+            input_ids=input_ids,
+            segments=pack.segments,
+            arrays=tuple(view.patches for view in views),
+            position_ids=torch.from_numpy(
+                np.concatenate([np.empty((3, 0), np.int64), *pack.positions], 1)
+            ),
+            patches=torch.from_numpy(np.concatenate([view.patches for view in views]))
+            if views
+            else None,
+            levels=self.levels if views else None,
+            frames=self.images.temporal_patch_size,
             image_grid_thw=torch.tensor([(1, *view.grid) for view in views]) if views else None,
             image_at=(input_ids == self.image_token_id).nonzero()[:, 0],
-            image_rows=ints(pack.rows), points=point_rows(views),
+            image_rows=ints(pack.rows),
+            points=point_rows(views),
             region_token=ints([[at] for at, *_ in pack.regions]),
             region_id=ints([np.full(len(c), k) for k, c in enumerate(cells)]),
             region_patch=ints([c + start for c, (_, start, _) in pairs]),
-            region_weight=torch.from_numpy(np.concatenate([[], *(w[c] for c, (*_, w) in pairs)])).float(),
-            centres=truth[:, 0], sizes=truth[:, 1], predict_from=ints(pack.predict_from),
-            targets=ints(pack.targets), cu_targets=ints([pack.ends]), last=ints([pack.last]),
+            region_weight=torch.from_numpy(
+                np.concatenate([[], *(w[c] for c, (*_, w) in pairs)])
+            ).float(),
+            centres=truth[:, 0],
+            sizes=truth[:, 1],
+            predict_from=ints(pack.predict_from),
+            targets=ints(pack.targets),
+            cu_targets=ints([pack.ends]),
+            last=ints([pack.last]),
             next_position=ints([pack.next]),
-        )  # fmt: skip
+        )
 
     def save(self, directory) -> None:
-        """The tokenizer with <mask>, and the source's files but for weights; max_pixels where it was set."""
+        """The tokenizer with <mask>, and the source's files but for weights; max_pixels where it
+        was set."""
         copy_files(self.files, Path(directory))
         self.tokenizer.save_pretrained(directory)
         least, most = self.images.size.values()
         for path, content, settings in image_settings(Path(directory)) if self.resized else ():
-            older = {"min_pixels": least, "max_pixels": most}  # where they stand, they win over `size`
-            settings.update({k: v for k, v in older.items() if settings.get(k)}, size=dict(self.images.size))
+            # where they stand, they win over `size`
+            older = {"min_pixels": least, "max_pixels": most}
+            settings.update(
+                {k: v for k, v in older.items() if settings.get(k)}, size=dict(self.images.size)
+            )
             path.write_text(json.dumps(content, indent=2) + "\n")

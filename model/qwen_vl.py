@@ -1,21 +1,22 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL (dense) in one file: a packed batch in, hidden states and log-probs out.
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL (dense) in one file: a packed batch in, hidden states and
+log-probs out.
 
-The decoder is the one that everybody knows: RMSNorm, grouped-query attention with rotary positions, SwiGLU,
-residuals. What is Qwen-VL's own:
+The decoder is the one that everybody knows: RMSNorm, grouped-query attention with rotary positions,
+SwiGLU, residuals. What is Qwen-VL's own:
 
     mRoPE      a token has three positions (time, row, column), equal for text; each rotary frequency
                listens to one of them: in blocks (Qwen2, 2.5) or interleaved (Qwen3)
     biases     on q, k, v (Qwen2, 2.5), or an RMSNorm on every query and key head instead (Qwen3)
     deepstack  Qwen3-VL adds features of early vision blocks to the image tokens after the first layers
 
-What is ours: `<mask>` tokens become region tokens (region.py), depth enters and 3D centres leave (head3d.py),
-and the attention is handed in as a function, `attend(layer, q, k, v)`: the same layers train on packed
-segments with shared prefixes, prefill a cache and decode from it. Logits never exist in training: log-probs
-and entropies come from `linear_logprob`. Parameter names are those of the published checkpoints, below our
-own prefixes.
+What is ours: `<mask>` tokens become region tokens (region.py), depth enters and 3D centres leave
+(head3d.py), and the attention is handed in as a function, `attend(layer, q, k, v)`: the same layers
+train on packed segments with shared prefixes, prefill a cache and decode from it. Logits never
+exist in training: log-probs and entropies come from `linear_logprob`. Parameter names are those of
+the published checkpoints, below our own prefixes.
 
-T packed tokens, L target tokens, R regions, P patches, M image tokens; H hidden width, A query heads, K
-key-value heads, D head width, V vocabulary rows.
+T packed tokens, L target tokens, R regions, P patches, M image tokens; H hidden width, A query
+heads, K key-value heads, D head width, V vocabulary rows.
 """
 
 from collections.abc import Callable, Iterator
@@ -38,7 +39,8 @@ from model.region import RegionToken
 from model.vision import RMSNorm, SwiGLU, VisionTower
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q (T,A,D), k (T,K,D), v) -> (T,A,D)
+# (layer, q (T,A,D), k (T,K,D), v) -> (T,A,D)
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ class Sizes:
 
     @classmethod
     def of(cls, config) -> "Sizes":
-        """ValueError, in one line, on a checkpoint of another family or with an unsupported variant."""
+        """ValueError, in one line, on a checkpoint of another family or with an unsupported
+        variant."""
         if config.model_type not in FAMILIES:
             raise ValueError(
                 f"model_type {config.model_type!r} is not supported; this is for {', '.join(FAMILIES)}"
@@ -73,13 +76,24 @@ class Sizes:
         if rope.get("rope_type", "default") != "default":
             raise ValueError(f"rope_type {rope['rope_type']!r} is not supported (only 'default')")
         if not qwen3 and text.use_sliding_window:
-            raise ValueError("use_sliding_window is not supported; no published Qwen-VL checkpoint has it on")
+            raise ValueError(
+                "use_sliding_window is not supported; no published Qwen-VL checkpoint has it on"
+            )
         head_dim = text.head_dim if qwen3 else text.hidden_size // text.num_attention_heads
         return cls(
-            text.vocab_size, text.hidden_size, text.intermediate_size, text.num_hidden_layers,
-            text.num_attention_heads, text.num_key_value_heads, head_dim, text.rms_norm_eps,
-            rope["rope_theta"], tuple(rope["mrope_section"]), qwen3, config.tie_word_embeddings,
-        )  # fmt: skip
+            text.vocab_size,
+            text.hidden_size,
+            text.intermediate_size,
+            text.num_hidden_layers,
+            text.num_attention_heads,
+            text.num_key_value_heads,
+            head_dim,
+            text.rms_norm_eps,
+            rope["rope_theta"],
+            tuple(rope["mrope_section"]),
+            qwen3,
+            config.tie_word_embeddings,
+        )
 
 
 class Attention(nn.Module):
@@ -95,7 +109,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
+            proj(x).unflatten(-1, (-1, self.head_dim))
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps) if self.norms else ()
         q, k = qk_norm_rope(q, k, cos, sin, *norms)
@@ -104,8 +119,8 @@ class Attention(nn.Module):
 
 
 def adjoin(*layers: nn.Linear) -> None:
-    """Moves the weights, and biases, of linear layers into one tensor, of which each has its rows. To be
-    done before an optimiser is made: in fp32 its masters are the parameters' own memory.
+    """Moves the weights, and biases, of linear layers into one tensor, of which each has its rows.
+    To be done before an optimiser is made: in fp32 its masters are the parameters' own memory.
     """
     if adjoined(*layers) or any(type(layer) is not nn.Linear for layer in layers):
         return
@@ -118,8 +133,8 @@ def adjoin(*layers: nn.Linear) -> None:
 
 
 def adjoined(*layers: nn.Module) -> tuple[Tensor, Tensor | None] | None:
-    """(weight, bias) of linear layers in one tensor, so that one matrix product serves them all; None where
-    they lie apart: what is moved, or copied, has to be joined again.
+    """(weight, bias) of linear layers in one tensor, so that one matrix product serves them all;
+    None where they lie apart: what is moved, or copied, has to be joined again.
     """
     if any(type(layer) is not nn.Linear for layer in layers):
         return None
@@ -170,8 +185,8 @@ class Decoder(nn.Module):
         image_at: Tensor | None = None,
         deepstack: tuple = (),
     ) -> Tensor:
-        """x (T, H) embeddings, position_ids (3, T). deepstack[i] (M, H) is added at image_at (M,) after layer
-        i.
+        """x (T, H) embeddings, position_ids (3, T). deepstack[i] (M, H) is added at image_at (M,)
+        after layer i.
         """
         cos, sin = self.angles(position_ids, x.dtype)
         for i, layer in enumerate(self.layers):
@@ -182,7 +197,8 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def angles(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos, sin (T, D) of mRoPE, computed in fp32. Frequency j turns by position_ids[axis[j]]."""
+        """cos, sin (T, D) of mRoPE, computed in fp32. Frequency j turns by
+        position_ids[axis[j]]."""
         s, device = self.sizes, position_ids.device
         inv_freq = 1.0 / s.theta ** (
             torch.arange(0, s.head_dim, 2, device=device, dtype=torch.float) / s.head_dim
@@ -204,8 +220,8 @@ def rope_axes(sections: tuple[int, int, int], interleaved: bool) -> Tensor:
 
 @dataclass
 class Output:
-    """What one forward gives: hidden (T, H); logprob, entropy (L,) fp32 of `batch.targets`; centres, sizes
-    (R, 3) metres.
+    """What one forward gives: hidden (T, H); logprob, entropy (L,) fp32 of `batch.targets`;
+    centres, sizes (R, 3) metres.
     """
 
     hidden: Tensor
@@ -216,14 +232,16 @@ class Output:
 
 
 class QwenVL(nn.Module):
-    """The whole model. `config` is transformers' config object; weights come from `from_pretrained`."""
+    """The whole model. `config` is transformers' config object; weights come from
+    `from_pretrained`."""
 
     def __init__(self, config):
         super().__init__()
         self.config, sizes = config, Sizes.of(config)
         self.vision = VisionTower(config)
         self.decoder = Decoder(sizes)
-        # A tied head is the embedding itself: no second parameter, and its gradient adds up by autograd.
+        # A tied head is the embedding itself: no second parameter, and its gradient adds up by
+        # autograd.
         self.lm_head = None if sizes.tied else nn.Linear(sizes.hidden, sizes.vocab, bias=False)
         self.region = RegionToken(self.vision.width, sizes.hidden)
         self.points = PointEmbedding(self.vision.width)
@@ -231,20 +249,22 @@ class QwenVL(nn.Module):
         self.points_kind = "metric"  # or "relative"; what spatial.safetensors records
 
     @classmethod
-    def from_pretrained(cls, source: str, device=None, dtype: torch.dtype | None = None) -> "QwenVL":
+    def from_pretrained(
+        cls, source: str, device=None, dtype: torch.dtype | None = None
+    ) -> "QwenVL":
         """A directory or hub id of a Qwen2-VL, Qwen2.5-VL or dense Qwen3-VL checkpoint.
 
-        dtype None: the decoder's on disk, for the whole model. The extra weights (spatial.safetensors) are
-        cast to it too: they come back to the bit where they were saved in that dtype. Raises CheckpointError
-        (a ValueError, one line) for what can't be loaded.
+        dtype None: the decoder's on disk, for the whole model. The extra weights
+        (spatial.safetensors) are cast to it too: they come back to the bit where they were saved in
+        that dtype. Raises CheckpointError (a ValueError, one line) for what can't be loaded.
         """
         from model.checkpoint import load
 
         return load(source, device, dtype)
 
     def save_pretrained(self, directory: str, processor=None) -> None:
-        """Atomically writes a checkpoint that transformers loads unchanged, and spatial.safetensors beside
-        it.
+        """Atomically writes a checkpoint that transformers loads unchanged, and spatial.safetensors
+        beside it.
         """
         from model.checkpoint import save
 
@@ -260,11 +280,13 @@ class QwenVL(nn.Module):
             torch.cuda.empty_cache()  # of the room that they had apart
 
     def checkpoint_blocks(self) -> None:
-        """From now on each block keeps only its input for the backward, which computes the rest again: a
-        quarter to a third more arithmetic, the same numbers. Without gradients nothing changes.
+        """From now on each block keeps only its input for the backward, which computes the rest
+        again: a quarter to a third more arithmetic, the same numbers. Without gradients nothing
+        changes.
         """
         for block in (*self.vision.blocks, *self.decoder.layers):
-            # Inside of FSDP's hooks, which are the module's: what is computed again finds whole weights.
+            # Inside of FSDP's hooks, which are the module's: what is computed again finds whole
+            # weights.
             block.forward = partial(
                 checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
             )
@@ -282,13 +304,16 @@ class QwenVL(nn.Module):
         return (self.decoder.embed_tokens if self.lm_head is None else self.lm_head).weight
 
     def forward(self, batch: Batch, temperature: float = 1.0) -> Output:
-        """Log-probs and entropies of the batch's targets, and the 3D head at its regions (DESIGN: all inside
-        one forward).
+        """Log-probs and entropies of the batch's targets, and the 3D head at its regions (DESIGN:
+        all inside one forward).
         """
         hidden = self.hidden(batch)
         logprob, entropy = linear_logprob(
             # All completions of a prompt begin at its last token.
-            gather_rows(hidden, batch.predict_from), self.head_weight, batch.targets, temperature
+            gather_rows(hidden, batch.predict_from),
+            self.head_weight,
+            batch.targets,
+            temperature,
         )
         centres, sizes = self.head3d(hidden[batch.region_token])  # no token twice
         return Output(hidden, logprob, entropy, centres, sizes)
@@ -302,8 +327,8 @@ class QwenVL(nn.Module):
 
     @torch.no_grad()
     def prefill(self, batch: Batch) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Hidden states (T, H) of a prompt-only batch, and per layer the rotated keys and values, (T, K, D)
-        each.
+        """Hidden states (T, H) of a prompt-only batch, and per layer the rotated keys and values,
+        (T, K, D) each.
         """
         cache, packing = [], Packing(batch.segments, self.device)
 
@@ -319,8 +344,9 @@ class QwenVL(nn.Module):
         return self.decoder(self.decoder.embed_tokens(tokens), positions.expand(3, -1), attend)
 
     def _run(self, batch: Batch, attend: Attend, pixels: Tensor | None = None) -> Tensor:
-        # The embedding's gradient sums in fp32, but for at most 3,072 tokens: then, on CUDA, 32 at a time,
-        # rounded in between. Placeholders, the one token that comes by the thousand, hand on none.
+        # The embedding's gradient sums in fp32, but for at most 3,072 tokens: then, on CUDA, 32 at
+        # a time, rounded in between. Placeholders, the one token that comes by the thousand, hand
+        # on none.
         x, deepstack = self.decoder.embed_tokens(batch.input_ids), []
         pixels = batch.pixels(self.dtype) if pixels is None else pixels
         if pixels is None and len(batch.image_at):
@@ -330,7 +356,8 @@ class QwenVL(nn.Module):
             if batch.points is not None:
                 features = features + self.points(batch.points)
             # Each distinct image is merged once, and read by every prompt that shows it.
-            merged = gather_rows(self.vision.merger(features), batch.image_rows)  # (placeholders, H)
+            # (placeholders, H)
+            merged = gather_rows(self.vision.merger(features), batch.image_rows)
             x = x.index_copy(0, batch.image_at, merged.to(x.dtype))
             deepstack = [gather_rows(early, batch.image_rows) for early in deepstack]
             if len(batch.region_token):
@@ -346,18 +373,26 @@ class QwenVL(nn.Module):
 
     @torch.no_grad()
     def logits(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, pixel_values: Tensor | None = None,
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
         image_grid_thw: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """(B, T, V) logits from what transformers' model takes: for parity tests, and for people who just
-        want logits.
+    ) -> Tensor:
+        """(B, T, V) logits from what transformers' model takes: for parity tests, and for people
+        who just want logits.
 
         input_ids (B, T), padded on either side where attention_mask is 0; there the logits are 0.
         """
         keep = (
-            torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+            torch.ones_like(input_ids, dtype=torch.bool)
+            if attention_mask is None
+            else attention_mask.bool()
         )
-        packed, grids = input_ids[keep], iter([] if image_grid_thw is None else image_grid_thw.tolist())
+        packed, grids = (
+            input_ids[keep],
+            iter([] if image_grid_thw is None else image_grid_thw.tolist()),
+        )
         ends = keep.sum(1).cumsum(0).tolist()
         segments = [(start, end, 0, 0) for start, end in zip([0] + ends, ends, strict=False)]
         is_image = packed == self.config.image_token_id
@@ -367,13 +402,31 @@ class QwenVL(nn.Module):
         ]
         none = packed.new_zeros(0)
         batch = Batch(
-            packed, torch.cat(positions, 1).to(packed.device), segments, patches=None, levels=None, frames=0,
-            image_grid_thw=image_grid_thw, image_at=is_image.nonzero()[:, 0],
-            image_rows=torch.arange(int(is_image.sum()), device=packed.device), points=None,
-            region_token=none, region_id=none, region_patch=none, region_weight=none, centres=none,
-            sizes=none, predict_from=none, targets=none, cu_targets=none, last=none, next_position=none,
-        )  # fmt: skip
-        out = torch.zeros(*input_ids.shape, self.decoder.sizes.vocab, dtype=self.dtype, device=packed.device)
+            packed,
+            torch.cat(positions, 1).to(packed.device),
+            segments,
+            patches=None,
+            levels=None,
+            frames=0,
+            image_grid_thw=image_grid_thw,
+            image_at=is_image.nonzero()[:, 0],
+            image_rows=torch.arange(int(is_image.sum()), device=packed.device),
+            points=None,
+            region_token=none,
+            region_id=none,
+            region_patch=none,
+            region_weight=none,
+            centres=none,
+            sizes=none,
+            predict_from=none,
+            targets=none,
+            cu_targets=none,
+            last=none,
+            next_position=none,
+        )
+        out = torch.zeros(
+            *input_ids.shape, self.decoder.sizes.vocab, dtype=self.dtype, device=packed.device
+        )
         out[keep] = F.linear(self.hidden(batch, pixel_values), self.head_weight)
         return out
 

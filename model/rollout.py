@@ -1,26 +1,30 @@
-"""Sampling on the training weights: a fixed number of slots, each with one live sample, refilled as they end.
+"""Sampling on the training weights: a fixed number of slots, each with one live sample, refilled as
+they end.
 
     1. prefill   the next prompts, packed up to a budget of tokens, go through the model once; their keys and
                  values fill prompt rows, which all n samples of a prompt read
     2. load      the next samples take the free slots: the prompt's last hidden state, a noise key
     3. step      one token for every slot: logits, sample, record; its key and value join the slot's own
-                 suffix; attention to the shared prompt and to that suffix gives the next hidden state
+                 suffix; attention to the shared prompt and to that suffix gives the next hidden
+                 state
     4. collect   samples that have ended leave their slots; the last of a prompt frees its row. Back to 1
                  until no sample waits; Rollouts come out in the order of the examples
 
-All buffers are static. On CUDA the whole step, sampling included, is one graph over all slots, and the host
-looks at the flags of ended samples only every few steps, without waiting; buffers and graph outlive a call.
-On a CPU a step takes only the rows in use, so the last, long samples do not pay for empty slots; and the one
-sample of a prompt (n = 1) goes on behind its prompt, in the row of the slot's number: there are no suffixes.
+All buffers are static. On CUDA the whole step, sampling included, is one graph over all slots, and
+the host looks at the flags of ended samples only every few steps, without waiting; buffers and
+graph outlive a call. On a CPU a step takes only the rows in use, so the last, long samples do not
+pay for empty slots; and the one sample of a prompt (n = 1) goes on behind its prompt, in the row of
+the slot's number: there are no suffixes.
 
-The noise of a token is a hash of (seed, example id, path, sample index, position, token id): never of the
-slot, the batch or the rank, so in fp32 a sample does not depend on what it is batched with. The log-prob kept
-is the trainer's: log softmax of all logits at the sampling temperature (at temperature 0, greedy, that at 1).
-Banned ids (vision markers, `<mask>`, rows without a token) are never sampled; the ban does not enter the
-log-probs. A sample without an end token after max_new_tokens is cut, and marked by `finished`.
+The noise of a token is a hash of (seed, example id, path, sample index, position, token id): never
+of the slot, the batch or the rank, so in fp32 a sample does not depend on what it is batched with.
+The log-prob kept is the trainer's: log softmax of all logits at the sampling temperature (at
+temperature 0, greedy, that at 1). Banned ids (vision markers, `<mask>`, rows without a token) are
+never sampled; the ban does not enter the log-probs. A sample without an end token after
+max_new_tokens is cut, and marked by `finished`.
 
-S slots, n samples a prompt, B prompt rows, M = max_new_tokens; P longest prompt, A query heads, K key-value
-heads, D head width, H hidden width, V vocabulary rows.
+S slots, n samples a prompt, B prompt rows, M = max_new_tokens; P longest prompt, A query heads, K
+key-value heads, D head width, H hidden width, V vocabulary rows.
 """
 
 import math
@@ -42,17 +46,21 @@ from srreal import Example
 
 SLOTS = 256  # at most: more live samples hardly raise the throughput, neither of a GPU nor of a CPU
 KV_BYTES, KV_SHARE = 2**31, 0.4  # for keys and values: on a CPU; on CUDA the share of what is free
-PREFILL = {"cpu": 4096, "cuda": 8192}  # tokens a packed forward (of 8B 1.8 GB); a longer prompt goes alone
-POLL = 8  # steps between two looks at the flags on CUDA: an ended sample idles for 4 + 8 steps in the mean
+# tokens a packed forward (of 8B 1.8 GB); a longer prompt goes alone
+PREFILL = {"cpu": 4096, "cuda": 8192}
+# steps between two looks at the flags on CUDA: an ended sample idles for 4 + 8 steps in the mean
+POLL = 8
 PAD = 256  # prompt rows have room for a multiple of so many tokens
-ODD = 8  # more places than needed: slots at powers of two apart would share the sets of a CPU's caches
-CLOSE = 0.75  # on a CPU: gaps between live slots are closed when fewer than this share of the rows is live
+# more places than needed: slots at powers of two apart would share the sets of a CPU's caches
+ODD = 8
+# on a CPU: gaps between live slots are closed when fewer than this share of the rows is live
+CLOSE = 0.75
 
 
 @dataclass
 class Rollout:
-    """One sampled completion. `tokens` hold the end token where there was one; `text` does not, and is not
-    stripped.
+    """One sampled completion. `tokens` hold the end token where there was one; `text` does not, and
+    is not stripped.
     """
 
     text: str
@@ -63,18 +71,27 @@ class Rollout:
 
 @torch.no_grad()
 def generate(
-    model, processor, examples: list[Example], n: int = 1, max_new_tokens: int = 256,
-    temperature: float = 1.0, top_p: float = 1.0, seed: int = 0, progress: Callable | None = None,
-    slots: int | None = None, enough: Callable[[list[Rollout]], bool] | None = None,
-    wasted: Callable[[int, int], None] | None = None, images: DeviceImages | None = None,
-) -> list[list[Rollout]]:  # fmt: skip
+    model,
+    processor,
+    examples: list[Example],
+    n: int = 1,
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    progress: Callable | None = None,
+    slots: int | None = None,
+    enough: Callable[[list[Rollout]], bool] | None = None,
+    wasted: Callable[[int, int], None] | None = None,
+    images: DeviceImages | None = None,
+) -> list[list[Rollout]]:
     """n completions per example, in the examples' order; temperature 0 is greedy.
 
-    `progress` hears how many samples have ended. `slots`: live samples, None: see `default_slots`. `enough`
-    hears every example's rollouts, in the order of the examples and never in that of finishing, which would
-    prefer short ones; once it returns True the result ends there, and what runs behind it is thrown away:
-    `wasted` hears of how many samples, and tokens. `images` takes the prompts' images, and lends them to
-    whoever trains on them.
+    `progress` hears how many samples have ended. `slots`: live samples, None: see `default_slots`.
+    `enough` hears every example's rollouts, in the order of the examples and never in that of
+    finishing, which would prefer short ones; once it returns True the result ends there, and what
+    runs behind it is thrown away: `wasted` hears of how many samples, and tokens. `images` takes
+    the prompts' images, and lends them to whoever trains on them.
     """
     if not (examples and n and max_new_tokens):
         return [[Rollout("", [], [], False) for _ in range(n)] for _ in examples]
@@ -83,8 +100,10 @@ def generate(
     make = kept if model.device.type == "cuda" else Slots
     engine = make(model, n, max_new_tokens, temperature, top_p, slots)
     engine.begin(processor, len(examples) * n)
-    waiting, left = deque(range(len(examples) * n)), [n] * len(examples)  # sample i n + j is example i's j-th
-    rows, encoded, whole, out = {}, 0, 0, []  # prompt rows in use; examples prefilled; examples done in order
+    # sample i n + j is example i's j-th
+    waiting, left = deque(range(len(examples) * n)), [n] * len(examples)
+    # prompt rows in use; examples prefilled; examples done in order
+    rows, encoded, whole, out = {}, 0, 0, []
     while whole < len(examples):
         jobs = []
         while waiting and engine.free:
@@ -114,14 +133,17 @@ def generate(
                 out += engine.read(processor, whole - 1, whole)
                 if enough(out[-1]):
                     if wasted:
-                        wasted(len(examples) * n - len(waiting) - whole * n, engine.tokens_behind(whole))
+                        wasted(
+                            len(examples) * n - len(waiting) - whole * n,
+                            engine.tokens_behind(whole),
+                        )
                     return out
     return out or engine.read(processor, 0, len(examples))
 
 
 def default_slots(model, n: int, max_new_tokens: int, prompt: int = 1024) -> int:
-    """As many as fit with their keys and values and prompts of `prompt` tokens: on a CPU from shapes alone,
-    on CUDA from the memory that is free now.
+    """As many as fit with their keys and values and prompts of `prompt` tokens: on a CPU from
+    shapes alone, on CUDA from the memory that is free now.
     """
     room = kv_room(model.device) / token_bytes(model)
     return int(max(1, min(SLOTS, room // (max_new_tokens + 2 * prompt / n))))
@@ -142,7 +164,8 @@ def token_bytes(model) -> int:
 
 
 def fitting(processor, examples: list[Example], budget: int) -> list[int]:
-    """Prompt lengths of the first of the examples, as many as `budget` tokens hold; one at least."""
+    """Prompt lengths of the first of the examples, as many as `budget` tokens hold; one at
+    least."""
     lengths = []
     for example in examples:
         lengths.append(len(processor.prompt_ids(example)))
@@ -163,8 +186,15 @@ class Job:
 class Slots:
     """The buffers of S slots and B prompt rows, and the step over them."""
 
-    def __init__(self, model, n: int, max_new_tokens: int, temperature: float, top_p: float, slots=None):
-        self.model, self.n, self.room, self.sampling = model, n, max_new_tokens, (temperature, top_p)
+    def __init__(
+        self, model, n: int, max_new_tokens: int, temperature: float, top_p: float, slots=None
+    ):
+        self.model, self.n, self.room, self.sampling = (
+            model,
+            n,
+            max_new_tokens,
+            (temperature, top_p),
+        )
         self.count = slots or default_slots(model, n, max_new_tokens)
         s, self.device = model.decoder.sizes, model.device
         self.sizes, self.graph, self.weights = s, None, []
@@ -180,17 +210,25 @@ class Slots:
         # Of a prompt: a layer's (keys, values), last hidden state, position behind it.
         self.prefix, self.last, self.after = cache(b, s.kv_heads, PAD), wide(b, s.hidden), zeros(b)
         self.prefix_length, self.members = zeros(b), zeros(b, n)
-        # Of a slot; in the last column of tokens and logprobs lands what a slot without a sample says.
+        # Of a slot; in the last column of tokens and logprobs lands what a slot without a sample
+        # says.
         own = self.prefix if self.alone else cache(self.count, s.kv_heads, self.room + ODD)
         self.suffix, self.hidden = own, wide(self.count, s.hidden)
         self.key, self.start, self.length, self.home = (zeros(self.count) for _ in range(4))
-        self.ended, self.tokens = zeros(self.count, dtype=torch.bool), zeros(self.count, self.room + 1)
+        self.ended, self.tokens = (
+            zeros(self.count, dtype=torch.bool),
+            zeros(self.count, self.room + 1),
+        )
         self.logprobs = zeros(self.count, self.room + 1, dtype=torch.float32)
         self.banned, self.is_end = (zeros(s.vocab, dtype=torch.bool) for _ in range(2))
-        # Text has one position on all three axes of mRoPE, which then is the plain rotary embedding.
-        inv_freq = 1.0 / s.theta ** (torch.arange(0, s.head_dim, 2, device=self.device) / s.head_dim)
+        # Text has one position on all three axes of mRoPE, which then is the plain rotary
+        # embedding.
+        inv_freq = 1.0 / s.theta ** (
+            torch.arange(0, s.head_dim, 2, device=self.device) / s.head_dim
+        )
         self.inv_freq = torch.cat((inv_freq, inv_freq))  # (D,)
-        self.no_column = torch.tensor(self.room, device=self.device)  # where a slot without a sample writes
+        # where a slot without a sample writes
+        self.no_column = torch.tensor(self.room, device=self.device)
         if self.device.type == "cuda":
             self.flags = torch.zeros(self.count, dtype=torch.bool, pin_memory=True)
             self.copied = torch.cuda.Event()
@@ -210,13 +248,16 @@ class Slots:
         self.results.append(self.length.new_zeros(samples))
         layers = self.model.decoder.layers
         if not self.fused:
-            self.qkv = [joined(a.q_proj, a.k_proj, a.v_proj) for a in (layer.self_attn for layer in layers)]
+            self.qkv = [
+                joined(a.q_proj, a.k_proj, a.v_proj) for a in (layer.self_attn for layer in layers)
+            ]
             self.qk_norm = [qk_weight(layer.self_attn, self.sizes) for layer in layers]
             self.out = [joined(layer.self_attn.o_proj) for layer in layers]
             self.gate_up = [joined(layer.mlp.gate_proj, layer.mlp.up_proj) for layer in layers]
             self.down = [joined(layer.mlp.down_proj) for layer in layers]
         weights = [w.data_ptr() for w in (*self.model.decoder.parameters(), self.model.head_weight)]
-        if weights != self.weights:  # a graph reads addresses: optimisers and `gather` write in place
+        # a graph reads addresses: optimisers and `gather` write in place
+        if weights != self.weights:
             self.weights, self.graph = weights, None
 
     # ---- 1. prefill ----
@@ -224,8 +265,8 @@ class Slots:
     def prefill(
         self, processor, examples: list[Example], images: DeviceImages | None = None
     ) -> list[int]:
-        """Encodes the first of the examples, as many as the budget and the free rows hold; their rows. It is
-        no one while room for them has to wait for rows in use.
+        """Encodes the first of the examples, as many as the budget and the free rows hold; their
+        rows. It is no one while room for them has to wait for rows in use.
         """
         lengths = fitting(processor, examples[: len(self.free_rows)], PREFILL[self.device.type])
         if not self._make_room(max(lengths) + self.alone * self.room):
@@ -241,9 +282,11 @@ class Slots:
             hidden, cache = self.model.prefill(batch)
         self.last[at], self.after[at] = hidden[batch.last], batch.next_position
         self.prefix_length[at] = sent(lengths, self.device)
-        # (T, K, D) packed -> (rows, K, P, D): behind its end a prompt repeats its last token, unseen.
+        # (T, K, D) packed -> (rows, K, P, D): behind its end a prompt repeats its last token,
+        # unseen.
         index = torch.tensor([start for start, *_ in batch.segments])[:, None] + torch.minimum(
-            torch.arange(max(lengths)), torch.tensor(lengths)[:, None] - 1)  # fmt: skip
+            torch.arange(max(lengths)), torch.tensor(lengths)[:, None] - 1
+        )
         index = sent(index, self.device)
         for rooms, layer in zip(self.prefix, cache, strict=True):
             for room, packed in zip(rooms, layer, strict=True):
@@ -251,8 +294,8 @@ class Slots:
         return rows
 
     def _make_room(self, length: int) -> bool:
-        """For `length` tokens: longer rows, and fewer where memory has it so; False as long as rows that
-        would go are in use, or none would be free. New addresses: the graph is recorded again.
+        """For `length` tokens: longer rows, and fewer where memory has it so; False as long as rows
+        that would go are in use, or none would be free. New addresses: the graph is recorded again.
         """
         _, count, heads, room, width = self.prefix[0].shape
         if length > room:
@@ -328,8 +371,8 @@ class Slots:
 
     def _record(self):
         """The step over all slots and the whole of the buffers, as a CUDA graph."""
-        # Once without a graph first: what compiles a kernel or sets up a library can't be recorded. No slot
-        # takes part in that step, so it changes only these:
+        # Once without a graph first: what compiles a kernel or sets up a library can't be recorded.
+        # No slot takes part in that step, so it changes only these:
         state = [self.hidden, self.length, self.ended, *(t[..., 0, :] for t in self.suffix)]
         before = [t.clone() for t in state]
         self.length.fill_(1)
@@ -338,15 +381,18 @@ class Slots:
         for t, old in zip(state, before, strict=True):
             t.copy_(old)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's watchdog is another thread
+        # NCCL's watchdog is another thread
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._step(self.count, self.room, self.prefix)
         return graph
 
     def _step(self, rows: int, own: int, prefix: list[Tensor]) -> None:
-        """A token for the first `rows` slots, which read up to `own` keys of their own, and of each layer the
-        prompts' keys and values in `prefix`; no host synchronisation.
+        """A token for the first `rows` slots, which read up to `own` keys of their own, and of each
+        layer the prompts' keys and values in `prefix`; no host synchronisation.
         """
-        ended, length, key, hidden = (t[:rows] for t in (self.ended, self.length, self.key, self.hidden))
+        ended, length, key, hidden = (
+            t[:rows] for t in (self.ended, self.length, self.key, self.hidden)
+        )
         logits = fp32_logits(hidden, self.model.head_weight)  # (rows, V)
         chosen, logprob = sample(logits, key, length, *self.sampling, self.banned)
         column = torch.where(ended, self.no_column, length)[:, None]
@@ -360,9 +406,11 @@ class Slots:
         table = Table(self.prefix_length[:prompts], keys, self.members[:prompts], self.home[:rows])
         hidden.copy_(self._decode(chosen, position, table, prefix, own))
 
-    def _decode(self, chosen: Tensor, position: Tensor, table: Table, prefix: list, own: int) -> Tensor:
-        """The decoder on one text token a slot, (rows,), at `position` (rows,), with fewer and larger
-        operations than in training: (rows, H).
+    def _decode(
+        self, chosen: Tensor, position: Tensor, table: Table, prefix: list, own: int
+    ) -> Tensor:
+        """The decoder on one text token a slot, (rows,), at `position` (rows,), with fewer and
+        larger operations than in training: (rows, H).
         """
         decoder, at = self.model.decoder, table.suffix_lengths - 1
         x = decoder.embed_tokens(chosen)
@@ -380,7 +428,9 @@ class Slots:
             middle = layer.post_attention_layernorm
             q = qkv(i, normed, cos, sin, at)
             shared = (None, None) if self.alone else prefix[i]
-            out = decode_attention(q, *shared, *self.suffix[i][:, : len(x), :, :own], table).flatten(1)
+            out = decode_attention(
+                q, *shared, *self.suffix[i][:, : len(x), :, :own], table
+            ).flatten(1)
             out = layer.self_attn.o_proj(out) if self.fused else self.out[i](out)
             x, normed = add_rms_norm(x, out, middle.weight, middle.eps)
             if self.fused:
@@ -392,21 +442,25 @@ class Slots:
         return normed
 
     def _fused_qkv(self, i: int, x: Tensor, cos: Tensor, sin: Tensor, at: Tensor) -> Tensor:
-        """Layer i's rotated queries (rows, A, D) of x (rows, H); writes keys and values to its suffixes at
-        [slot, :, at].
+        """Layer i's rotated queries (rows, A, D) of x (rows, H); writes keys and values to its
+        suffixes at [slot, :, at].
         """
         attn, (k, v) = self.model.decoder.layers[i].self_attn, self.suffix[i][:, : len(x)]
         projections, kv = (attn.q_proj, attn.k_proj, attn.v_proj), self.sizes.kv_heads
         if one := adjoined(*projections):
-            qkv = F.linear(x, *one).view(len(x), -1, attn.head_dim).split((self.sizes.heads, kv, kv), 1)
+            qkv = (
+                F.linear(x, *one)
+                .view(len(x), -1, attn.head_dim)
+                .split((self.sizes.heads, kv, kv), 1)
+            )
         else:
             qkv = (proj(x).view(len(x), -1, attn.head_dim) for proj in projections)
         norms = (attn.q_norm.weight, attn.k_norm.weight, attn.q_norm.eps) if attn.norms else ()
         return qk_norm_rope_write(*qkv, cos, sin, k, v, at, *norms)
 
     def _qkv(self, i: int, x: Tensor, cos: Tensor, sin: Tensor, at: Tensor) -> Tensor:
-        """The same for a CPU: one matrix product, one norm and one rotation of queries and keys, one write;
-        sin's first half is negative, and `at` are places in the layer's whole suffix.
+        """The same for a CPU: one matrix product, one norm and one rotation of queries and keys,
+        one write; sin's first half is negative, and `at` are places in the layer's whole suffix.
         """
         heads, kv_heads, width = self.sizes.heads, self.sizes.kv_heads, self.sizes.head_dim
         qkv = self.qkv[i](x).view(len(x), -1, width)
@@ -426,7 +480,9 @@ class Slots:
         numbers = [self.jobs[slot].number for slot in slots]
         if slots:
             at, to = sent(slots, self.device), sent(numbers, self.device)
-            for result, t in zip(self.results, (self.tokens, self.logprobs, self.length), strict=True):
+            for result, t in zip(
+                self.results, (self.tokens, self.logprobs, self.length), strict=True
+            ):
                 result[to] = t[at]
             self.length.index_fill_(0, at, 1)  # an idle slot's next place must lie in its room
         for slot in slots:
@@ -437,7 +493,8 @@ class Slots:
         return numbers
 
     def _flags(self) -> tuple[list[bool], int]:
-        """Which slots had ended after how many steps: on CUDA at the last look but one, so nobody waits."""
+        """Which slots had ended after how many steps: on CUDA at the last look but one, so nobody
+        waits."""
         if self.device.type == "cpu":
             return self.ended[: self.rows].tolist(), self.clock
         if self.clock % POLL:
@@ -449,13 +506,22 @@ class Slots:
         return seen
 
     def close_gaps(self) -> None:
-        """On a CPU, when no sample waits any more: moves live slots and prompts down into the gaps once a
-        quarter of the rows is idle, so that the work of a step falls with the number of live samples.
+        """On a CPU, when no sample waits any more: moves live slots and prompts down into the gaps
+        once a quarter of the rows is idle, so that the work of a step falls with the number of live
+        samples.
         """
         live = [slot for slot, job in enumerate(self.jobs) if job]
         if self.device.type != "cpu" or not live or len(live) > CLOSE * self.rows:
             return
-        state = (self.hidden, self.key, self.start, self.length, self.ended, self.tokens, self.logprobs)
+        state = (
+            self.hidden,
+            self.key,
+            self.start,
+            self.length,
+            self.ended,
+            self.tokens,
+            self.logprobs,
+        )
         suffix = () if self.alone else (t for both in self.suffix for t in both)
         for slot, gap in moved(live, *state, *suffix).items():
             self.jobs[gap] = self.jobs[slot]
@@ -475,7 +541,9 @@ class Slots:
 
     def read(self, processor, first: int, stop: int) -> list[list[Rollout]]:
         """The groups of examples first .. stop - 1."""
-        tokens, logprobs, lengths = (t[first * self.n : stop * self.n].tolist() for t in self.results)
+        tokens, logprobs, lengths = (
+            t[first * self.n : stop * self.n].tolist() for t in self.results
+        )
         own = zip(tokens, logprobs, lengths, strict=True)
         ends = processor.end_ids
         out = [Rollout(processor.decode(t[:k]), t[:k], p[:k], t[k - 1] in ends) for t, p, k in own]
@@ -486,7 +554,8 @@ _kept: dict[tuple, Slots] = {}
 
 
 def kept(*arguments) -> Slots:
-    """The Slots of the last call if its arguments were the same; else new ones, once the old have gone."""
+    """The Slots of the last call if its arguments were the same; else new ones, once the old have
+    gone."""
     if arguments not in _kept:
         release()
         _kept[arguments] = Slots(*arguments)
@@ -494,14 +563,16 @@ def kept(*arguments) -> Slots:
 
 
 def release() -> None:
-    """Frees the buffers and the graph that `generate` leaves behind on CUDA; they hold the model too."""
+    """Frees the buffers and the graph that `generate` leaves behind on CUDA; they hold the model
+    too."""
     _kept.clear()
 
 
 def joined(*layers) -> Callable[[Tensor], Tensor]:
-    """x -> the outputs of linear layers side by side: by one matrix product, or one by one where they lie
-    apart or have adapters. In fp32 MKL gets a copy of the weights in its own order, which is quicker made
-    than a transpose, and a fifth to a third faster for few rows; of the weights it reads the shape only.
+    """x -> the outputs of linear layers side by side: by one matrix product, or one by one where
+    they lie apart or have adapters. In fp32 MKL gets a copy of the weights in its own order, which
+    is quicker made than a transpose, and a fifth to a third faster for few rows; of the weights it
+    reads the shape only.
     """
     if not (one := adjoined(*layers)):
         return lambda x: torch.cat([layer(x) for layer in layers], -1)
@@ -515,8 +586,8 @@ def joined(*layers) -> Callable[[Tensor], Tensor]:
 
 
 def fused_mlp(mlp, x: Tensor) -> Tensor:
-    """The MLP of x (rows, H) with gate and up from one matrix product; with two where they lie apart or have
-    adapters.
+    """The MLP of x (rows, H) with gate and up from one matrix product; with two where they lie
+    apart or have adapters.
     """
     if not (one := adjoined(mlp.gate_proj, mlp.up_proj)):
         return mlp(x)
@@ -526,7 +597,10 @@ def fused_mlp(mlp, x: Tensor) -> Tensor:
 def qk_weight(attn, sizes) -> Tensor | None:
     """The norms' weights of all query and key heads, (A + K, D)."""
     if attn.norms:
-        heads = attn.q_norm.weight.expand(sizes.heads, -1), attn.k_norm.weight.expand(sizes.kv_heads, -1)
+        heads = (
+            attn.q_norm.weight.expand(sizes.heads, -1),
+            attn.k_norm.weight.expand(sizes.kv_heads, -1),
+        )
         return torch.cat(heads)
     return None
 
@@ -535,7 +609,11 @@ def blank(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     """Zeros; on a CPU pages that the system hands out when they are first touched."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+    return (
+        torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8))
+        .view(dtype)
+        .view(shape)
+    )
 
 
 def sent(values, device: torch.device) -> Tensor:
@@ -545,8 +623,8 @@ def sent(values, device: torch.device) -> Tensor:
 
 
 def moved(live: list[int], *tensors: Tensor) -> dict[int, int]:
-    """Copies the live rows of the tensors into the gaps below them, so that they become the first: row ->
-    gap.
+    """Copies the live rows of the tensors into the gaps below them, so that they become the first:
+    row -> gap.
     """
     gaps = sorted(set(range(len(live))) - set(live))
     above = [row for row in live if row >= len(live)]
@@ -556,8 +634,8 @@ def moved(live: list[int], *tensors: Tensor) -> dict[int, int]:
 
 
 def fp32_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden (N, H) @ weight (V, H).T in fp32, as the trainer's log-probs take them: rounding logits to bf16
-    moves a log-prob by up to 0.09.
+    """hidden (N, H) @ weight (V, H).T in fp32, as the trainer's log-probs take them: rounding
+    logits to bf16 moves a log-prob by up to 0.09.
     """
     if hidden.dtype == torch.float32:
         return F.linear(hidden, weight)
@@ -568,8 +646,8 @@ def fp32_logits(hidden: Tensor, weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def predict_centres(model, processor, examples: list[Example]) -> list[np.ndarray]:
-    """The 3D head's centre of every region, per example (k, 3), metres in the camera frame of the region's
-    own image.
+    """The 3D head's centre of every region, per example (k, 3), metres in the camera frame of the
+    region's own image.
     """
     out = []
     while len(out) < len(examples):

@@ -1,9 +1,10 @@
-"""The vision towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL: pixels in, patch features and merged tokens out.
+"""The vision towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL: pixels in, patch features and merged
+tokens out.
 
-One skeleton, three sets of parts. An image is cut into patches of p x p pixels (repeated over two frames, as
-the towers were built for video), each becomes a vector by one matrix product, the vectors pass through
-pre-norm ViT blocks with 2D rotary positions, and each m x m square of patches (m = 2) is merged into one
-token of the language model.
+One skeleton, three sets of parts. An image is cut into patches of p x p pixels (repeated over two
+frames, as the towers were built for video), each becomes a vector by one matrix product, the
+vectors pass through pre-norm ViT blocks with 2D rotary positions, and each m x m square of patches
+(m = 2) is merged into one token of the language model.
 
              patch bias  learnt positions  norm       MLP             attention            merger
              deepstack
@@ -13,8 +14,9 @@ Qwen3-VL     yes         yes, bilinear     LayerNorm  GELU (tanh)     whole imag
 
 Parameter names are those of the published checkpoints below `visual.`.
 
-P patches, packed over images; the m * m patches of a merged token are neighbours (the image processor's
-order). M = P / m^2 merged tokens; C width of the tower; H width of the language model; N images.
+P patches, packed over images; the m * m patches of a merged token are neighbours (the image
+processor's order). M = P / m^2 merged tokens; C width of the tower; H width of the language model;
+N images.
 """
 
 import torch
@@ -87,7 +89,8 @@ class VisionAttention(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x (..., heads, D) by angles whose cos and sin are (..., D), halves duplicated."""
+    """Rotary embedding of x (..., heads, D) by angles whose cos and sin are (..., D), halves
+    duplicated."""
     first, second = x.chunk(2, dim=-1)
     return x * cos[..., None, :] + torch.cat((-second, first), dim=-1) * sin[..., None, :]
 
@@ -111,14 +114,17 @@ class Merger(nn.Module):
         super().__init__()
         self.inner = width * unit
         self.ln_q = norm(width, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(self.inner, self.inner), nn.GELU(), nn.Linear(self.inner, out))
+        self.mlp = nn.Sequential(
+            nn.Linear(self.inner, self.inner), nn.GELU(), nn.Linear(self.inner, out)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mlp(self.ln_q(x).view(-1, self.inner))  # (M, H)
 
 
 class Merger3(nn.Module):
-    """Qwen3-VL: as above under other names; a deepstack merger norms after the concatenation (`after`)."""
+    """Qwen3-VL: as above under other names; a deepstack merger norms after the concatenation
+    (`after`)."""
 
     def __init__(self, width: int, unit: int, out: int, after: bool):
         super().__init__()
@@ -133,7 +139,8 @@ class Merger3(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """One tower for the three families; `config` is transformers' config object of the whole model."""
+    """One tower for the three families; `config` is transformers' config object of the whole
+    model."""
 
     def __init__(self, config):
         super().__init__()
@@ -151,7 +158,9 @@ class VisionTower(nn.Module):
             [VisionBlock(width, c.num_heads, norm, self._mlp(c)) for _ in range(c.depth)]
         )
         unit = self.merge**2
-        self.merger = Merger3(width, unit, out, after=False) if three else Merger(width, unit, out, norm)
+        self.merger = (
+            Merger3(width, unit, out, after=False) if three else Merger(width, unit, out, norm)
+        )
         self.theta = c.rope_parameters["rope_theta"]
         self.full_blocks, self.window, self.deepstack_at = set(range(c.depth)), None, ()
         if self.family == "qwen2_5_vl":
@@ -165,20 +174,25 @@ class VisionTower(nn.Module):
 
     def _mlp(self, c) -> nn.Module:
         if self.family == "qwen2_vl":
-            return GeluMLP(c.embed_dim, int(c.embed_dim * c.mlp_ratio), c.hidden_act, ("fc1", "fc2"))
+            return GeluMLP(
+                c.embed_dim, int(c.embed_dim * c.mlp_ratio), c.hidden_act, ("fc1", "fc2")
+            )
         if self.family == "qwen2_5_vl":
             return SwiGLU(c.hidden_size, c.intermediate_size, bias=True)
-        return GeluMLP(c.hidden_size, c.intermediate_size, c.hidden_act, ("linear_fc1", "linear_fc2"))
+        return GeluMLP(
+            c.hidden_size, c.intermediate_size, c.hidden_act, ("linear_fc1", "linear_fc2")
+        )
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Patch features (P, C) after the last block, in the input's order, and deepstack tokens, each (M,
-        H).
+        """Patch features (P, C) after the last block, in the input's order, and deepstack tokens,
+        each (M, H).
 
         pixel_values (P, 3 * 2 * p * p), grid_thw (N, 3) patches along time, height, width.
         """
         grids = grid_thw.tolist()
         proj = self.patch_embed["proj"]
-        x = F.linear(pixel_values.to(proj.weight.dtype), proj.weight.flatten(1), proj.bias)  # (P, C)
+        # (P, C)
+        x = F.linear(pixel_values.to(proj.weight.dtype), proj.weight.flatten(1), proj.bias)
         at = upload(patch_positions(grids, self.merge), x.device)  # (P, 2)
         if self.family == "qwen3_vl":
             x = x + self._learnt_positions(at, grids).to(x.dtype)
@@ -200,17 +214,19 @@ class VisionTower(nn.Module):
         return (x if self.window is None else x.index_select(0, back)), deepstack
 
     def _angles(self, at: Tensor) -> tuple[Tensor, Tensor]:
-        """cos, sin (P, head_dim) fp32: a quarter of the head turns by the row, a quarter by the column,
-        twice.
+        """cos, sin (P, head_dim) fp32: a quarter of the head turns by the row, a quarter by the
+        column, twice.
         """
-        quarter = torch.arange(0, self.width // self.heads // 2, 2, device=at.device, dtype=torch.float)
+        quarter = torch.arange(
+            0, self.width // self.heads // 2, 2, device=at.device, dtype=torch.float
+        )
         inv_freq = 1.0 / self.theta ** (quarter / (self.width // self.heads // 2))
         angles = (at[:, :, None].float() * inv_freq).flatten(1)
         return torch.cat((angles, angles), -1).cos(), torch.cat((angles, angles), -1).sin()
 
     def _learnt_positions(self, at: Tensor, grids: list[list[int]]) -> Tensor:
-        """Qwen3-VL's square table of positions, resampled bilinearly (corners aligned) to each image's grid:
-        (P, C).
+        """Qwen3-VL's square table of positions, resampled bilinearly (corners aligned) to each
+        image's grid: (P, C).
         """
         side = round(self.pos_embed.num_embeddings**0.5)
         sizes, counts = torch.tensor(grids)[:, 1:], torch.tensor([t * h * w for t, h, w in grids])
@@ -226,7 +242,8 @@ class VisionTower(nn.Module):
 
 
 def patch_positions(grids: list[list[int]], merge: int) -> Tensor:
-    """(P, 2) row and column of every patch, in the image processor's order (merge squares together)."""
+    """(P, 2) row and column of every patch, in the image processor's order (merge squares
+    together)."""
     out = []
     for t, h, w in grids:
         rows, cols = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
@@ -236,12 +253,14 @@ def patch_positions(grids: list[list[int]], merge: int) -> Tensor:
 
 
 def window_order(grids: list[list[int]], merge: int, size: int) -> tuple[Tensor, list[int]]:
-    """Qwen2.5-VL: the patches' order (P,) with each window of size x size merged tokens together, and their
-    lengths.
+    """Qwen2.5-VL: the patches' order (P,) with each window of size x size merged tokens together,
+    and their lengths.
     """
     order, lengths, start = [], [], 0
     for t, h, w in grids:
-        rows, cols = torch.meshgrid(torch.arange(h // merge), torch.arange(w // merge), indexing="ij")
+        rows, cols = torch.meshgrid(
+            torch.arange(h // merge), torch.arange(w // merge), indexing="ij"
+        )
         window = (rows // size * w + cols // size).flatten()
         for _ in range(t):
             order.append(start + window.argsort(stable=True))

@@ -17,10 +17,11 @@ MAKE_TINY = """if True:
 
 @pytest.fixture(scope="session")
 def tiny_home(tmp_path_factory):
-    """A folder with tiny/, a random checkpoint, and scenes/: rows.jsonl of both paths, and numbers.jsonl.
+    """A folder with tiny/, a random checkpoint, and scenes/: rows.jsonl of both paths, and
+    numbers.jsonl.
 
-    In numbers.jsonl the answer is one number, asked for without reasoning (path direct). That is one
-    token of the tiny model, so that even its random completions earn something now and then: RL
+    In numbers.jsonl the answer is one number, asked for without reasoning (path direct). That is
+    one token of the tiny model, so that even its random completions earn something now and then: RL
     without a stand-in for the reward.
     """
     home = tmp_path_factory.mktemp("tiny-home")

@@ -1,8 +1,10 @@
-"""Twenty steps of both training loops, on the references and on Triton (interpreted): the same losses.
+"""Twenty steps of both training loops, on the references and on Triton (interpreted): the same
+losses.
 
-The kernels' own tests compare single calls. Here what one side rounds differently is fed back twenty times:
-into weights, and in RL into what is sampled, where one other token would change everything after it.
-The interpreter takes milliseconds an operation: hence one layer, short questions and answers of one word.
+The kernels' own tests compare single calls. Here what one side rounds differently is fed back
+twenty times: into weights, and in RL into what is sampled, where one other token would change
+everything after it. The interpreter takes milliseconds an operation: hence one layer, short
+questions and answers of one word.
 """
 
 import json
@@ -15,7 +17,8 @@ import pytest
 from interpreter import needs_interpreter
 
 ROOT = Path(__file__).parent.parent
-# A micro checkpoint, and short runs on it. The random model earns nothing: it is paid for its text's parity.
+# A micro checkpoint, and short runs on it. The random model earns nothing: it is paid for its
+# text's parity.
 MAKE = """if True:
     import sys
     from pathlib import Path
@@ -35,15 +38,26 @@ RUN = """if True:
     script.main(script.Config(**options))"""
 OPTIONS = {
     "sft": dict(batch=4, lr=1e-3, warmup=2),
-    "rl": dict(prompts=2, group=2, updates=2, max_new_tokens=2, lr=1e-3, kl=0.05, clip_low=0.01,
-               clip_high=0.02),
+    "rl": dict(
+        prompts=2,
+        group=2,
+        updates=2,
+        max_new_tokens=2,
+        lr=1e-3,
+        kl=0.05,
+        clip_low=0.01,
+        clip_high=0.02,
+    ),
 }
 STEPS = 20
-# Seen over 20 steps: 8e-7 in a loss of 9, 5e-6 in a gradient norm of 12. AdamW may turn the rounding of a
-# gradient near 0 into an update near lr, hence the room above that; a wrong formula leaves 1e-1.
+# Seen over 20 steps: 8e-7 in a loss of 9, 5e-6 in a gradient norm of 12. AdamW may turn the
+# rounding of a gradient near 0 into an update near lr, hence the room above that; a wrong formula
+# leaves 1e-1.
 TOLERANCE = 5e-5
-COLUMNS = {"sft": ("loss", "loss_text", "grad_norm"),
-           "rl": ("loss", "reward", "entropy", "kl", "clip_high", "ratio_max", "grad_norm")}  # fmt: skip
+COLUMNS = {
+    "sft": ("loss", "loss_text", "grad_norm"),
+    "rl": ("loss", "reward", "entropy", "kl", "clip_high", "ratio_max", "grad_norm"),
+}
 
 
 def python(*command, **environment):
@@ -58,9 +72,13 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     python("-c", MAKE, str(home / "micro"))
     scenes = home / "scenes"
-    python("-m", "data.scenes", "--out", str(scenes), "--n", "8", "--seed", "1", "--size", "64", "64")
+    python(
+        "-m", "data.scenes", "--out", str(scenes), "--n", "8", "--seed", "1", "--size", "64", "64"
+    )
     rows = [json.loads(line) for line in (scenes / "rows.jsonl").read_text().splitlines()]
-    rows = [row | {"path": "direct"} for row in rows if row["path"] == "lor" and row["task"] == "depth"]
+    rows = [
+        row | {"path": "direct"} for row in rows if row["path"] == "lor" and row["task"] == "depth"
+    ]
     (scenes / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return home
 
@@ -71,10 +89,14 @@ def test_triton_and_references_train_alike(script, home):
     runs = {}
     for interpret in ("0", "1"):
         out = home / f"{script}-{interpret}"
-        options = OPTIONS[script] | dict(model=str(home / "micro"), data=[str(home / "scenes")], out=str(out))
+        options = OPTIONS[script] | dict(
+            model=str(home / "micro"), data=[str(home / "scenes")], out=str(out)
+        )
         options |= dict(steps=STEPS, save_every=STEPS)
         python("-c", RUN, script, json.dumps(options), TRITON_INTERPRET=interpret)
-        runs[interpret] = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        runs[interpret] = [
+            json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()
+        ]
     assert len(runs["0"]) == len(runs["1"]) == STEPS
     for plain, triton in zip(runs["0"], runs["1"], strict=True):
         for name in COLUMNS[script]:

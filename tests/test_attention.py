@@ -1,4 +1,5 @@
-"""Packed attention with shared prefixes, and a decode step over slots, against a plain softmax in fp64."""
+"""Packed attention with shared prefixes, and a decode step over slots, against a plain softmax in
+fp64."""
 
 import pytest
 import torch
@@ -33,11 +34,20 @@ def what_is_seen(segments):
 @needs_cuda
 @pytest.mark.parametrize(("heads", "kv"), [(16, 2), (28, 4), (32, 8)])
 def test_prefix_attention_of_a_gpu(heads, kv):
-    """bf16 at true sizes, forward and backward: as near to fp64 as eager PyTorch in bf16, and a bit."""
+    """bf16 at true sizes, forward and backward: as near to fp64 as eager PyTorch in bf16, and a
+    bit."""
     segments = [(0, 700, 0, 0), (700, 1000, 0, 700), (1000, 1001, 0, 700), (1001, 1258, 0, 700)]
     whole = [random(1258, n, 128, seed=i).detach().cuda() for i, n in enumerate((heads, kv, kv))]
-    visible, mix, found = what_is_seen(segments).cuda(), random(1258, heads, 128, seed=3).detach().cuda(), []
-    for call, dtype in ((prefix_attention, torch.bfloat16), (plain, torch.bfloat16), (plain, torch.float64)):
+    visible, mix, found = (
+        what_is_seen(segments).cuda(),
+        random(1258, heads, 128, seed=3).detach().cuda(),
+        [],
+    )
+    for call, dtype in (
+        (prefix_attention, torch.bfloat16),
+        (plain, torch.bfloat16),
+        (plain, torch.float64),
+    ):
         given = [t.bfloat16().to(dtype).requires_grad_() for t in whole]
         out = call(*given, segments if call is prefix_attention else visible)
         found.append((out, *torch.autograd.grad((out * mix.to(dtype)).sum(), given)))
@@ -48,7 +58,14 @@ def test_prefix_attention_of_a_gpu(heads, kv):
 
 @pytest.mark.parametrize(("heads", "kv"), [(4, 4), (4, 2), (7, 1)])
 def test_prefix_attention(heads, kv):
-    segments = [(0, 5, 0, 0), (5, 9, 0, 5), (9, 9, 0, 5), (9, 10, 0, 5), (10, 13, 0, 0), (13, 20, 10, 13)]
+    segments = [
+        (0, 5, 0, 0),
+        (5, 9, 0, 5),
+        (9, 9, 0, 5),
+        (9, 10, 0, 5),
+        (10, 13, 0, 0),
+        (13, 20, 10, 13),
+    ]
     q, k, v = random(20, heads, 6, seed=0), random(20, kv, 6, seed=1), random(20, kv, 6, seed=2)
     ours, truth = prefix_attention(q, k, v, segments), plain(q, k, v, what_is_seen(segments))
     assert (ours - truth).abs().max() < 1e-12
@@ -58,11 +75,14 @@ def test_prefix_attention(heads, kv):
 
 
 def step_of(heads, kv, n, d=6, dtype=torch.float32, seed=0, room=19, own=37):
-    """Arguments of decode_attention: 7 slots in any order in the places of 3 prompts, one of them empty, one
-    slot without a prompt, one with an empty suffix; odd lengths. And the slots that have a prompt."""
+    """Arguments of decode_attention: 7 slots in any order in the places of 3 prompts, one of them
+    empty, one slot without a prompt, one with an empty suffix; odd lengths. And the slots that have
+    a prompt."""
     generator = torch.Generator().manual_seed(seed)
     live = torch.randperm(7, generator=generator)[:6]
-    places = torch.cat((torch.randperm(2 * n, generator=generator)[: min(6, 2 * n)], torch.tensor([2 * n])))
+    places = torch.cat(
+        (torch.randperm(2 * n, generator=generator)[: min(6, 2 * n)], torch.tensor([2 * n]))
+    )
     live = live[: len(places)]
     places = places[: len(live)]
     members, home = torch.full((3 * n,), -1), torch.zeros(7, dtype=torch.int64)
@@ -72,7 +92,11 @@ def step_of(heads, kv, n, d=6, dtype=torch.float32, seed=0, room=19, own=37):
     table = (torch.tensor([room, 5, 1]), lengths, members.view(3, n), home)
     table = Table(*(t.to(DEVICE) for t in table))
     shapes = (7, heads, d), (3, kv, room, d), (3, kv, room, d), (7, kv, own, d), (7, kv, own, d)
-    return [torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes], table, live
+    return (
+        [torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes],
+        table,
+        live,
+    )
 
 
 def decode_truth(q, prefix_k, prefix_v, suffix_k, suffix_v, table, slot):
@@ -81,7 +105,9 @@ def decode_truth(q, prefix_k, prefix_v, suffix_k, suffix_v, table, slot):
     length = int(table.prefix_lengths[b])
     k = torch.cat((prefix_k[b, :, :length], suffix_k[slot, :, :own]), 1).transpose(0, 1).double()
     v = torch.cat((prefix_v[b, :, :length], suffix_v[slot, :, :own]), 1).transpose(0, 1).double()
-    return plain(q[slot][None].double(), k, v, torch.ones(1, len(k), dtype=torch.bool, device=k.device))[0]
+    return plain(
+        q[slot][None].double(), k, v, torch.ones(1, len(k), dtype=torch.bool, device=k.device)
+    )[0]
 
 
 @pytest.mark.parametrize(("heads", "kv"), [(2, 2), (4, 2), (4, 1), (7, 1), (8, 1)])
@@ -96,9 +122,16 @@ def test_decode_attention(heads, kv, decode):
             assert (out[slot] - decode_truth(*inputs, table, slot)).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize(("heads", "kv", "sizes"), [
-    (8, 2, dict(d=32)), *(pytest.param(*heads, dict(d=128, room=700, own=300), marks=needs_cuda)
-                          for heads in ((16, 4), (28, 4), (16, 2)))])  # fmt: skip
+@pytest.mark.parametrize(
+    ("heads", "kv", "sizes"),
+    [
+        (8, 2, dict(d=32)),
+        *(
+            pytest.param(*heads, dict(d=128, room=700, own=300), marks=needs_cuda)
+            for heads in ((16, 4), (28, 4), (16, 2))
+        ),
+    ],
+)
 def test_decode_attention_in_bf16(heads, kv, sizes):
     inputs, table, live = step_of(heads, kv, 3, dtype=torch.bfloat16, **sizes)
     out, eager = decode_attention(*inputs, table), reference_decode_attention(*inputs, table)

@@ -1,9 +1,9 @@
 """Activation checkpointing and the product's own autograd functions.
 
 A backward under non-reentrant checkpointing may unpack its saved tensors once: each unpacking finds
-what the block's second forward has just computed. A function that reads `ctx.saved_tensors` twice is
-right in every other test, and ends a GPU run in its first backward. On a CPU most calls take their
-reference, which hides that, so test_compile_gate.py runs the cases below a second time, under
+what the block's second forward has just computed. A function that reads `ctx.saved_tensors` twice
+is right in every other test, and ends a GPU run in its first backward. On a CPU most calls take
+their reference, which hides that, so test_compile_gate.py runs the cases below a second time, under
 TRITON_INTERPRET=1. On a GPU they test whatever a GPU takes, another library's functions among them.
 """
 
@@ -53,7 +53,8 @@ def loss_of(kind, logprob):
 
 
 HEADS = normal(5, 4, 8, seed=0), normal(5, 2, 8, seed=1)
-# Name: (call, its differentiable inputs). A new autograd function needs a call here that comes by it.
+# Name: (call, its differentiable inputs). A new autograd function needs a call here that comes by
+# it.
 CASES = {
     "rms_norm": (rms_norm, [normal(5, 16, seed=0), normal(16, seed=1)]),
     "add_rms_norm": (
@@ -69,7 +70,8 @@ CASES = {
 
 
 def run(call, inputs, checkpointed: bool) -> tuple[list[Tensor], set[str]]:
-    """Gradients of the inputs, and the names of the autograd functions that were on the way to them."""
+    """Gradients of the inputs, and the names of the autograd functions that were on the way to
+    them."""
     given = [x.to(DEVICE).detach().requires_grad_() for x in inputs]
     if checkpointed:  # with the flags of the model's own blocks
         call = partial(checkpoint, call, use_reentrant=False, preserve_rng_state=False)
@@ -142,7 +144,8 @@ SCRIPTS = {
 @needs_interpreter
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_commands_on_triton_with_checkpointing(script, tiny_home, tmp_path):
-    """What every GPU run does in its first step, against the references without checkpointing, in fp32."""
+    """What every GPU run does in its first step, against the references without checkpointing, in
+    fp32."""
     options = SCRIPTS[script] | dict(model=tiny_home / "tiny", steps=1)
     options["data"] = tiny_home / "scenes" / options["data"]
     plain, triton = tmp_path / "plain", tmp_path / "triton"

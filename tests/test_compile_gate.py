@@ -1,7 +1,8 @@
-"""Without a GPU: every Triton kernel compiles for sm_90 as shipped, and gives the right numbers interpreted.
+"""Without a GPU: every Triton kernel compiles for sm_90 as shipped, and gives the right numbers
+interpreted.
 
-The gate assembles with the ptxas of triton's wheel and reads its report: no register spills, shared memory
-within an H100's 227 KB, wgmma wherever a dot's tile has 64 rows or more. Races it can't see.
+The gate assembles with the ptxas of triton's wheel and reads its report: no register spills, shared
+memory within an H100's 227 KB, wgmma wherever a dot's tile has 64 rows or more. Races it can't see.
 """
 
 import os
@@ -20,7 +21,8 @@ from triton.compiler import ASTSource
 from kernels import layers, linear_logprob, policy_loss, rewards, sample
 
 ROOT = Path(__file__).parent.parent
-INTERPRETED = [  # all of what runs on Triton, at sizes that an interpreter of about 1 ms a program can do
+# all of what runs on Triton, at sizes that an interpreter of about 1 ms a program can do
+INTERPRETED = [
     (
         "test_linear_logprob.py",
         "not default_tiles and not memory and not workspace and not float64 and not dtype2",
@@ -128,7 +130,8 @@ KERNELS = {  # name: kernel, signature, constants, options
     ),
     "sequence": (
         policy_loss._sequence_kernel,
-        pointers("new old rollout cu out", "fp32 fp32 fp32 i64 fp32") | dict(sequences="i32", cap="fp32"),
+        pointers("new old rollout cu out", "fp32 fp32 fp32 i64 fp32")
+        | dict(sequences="i32", cap="fp32"),
         dict(BLOCK=256),
         {},
     ),
@@ -174,7 +177,8 @@ KERNELS = {  # name: kernel, signature, constants, options
 
 
 def compiled_for_sm90(kernel, signature, constants, options):
-    """Pointers are 16-byte aligned, as torch's are; an i32:16 is divisible by 16: Triton uses that."""
+    """Pointers are 16-byte aligned, as torch's are; an i32:16 is divisible by 16: Triton uses
+    that."""
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else signature[name] for name in names}
     sixteen = [(i,) for i, name in enumerate(names) if re.search(r"^\*|:16$", signature[name])]
@@ -188,8 +192,9 @@ def compiled_for_sm90(kernel, signature, constants, options):
 
 
 def without_fp64(ptx, signature):
-    """Whether a kernel that isn't given any fp64 computes in none. It does where a constant lies below fp32's
-    smallest normal number, 1.18e-38, as such a constant is fp64 to Triton, and so is what it meets."""
+    """Whether a kernel that isn't given any fp64 computes in none. It does where a constant lies
+    below fp32's smallest normal number, 1.18e-38, as such a constant is fp64 to Triton, and so is
+    what it meets."""
     return ".f64" not in ptx or any("fp64" in kind for kind in signature.values())
 
 
@@ -219,9 +224,12 @@ def test_compiles_for_sm90(name, tmp_path, monkeypatch):
     assert shared <= 227 * 1024
     assert ("wgmma" in ptx) == (name == "fused")
     print(name, *re.findall(r"Used \d+ registers", report), f"{shared} bytes shared")
-    if name == "sample-part":  # what its header counts, of which an H100 does 40 while it copies an element
+    # what its header counts, of which an H100 does 40 while it copies an element
+    if name == "sample-part":
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-        code = subprocess.run([tool, "-c", tmp_path / "kernel.cubin"], text=True, capture_output=True).stdout
+        code = subprocess.run(
+            [tool, "-c", tmp_path / "kernel.cubin"], text=True, capture_output=True
+        ).stdout
         assert 20 < len(re.findall(r"^\s+/\*\w{4,}\*/", code, re.M)) / (sample.BLOCK / 32) < 40
 
 
@@ -229,8 +237,8 @@ def test_compiles_for_sm90(name, tmp_path, monkeypatch):
     os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted functions can't be compiled"
 )
 def test_an_argument_of_one_compiles(tmp_path, monkeypatch):
-    """Triton makes a constant of an integer that equals 1: one token, one block, one head. A kernel that asks
-    it for a tensor's methods then compiles for every size but that one."""
+    """Triton makes a constant of an integer that equals 1: one token, one block, one head. A kernel
+    that asks it for a tensor's methods then compiles for every size but that one."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     seen = set()
     for kernel, signature, constants, options in KERNELS.values():
@@ -265,7 +273,9 @@ def test_triton_interpreted_equals_the_references():
             capture_output=True,
             env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         )
-        assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
+        assert done.returncode == 0 and " passed" in done.stdout, (
+            done.stdout[-3000:] + done.stderr[-1000:]
+        )
 
 
 def test_no_compiler_is_needed_on_a_cpu():

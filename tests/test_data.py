@@ -1,4 +1,6 @@
-"""data.load: every kind of bad row is named once, all of them in one list; good rows come back whole."""
+"""data.load: every kind of bad row is named once, all of them in one list; good rows come back
+whole."""
+
 import json
 
 import numpy as np
@@ -13,22 +15,48 @@ def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
-GOOD = {"id": "a", "path": "dtr", "images": ["a.png"], "question": "How far is the box (red bbox <mask>)?",
-        "answer": "2.1", "depths": ["d.png"], "intrinsics": [[50, 50, 15.5, 11.5]],
-        "regions": [[0, [1, 2, 30, 20]]], "objects": {"red bbox": [0.1, 0.2, 2.1]}, "task": "depth",
-        "rationale": "z is 2.1", "names": {"red bbox": "box"}, "sizes": {"red bbox": [0.5, 0.4, 0.3]}}
+GOOD = {
+    "id": "a",
+    "path": "dtr",
+    "images": ["a.png"],
+    "question": "How far is the box (red bbox <mask>)?",
+    "answer": "2.1",
+    "depths": ["d.png"],
+    "intrinsics": [[50, 50, 15.5, 11.5]],
+    "regions": [[0, [1, 2, 30, 20]]],
+    "objects": {"red bbox": [0.1, 0.2, 2.1]},
+    "task": "depth",
+    "rationale": "z is 2.1",
+    "names": {"red bbox": "box"},
+    "sizes": {"red bbox": [0.5, 0.4, 0.3]},
+}
 VIEWS = {"red bbox": {"0": [0, 0, 2], "1": [1, 0, 2]}}
-TWO = GOOD | {"id": "b", "images": ["a.png", "b.png"], "depths": ["d.png", None], "frame": 1,
-              "intrinsics": [[50, 50, 15.5, 11.5], None],
-              "objects": VIEWS}
+TWO = GOOD | {
+    "id": "b",
+    "images": ["a.png", "b.png"],
+    "depths": ["d.png", None],
+    "frame": 1,
+    "intrinsics": [[50, 50, 15.5, 11.5], None],
+    "objects": VIEWS,
+}
 PAIR = {"images": ["a.png", "b.png"], "depths": None, "intrinsics": None}
 VIEW = {"red bbox": {"0": [0, 0, 2], "2": [1, 0, 2]}}
 BAD = {  # kind: (changes to GOOD, the field it is reported at, how its reason begins)
     "no image file": ({"images": ["none.png"], "depths": None}, "images", "missing file"),
     "truncated image": ({"images": ["cut.png"], "depths": None}, "images", "corrupt file"),
     "text as image": ({"images": ["text.png"], "depths": None}, "images", "corrupt file"),
-    "no image at all": ({"images": [], "depths": None, "intrinsics": None, "regions": [], "question": "?",
-                         "objects": None}, "images", "no image"),
+    "no image at all": (
+        {
+            "images": [],
+            "depths": None,
+            "intrinsics": None,
+            "regions": [],
+            "question": "?",
+            "objects": None,
+        },
+        "images",
+        "no image",
+    ),
     "no depth file": ({"depths": ["none.png"]}, "depths", "missing file"),
     "depth of 8 bits": ({"depths": ["grey.png"]}, "depths", "wrong mode: L"),
     "image as depth": ({"depths": ["a.png"]}, "depths", "wrong mode: RGB"),
@@ -38,15 +66,27 @@ BAD = {  # kind: (changes to GOOD, the field it is reported at, how its reason b
     "region left of it": ({"regions": [[0, [-1, 2, 30, 20]]]}, "regions", "outside its image"),
     "region empty": ({"regions": [[0, [5, 2, 5, 20]]]}, "regions", "empty"),
     "region nan": ({"regions": [[0, [5, float("nan"), 9, 20]]]}, "regions", "empty"),
-    "region in fractions": ({"regions": [[0, [.1, .2, .5, 1]]]}, "regions", "in fractions of the image"),
+    "region in fractions": (
+        {"regions": [[0, [0.1, 0.2, 0.5, 1]]]},
+        "regions",
+        "in fractions of the image",
+    ),
     "region in 1/1000": ({"regions": [[0, [100, 200, 500, 900]]]}, "regions", "outside its image"),
     "depth in metres": ({"depths": ["metres.png"]}, "depths", "depth in metres, not millimetres?"),
-    "centre in millimetres": ({"objects": {"red bbox": [100, 200, 2100]}}, "objects", "farther than 1000 m"),
+    "centre in millimetres": (
+        {"objects": {"red bbox": [100, 200, 2100]}},
+        "objects",
+        "farther than 1000 m",
+    ),
     "region of no image": ({"regions": [[1, [1, 2, 30, 20]]]}, "regions", "no such image"),
     "mask without region": ({"regions": []}, "regions", "<mask> count"),
     "region without mask": ({"question": "How far is the box?"}, "regions", "<mask> count"),
     "images marked twice": ({"question": "<image> <image> <mask>"}, "question", "<image> count"),
-    "intrinsics nan": ({"intrinsics": [[float("nan"), 50, 15, 11]]}, "intrinsics", "not finite and positive"),
+    "intrinsics nan": (
+        {"intrinsics": [[float("nan"), 50, 15, 11]]},
+        "intrinsics",
+        "not finite and positive",
+    ),
     "intrinsics zero": ({"intrinsics": [[50, 0, 15, 11]]}, "intrinsics", "not finite and positive"),
     "intrinsics short": ({"intrinsics": [[50, 50, 15]]}, "intrinsics", "wrong type"),
     "blank answer": ({"answer": " "}, "answer", "unknown answer kind"),
@@ -56,20 +96,47 @@ BAD = {  # kind: (changes to GOOD, the field it is reported at, how its reason b
     "no question": ({"question": None}, "question", "missing"),
     "centre nan": ({"objects": {"red bbox": [0, 0, float("nan")]}}, "objects", "not finite"),
     "centre of two": ({"objects": {"red bbox": [0, 0]}}, "objects", "wrong type"),
-    "centre too large": ({"objects": {"red bbox": [0, 0, 10 ** 400]}}, "objects", "wrong type or value"),
-    "camera too large": ({"intrinsics": [[10 ** 400, 50, 15, 11]]}, "intrinsics", "wrong type or value"),
+    "centre too large": (
+        {"objects": {"red bbox": [0, 0, 10**400]}},
+        "objects",
+        "wrong type or value",
+    ),
+    "camera too large": (
+        {"intrinsics": [[10**400, 50, 15, 11]]},
+        "intrinsics",
+        "wrong type or value",
+    ),
     "centre infinite": ({"objects": {"red bbox": [0, 0, float("inf")]}}, "objects", "not finite"),
     "half a character": ({"question": "\ud83d <mask>"}, "question", "wrong type or value"),
     "half a character in a mention": ({"names": {"\udc00": "box"}}, "names", "wrong type or value"),
     "half a character in a field": ({"\udc00": 1}, "\\udc00", "unknown field"),
     "size zero": ({"sizes": {"red bbox": [0.5, 0, 0.3]}}, "sizes", "not finite and positive"),
-    "size nan": ({"sizes": {"red bbox": [0.5, float("nan"), 0.3]}}, "sizes", "not finite and positive"),
-    "size infinite": ({"sizes": {"red bbox": [float("inf"), 1, 0.3]}}, "sizes", "not finite and positive"),
-    "view that is no number": ({"objects": {"red bbox": {"x": [0, 0, 1]}}}, "objects", "no such view"),
-    "view in other digits": ({"objects": {"red bbox": {"00": [0, 0, 1]}}}, "objects", "no such view"),
+    "size nan": (
+        {"sizes": {"red bbox": [0.5, float("nan"), 0.3]}},
+        "sizes",
+        "not finite and positive",
+    ),
+    "size infinite": (
+        {"sizes": {"red bbox": [float("inf"), 1, 0.3]}},
+        "sizes",
+        "not finite and positive",
+    ),
+    "view that is no number": (
+        {"objects": {"red bbox": {"x": [0, 0, 1]}}},
+        "objects",
+        "no such view",
+    ),
+    "view in other digits": (
+        {"objects": {"red bbox": {"00": [0, 0, 1]}}},
+        "objects",
+        "no such view",
+    ),
     "in one of two views": (PAIR, "objects", "in which of 2 views"),
-    "frame that sees nothing": (PAIR | {"frame": 1, "objects": {"red bbox": {"0": [0, 0, 1]}}}, "objects",
-                                "none has a centre in the view asked for"),
+    "frame that sees nothing": (
+        PAIR | {"frame": 1, "objects": {"red bbox": {"0": [0, 0, 1]}}},
+        "objects",
+        "none has a centre in the view asked for",
+    ),
     "object without views": ({"objects": {"red bbox": {}}}, "objects", "not finite"),
     "view out of range": ({"objects": VIEW}, "objects", "no such view"),
     "frame out of range": ({"frame": 1}, "frame", "no such view"),
@@ -77,8 +144,11 @@ BAD = {  # kind: (changes to GOOD, the field it is reported at, how its reason b
     "duplicate id": ({"id": "a"}, "id", "duplicate"),
     "region in a rationale": ({"rationale": "the box <mask> is near"}, "rationale", "<mask>"),
     "region in an answer": ({"answer": "<mask>"}, "answer", "<mask>"),
-    "image like a thread": ({"images": ["thread.png"], "depths": None, "regions": [], "question": "?"},
-                            "images", "too long and thin"),
+    "image like a thread": (
+        {"images": ["thread.png"], "depths": None, "regions": [], "question": "?"},
+        "images",
+        "too long and thin",
+    ),
 }
 
 
@@ -88,7 +158,7 @@ def folder(tmp_path):
     for name in ("a.png", "b.png", "cut.png"):
         Image.fromarray(noise).save(tmp_path / name)
     whole = (tmp_path / "cut.png").read_bytes()
-    (tmp_path / "cut.png").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.png").write_text("not an image")
     Image.new("L", (32, 24), 2).save(tmp_path / "grey.png")
     Image.new("RGB", (1000, 4)).save(tmp_path / "thread.png")
@@ -109,7 +179,9 @@ def test_good_rows_come_back_whole(folder):
     one, two = data.load([str(folder)])
     assert one.images == [str(folder / "a.png")] and one.depths == [str(folder / "d.png")]
     assert one.regions == [(0, (1, 2, 30, 20))] and one.intrinsics == [(50, 50, 15.5, 11.5)]
-    assert one.objects == {"red bbox": (0.1, 0.2, 2.1)} and one.frame is None and one.task == "depth"
+    assert (
+        one.objects == {"red bbox": (0.1, 0.2, 2.1)} and one.frame is None and one.task == "depth"
+    )
     assert one.sizes == {"red bbox": (0.5, 0.4, 0.3)}
     assert two.objects == {"red bbox": {0: (0, 0, 2), 1: (1, 0, 2)}} and two.frame == 1
     assert two.depths == [str(folder / "d.png"), None] and two.intrinsics[1] is None
@@ -125,21 +197,25 @@ def test_every_kind_of_bad_row_in_one_list(folder):
     want = [(str(file), k + 2, field, reason) for k, (_, field, reason) in enumerate(BAD.values())]
     for (_, row, field, reason), (_, row_, field_, start) in zip(found, want, strict=False):
         assert (row, field) == (row_, field_) and reason.startswith(start), (rows[row - 1], reason)
-    rest = [(row, field) for _, row, field, _ in found[len(want):]]
+    rest = [(row, field) for _, row, field, _ in found[len(want) :]]
     assert rest == [(len(BAD) + k, "row") for k in (2, 3, 4, 5, 6)]
     assert len(str(error.value).splitlines()) == 1 + len(found)
-    assert all(f"{file}:{row}: {field}: {reason}" in str(error.value) for _, row, field, reason in found)
+    assert all(
+        f"{file}:{row}: {field}: {reason}" in str(error.value) for _, row, field, reason in found
+    )
 
 
 def test_one_triple_of_several_views_lies_in_the_frame_asked_for(folder):
     found = [PAIR | {"id": "c", "frame": 1}, PAIR | {"id": "d", "path": "lor"}]
-    half = {"red bbox": {"0": [0, 0, 1]}, "b": {"1": [0, 0, 1]}}     # detection counts what the frame lacks
+    # detection counts what the frame lacks
+    half = {"red bbox": {"0": [0, 0, 1]}, "b": {"1": [0, 0, 1]}}
     found.append(PAIR | {"id": "e", "objects": half, "frame": 1})
-    found.append({"id": "f", "rationale": None})             # RL needs none
+    found.append({"id": "f", "rationale": None})  # RL needs none
     write(folder, [GOOD | change for change in found])
     assert len(data.load([folder])) == 4
     mixed = data.load([folder])[2]
-    mixed.objects["b"] = (0.0, 0.0, 1.0)                     # no row of our format can, a generator can
+    # no row of our format can, a generator can
+    mixed.objects["b"] = (0.0, 0.0, 1.0)
     sizes = dict.fromkeys(mixed.images, (32, 24, "RGB"))
     assert ("objects", "some by view, some not") in data.check(mixed, sizes, set())
 
@@ -162,9 +238,13 @@ def test_skip_counts(folder, capsys):
     write(folder, [GOOD, *bad, TWO])
     assert [e.id for e in data.load([str(folder)], skip_bad_rows=True)] == ["a", "b"]
     said = capsys.readouterr().out
-    assert "skipped 3 of 5 rows" in said and "2 x answer: unknown answer kind" in said and "1 x path" in said
+    assert (
+        "skipped 3 of 5 rows" in said
+        and "2 x answer: unknown answer kind" in said
+        and "1 x path" in said
+    )
     write(folder, bad)
-    with pytest.raises(data.BadRows):                        # nothing is left to train on
+    with pytest.raises(data.BadRows):  # nothing is left to train on
         data.load([str(folder)], skip_bad_rows=True)
 
 
@@ -174,15 +254,18 @@ def test_sources(folder, tmp_path_factory):
     other = write(elsewhere, [TWO], "some.jsonl")
     read = data.load([f"scenes:{folder}", f"scenes:{other}@{folder}"])
     assert [e.images[0] for e in read] == [str(folder / "a.png")] * 2
-    assert data.load([f"srreal:{folder}"]) == data.load([folder])              # what data.coldstart writes
-    with pytest.raises(data.BadRows) as error:               # of one set: all its images are missing
+    # what data.coldstart writes
+    assert data.load([f"srreal:{folder}"]) == data.load([folder])
+    # of one set: all its images are missing
+    with pytest.raises(data.BadRows) as error:
         data.load([folder, other])
     assert {file for file, *_ in error.value.rows} == {str(other)}
     with pytest.raises(ValueError, match="unknown kind 'coco'.*scenes"):
         data.load([f"coco:{folder}"])
     with pytest.raises(FileNotFoundError):
         data.load(["nowhere"])
-    with pytest.raises(FileNotFoundError):                   # a set that was cut off has no rows.jsonl
+    # a set that was cut off has no rows.jsonl
+    with pytest.raises(FileNotFoundError):
         data.load([elsewhere])
     with pytest.raises(data.BadRows, match="empty file"):
         data.load([write(elsewhere, [], "empty.jsonl")])
@@ -202,9 +285,22 @@ def test_cache_notices_a_new_file(folder):
         data.load([folder])
 
 
-@pytest.mark.parametrize("text", [
-    b"", b"{", b"[1]", b"\xff\xfe", b"[" * 200_000, b'{"a.png": 1}', b'{"FILE": [1, 2, 3]}', b'{"FILE": 0}',
-    b'{"FILE": [SIZE, TIME, 32, 24]}', b'{"FILE": [SIZE, TIME, "x", null, 3]}', b'{"FILE": {"0": 1}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"{",
+        b"[1]",
+        b"\xff\xfe",
+        b"[" * 200_000,
+        b'{"a.png": 1}',
+        b'{"FILE": [1, 2, 3]}',
+        b'{"FILE": 0}',
+        b'{"FILE": [SIZE, TIME, 32, 24]}',
+        b'{"FILE": [SIZE, TIME, "x", null, 3]}',
+        b'{"FILE": {"0": 1}}',
+    ],
+)
 def test_a_damaged_cache_is_ignored_and_mended(folder, tmp_path_factory, monkeypatch, text):
     home, file = tmp_path_factory.mktemp("home"), folder / "a.png"
     monkeypatch.setenv("XDG_CACHE_HOME", str(home))
@@ -215,7 +311,7 @@ def test_a_damaged_cache_is_ignored_and_mended(folder, tmp_path_factory, monkeyp
     cache.write_bytes(text)
     assert data.measure([str(file)]) == {str(file): (32, 24, "RGB")}
     assert list(json.loads(cache.read_text())) == [str(file)]
-    monkeypatch.setattr(data, "probe", None)                 # and now it is read from there
+    monkeypatch.setattr(data, "probe", None)  # and now it is read from there
     assert data.measure([str(file)]) == {str(file): (32, 24, "RGB")}
 
 
@@ -231,7 +327,7 @@ def test_depth_beside_an_image_is_picked_up(folder):
     assert data.load([folder])[0].depths is None
     Image.fromarray(np.full((24, 32), 2100, np.uint16)).save(folder / "a.depth.png")
     assert data.load([folder])[0].depths == [str(folder / "a.depth.png")]
-    write(folder, [TWO | {"depths": [None, "d.png"]}])        # also of one image of several
+    write(folder, [TWO | {"depths": [None, "d.png"]}])  # also of one image of several
     assert data.load([folder])[0].depths == [str(folder / "a.depth.png"), str(folder / "d.png")]
     write(folder, [TWO | {"depths": [None]}])
     with pytest.raises(data.BadRows, match="depths: wrong count: 1 for 2 images"):
@@ -250,30 +346,59 @@ def test_a_missing_image_says_where_it_was_looked_for(folder):
 
 def test_what_a_source_takes_of_no_row_is_said(folder, capsys):
     write(folder, [GOOD])
-    assert data.load([f"{folder},path=lor"]) == [] and "nothing was taken of" in capsys.readouterr().out
-    assert data.load([f"{folder},weight=1e-9"]) == [] and "nothing was taken of" in capsys.readouterr().out
+    assert (
+        data.load([f"{folder},path=lor"]) == []
+        and "nothing was taken of" in capsys.readouterr().out
+    )
+    assert (
+        data.load([f"{folder},weight=1e-9"]) == []
+        and "nothing was taken of" in capsys.readouterr().out
+    )
     write(folder, [GOOD | {"path": "lor"}, GOOD | {"answer": " "}], "mixed.jsonl")
     read = data.load([f"{folder},weight=1e-9", folder / "mixed.jsonl"], skip_bad_rows=True)
-    said = capsys.readouterr().out                           # also beside a bad row of another source
-    assert len(read) == 1 and f"nothing was taken of {folder}\n" in said and "skipped 1 of 2" in said
+    # also beside a bad row of another source
+    said = capsys.readouterr().out
+    assert (
+        len(read) == 1 and f"nothing was taken of {folder}\n" in said and "skipped 1 of 2" in said
+    )
 
 
-LLAVA = {"image": "a.png", "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "1"}]}
+LLAVA = {
+    "image": "a.png",
+    "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "1"}],
+}
 
 
-@pytest.mark.parametrize("kind, row", [
-    ("llava", LLAVA), ("srreal", LLAVA | {"3d_pos": {}}), ("spar", LLAVA | {"type": "t", "image": ["a.png"]}),
-    ("srreal", LLAVA | {"type": "t", "cot": "so"}), ("srreal", LLAVA | {"red_point": [[5, 5]]}),
-    ("srreal", LLAVA | {"conversations": [{"from": "human", "value": "?"}, {
-        "from": "gpt", "value": "<think>so</think>\n<answer>1</answer>"}]}),
-    ("spatialrgpt", {"filename": "a.png", "conversations": LLAVA["conversations"]}), ("scenes", GOOD),
-    ("refcoco", {"file_name": "a.png", "answer": ["x"], "bbox": [1, 2, 3, 4]})])
+@pytest.mark.parametrize(
+    "kind, row",
+    [
+        ("llava", LLAVA),
+        ("srreal", LLAVA | {"3d_pos": {}}),
+        ("spar", LLAVA | {"type": "t", "image": ["a.png"]}),
+        ("srreal", LLAVA | {"type": "t", "cot": "so"}),
+        ("srreal", LLAVA | {"red_point": [[5, 5]]}),
+        (
+            "srreal",
+            LLAVA
+            | {
+                "conversations": [
+                    {"from": "human", "value": "?"},
+                    {"from": "gpt", "value": "<think>so</think>\n<answer>1</answer>"},
+                ]
+            },
+        ),
+        ("spatialrgpt", {"filename": "a.png", "conversations": LLAVA["conversations"]}),
+        ("scenes", GOOD),
+        ("refcoco", {"file_name": "a.png", "answer": ["x"], "bbox": [1, 2, 3, 4]}),
+    ],
+)
 def test_kinds_are_recognised_by_the_first_row(folder, kind, row):
     for name in ("x.jsonl", "x.json"):
         (folder / name).write_text(json.dumps(row) if name == "x.jsonl" else json.dumps([row]))
         if (kind, name) != ("scenes", "x.json"):
             assert data.recognise(folder / name) == kind
-    if kind not in ("scenes", "spar"):                        # SPAR's images lie in a folder of that name
+    # SPAR's images lie in a folder of that name
+    if kind not in ("scenes", "spar"):
         assert len(data.load([folder / "x.json"])) == 1
 
 

@@ -1,4 +1,5 @@
-"""Without a GPU: the decode kernels compile for sm_90 as shipped, with no spills, within shared memory."""
+"""Without a GPU: the decode kernels compile for sm_90 as shipped, with no spills, within shared
+memory."""
 
 import os
 import re
@@ -8,7 +9,9 @@ from test_compile_gate import build, pointers, without_fp64
 
 from kernels import attention
 
-STRIDES = dict(scale="fp32", chunk="i32", k_row="i32:16", k_head="i32:16", v_row="i32:16", v_head="i32:16")
+STRIDES = dict(
+    scale="fp32", chunk="i32", k_row="i32:16", k_head="i32:16", v_row="i32:16", v_head="i32:16"
+)
 PREFIX = pointers("q k v lengths members out lse", "bf16 bf16 bf16 i64 i64 fp32 fp32") | STRIDES
 SUFFIX = STRIDES | pointers(
     "q k v lengths members home prefix_out prefix_lse", "bf16 bf16 bf16 i64 i64 i64 fp32 fp32"
@@ -27,7 +30,11 @@ def suffix(heads, kv, splits, prefix_splits=8):
     """With one split it writes the result itself, in bf16."""
     constants = sizes(heads, kv, 16) | dict(PREFIX_SPLITS=prefix_splits)
     if splits == 1:
-        return attention._suffix_kernel, SUFFIX | pointers("out", "bf16"), constants | dict(lse=None)
+        return (
+            attention._suffix_kernel,
+            SUFFIX | pointers("out", "bf16"),
+            constants | dict(lse=None),
+        )
     return attention._suffix_kernel, SUFFIX | pointers("out lse", "fp32 fp32"), constants
 
 
@@ -46,7 +53,9 @@ KERNELS = {
 }
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted functions don't compile")
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted functions don't compile"
+)
 @pytest.mark.parametrize("name", KERNELS)
 def test_compiles_for_sm90(name, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

@@ -1,4 +1,6 @@
-"""data.depth with tiny random depth models: what transformers predicts is in the PNGs, and is found again."""
+"""data.depth with tiny random depth models: what transformers predicts is in the PNGs, and is found
+again."""
+
 import json
 import os
 
@@ -22,7 +24,12 @@ from data import depth
 from data.depth import Config, kind_of, main, millimetres, place
 from model.head3d import point_grid, read_depth
 
-SIZES = {"a.png": (64, 48), "b.jpg": (48, 64), "sub/c.png": (64, 48), "sub/d.with.dots.png": (40, 40)}
+SIZES = {
+    "a.png": (64, 48),
+    "b.jpg": (48, 64),
+    "sub/c.png": (64, 48),
+    "sub/d.with.dots.png": (40, 40),
+}
 
 
 @pytest.fixture
@@ -33,7 +40,9 @@ def images(tmp_path):
     for name, (w, h) in SIZES.items():
         noise = rng.integers(0, 255, (h // 8, w // 8, 3), dtype=np.uint8)
         Image.fromarray(noise).resize((w, h)).save(tmp_path / name)
-        rows.append({"id": name, "path": "lor", "images": [name], "question": "How far?", "answer": "1"})
+        rows.append(
+            {"id": name, "path": "lor", "images": [name], "question": "How far?", "answer": "1"}
+        )
     Image.fromarray(np.full((48, 64), 1234, np.uint16)).save(tmp_path / "c-depth.png")
     rows[2]["depths"] = ["c-depth.png"]
     rows.append(rows[0] | {"id": "again"})
@@ -42,20 +51,35 @@ def images(tmp_path):
 
 
 def backbone():
-    return Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28,
-                        patch_size=14, out_features=["stage1", "stage2"], reshape_hidden_states=False,
-                        apply_layernorm=True)
+    return Dinov2Config(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+        out_features=["stage1", "stage2"],
+        reshape_hidden_states=False,
+        apply_layernorm=True,
+    )
 
 
 def anything(folder, kind):
     torch.manual_seed(0)
-    config = DepthAnythingConfig(backbone_config=backbone(), patch_size=14, reassemble_hidden_size=16,
-                                 reassemble_factors=[2, 1], neck_hidden_sizes=[8, 8], fusion_hidden_size=8,
-                                 head_hidden_size=4, depth_estimation_type=kind,
-                                 max_depth=20 if kind == "metric" else 1)
+    config = DepthAnythingConfig(
+        backbone_config=backbone(),
+        patch_size=14,
+        reassemble_hidden_size=16,
+        reassemble_factors=[2, 1],
+        neck_hidden_sizes=[8, 8],
+        fusion_hidden_size=8,
+        head_hidden_size=4,
+        depth_estimation_type=kind,
+        max_depth=20 if kind == "metric" else 1,
+    )
     AutoModelForDepthEstimation.from_config(config).save_pretrained(folder)
-    DPTImageProcessorPil(size={"height": 28, "width": 28}, keep_aspect_ratio=True,
-                         ensure_multiple_of=14).save_pretrained(folder)
+    DPTImageProcessorPil(
+        size={"height": 28, "width": 28}, keep_aspect_ratio=True, ensure_multiple_of=14
+    ).save_pretrained(folder)
     return str(folder)
 
 
@@ -100,7 +124,8 @@ def test_relative_depth_keeps_the_disparity(images, tmp_path):
     assert text["kind"] == "relative" and values.min() == 1000 and values.max() == 10000
     near = 1000 / values.astype(np.float64)
     assert np.abs((near - near.min()) / np.ptp(near) - wanted).max() < 1e-3
-    # The relative point map of the file is the paper's: z = 2 d' - 1, d' the inverted disparity, per pixel.
+    # The relative point map of the file is the paper's: z = 2 d' - 1, d' the inverted disparity,
+    # per pixel.
     read = read_depth(place(str(images / "a.png")), values.shape)
     z = point_grid(read, None, values.shape, "relative")[..., 2]
     assert np.abs(z - (2 * (1 - wanted) - 1)).max() < 2e-3
@@ -113,7 +138,8 @@ def test_it_goes_on_where_it_was_cut_off(images, tmp_path, monkeypatch):
     before = {file: stored(place(file))[0] for file in files}
     stamp = os.stat(place(files[0])).st_mtime_ns
     os.remove(place(files[1]))
-    (images / "sub" / "d.with.dots.depth.png").rename(images / "sub" / "d.with.dots.depth.png.part")  # torn
+    # torn
+    (images / "sub" / "d.with.dots.depth.png").rename(images / "sub" / "d.with.dots.depth.png.part")
     asked = []
     predict = depth.predict
     monkeypatch.setattr(depth, "predict", lambda m, p, i: asked.extend(i) or predict(m, p, i))
@@ -137,7 +163,10 @@ def test_relative_depth_is_not_taken_for_metres(images, tmp_path, capsys):
     first, *_ = data.load([images])
     said = capsys.readouterr().out
     assert first.images == [str(images / "a.png")] and not any(first.depths or ())
-    assert "4 depth maps left out: relative (data.depth --kind relative), point maps are metric" in said
+    assert (
+        "4 depth maps left out: relative (data.depth --kind relative), point maps are metric"
+        in said
+    )
     os.remove(place(str(images / "b.jpg")))
     main(Config((str(images),), model))
     assert "1 depth maps, relative" in capsys.readouterr().out
@@ -158,11 +187,13 @@ def test_kinds(tmp_path):
 def test_zoedepths_padding_is_cut_off():
     """A constant depth stays constant, and of the image's own size: no padding is left in it."""
     pytest.importorskip("torchvision")  # transformers' cut needs it
+
     class Flat(torch.nn.Module):
         config, device = ZoeDepthConfig(), torch.device("cpu")
 
         def forward(self, pixel_values):
             from transformers.modeling_outputs import DepthEstimatorOutput
+
             flat = torch.full((len(pixel_values), *pixel_values.shape[2:]), 2.5)
             return DepthEstimatorOutput(predicted_depth=flat)
 

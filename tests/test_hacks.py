@@ -1,4 +1,5 @@
-"""Ways to earn more than an answer is worth: what each got from the official code, and what it gets here.
+"""Ways to earn more than an answer is worth: what each got from the official code, and what it gets
+here.
 
 Every number is worked out by hand. The hacks are numbered B1 to B18,
 as in the test names; B15 and B17 are properties
@@ -16,8 +17,15 @@ THREE = {"red bbox": RED, "blue bbox": BLUE, "green bbox": GREEN}
 
 
 def example(path="dtr", answer="B", question="Which is nearer?", objects=None, frame=None):
-    return Example("e", path, ["a.png"], question, answer, objects=THREE if objects is None else objects,
-                   frame=frame)
+    return Example(
+        "e",
+        path,
+        ["a.png"],
+        question,
+        answer,
+        objects=THREE if objects is None else objects,
+        frame=frame,
+    )
 
 
 def box(name, centre):
@@ -51,10 +59,14 @@ def test_an_honest_answer_earns_everything_under_both_rules():
 
 
 def test_b1_frame_0_of_a_first_image_question():
-    e = example(question="In the first image, which is nearer?", objects={"red bbox": {0: RED, 1: BLUE}},
-                frame=0)
+    e = example(
+        question="In the first image, which is nearer?",
+        objects={"red bbox": {0: RED, 1: BLUE}},
+        frame=0,
+    )
     strict, official = both(dtr(box("chair (red bbox)", RED), frame=0), e)
-    assert (strict.detect, official.detect) == (1.0, 0.0)  # there: the text "0" never equals the number 0
+    # there: the text "0" never equals the number 0
+    assert (strict.detect, official.detect) == (1.0, 0.0)
     strict, official = both(dtr(box("chair (red bbox)", BLUE), frame=1), e)
     assert (strict.detect, official.detect) == (0.0, 0.0)
 
@@ -62,7 +74,8 @@ def test_b1_frame_0_of_a_first_image_question():
 def test_b2_frames_of_two_digits():
     e = example(objects={"red bbox": {1: BLUE, 10: RED}})
     strict, official = both(dtr(box("chair (red bbox)", RED), frame=10), e)
-    assert (strict.detect, official.detect) == (1.0, 0.0)  # there: compared with frame 1, sqrt(2) m away
+    # there: compared with frame 1, sqrt(2) m away
+    assert (strict.detect, official.detect) == (1.0, 0.0)
     strict, official = both(dtr(box("chair (red bbox)", BLUE), frame=10), e)
     assert (strict.detect, official.detect) == (0.0, 1.0)
     e = example(objects={"red bbox": {10: RED}})
@@ -85,10 +98,13 @@ def test_b4_one_box_with_every_mention():
     assert (strict.detect, official.detect) == (0.5, 2.0)
 
 
-@pytest.mark.parametrize("centre, theirs",
-                         [("0.0", 1.0), ("0.0,0.0", 1.0), ("0.0,0.0,2.0,9", 1.0), ("0.0,", 0.0)])
+@pytest.mark.parametrize(
+    "centre, theirs", [("0.0", 1.0), ("0.0,0.0", 1.0), ("0.0,0.0,2.0,9", 1.0), ("0.0,", 0.0)]
+)
 def test_b5_centres_with_missing_coordinates(centre, theirs):
-    strict, official = both(dtr(box("chair (red bbox)", centre)), example(objects={"red bbox": RED}))
+    strict, official = both(
+        dtr(box("chair (red bbox)", centre)), example(objects={"red bbox": RED})
+    )
     assert official.detect == theirs and strict == Scores(0.0, 0.0, 0.0, 0.0)
 
 
@@ -106,7 +122,8 @@ def test_b7_camera_motion_in_both_directions():
     hedge = "move_right:0.4,move_left:0.4,rotate_left:30,rotate_right:30,move_up:1"
     strict, official = both(lor(hedge), example("lor", truth))
     assert official.accuracy == 1.0
-    # Three axes: .4 and 30 answered with 0 (r = .4 / .41 and 30 / 30.01), and one that does not move (0).
+    # Three axes: .4 and 30 answered with 0 (r = .4 / .41 and 30 / 30.01), and one that does not
+    # move (0).
     floor = math.exp(-2)
     by_hand = sum((math.exp(-2 * r) - floor) / (1 - floor) for r in (0.4 / 0.41, 30 / 30.01)) / 3
     assert strict.accuracy == pytest.approx(by_hand, abs=1e-12) and strict.accuracy < 0.01
@@ -117,8 +134,9 @@ def test_b7_camera_motion_in_both_directions():
 def test_b8_constant_guesses():
     strict, official = both(lor("0"), example("lor", "2.0"))
     assert official.accuracy == round(math.exp(-4 / 2.01), 2) == 0.14
-    assert strict.accuracy == pytest.approx((math.exp(-4 / 2.01) - math.exp(-2)) / (1 - math.exp(-2)),
-                                            abs=1e-12)
+    assert strict.accuracy == pytest.approx(
+        (math.exp(-4 / 2.01) - math.exp(-2)) / (1 - math.exp(-2)), abs=1e-12
+    )
     assert strict.accuracy < 0.002
     strict, official = both(lor("4.0"), example("lor", "2.0"))
     assert official.accuracy == 0.14 and strict.accuracy < 0.002
@@ -134,13 +152,23 @@ def test_b9_nan():
     assert strict.accuracy == official.accuracy == 0.0
     strict, official = both(lor("2e0"), example("lor", "2.0"))
     assert (strict.accuracy, official.accuracy) == (0.0, 1.0)
-    strict, official = both(dtr(box("chair (red bbox)", "nan,nan,nan")), example(objects={"red bbox": RED}))
+    strict, official = both(
+        dtr(box("chair (red bbox)", "nan,nan,nan")), example(objects={"red bbox": RED})
+    )
     assert (strict.total, official.detect) == (0.0, 0.0)
 
 
-@pytest.mark.parametrize("said, truth",
-                         [("1.5 m", "1.5"), ("150 cm", "1.5"), ("1.5 m.", "1.5"), ("B.", "B"), ("B)", "B"),
-                                         ("B. left", "B")])
+@pytest.mark.parametrize(
+    "said, truth",
+    [
+        ("1.5 m", "1.5"),
+        ("150 cm", "1.5"),
+        ("1.5 m.", "1.5"),
+        ("B.", "B"),
+        ("B)", "B"),
+        ("B. left", "B"),
+    ],
+)
 def test_b10_units_and_trailing_dots(said, truth):
     strict, official = both(lor(said), example("lor", truth))
     assert (strict.accuracy, official.accuracy) == (1.0, 0.0)
@@ -161,7 +189,12 @@ def test_b11_an_answer_with_a_line_break():
     for gap, theirs in ((" ", 1.0), ("\n", 0.0)):
         e = example("lor", "move_right:0.4,rotate_left:30")
         strict, official = both(lor(f"move_right:0.4,{gap}rotate_left:30"), e)
-        assert (strict.accuracy, strict.format, official.accuracy, official.format) == (1.0, 1.0, theirs, 1.0)
+        assert (strict.accuracy, strict.format, official.accuracy, official.format) == (
+            1.0,
+            1.0,
+            theirs,
+            1.0,
+        )
 
 
 def test_b12_format_credit_for_nothing():
@@ -174,7 +207,8 @@ def test_b12_format_credit_for_nothing():
 def test_b13_two_answers():
     strict, official = both(dtr(*ALL) + "<answer>C</answer>", example())
     assert official == pytest.approx((0.2, 0.0, 1.0, 1.0)) and strict == Scores(0.0, 0.0, 0.0, 0.0)
-    strict, official = both(lor("B") + "<answer>C</answer>", example("lor"))  # here they count the tags
+    # here they count the tags
+    strict, official = both(lor("B") + "<answer>C</answer>", example("lor"))
     assert strict == official == Scores(0.0, 0.0, 0.0, 0.0)
 
 
@@ -194,7 +228,8 @@ def test_b15_steps_are_in_absolute_metres_under_both_rules(depth):
 
 
 def test_b16_groups_that_differ_in_detection_only():
-    """Accuracy stands apart in Scores, so that groups are filtered on it: this one teaches nothing."""
+    """Accuracy stands apart in Scores, so that groups are filtered on it: this one teaches
+    nothing."""
     e = example(objects={"red bbox": RED})
     group = [score(dtr(box("chair (red bbox)", (off, 0.0, 2.0))), e) for off in (0, 0.15, 0.25)]
     assert [scores.total for scores in group] == pytest.approx([1.0, 0.98, 0.96])
@@ -224,25 +259,31 @@ def test_official_white_space_and_slashes():
     assert official == Scores(1.0, 1.0, 1.0, 0.0) and strict == Scores(0.0, 0.0, 0.0, 0.0)
     named = {"tv / lamp": RED}
     assert score(dtr(box("tv / lamp", RED)), example(objects=named)).detect == 1.0
-    assert score(dtr(box("tv / lamp", RED)), example(objects=named),
-                 rules="official").detect == 0.0  # reads tv/lamp
+    assert (
+        score(dtr(box("tv / lamp", RED)), example(objects=named), rules="official").detect == 0.0
+    )  # reads tv/lamp
 
 
 def test_official_first_block_and_first_name():
     e = example(objects={"red bbox": RED})
     near, far = box("old red bbox", RED), box("red bbox", GREEN)
-    assert score(dtr(near, far), e, rules="official").detect == 0.5  # the first name with the mention in it
+    # the first name with the mention in it
+    assert score(dtr(near, far), e, rules="official").detect == 0.5
     assert score(dtr(far, near), e, rules="official").detect == 0.0
     for first, second, theirs in ((near, far, 1.0), (far, near, 0.0)):
         response = f"<detect>{first}</detect>{dtr(second)}"
-        assert score(response, e, rules="official").detect == theirs and score(response, e).total == 0.0
+        assert (
+            score(response, e, rules="official").detect == theirs
+            and score(response, e).total == 0.0
+        )
 
 
 def test_official_keys_with_underscores_and_text_truths():
     e = example(objects={"red_bbox": RED})
     assert score(dtr(box("chair (red bbox)", RED)), e, rules="official").detect == 1.0
     assert both(lor("a chair"), example("lor", "a chair"))[1].accuracy == 0.0  # no number
-    assert both(lor("rotate_left:30"), example("lor", "rotate_left:30"))[1].accuracy == 0.0  # no move_
+    # no move_
+    assert both(lor("rotate_left:30"), example("lor", "rotate_left:30"))[1].accuracy == 0.0
     assert score("B", example(), rules="official") == Scores(0.0, 0.0, 0.0, 0.0)
 
 

@@ -9,8 +9,10 @@ from kernels.layers import INTERPRET
 
 CUDA = torch.cuda.is_available() and not INTERPRET
 DEVICE = "cuda" if CUDA else "cpu"
-CALLS = {name: (getattr(layers, name), getattr(layers, "reference_" + name))
-         for name in ("rms_norm", "add_rms_norm", "swiglu", "swiglu_joint", "qk_norm_rope")}  # fmt: skip
+CALLS = {
+    name: (getattr(layers, name), getattr(layers, "reference_" + name))
+    for name in ("rms_norm", "add_rms_norm", "swiglu", "swiglu_joint", "qk_norm_rope")
+}
 
 
 def normal(*shape, seed=0, scale=1.0):
@@ -28,25 +30,43 @@ def norm_inputs(tokens, width, scale=1.0):
 
 
 def rope_inputs(tokens, heads, kv_heads, width, normed):
-    q, k = normal(tokens, heads, width, scale=3.0), normal(tokens, kv_heads, width, seed=1, scale=0.1)
+    q, k = (
+        normal(tokens, heads, width, scale=3.0),
+        normal(tokens, kv_heads, width, seed=1, scale=0.1),
+    )
     weights = (normal(width, seed=2) + 1, normal(width, seed=3) + 1) if normed else ()
     return q, k, *angles(tokens, width), *weights
 
 
 CASES = {
-    **{f"rms_norm {t} x {h}": ("rms_norm", norm_inputs(t, h))
-       for t, h in ((1, 2), (3, 48), (70, 128), (5, 300), (2, 3584))},  # of one the gradient all cancels
+    **{
+        f"rms_norm {t} x {h}": ("rms_norm", norm_inputs(t, h))
+        # of one the gradient all cancels
+        for t, h in ((1, 2), (3, 48), (70, 128), (5, 300), (2, 3584))
+    },
     "rms_norm of tiny and of huge rows": ("rms_norm", norm_inputs(9, 40, 1e-4)),
     "rms_norm of heads": ("rms_norm", (normal(5, 3, 20), normal(20, seed=1))),
-    **{f"add_rms_norm {t} x {h}": ("add_rms_norm", (normal(t, h), normal(t, h, seed=4), normal(h, seed=1)))
-       for t, h in ((1, 1), (7, 48), (33, 129))},
-    **{f"swiglu {t} x {h}": ("swiglu", (normal(t, h, scale=4.0), normal(t, h, seed=1)))
-       for t, h in ((1, 1), (7, 88), (3, 11008))},
-    **{f"swiglu_joint {t} x 2 * {h}": ("swiglu_joint", (normal(t, 2 * h, scale=2.0),))
-       for t, h in ((1, 1), (7, 88), (3, 11008))},
-    **{f"qk_norm_rope {shape}, {normed=}": ("qk_norm_rope", rope_inputs(*shape, normed))
-       for shape in ((1, 4, 2, 20), (19, 7, 1, 32), (9, 3, 3, 128)) for normed in (True, False)},
-}  # fmt: skip
+    **{
+        f"add_rms_norm {t} x {h}": (
+            "add_rms_norm",
+            (normal(t, h), normal(t, h, seed=4), normal(h, seed=1)),
+        )
+        for t, h in ((1, 1), (7, 48), (33, 129))
+    },
+    **{
+        f"swiglu {t} x {h}": ("swiglu", (normal(t, h, scale=4.0), normal(t, h, seed=1)))
+        for t, h in ((1, 1), (7, 88), (3, 11008))
+    },
+    **{
+        f"swiglu_joint {t} x 2 * {h}": ("swiglu_joint", (normal(t, 2 * h, scale=2.0),))
+        for t, h in ((1, 1), (7, 88), (3, 11008))
+    },
+    **{
+        f"qk_norm_rope {shape}, {normed=}": ("qk_norm_rope", rope_inputs(*shape, normed))
+        for shape in ((1, 4, 2, 20), (19, 7, 1, 32), (9, 3, 3, 128))
+        for normed in (True, False)
+    },
+}
 
 
 def run(call, inputs, dtype):
@@ -66,8 +86,8 @@ def run(call, inputs, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("case", CASES)
 def test_equals_truth(case, dtype):
-    """No further from fp64 than the reference in the same dtype is, plus 2e-6 of the largest value; in bf16
-    plus its rounding, 2^-8 (the interpreter cuts instead of rounding: 2^-7)."""
+    """No further from fp64 than the reference in the same dtype is, plus 2e-6 of the largest value;
+    in bf16 plus its rounding, 2^-8 (the interpreter cuts instead of rounding: 2^-7)."""
     name, inputs = CASES[case]
     ours, reference = CALLS[name]
     inputs = [x.to(dtype).double() for x in inputs]
@@ -89,7 +109,9 @@ def test_gradients_by_finite_differences():
 
 def test_a_residual_stream_that_nobody_norms_again():
     """Only one of the two outputs is used: the other's gradient is zero."""
-    x, delta, weight = (t.float().to(DEVICE) for t in (normal(4, 8), normal(4, 8, seed=1), normal(8, seed=2)))
+    x, delta, weight = (
+        t.float().to(DEVICE) for t in (normal(4, 8), normal(4, 8, seed=1), normal(8, seed=2))
+    )
     layers.add_rms_norm(x.requires_grad_(), delta, weight)[0].sum().backward()
     assert torch.equal(x.grad, torch.ones_like(x))
     frozen = x.detach().requires_grad_()
@@ -108,15 +130,19 @@ def test_slices_of_a_joint_projection_and_transposed_gradients():
 
     grads = []
     for call in CALLS["qk_norm_rope"]:
-        q, k = call(*split(joint), cos, sin, torch.ones(8, device=DEVICE), torch.ones(8, device=DEVICE))
-        loss = (q.transpose(0, 1).flatten() * torch.arange(144.0, device=DEVICE)).sum() + k.square().sum()
+        q, k = call(
+            *split(joint), cos, sin, torch.ones(8, device=DEVICE), torch.ones(8, device=DEVICE)
+        )
+        loss = (
+            q.transpose(0, 1).flatten() * torch.arange(144.0, device=DEVICE)
+        ).sum() + k.square().sum()
         grads.append(torch.autograd.grad(loss, joint)[0])
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-4)
 
 
 def test_heads_of_a_vision_tower(monkeypatch):
-    """bf16 queries and keys that are views of one (P, 3, heads, D) tensor, cos and sin in fp32: the kernel
-    reads them where they are, and the result is the fp64 one, rounded."""
+    """bf16 queries and keys that are views of one (P, 3, heads, D) tensor, cos and sin in fp32: the
+    kernel reads them where they are, and the result is the fp64 one, rounded."""
     joint = normal(6, 3, 2, 20).to(DEVICE, torch.bfloat16).requires_grad_()
     cos, sin = (t.float().to(DEVICE) for t in angles(6, 20))
     q, k, _ = joint.unbind(1)
@@ -147,7 +173,8 @@ def test_heads_of_a_vision_tower(monkeypatch):
 
 
 def test_swiglu_of_a_layer_under_checkpointing():
-    """Where gate and up come from linear layers, writing over them in the backward changes nothing else."""
+    """Where gate and up come from linear layers, writing over them in the backward changes nothing
+    else."""
     from torch.utils.checkpoint import checkpoint
 
     gate, up = (torch.nn.Linear(8, 12, device=DEVICE) for _ in range(2))
@@ -177,7 +204,9 @@ def test_keys_and_values_are_written_to_their_places(one, normed, dtype):
     if one:
         q, k, v = torch.cat((q, k, v), 1).split((heads, kv_heads, kv_heads), 1)
     at = torch.tensor(places_of, device=DEVICE)
-    caches = [normal(2, 3 * tokens, kv_heads, places, width, seed=6).to(DEVICE, dtype) for _ in range(2)]
+    caches = [
+        normal(2, 3 * tokens, kv_heads, places, width, seed=6).to(DEVICE, dtype) for _ in range(2)
+    ]
     rows = [cache[:, ::3] for cache in caches]  # a view, rows not contiguous
     before = [cache.clone() for cache in caches]
     arguments = (at, *weights)
@@ -207,7 +236,10 @@ def test_caches_of_two_layouts_are_refused():
         pytest.skip("the reference takes any layout")
     q, cache = torch.zeros(1, 2, 4, device=DEVICE), torch.zeros(1, 2, 5, 4, device=DEVICE)
     with pytest.raises(ValueError, match="equal strides"):
-        other, at = cache.transpose(1, 2).contiguous().transpose(1, 2), torch.zeros(1, dtype=torch.int64)
+        other, at = (
+            cache.transpose(1, 2).contiguous().transpose(1, 2),
+            torch.zeros(1, dtype=torch.int64),
+        )
         layers.qk_norm_rope_write(q, q, q, q[:, 0], q[:, 0], cache, other, at)
 
 
@@ -215,11 +247,15 @@ def test_shapes_that_disagree_are_refused():
     x, cut, narrow = (torch.zeros(*shape, device=DEVICE) for shape in ((3, 8), (2, 8), (3, 4)))
     q, weight = x.view(3, 2, 4), torch.ones(8, device=DEVICE)
     for call, inputs in (
-        (layers.rms_norm, (x, weight[:4])), (layers.rms_norm, (x, weight[:1])),
-        (layers.add_rms_norm, (x, cut, weight)), (layers.add_rms_norm, (x, x, weight[:4])),
-        (layers.swiglu, (x, cut)), (layers.swiglu, (x, x[:1])),
-        (layers.qk_norm_rope, (q, q[:2], narrow, narrow)), (layers.qk_norm_rope, (q, q, narrow, narrow[:1])),
+        (layers.rms_norm, (x, weight[:4])),
+        (layers.rms_norm, (x, weight[:1])),
+        (layers.add_rms_norm, (x, cut, weight)),
+        (layers.add_rms_norm, (x, x, weight[:4])),
+        (layers.swiglu, (x, cut)),
+        (layers.swiglu, (x, x[:1])),
+        (layers.qk_norm_rope, (q, q[:2], narrow, narrow)),
+        (layers.qk_norm_rope, (q, q, narrow, narrow[:1])),
         (layers.qk_norm_rope, (q, q, narrow, narrow, weight[:4], weight)),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match="shapes must agree"):
             call(*inputs)

@@ -43,17 +43,21 @@ def small_tiles(monkeypatch, rows=8, cols=32):
 
 
 def low_logprob(hidden, weight, targets, temperature):
-    """Eager PyTorch in 16 bits, logits widened after the product; its backward rounds dz to 16 bits, too."""
+    """Eager PyTorch in 16 bits, logits widened after the product; its backward rounds dz to 16
+    bits, too."""
     logp_NV = ((hidden @ weight.T).float() / temperature).log_softmax(-1)
     return logp_NV.gather(1, targets[:, None]).squeeze(1), -(logp_NV.exp() * logp_NV).sum(-1)
 
 
 def check_against_truth(inputs, temperature=1.0, tolerance=2e-6, scales=(), rounds=CUDA):
-    """`rounds`: dz to 16 bits, for tensor cores. Then 16-bit gradients are held against eager PyTorch in 16
-    bits, plus what rounding dz and the result may add by chance: 2^-9 of the largest each."""
+    """`rounds`: dz to 16 bits, for tensor cores. Then 16-bit gradients are held against eager
+    PyTorch in 16 bits, plus what rounding dz and the result may add by chance: 2^-9 of the largest
+    each."""
     low = rounds and inputs[0].dtype == torch.bfloat16
     truth = run(
-        reference_linear_logprob, *(x.double() if x.is_floating_point() else x for x in inputs), temperature
+        reference_linear_logprob,
+        *(x.double() if x.is_floating_point() else x for x in inputs),
+        temperature,
     )
     eager, ours = (
         run(reference_linear_logprob, *inputs, temperature),
@@ -79,8 +83,9 @@ def test_equals_truth(n, v, h, dtype, monkeypatch):
     inputs = make(n, v, h, dtype, scale=4.0)
     scales = {}
     if v == 2:
-        # One of two tokens may have nearly all of the probability. Both gradients are multiples of 1 - p
-        # then, which cancels, eager's as well as ours: errors are measured against the terms of 1 and of p.
+        # One of two tokens may have nearly all of the probability. Both gradients are multiples of
+        # 1 - p then, which cancels, eager's as well as ours: errors are measured against the terms
+        # of 1 and of p.
         hidden, weight, _ = inputs
         scales["dhidden"] = weight.abs().max().item() / 0.7
         scales["dweight"] = hidden.abs().max().item() / 0.7
@@ -126,16 +131,24 @@ def test_backends_are_chosen_by_shape(monkeypatch):
     assert module._fused_fits(*make(8, 40, 16, torch.bfloat16)[:2]) == on_triton
     assert not module._fused_fits(*make(300, 40, 16, torch.bfloat16)[:2])
     monkeypatch.setattr(module, "FUSED_ROWS", {16: 2, 32: 8})
-    fits = {(n, h): module._fused_fits(*make(n, 40, h, torch.bfloat16)[:2])
-            for n in (2, 8) for h in (16, 24, 64)}  # fmt: skip
-    assert fits == {k: on_triton and k in ((2, 16), (2, 24), (8, 24)) for k in fits}  # 64: beyond the table
+    fits = {
+        (n, h): module._fused_fits(*make(n, 40, h, torch.bfloat16)[:2])
+        for n in (2, 8)
+        for h in (16, 24, 64)
+    }
+    # 64: beyond the table
+    assert fits == {k: on_triton and k in ((2, 16), (2, 24), (8, 24)) for k in fits}
     assert not module._fused_fits(*make(8, 40, 16, torch.float32)[:2])
     hidden, weight, targets = make(8, 40, 16, torch.bfloat16)
-    shifted = torch.empty(129, dtype=torch.bfloat16)[1:].view(8, 16).copy_(hidden)  # 2 bytes behind a 16th
-    turned = weight.T.contiguous().T  # a copy of all of it would be as large as the workspace, and more
+    # 2 bytes behind a 16th
+    shifted = torch.empty(129, dtype=torch.bfloat16)[1:].view(8, 16).copy_(hidden)
+    # a copy of all of it would be as large as the workspace, and more
+    turned = weight.T.contiguous().T
     for pair in ((shifted, weight), (hidden, turned)):
         assert not module._fused_fits(*pair)
-        for a, b in zip(linear_logprob(*pair, targets), linear_logprob(hidden, weight, targets), strict=True):
+        for a, b in zip(
+            linear_logprob(*pair, targets), linear_logprob(hidden, weight, targets), strict=True
+        ):
             torch.testing.assert_close(a, b)
 
 
@@ -146,7 +159,9 @@ def test_extreme_logits(shift, monkeypatch):
     small_tiles(monkeypatch)
     weight = torch.cat((torch.full((70, 1), shift), torch.arange(70.0)[:, None] % 5), 1)
     targets = torch.arange(12) * 5
-    check_against_truth((torch.ones(12, 2), weight, targets), tolerance=1e-6, scales={"dhidden": 1e4})
+    check_against_truth(
+        (torch.ones(12, 2), weight, targets), tolerance=1e-6, scales={"dhidden": 1e4}
+    )
     spread = torch.linspace(-1e4, 1e4, 70)[:, None]
     logprob, entropy, *grads = run(linear_logprob, torch.ones(12, 1), spread, targets)
     assert all(x.isfinite().all() for x in (logprob, entropy, *grads))
@@ -206,14 +221,21 @@ def test_dtypes_out():
         hidden.requires_grad_(), weight.requires_grad_()
         logprob, entropy = linear_logprob(hidden, weight, targets)
         (logprob + entropy).sum().backward()
-        assert logprob.dtype == entropy.dtype == out and hidden.grad.dtype == weight.grad.dtype == dtype
+        assert (
+            logprob.dtype == entropy.dtype == out
+            and hidden.grad.dtype == weight.grad.dtype == dtype
+        )
 
 
 def test_no_rows():
     hidden, weight, targets = make(0, 5, 4)
     logprob, entropy = linear_logprob(hidden.requires_grad_(), weight.requires_grad_(), targets)
     (logprob.sum() + entropy.sum()).backward()
-    assert logprob.shape == entropy.shape == (0,) and hidden.grad.shape == (0, 4) and (weight.grad == 0).all()
+    assert (
+        logprob.shape == entropy.shape == (0,)
+        and hidden.grad.shape == (0, 4)
+        and (weight.grad == 0).all()
+    )
 
 
 def test_bad_input():
@@ -251,7 +273,8 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_is_bounded(dtype):
-    """Logits would be 247 MB; nothing but dweight (and its fp32 copy) may be larger than the workspace."""
+    """Logits would be 247 MB; nothing but dweight (and its fp32 copy) may be larger than the
+    workspace."""
     hidden, weight, targets = make(5000, 12_345, 4, dtype)
     hidden.requires_grad_()
 
@@ -278,11 +301,14 @@ class OnCuda(torch.Tensor):
 @pytest.mark.parametrize("v", [3, 1200, 151_936])
 @pytest.mark.parametrize("h", [64, 512, 2048, 3584, 4096, 8192])
 def test_workspace_of_any_shape(v, h, cuda, dtype, monkeypatch):
-    """What a walk over the tiles allocates, and casts on its way: on the meta device, so also for CUDA."""
+    """What a walk over the tiles allocates, and casts on its way: on the meta device, so also for
+    CUDA."""
     monkeypatch.setattr(module, "_matmul", lambda a, b, out: out)
     kind = OnCuda if cuda else torch.Tensor
     for n, backward in itertools.product((1, 500, 1 << 20), (False, True)):
-        given = [torch.empty(rows, h, dtype=dtype, device="meta").as_subclass(kind) for rows in (n, v)]
+        given = [
+            torch.empty(rows, h, dtype=dtype, device="meta").as_subclass(kind) for rows in (n, v)
+        ]
         walk = module._Tiles(*given, backward)
         _, chunk = next(walk.chunks())
         _, *tensors = next(walk.tiles(chunk))

@@ -1,4 +1,5 @@
-"""SR-REAL's own rows and LLaVA's: every field arrives, on its object of a rendered room, or is named."""
+"""SR-REAL's own rows and LLaVA's: every field arrives, on its object of a rendered room, or is
+named."""
 
 import json
 
@@ -46,14 +47,24 @@ def one_view(found):
     room, (a, b, *_) = found
     centre = {c: [float(v) for v in room.centre(k, 0)] for c, k in (("red", a), ("blue", b))}
     return {
-        "id": 7, "image": "0.png", "depth": "depth/0.png", "image_hw": [rooms.SIZE[1], rooms.SIZE[0]],
-        "type": "x_oo", "conversations": said(
-            "<image>\nHow far is the a (red bbox <mask>) from b (blue bbox <mask>), red bbox?", "1.5"),
-        "bbox": [pixels(room, a, 0), pixels(room, b, 0)], "mask_idx": 2,
-        "red_bbox": units(room, a, 0), "blue_bbox": units(room, b, 0),
-        "3d_pos": {f"{c}_bbox": {"bbox_2d": [0, 0, 1, 1], "center_cam": xyz, "label": f"{c} thing"}
-                   for c, xyz in centre.items()},
-    }  # fmt: skip
+        "id": 7,
+        "image": "0.png",
+        "depth": "depth/0.png",
+        "image_hw": [rooms.SIZE[1], rooms.SIZE[0]],
+        "type": "x_oo",
+        "conversations": said(
+            "<image>\nHow far is the a (red bbox <mask>) from b (blue bbox <mask>), red bbox?",
+            "1.5",
+        ),
+        "bbox": [pixels(room, a, 0), pixels(room, b, 0)],
+        "mask_idx": 2,
+        "red_bbox": units(room, a, 0),
+        "blue_bbox": units(room, b, 0),
+        "3d_pos": {
+            f"{c}_bbox": {"bbox_2d": [0, 0, 1, 1], "center_cam": xyz, "label": f"{c} thing"}
+            for c, xyz in centre.items()
+        },
+    }
 
 
 def two_views(found):
@@ -61,19 +72,30 @@ def two_views(found):
     room, (a, b, *_) = found
     truth = {}
     for colour, thing, view in (("red", a, 1), ("blue", b, 0)):
-        every = {str(v): {"bbox_2d": [0, 0, 1, 1], "center_cam": room.centre(thing, v).tolist()}
-                 for v in (0, 1)}
-        truth[f"{colour}_bbox"] = {"current_frame": view, "all_frame_3d": every,
-                                   "current_frame_3d": every[str(view)] | {"label": f"the {colour}"}}
+        every = {
+            str(v): {"bbox_2d": [0, 0, 1, 1], "center_cam": room.centre(thing, v).tolist()}
+            for v in (0, 1)
+        }
+        truth[f"{colour}_bbox"] = {
+            "current_frame": view,
+            "all_frame_3d": every,
+            "current_frame_3d": every[str(view)] | {"label": f"the {colour}"},
+        }
     return {
-        "id": "m", "image": ["0.png", "1.png"], "depth": ["depth/0.png", "depth/1.png"],
-        "type": "distance_prediction_oo_mv", "cot": "It is far.",
+        "id": "m",
+        "image": ["0.png", "1.png"],
+        "depth": ["depth/0.png", "depth/1.png"],
+        "type": "distance_prediction_oo_mv",
+        "cot": "It is far.",
         "conversations": said("From a (red bbox <mask>) to b (blue bbox <mask>)?", "2"),
         "bbox": {"0": [pixels(room, b, 0)], "1": [pixels(room, a, 1)]},
         "mask_idx": {"0": [1, 0], "1": [0, 0]},
-        "red_bbox": units(room, a, 1), "blue_bbox": units(room, b, 0), "bbox_img_idx": [[1, 0]],
-        "3d_pos": truth, "main_frame_idx": 1,
-    }  # fmt: skip
+        "red_bbox": units(room, a, 1),
+        "blue_bbox": units(room, b, 0),
+        "bbox_img_idx": [[1, 0]],
+        "3d_pos": truth,
+        "main_frame_idx": 1,
+    }
 
 
 def load(folder, rows, kind="srreal", name="rows.json", **options):
@@ -95,15 +117,25 @@ def test_one_view_dtr(tmp_path, two):
         (e,) = load(tmp_path, [one_view(two)], name=name)
         assert (e.path, e.answer, e.rationale, e.frame) == ("dtr", "1.5", None, None)
         assert (e.task, e.id) == ("x_oo", f"{tmp_path.name}/rows/7#1")
-        assert e.question.startswith("How far is the a (red bbox <mask>)") and e.question.count("<mask>") == 2
+        assert (
+            e.question.startswith("How far is the a (red bbox <mask>)")
+            and e.question.count("<mask>") == 2
+        )
         assert on(room, e.regions[0], a) and on(room, e.regions[1], b)
-        assert np.allclose(e.objects["red bbox"], room.centre(a, 0)) and e.names["blue bbox"] == "blue thing"
+        assert (
+            np.allclose(e.objects["red bbox"], room.centre(a, 0))
+            and e.names["blue bbox"] == "blue thing"
+        )
         with Image.open(e.depths[0]) as depth:
             assert np.array_equal(np.asarray(depth), room.depths[0])
     drawn, plain = np.asarray(e.images[0].convert("RGB")), np.asarray(room.images[0])
     box = zip(one_view(two)["red_bbox"][0], rooms.SIZE * 2, strict=True)
     x0, y0, x1, y1 = (round(v * side / 1000) for v, side in box)
-    assert tuple(drawn[y0 + 2, (x0 + x1) // 2]) == COLOURS["red"] != tuple(drawn[y0 + 8, (x0 + x1) // 2])
+    assert (
+        tuple(drawn[y0 + 2, (x0 + x1) // 2])
+        == COLOURS["red"]
+        != tuple(drawn[y0 + 8, (x0 + x1) // 2])
+    )
     assert {tuple(c) for c in drawn[(drawn != plain).any(-1)]} == {COLOURS["red"], COLOURS["blue"]}
 
 
@@ -111,23 +143,34 @@ def test_several_views_with_a_rationale(tmp_path, two):
     room, (a, b, *_) = two
     pictures(room, tmp_path)
     (e,) = load(tmp_path, [two_views(two)])
-    assert e.frame == 1 and e.rationale == "It is far." and [view for view, _ in e.regions] == [1, 0]
+    assert (
+        e.frame == 1 and e.rationale == "It is far." and [view for view, _ in e.regions] == [1, 0]
+    )
     assert on(room, e.regions[0], a) and on(room, e.regions[1], b)
     for mention, k in (("red bbox", a), ("blue bbox", b)):
         assert all(np.allclose(e.objects[mention][v], room.centre(k, v)) for v in (0, 1))
     text = target(e)
-    assert text.startswith("<detect>After aligning to the reference frame 1, find 2 relevant objects:")
+    assert text.startswith(
+        "<detect>After aligning to the reference frame 1, find 2 relevant objects:"
+    )
     assert "the red (red bbox)" in text
-    red, blue = ((np.asarray(e.images[v].convert("RGB")) != np.asarray(room.images[v])).any(-1)
-                 for v in (1, 0))
-    assert {tuple(c) for c in np.asarray(e.images[1].convert("RGB"))[red]} == {COLOURS["red"]} and blue.any()
+    red, blue = (
+        (np.asarray(e.images[v].convert("RGB")) != np.asarray(room.images[v])).any(-1)
+        for v in (1, 0)
+    )
+    assert {tuple(c) for c in np.asarray(e.images[1].convert("RGB"))[red]} == {
+        COLOURS["red"]
+    } and blue.any()
 
 
 def test_without_a_rationale_only_the_question_sets_the_frame(tmp_path, two):
     pictures(two[0], tmp_path)
     row = {k: v for k, v in two_views(two).items() if k != "cot"}
-    asked = row | {"conversations": said(
-        "In the first image, from a (red bbox <mask>) to b (blue bbox <mask>)?", "2")}
+    asked = row | {
+        "conversations": said(
+            "In the first image, from a (red bbox <mask>) to b (blue bbox <mask>)?", "2"
+        )
+    }
     free, first = load(tmp_path, [row, asked])
     assert free.frame is None and first.frame == 0
 
@@ -142,8 +185,18 @@ def test_what_our_target_writes_is_read_back(tmp_path, two):
     assert again.question == e.question and again.rationale == e.rationale
     assert again.answer == e.answer and again.path == "dtr"
     assert target(again) == target(e) and again.names == e.names and again.regions == e.regions
-    (lor,) = load(tmp_path, [baked | {"conversations": said(baked["conversations"][0]["value"],
-                                                            "<think>near</think>\n<answer>\nB\n</answer>")}])
+    (lor,) = load(
+        tmp_path,
+        [
+            baked
+            | {
+                "conversations": said(
+                    baked["conversations"][0]["value"],
+                    "<think>near</think>\n<answer>\nB\n</answer>",
+                )
+            }
+        ],
+    )
     assert (lor.path, lor.rationale, lor.answer, lor.objects) == ("lor", "near", "B", {})
     assert parse(target(lor), "lor").well_formed
 
@@ -154,8 +207,13 @@ def test_raw_rows_get_their_masks_from_the_marks(tmp_path, two):
     raw = {k: v for k, v in one_view(two).items() if k not in ("bbox", "mask_idx", "3d_pos")}
     raw["conversations"] = said("From (red bbox) to (blue bbox), (red bbox)?", "B")
     (e,) = load(tmp_path, [raw])
-    assert (e.path, e.question) == ("lor", "From (red bbox <mask>) to (blue bbox <mask>), (red bbox <mask>)?")
-    assert [on(room, region, k) for region, k in zip(e.regions, (a, b, a), strict=True)] == [True] * 3
+    assert (e.path, e.question) == (
+        "lor",
+        "From (red bbox <mask>) to (blue bbox <mask>), (red bbox <mask>)?",
+    )
+    assert [on(room, region, k) for region, k in zip(e.regions, (a, b, a), strict=True)] == [
+        True
+    ] * 3
 
 
 def test_relative_depth_of_8_bits_is_left_out_and_said(tmp_path, two, capsys):
@@ -196,24 +254,49 @@ def test_unpacked_webdatasets(tmp_path, two):
         row = {k: v for k, v in one_view(two).items() if k not in ("image", "depth")}
         (tmp_path / "set" / f"{key}.json").write_text(json.dumps(row, indent=1))
     read = data.load([f"srreal:{tmp_path / 'set'}"])
-    assert [e.images[0].source for e in read] == [str(tmp_path / f"set/00000{k}.jpg") for k in (1, 2)]
+    assert [e.images[0].source for e in read] == [
+        str(tmp_path / f"set/00000{k}.jpg") for k in (1, 2)
+    ]
 
 
 BAD = {
     "another size": ({"image_hw": [1, 2]}, "image_hw", "wrong size"),
-    "boxes in 1/1000": ({"bbox": [[900, 900, 990, 990], [1, 2, 300, 400]]}, "bbox",
-                        "not in pixels, or of another object?"),
-    "boxes in fractions": ({"bbox": [[.1, .1, .5, .5]] * 2, "red_bbox": None, "blue_bbox": None}, "regions",
-                           "in fractions"),
-    "too few boxes": ({"bbox": [[1, 2, 30, 40]], "red_bbox": None}, "regions", "<mask> count: 2 for 1"),
-    "a box outside": ({"bbox": [[1, 2, 30, 40], [1, 2, 3000, 40]], "red_bbox": None, "blue_bbox": None},
-                      "regions", "outside its image"),
-    "a torn answer": ({"conversations": said("a <mask>, b <mask>?", "<think>c</think><answer>B")},
-                      "conversations", "an answer with tags, but without <answer>"),
-    "marks in pixels": ({"red_bbox": [[10, 10, 1200, 900]]}, "red_bbox", "outside 0..1000, so in pixels?"),
+    "boxes in 1/1000": (
+        {"bbox": [[900, 900, 990, 990], [1, 2, 300, 400]]},
+        "bbox",
+        "not in pixels, or of another object?",
+    ),
+    "boxes in fractions": (
+        {"bbox": [[0.1, 0.1, 0.5, 0.5]] * 2, "red_bbox": None, "blue_bbox": None},
+        "regions",
+        "in fractions",
+    ),
+    "too few boxes": (
+        {"bbox": [[1, 2, 30, 40]], "red_bbox": None},
+        "regions",
+        "<mask> count: 2 for 1",
+    ),
+    "a box outside": (
+        {"bbox": [[1, 2, 30, 40], [1, 2, 3000, 40]], "red_bbox": None, "blue_bbox": None},
+        "regions",
+        "outside its image",
+    ),
+    "a torn answer": (
+        {"conversations": said("a <mask>, b <mask>?", "<think>c</think><answer>B")},
+        "conversations",
+        "an answer with tags, but without <answer>",
+    ),
+    "marks in pixels": (
+        {"red_bbox": [[10, 10, 1200, 900]]},
+        "red_bbox",
+        "outside 0..1000, so in pixels?",
+    ),
     "a centre of two": ({"3d_pos": {"red_bbox": {"center_cam": [1, 2]}}}, "objects", "not finite"),
-    "a centre in millimetres": ({"3d_pos": {"red_bbox": {"center_cam": [100, 200, 2500]}}}, "objects",
-                                "farther than 1000 m"),
+    "a centre in millimetres": (
+        {"3d_pos": {"red_bbox": {"center_cam": [100, 200, 2500]}}},
+        "objects",
+        "farther than 1000 m",
+    ),
     "no centre": ({"3d_pos": {"red_bbox": {}}}, "3d_pos", "wrong type or value: red_bbox"),
     "no image": ({"image": None}, "image", "missing"),
     "a missing image": ({"image": "gone.png"}, "image", "missing file"),
@@ -221,17 +304,33 @@ BAD = {
     "the model first": ({"conversations": said("a", "b")[::-1]}, "conversations", "wrong order"),
     "a conversation that is text": ({"conversations": "a"}, "conversations", "wrong type"),
     "a frame that is no number": (
-        {"main_frame_idx": "x", "cot": "c", "image": ["0.png", "1.png"], "depth": None, "bbox": None,
-         "red_bbox": None, "blue_bbox": None, "conversations": said("Where?", "B")}, "main_frame_idx",
-        "wrong type or value: 'x'"),
-    "a mark of no known view": ({"image": ["0.png", "1.png"], "depth": None}, "bbox_img_idx",
-                                "in which of 2 images is red_bbox?"),
-    "boxes of no known view": ({"image": ["0.png", "1.png"], "depth": None, "red_bbox": None,
-                                "blue_bbox": None}, "bbox", "in which of 2 images?"),
+        {
+            "main_frame_idx": "x",
+            "cot": "c",
+            "image": ["0.png", "1.png"],
+            "depth": None,
+            "bbox": None,
+            "red_bbox": None,
+            "blue_bbox": None,
+            "conversations": said("Where?", "B"),
+        },
+        "main_frame_idx",
+        "wrong type or value: 'x'",
+    ),
+    "a mark of no known view": (
+        {"image": ["0.png", "1.png"], "depth": None},
+        "bbox_img_idx",
+        "in which of 2 images is red_bbox?",
+    ),
+    "boxes of no known view": (
+        {"image": ["0.png", "1.png"], "depth": None, "red_bbox": None, "blue_bbox": None},
+        "bbox",
+        "in which of 2 images?",
+    ),
     "a place that is no number": ({"mask_idx": {"a": [0, 0]}}, "mask_idx", "wrong type or value"),
     "an empty list of images": ({"image": [], "depth": None}, "image", "no image"),
     "too many depths": ({"depth": ["depth/0.png"] * 2}, "depth", "wrong count"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
@@ -244,7 +343,10 @@ def test_every_bad_row_is_named(tmp_path, two, name, capsys):
     assert sorted(found) == list(range(2, len(BAD) + 2))
     assert {file for file, *_ in error.value.rows} == {str(tmp_path / name)}
     for number, (kind, (_, field, start)) in enumerate(BAD.items(), 2):
-        assert found[number][0] == field and found[number][1].startswith(start), (kind, found[number])
+        assert found[number][0] == field and found[number][1].startswith(start), (
+            kind,
+            found[number],
+        )
     assert len(load(tmp_path, rows, name=name, skip_bad_rows=True)) == 1
     assert f"skipped {len(BAD)} of {len(BAD) + 1} rows" in capsys.readouterr().out
 
@@ -256,7 +358,8 @@ def test_places_that_mask_idx_gives_have_to_exist(tmp_path, two):
 
 
 def test_a_mark_of_another_view_than_its_box_is_named(tmp_path, two):
-    """As where no type tells whose views bbox_img_idx lists: the mark would be drawn into the wrong image."""
+    """As where no type tells whose views bbox_img_idx lists: the mark would be drawn into the wrong
+    image."""
     pictures(two[0], tmp_path)
     same = units(two[0], two[1][0], 1)
     row = two_views(two) | {"bbox_img_idx": [[0, 1]], "red_bbox": same, "blue_bbox": same}
@@ -276,8 +379,12 @@ def test_a_row_s_own_frames_place_its_marks_where_no_task_does(tmp_path, two):
 def test_equal_file_names_of_two_sets_are_told_apart(tmp_path, two):
     for name in ("one", "two"):
         pictures(two[0], tmp_path / name / "data")
-        load(tmp_path / name / "data", [{"id": 1, "image": "0.png", "conversations": said("Hi", "Ho")}],
-             "llava", "train.json")
+        load(
+            tmp_path / name / "data",
+            [{"id": 1, "image": "0.png", "conversations": said("Hi", "Ho")}],
+            "llava",
+            "train.json",
+        )
     read = data.load([f"llava:{tmp_path / name}/data/train.json" for name in ("one", "two")])
     assert [e.id for e in read] == ["one/data/train/1#1", "two/data/train/1#1"]
 
@@ -297,17 +404,21 @@ def test_a_torn_array_keeps_what_stands_before_the_tear(tmp_path, two, capsys):
 def test_turns_and_captions(tmp_path, two):
     pictures(two[0], tmp_path / "images")
     turns = said("<image>\nWhat is it?", "A room.") + said("Really?", "Yes.")
-    rows = [{"id": "a", "image": "0.png", "conversations": turns},
-            {"image": ["0.png", "1.png"], "conversations": said("<image> and <image>: equal?", "No.")}]
+    rows = [
+        {"id": "a", "image": "0.png", "conversations": turns},
+        {"image": ["0.png", "1.png"], "conversations": said("<image> and <image>: equal?", "No.")},
+    ]
     (tmp_path / "chat.json").write_text(json.dumps(rows))
     read = data.load([f"llava:{tmp_path / 'chat.json'}@{tmp_path / 'images'}"])
     assert [(e.id, e.path, e.question, e.answer) for e in read] == [
         (f"{tmp_path.name}/chat/a#1/0", "direct", "What is it?", "A room."),
         (f"{tmp_path.name}/chat/a#1/1", "direct", "Really?", "Yes."),
-        (f"{tmp_path.name}/chat/#2", "direct", "<image> and <image>: equal?", "No.")]
+        (f"{tmp_path.name}/chat/#2", "direct", "<image> and <image>: equal?", "No."),
+    ]
     assert read[0].images == [str(tmp_path / "images/0.png")] and len(read[2].images) == 2
     with pytest.raises(data.BadRows, match=f"missing file: {tmp_path}/0.png .kind:path@image_root"):
-        data.load([tmp_path / "chat.json"])                         # recognised; but its images aren't there
+        # recognised; but its images aren't there
+        data.load([tmp_path / "chat.json"])
     (tmp_path / "chat.json").write_text(json.dumps([{"conversations": said("Hi", "Hello")}]))
     with pytest.raises(data.BadRows, match="chat.json:1: image: missing"):
         data.load([tmp_path / "chat.json"])
@@ -338,7 +449,8 @@ def packed(counts):
 
 
 def test_run_lengths(two):
-    assert packed([6, 1, 40, 4, 5, 4, 5, 4, 21]) == "61X13mN000`0"       # the example of COCO's own mask API
+    # the example of COCO's own mask API
+    assert packed([6, 1, 40, 4, 5, 4, 5, 4, 21]) == "61X13mN000`0"
     room, (a, *_) = two
     mask = room.owners[0] == a
     for counts in (counts_of(mask), packed(counts_of(mask))):
@@ -355,7 +467,9 @@ def test_masks_and_polygons_in_srreal_s_rows(tmp_path, two):
     outlines = [[[10, 10, 50, 10, 50, 40, 10, 40]]] * 2
     row = one_view(two) | {"bbox": None}
     e, polygon = load(tmp_path, [row | {"rle": codes}, row | {"segmentation": outlines}])
-    assert all(np.array_equal(found, mask) for (_, found), mask in zip(e.regions, masks, strict=True))
+    assert all(
+        np.array_equal(found, mask) for (_, found), mask in zip(e.regions, masks, strict=True)
+    )
     assert polygon.regions[1][1].sum() == 41 * 31 and e.path == "dtr"
 
 
@@ -364,17 +478,24 @@ def test_masks_and_polygons_as_regions(tmp_path, two):
     pictures(room, tmp_path)
     mask = room.owners[0] == a
     base = {"image": "0.png", "conversations": said("What is <mask>?", "It.")}
-    rows = [base | {"rle": [{"size": list(mask.shape), "counts": packed(counts_of(mask))}]},
-            base | {"segmentation": [[[10, 10, 50, 10, 50, 40, 10, 40]]]}, base | {"bbox": [[1, 2, 30, 40]]}]
+    rows = [
+        base | {"rle": [{"size": list(mask.shape), "counts": packed(counts_of(mask))}]},
+        base | {"segmentation": [[[10, 10, 50, 10, 50, 40, 10, 40]]]},
+        base | {"bbox": [[1, 2, 30, 40]]},
+    ]
     e, polygon, box = load(tmp_path, rows, "llava")
     assert np.array_equal(e.regions[0][1], mask) and box.regions == [(0, (1, 2, 30, 40))]
     assert polygon.regions[0][1].sum() == 41 * 31 and polygon.regions[0][1][10, 50]
     both = {"image": ["0.png", "1.png"], "conversations": said("<mask>, then <mask>?", "It.")}
     views = {"bbox": {"0": [[1, 2, 30, 40]], "1": [[5, 6, 70, 80]]}}
-    placed, listed = load(tmp_path, [both | views | {"mask_idx": {"0": [1, 0], "1": [0, 0]}}, both | views],
-                          "llava")
+    placed, listed = load(
+        tmp_path, [both | views | {"mask_idx": {"0": [1, 0], "1": [0, 0]}}, both | views], "llava"
+    )
     assert placed.regions == [(1, (5, 6, 70, 80)), (0, (1, 2, 30, 40))] == listed.regions[::-1]
-    for region in ({"bbox": [[1, 2, 30, 40]] * 2}, {"segmentation": [[[10, 10, 50, 10, 50, 40]]] * 2}):
+    for region in (
+        {"bbox": [[1, 2, 30, 40]] * 2},
+        {"segmentation": [[[10, 10, 50, 10, 50, 40]]] * 2},
+    ):
         with pytest.raises(data.BadRows, match="1: (bbox|segmentation): in which of 2 images"):
             load(tmp_path, [both | region], "llava")
     with pytest.raises(data.BadRows, match="bbox: no such image: 2 of 2"):

@@ -1,4 +1,5 @@
 """LoRA: silent at first, exactly mergeable, exactly removable, and nothing else learns."""
+
 import copy
 
 import pytest
@@ -39,7 +40,11 @@ def weights(model):
 
 
 def test_silent_at_the_start_and_base_when_off(checkpoint):
-    base, model, batch = QwenVL.from_pretrained(checkpoint), QwenVL.from_pretrained(checkpoint), inputs()
+    base, model, batch = (
+        QwenVL.from_pretrained(checkpoint),
+        QwenVL.from_pretrained(checkpoint),
+        inputs(),
+    )
     attach(model, 3)
     assert torch.equal(model.logits(**batch), base.logits(**batch))
     stirred(model)
@@ -56,13 +61,20 @@ def test_every_projection_of_the_decoder_and_nothing_else(checkpoint):
     attach(model, 2)
     assert len(adapters(model)) == 7 * len(base.decoder.layers)
     new = {n for n, _ in model.named_parameters()} - {n for n, _ in base.named_parameters()}
-    assert new == {f"decoder.layers.{i}.{'mlp' if p in PROJECTIONS[4:] else 'self_attn'}.{p}.lora_{x}"
-                   for i in range(len(base.decoder.layers)) for p in PROJECTIONS for x in "ab"}
+    assert new == {
+        f"decoder.layers.{i}.{'mlp' if p in PROJECTIONS[4:] else 'self_attn'}.{p}.lora_{x}"
+        for i in range(len(base.decoder.layers))
+        for p in PROJECTIONS
+        for x in "ab"
+    }
     learns = {n for n, p in model.named_parameters() if p.requires_grad}
     other = ("vision.", "region.", "points.", "head3d.")
     assert learns == new | {n for n, _ in base.named_parameters() if n.startswith(other)}
     for one in adapters(model):
-        assert one.lora_a.shape == (2, one.weight.shape[1]) and one.lora_b.shape == (one.weight.shape[0], 2)
+        assert one.lora_a.shape == (2, one.weight.shape[1]) and one.lora_b.shape == (
+            one.weight.shape[0],
+            2,
+        )
 
 
 def test_only_the_adapters_move_in_a_step_and_merging_changes_nothing(checkpoint):
@@ -107,12 +119,20 @@ def test_gradients_equal_those_of_the_whole_weight(checkpoint):
         logits_with_gradient(m, batch).log_softmax(-1)[..., 7].mean().backward()
     for one, linear in zip(adapters(model), linears(plain), strict=True):
         gradient = linear.weight.grad
-        torch.testing.assert_close(one.lora_b.grad, SCALE * gradient @ one.lora_a.T, atol=1e-12, rtol=1e-6)
-        torch.testing.assert_close(one.lora_a.grad, SCALE * one.lora_b.T @ gradient, atol=1e-12, rtol=1e-6)
+        torch.testing.assert_close(
+            one.lora_b.grad, SCALE * gradient @ one.lora_a.T, atol=1e-12, rtol=1e-6
+        )
+        torch.testing.assert_close(
+            one.lora_a.grad, SCALE * one.lora_b.T @ gradient, atol=1e-12, rtol=1e-6
+        )
 
 
 def linears(model):
-    return [module for name, module in model.decoder.layers.named_modules() if name.endswith(PROJECTIONS)]
+    return [
+        module
+        for name, module in model.decoder.layers.named_modules()
+        if name.endswith(PROJECTIONS)
+    ]
 
 
 def test_transformers_loads_the_merged_checkpoint(checkpoint, tmp_path):
@@ -130,7 +150,9 @@ def test_transformers_loads_the_merged_checkpoint(checkpoint, tmp_path):
 
 
 def test_the_state_comes_back_by_full_names(checkpoint):
-    """As trainer/ stores it: masters and moments of the adapters alone, onto the base checkpoint."""
+    """As trainer/ stores it: masters and moments of the adapters alone, onto the base
+    checkpoint."""
+
     def fresh():
         model = QwenVL.from_pretrained(checkpoint)
         model.requires_grad_(False)
@@ -142,6 +164,7 @@ def test_the_state_comes_back_by_full_names(checkpoint):
         logits_with_gradient(model, batch)[..., 3].mean().backward()
         optimizer.step(1e-2, 1.0, 0.0, "step")
     from optim import KINDS
+
     state = {kind: {n: t.clone() for n, t in optimizer.state(kind)} for kind in KINDS}
     assert all(".lora_" in name for kind in KINDS for name in state[kind])
     again, other = fresh()
@@ -200,8 +223,9 @@ def test_generate_samples_from_the_adapted_model(tmp_path):
     model, changed = QwenVL.from_pretrained(tmp_path), QwenVL.from_pretrained(tmp_path)
     base = generate(model, processor, examples, n=2, max_new_tokens=16, seed=3)
     attach(model, 4)
-    assert [r.tokens for r in generate(model, processor, examples, n=2, max_new_tokens=16, seed=3)[0]] == [
-        r.tokens for r in base[0]]
+    assert [
+        r.tokens for r in generate(model, processor, examples, n=2, max_new_tokens=16, seed=3)[0]
+    ] == [r.tokens for r in base[0]]
     stirred(model)
     with torch.no_grad():
         for one, linear in zip(adapters(model), linears(changed), strict=True):
@@ -209,6 +233,9 @@ def test_generate_samples_from_the_adapted_model(tmp_path):
             linear.weight.copy_(add_adapter(one.weight, one.lora_a, one.lora_b))
     apart = generate(model, processor, examples, n=2, max_new_tokens=16, seed=3)
     wanted = generate(changed, processor, examples, n=2, max_new_tokens=16, seed=3)
-    assert max(abs(a - b) for a, b in zip(wanted[0][0].logprobs, base[0][0].logprobs, strict=True)) > 0.02
+    assert (
+        max(abs(a - b) for a, b in zip(wanted[0][0].logprobs, base[0][0].logprobs, strict=True))
+        > 0.02
+    )
     assert [r.tokens for r in apart[0]] == [r.tokens for r in wanted[0]]
     assert apart[0][0].logprobs == pytest.approx(wanted[0][0].logprobs, abs=1e-4)

@@ -1,5 +1,5 @@
-"""The model against transformers: logits, names and shapes of every published size, checkpoints there and
-back.
+"""The model against transformers: logits, names and shapes of every published size, checkpoints
+there and back.
 """
 
 import json
@@ -24,44 +24,103 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="a GPU's kernels and attention")
 
 IDS = dict(
-    image_token_id=151655, video_token_id=151656, vision_start_token_id=151652, vision_end_token_id=151653
+    image_token_id=151655,
+    video_token_id=151656,
+    vision_start_token_id=151652,
+    vision_end_token_id=151653,
 )
 
 
 def published() -> dict[str, dict]:
-    """The config.json of each dense size, as published: Qwen2-VL and Qwen2.5-VL flat, Qwen3-VL nested."""
+    """The config.json of each dense size, as published: Qwen2-VL and Qwen2.5-VL flat, Qwen3-VL
+    nested."""
     rope = {"type": "mrope", "mrope_section": [16, 24, 24]}
 
     def qwen2(hidden, inner, layers, heads, kv, vocab, tied):
-        return dict(hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
-                    num_attention_heads=heads, num_key_value_heads=kv, vocab_size=vocab,
-                    tie_word_embeddings=tied, rope_scaling=rope, rope_theta=1e6, rms_norm_eps=1e-6,
-                    use_sliding_window=False, **IDS)  # fmt: skip
+        return dict(
+            hidden_size=hidden,
+            intermediate_size=inner,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv,
+            vocab_size=vocab,
+            tie_word_embeddings=tied,
+            rope_scaling=rope,
+            rope_theta=1e6,
+            rms_norm_eps=1e-6,
+            use_sliding_window=False,
+            **IDS,
+        )
 
     def vision2(hidden):
-        return dict(depth=32, embed_dim=1280, mlp_ratio=4, num_heads=16, in_chans=3, hidden_size=hidden,
-                    patch_size=14, spatial_merge_size=2, spatial_patch_size=14,
-                    temporal_patch_size=2)  # fmt: skip
+        return dict(
+            depth=32,
+            embed_dim=1280,
+            mlp_ratio=4,
+            num_heads=16,
+            in_chans=3,
+            hidden_size=hidden,
+            patch_size=14,
+            spatial_merge_size=2,
+            spatial_patch_size=14,
+            temporal_patch_size=2,
+        )
 
     def vision25(out):
-        return dict(depth=32, hidden_act="silu", hidden_size=1280, intermediate_size=3420, num_heads=16,
-                    in_chans=3, out_hidden_size=out, patch_size=14, spatial_merge_size=2, window_size=112,
-                    fullatt_block_indexes=[7, 15, 23, 31], tokens_per_second=2,
-                    temporal_patch_size=2)  # fmt: skip
+        return dict(
+            depth=32,
+            hidden_act="silu",
+            hidden_size=1280,
+            intermediate_size=3420,
+            num_heads=16,
+            in_chans=3,
+            out_hidden_size=out,
+            patch_size=14,
+            spatial_merge_size=2,
+            window_size=112,
+            fullatt_block_indexes=[7, 15, 23, 31],
+            tokens_per_second=2,
+            temporal_patch_size=2,
+        )
 
     def qwen3(hidden, inner, layers, heads, tied, vision):
         rope = dict(mrope_interleaved=True, mrope_section=[24, 20, 20], rope_type="default")
-        text = dict(model_type="qwen3_vl_text", hidden_size=hidden, intermediate_size=inner,
-                    num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=8, head_dim=128,
-                    vocab_size=151936, rms_norm_eps=1e-6, rope_theta=5e6, rope_scaling=rope,
-                    attention_bias=False, tie_word_embeddings=tied)  # fmt: skip
+        text = dict(
+            model_type="qwen3_vl_text",
+            hidden_size=hidden,
+            intermediate_size=inner,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=8,
+            head_dim=128,
+            vocab_size=151936,
+            rms_norm_eps=1e-6,
+            rope_theta=5e6,
+            rope_scaling=rope,
+            attention_bias=False,
+            tie_word_embeddings=tied,
+        )
         depth, width, mlp, deep = vision
-        tower = dict(model_type="qwen3_vl", depth=depth, hidden_size=width, intermediate_size=mlp,
-                     num_heads=16, patch_size=16, hidden_act="gelu_pytorch_tanh", out_hidden_size=hidden,
-                     deepstack_visual_indexes=deep, num_position_embeddings=2304, spatial_merge_size=2,
-                     temporal_patch_size=2)  # fmt: skip
+        tower = dict(
+            model_type="qwen3_vl",
+            depth=depth,
+            hidden_size=width,
+            intermediate_size=mlp,
+            num_heads=16,
+            patch_size=16,
+            hidden_act="gelu_pytorch_tanh",
+            out_hidden_size=hidden,
+            deepstack_visual_indexes=deep,
+            num_position_embeddings=2304,
+            spatial_merge_size=2,
+            temporal_patch_size=2,
+        )
         return dict(
-            model_type="qwen3_vl", text_config=text, vision_config=tower, tie_word_embeddings=tied, **IDS
+            model_type="qwen3_vl",
+            text_config=text,
+            vision_config=tower,
+            tie_word_embeddings=tied,
+            **IDS,
         )
 
     small, large = (24, 1024, 4096, [5, 11, 17]), (27, 1152, 4304, [8, 16, 24])
@@ -81,8 +140,15 @@ def published() -> dict[str, dict]:
 
 
 # Billions of parameters as the published safetensors indices count them (tied heads once).
-BILLIONS = {"Qwen2-VL-2B": 2.209, "Qwen2-VL-7B": 8.291, "Qwen2.5-VL-3B": 3.755, "Qwen2.5-VL-7B": 8.292,
-            "Qwen3-VL-2B": 2.128, "Qwen3-VL-4B": 4.438, "Qwen3-VL-8B": 8.767}  # fmt: skip
+BILLIONS = {
+    "Qwen2-VL-2B": 2.209,
+    "Qwen2-VL-7B": 8.291,
+    "Qwen2.5-VL-3B": 3.755,
+    "Qwen2.5-VL-7B": 8.292,
+    "Qwen3-VL-2B": 2.128,
+    "Qwen3-VL-4B": 4.438,
+    "Qwen3-VL-8B": 8.767,
+}
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -96,7 +162,9 @@ def test_logits_equal_transformers(family, side, tmp_path):
     assert ours.shape == theirs.shape
     assert (ours - theirs)[keep].abs().max() < 1e-4
     text = dict(input_ids=torch.tensor([[5, 6, 7, 8]]))
-    assert (load(str(tmp_path)).logits(**text) - reference_logits(reference, text)).abs().max() < 1e-4
+    assert (
+        load(str(tmp_path)).logits(**text) - reference_logits(reference, text)
+    ).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("name", list(published()))
@@ -107,7 +175,9 @@ def test_published_sizes(name, tmp_path):
         ours, theirs = QwenVL(config), AutoModelForImageTextToText.from_config(config)
     shapes = {rename(n): tuple(p.shape) for n, p in theirs.named_parameters()}
     spatial = ("region.", "points.", "head3d.")
-    assert {n: tuple(p.shape) for n, p in ours.named_parameters() if not n.startswith(spatial)} == shapes
+    assert {
+        n: tuple(p.shape) for n, p in ours.named_parameters() if not n.startswith(spatial)
+    } == shapes
     count = sum(p.numel() for n, p in ours.named_parameters() if not n.startswith(spatial))
     assert round(count / 1e9, 3) == BILLIONS[name]
 
@@ -123,7 +193,9 @@ def test_round_trip_through_transformers(family, layout, tmp_path):
     weights = load_file(tmp_path / "a/model.safetensors")
     names = {n: _swap(rename(n), layout) for n in weights}
     save_file(
-        {names[n]: t for n, t in weights.items()}, tmp_path / "a/model.safetensors", metadata={"format": "pt"}
+        {names[n]: t for n, t in weights.items()},
+        tmp_path / "a/model.safetensors",
+        metadata={"format": "pt"},
     )
     (tmp_path / "a/NOTICE.txt").write_text("kept")
 
@@ -139,7 +211,10 @@ def test_round_trip_through_transformers(family, layout, tmp_path):
     }
     assert (tmp_path / "b/NOTICE.txt").read_text() == "kept"
 
-    theirs, ours = AutoModelForImageTextToText.from_pretrained(tmp_path / "b"), load(str(tmp_path / "b"))
+    theirs, ours = (
+        AutoModelForImageTextToText.from_pretrained(tmp_path / "b"),
+        load(str(tmp_path / "b")),
+    )
     assert torch.equal(theirs.model.language_model.norm.weight, ours.decoder.norm.weight)
     for (n, p), (m, q) in zip(model.named_parameters(), ours.named_parameters(), strict=True):
         assert n == m and torch.equal(p, q), n
@@ -169,7 +244,9 @@ def test_sharded(tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "b")
     assert (tmp_path / "b/model.safetensors.index.json").is_file()
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "b")
-    for (name, p), (_, q) in zip(reference.named_parameters(), again.named_parameters(), strict=True):
+    for (name, p), (_, q) in zip(
+        reference.named_parameters(), again.named_parameters(), strict=True
+    ):
         assert torch.equal(p, q), name
 
 
@@ -223,7 +300,9 @@ def test_saving_keeps_what_others_put_there_and_refuses_other_directories(tmp_pa
     (tmp_path / "link").symlink_to("b")
     model.save_pretrained(tmp_path / "link")
     assert (tmp_path / "link").is_symlink() and (b / "latest").is_symlink()
-    assert (b / "notes.md").read_text() == "mine" and (b / "latest/deep/loss.txt").read_text() == "1.5"
+    assert (b / "notes.md").read_text() == "mine" and (
+        b / "latest/deep/loss.txt"
+    ).read_text() == "1.5"
     ours = {p.name for p in b.iterdir()} - {"logs", "notes.md", "latest", "dangling"}
     model.save_pretrained(tmp_path / "fresh")
     assert ours == {p.name for p in (tmp_path / "fresh").iterdir()} and "model.safetensors" in ours
@@ -292,7 +371,9 @@ def test_errors_are_one_line_and_name_the_culprit(tmp_path):
     first = next(iter(load_file(tmp_path / "a" / shard)))
     ours = rename(first)
     assert shard in broken(lambda path: (path / shard).unlink())
-    assert shard in broken(lambda path: (path / shard).write_bytes((path / shard).read_bytes()[:500]))
+    assert shard in broken(
+        lambda path: (path / shard).write_bytes((path / shard).read_bytes()[:500])
+    )
     assert f"lacks {on_disk(ours)}" in broken(lambda path: edit(path, **{first: None}))
     assert "unknown tensor extra.weight" in broken(
         lambda path: edit(path, **{"extra.weight": torch.zeros(2)})
@@ -309,9 +390,18 @@ def test_errors_are_one_line_and_name_the_culprit(tmp_path):
         save_file(weights, path / places[norm])
 
     assert f"lacks {norm}" in broken(without_norm)
-    for text in ("", '{"weight_map": {"a', "[]", "{}", '{"weight_map": null}', '{"weight_map": []}'):
+    for text in (
+        "",
+        '{"weight_map": {"a',
+        "[]",
+        "{}",
+        '{"weight_map": null}',
+        '{"weight_map": []}',
+    ):
         assert index in broken(lambda path, text=text: (path / index).write_text(text))
-    assert "llama" in broken(lambda path: (path / "config.json").write_text('{"model_type": "llama"}'))
+    assert "llama" in broken(
+        lambda path: (path / "config.json").write_text('{"model_type": "llama"}')
+    )
     assert "config.json" in broken(lambda path: (path / "config.json").unlink())
     with pytest.raises(CheckpointError, match="no such directory"):
         load(str(tmp_path / "nowhere"))
@@ -392,17 +482,23 @@ def test_regions_that_share_patches_sum_their_gradients_in_fp32():
 @needs_cuda
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_pass_on_a_gpu_equals_that_of_a_cpu(family):
-    """A group behind its prompt, with image, depth and regions: log-probs and the gradient in bf16."""
+    """A group behind its prompt, with image, depth and regions: log-probs and the gradient in
+    bf16."""
     folder = checkpoint(family)
     processor = Processor.from_pretrained(folder)
     pixels = torch.randint(256, (64, 96, 3), generator=torch.Generator().manual_seed(0))
     image = Image.fromarray(pixels.to(torch.uint8).numpy())
     depth = 1 + torch.rand(64, 96, generator=torch.Generator().manual_seed(1)).numpy()
     example = Example(
-        "0", "lor", [image], "Is <mask> behind <mask>?", "a",
+        "0",
+        "lor",
+        [image],
+        "Is <mask> behind <mask>?",
+        "a",
         regions=[(0, (4, 4, 40, 50)), (0, (0, 0, 96, 64))],
-        depths=[depth], intrinsics=[(90.0, 90.0, 48.0, 32.0)],
-    )  # fmt: skip
+        depths=[depth],
+        intrinsics=[(90.0, 90.0, 48.0, 32.0)],
+    )
     batch = processor([example], [[list(range(40, 40 + n)) for n in (9, 1, 12)]])
     found = []
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
@@ -411,7 +507,9 @@ def test_a_pass_on_a_gpu_equals_that_of_a_cpu(family):
         images = DeviceImages(device)
         output = model(batch.to(device, images))
         output.logprob.sum().backward()
-        norm = torch.stack([p.grad.float().norm() for p in model.parameters() if p.grad is not None]).norm()
+        norm = torch.stack(
+            [p.grad.float().norm() for p in model.parameters() if p.grad is not None]
+        ).norm()
         found.append((output.logprob.detach().cpu(), output.centres.detach().cpu(), norm.cpu()))
     (logprob, centres, norm), (ours, our_centres, our_norm) = found
     assert (logprob - ours).abs().max() < 0.05 and (centres - our_centres).abs().max() < 0.05
@@ -419,23 +517,30 @@ def test_a_pass_on_a_gpu_equals_that_of_a_cpu(family):
 
 
 def test_gradients_of_region_token_and_head_reach_the_patches(tmp_path):
-    """Of the patches of its region and of no other; the token by its weights, the head by differences."""
+    """Of the patches of its region and of no other; the token by its weights, the head by
+    differences."""
     make("qwen3_vl").save_pretrained(tmp_path)
     model = load(str(tmp_path)).double()
     features = torch.randn(9, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     features.requires_grad_()
-    patch, weight = torch.tensor([0, 3, 3, 7]), torch.tensor([0.25, 0.75, 0.5, 0.5], dtype=torch.float64)
+    patch, weight = (
+        torch.tensor([0, 3, 3, 7]),
+        torch.tensor([0.25, 0.75, 0.5, 0.5], dtype=torch.float64),
+    )
     region, truth = torch.tensor([0, 0, 1, 1]), torch.tensor([[0.1, 0.2, 2.0], [torch.nan] * 3])
 
     def loss(features, owner=slice(None)):
         tokens = model.region(features, region, patch, weight, 2)
         centres, sizes = model.head3d(tokens)
-        return tokens[owner].square().sum(), head_loss(centres, sizes, truth, torch.full((2, 3), torch.nan))
+        return tokens[owner].square().sum(), head_loss(
+            centres, sizes, truth, torch.full((2, 3), torch.nan)
+        )
 
     for owner, seen in ((0, [0, 3]), (1, [3, 7])):
         (grad,) = torch.autograd.grad(loss(features, owner)[0], features)
         assert grad.abs().sum(1).nonzero()[:, 0].tolist() == seen
-    (grad,) = torch.autograd.grad(loss(features)[1], features)  # only the first region's centre is known
+    # only the first region's centre is known
+    (grad,) = torch.autograd.grad(loss(features)[1], features)
     assert grad.abs().sum(1).nonzero()[:, 0].tolist() == [0, 3]
     with torch.no_grad():
         bump = torch.zeros_like(features)
@@ -445,7 +550,8 @@ def test_gradients_of_region_token_and_head_reach_the_patches(tmp_path):
 
 
 def test_head_loss_in_closed_form():
-    """Smooth-L1 with its bend at 0.1 m: d^2 / 0.2 below, d - 0.05 above; rows of NaN count for nothing."""
+    """Smooth-L1 with its bend at 0.1 m: d^2 / 0.2 below, d - 0.05 above; rows of NaN count for
+    nothing."""
     centres = torch.tensor([[0.0, 0.0, 2.0], [5.0, 5.0, 5.0]], requires_grad=True)
     sizes, nan = torch.ones(2, 3), torch.full((3,), torch.nan)
     truth = torch.stack([torch.tensor([0.05, -1.0, 2.0]), nan])

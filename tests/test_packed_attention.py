@@ -1,4 +1,5 @@
-"""Packed attention as one call, and sums of rows that several read, against fp64 and the reference."""
+"""Packed attention as one call, and sums of rows that several read, against fp64 and the
+reference."""
 
 from functools import partial
 
@@ -24,8 +25,13 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 needs_cuda = pytest.mark.skipif(not CUDA, reason="flash attention of packed sequences is CUDA's")
 
 SEGMENTS = [
-    (0, 5, 0, 0), (5, 9, 0, 5), (9, 9, 0, 5), (9, 10, 0, 5), (10, 13, 0, 0), (13, 20, 10, 13),
-]  # fmt: skip
+    (0, 5, 0, 0),
+    (5, 9, 0, 5),
+    (9, 9, 0, 5),
+    (9, 10, 0, 5),
+    (10, 13, 0, 0),
+    (13, 20, 10, 13),
+]
 
 
 def random(*shape: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -143,9 +149,14 @@ def test_gathered_rows_under_checkpointing():
 
 ONE_PROMPT = [(0, 700, 0, 0), (700, 1000, 0, 700), (1000, 1001, 0, 700), (1001, 1258, 0, 700)]
 TWO_PROMPTS = [
-    (0, 333, 0, 0), (333, 350, 0, 333), (350, 350, 0, 333), (350, 480, 0, 333),
-    (480, 1001, 0, 0), (1001, 1130, 480, 1001), (1130, 1258, 480, 1001),
-]  # fmt: skip
+    (0, 333, 0, 0),
+    (333, 350, 0, 333),
+    (350, 350, 0, 333),
+    (350, 480, 0, 333),
+    (480, 1001, 0, 0),
+    (1001, 1130, 480, 1001),
+    (1130, 1258, 480, 1001),
+]
 NO_PREFIX = [(0, 500, 0, 0), (500, 501, 0, 0), (501, 1258, 0, 0)]
 
 

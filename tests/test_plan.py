@@ -1,4 +1,6 @@
-"""plan.py: counts against transformers' models, bytes against closed forms and what autograd really keeps."""
+"""plan.py: counts against transformers' models, bytes against closed forms and what autograd really
+keeps."""
+
 import json
 import subprocess
 import sys
@@ -51,7 +53,9 @@ def tiny(family, layers=4):
 
 
 def spatial(model):
-    return sum(p.numel() for part in (model.region, model.points, model.head3d) for p in part.parameters())
+    return sum(
+        p.numel() for part in (model.region, model.points, model.head3d) for p in part.parameters()
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -61,7 +65,11 @@ def test_counts_of_the_published_sizes(configs, name):
         extra = spatial(QwenVL(config))
     assert round((n["all"] - extra) / 1e9, 3) == BILLIONS[name] and n["trained"] == n["all"]
     lm, text = count(config, "lm", 0), config.text_config
-    assert lm["all"] == n["all"] and lm["vision"] == 0 and lm["trained"] == n["all"] - n["vision"] - extra
+    assert (
+        lm["all"] == n["all"]
+        and lm["vision"] == 0
+        and lm["trained"] == n["all"] - n["vision"] - extra
+    )
     assert lm["trained"] == text.num_hidden_layers * lm["layer"] + lm["outside"]
     vocab = text.vocab_size * text.hidden_size
     copies = 1 if config.tie_word_embeddings else 2
@@ -84,14 +92,16 @@ def test_counts_of_a_real_model(family):
 
 
 def test_bytes_by_closed_form(configs):
-    """Qwen2.5-VL-3B by hand from its config: 36 layers, 2 key-value heads of 128, H 2048, I 11008."""
+    """Qwen2.5-VL-3B by hand from its config: 36 layers, 2 key-value heads of 128, H 2048, I
+    11008."""
     config, cfg = configs["Qwen2.5-VL-3B"], Config("m", gpus=4, prompt_tokens=512, new_tokens=256)
     n = count(config, "lm", 0)
     gb = estimate(config, cfg, Settings(slots=20, micro_tokens=1000), n)
     assert gb["weights"] == pytest.approx(2 * n["all"] / 1e9)
     assert gb["master and moments"] == pytest.approx(12 * n["trained"] / 1e9)
     assert gb["reference"] == pytest.approx(2 * n["trained"] / 4 / 1e9)
-    assert gb["cache"] == pytest.approx((20 * 256 + 2 * 3 * 512) * 36864 / 1e9)  # 36,864 bytes a token
+    # 36,864 bytes a token
+    assert gb["cache"] == pytest.approx((20 * 256 + 2 * 3 * 512) * 36864 / 1e9)
     assert gb["prefill"] == pytest.approx(2 * 3 * 512 * (36864 + 2 * (3 * 11008 + 6 * 2048)) / 1e9)
     assert gb["sampler"] == pytest.approx(20 * 3 * 4 * 151936 / 1e9)
     vocab = 151936 * 2048  # the largest weight, whose bf16 gradient moves into the fp32 one
@@ -99,11 +109,16 @@ def test_bytes_by_closed_form(configs):
     layer, gradients = 2 * (4 * 2048 + 2 * (2048 + 256) + 3 * 11008), 2 * 3 * 11008
     assert gb["activations"] == pytest.approx(1000 * (36 * layer + gradients) / 1e9)
     assert gb["logits"] == pytest.approx((64 * 2**20 + 6 * 151936 * 2048) / 1e9)
-    keys = (512 + 8 * (512 + 256)) / (512 + 8 * 256)  # gathered keys a token: 8 samples read their prompt
+    # gathered keys a token: 8 samples read their prompt
+    keys = (512 + 8 * (512 + 256)) / (512 + 8 * 256)
     assert gb["gathered keys"] == pytest.approx(1000 * keys * 36 * 2 * 2 * 256 / 1e9)
     stays = gb["weights"] + gb["master and moments"] + gb["reference"]
-    update = sum(gb[part] for part in ("gradients", "activations", "gathered keys", "logits", "pixels"))
-    assert gb["peak"] == pytest.approx(stays + max(update, gb["cache"] + gb["prefill"] + gb["sampler"]))
+    update = sum(
+        gb[part] for part in ("gradients", "activations", "gathered keys", "logits", "pixels")
+    )
+    assert gb["peak"] == pytest.approx(
+        stays + max(update, gb["cache"] + gb["prefill"] + gb["sampler"])
+    )
     frugal = Settings(slots=20, micro_tokens=1000, checkpointing=True)
     less = estimate(config, cfg, frugal, n)
     assert less["activations"] == pytest.approx(1000 * (36 * 2 * 2048 + layer + gradients) / 1e9)
@@ -135,7 +150,8 @@ def bytes_kept(model, tokens):
     def keep(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # alive, so that no address comes twice
+            # alive, so that no address comes twice
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -163,10 +179,15 @@ def test_activations_against_what_autograd_keeps(family, dtype, monkeypatch):
     config, tokens, size = tiny(family, layers=6), 256, {"fp32": 4, "bf16": 2}[dtype]
     model = QwenVL(config).to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
     cfg, counts = Config("m", dtype=dtype), count(config, "lm", 0)
-    gradients = tokens * 3 * config.text_config.intermediate_size * size  # inside a layer, on the way back
-    said = estimate(config, cfg, Settings(micro_tokens=tokens), counts)["activations"] * 1e9 - gradients
+    # inside a layer, on the way back
+    gradients = tokens * 3 * config.text_config.intermediate_size * size
+    said = (
+        estimate(config, cfg, Settings(micro_tokens=tokens), counts)["activations"] * 1e9
+        - gradients
+    )
     assert bytes_kept(model, tokens) == pytest.approx(said, rel=0.15)
-    model.checkpoint_blocks()  # the estimate has one layer whole: that which the backward computes again
+    # the estimate has one layer whole: that which the backward computes again
+    model.checkpoint_blocks()
     frugal = Settings(micro_tokens=tokens, checkpointing=True)
     less = estimate(config, cfg, frugal, counts)["activations"] * 1e9 - gradients
     assert bytes_kept(model, tokens) + said / 6 == pytest.approx(less, rel=0.15)
@@ -180,7 +201,7 @@ def test_the_cache_against_the_samplers_own():
     cfg = Config("m", group=4, prompt_tokens=prompt, new_tokens=64 + rollout.ODD, dtype="fp32")
     said = estimate(config, cfg, Settings(slots=12), count(config, "lm", 0))
     assert held == pytest.approx(said["cache"] * 1e9)
-    assert plan.PREFILL == rollout.PREFILL["cuda"]
+    assert rollout.PREFILL["cuda"] == plan.PREFILL
 
 
 # ---- the peak of a whole run
@@ -193,7 +214,9 @@ class Alive(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         out = operator(*args, **(kwargs or {}))
-        for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
+        for storage in (
+            t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)
+        ):
             if storage._cdata not in self.known:
                 self.count(storage._cdata, storage.nbytes())
                 weakref.finalize(storage, self.count, storage._cdata, -storage.nbytes())
@@ -216,16 +239,27 @@ def questions(count):
     """Each with an image of its own of 48 tokens."""
     images = np.random.default_rng(0).integers(0, 255, (count, 96, 128, 3), np.uint8)
     why = "Because a is much nearer than b, as far as I can see."
-    return [Example(str(i), "lor", [Image.fromarray(image)], "What is nearer?", "a", rationale=why)
-            for i, image in enumerate(images)]  # fmt: skip
+    return [
+        Example(str(i), "lor", [Image.fromarray(image)], "What is nearer?", "a", rationale=why)
+        for i, image in enumerate(images)
+    ]
 
 
-@pytest.mark.parametrize("script, flags", [
-    (train_sft, {}), (train_sft, dict(checkpointing="always")), (train_sft, dict(train="lm")),
-    (train_rl, {}), (train_rl, dict(checkpointing="always")), (train_rl, dict(lora=4))])  # fmt: skip
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        (train_sft, {}),
+        (train_sft, dict(checkpointing="always")),
+        (train_sft, dict(train="lm")),
+        (train_rl, {}),
+        (train_rl, dict(checkpointing="always")),
+        (train_rl, dict(lora=4)),
+    ],
+)
 def test_the_peak_of_a_whole_run(checkpoint, tmp_path, monkeypatch, script, flags):
-    """Two steps from loading to saving: never above the plan, and below it by at most a quarter and the
-    logits' workspace, which a tiny vocabulary doesn't fill. The plan is asked for the passes that ran."""
+    """Two steps from loading to saving: never above the plan, and below it by at most a quarter and
+    the logits' workspace, which a tiny vocabulary doesn't fill. The plan is asked for the passes
+    that ran."""
     rows, passes, asked, run, settle = questions(40), [], [], QwenVL.hidden, trainer.settle
 
     def count_tokens(model, batch):
@@ -243,19 +277,33 @@ def test_the_peak_of_a_whole_run(checkpoint, tmp_path, monkeypatch, script, flag
     monkeypatch.setattr(trainer, "settle", listen)
     monkeypatch.setattr(trainer, "load_data", lambda cfg, *_: (rows, []))
     monkeypatch.setattr(train_rl, "score", parity)
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)  # what MKL packs hides its size
+    # what MKL packs hides its size
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     own = dict(batch=40) if script is train_sft else dict(prompts=6, group=8, max_new_tokens=48)
     common = dict(model=checkpoint, data=(), out=str(tmp_path), steps=2, checkpointing="never")
     cfg = script.Config(**common | own | flags)
     with Alive() as memory:
         script.main(cfg)
-    (config, sizes), = asked
+    ((config, sizes),) = asked
     sizes["prompt_tokens"] = len(Processor.from_pretrained(checkpoint).prompt_ids(rows[0]))
     wanted = Config("", train=cfg.train, lora=cfg.lora, dtype="fp32", **sizes)
-    said = estimate(config, wanted, Settings(
-        checkpointing=cfg.checkpointing == "always", lora=cfg.lora, micro_tokens=max(passes),
-        slots=48 if script is train_rl else 0), count(config, cfg.train, cfg.lora))["peak"] * 1e9  # fmt: skip
-    print(f"{script.__name__} {flags}: {memory.peak / 1e6:.0f} MB measured, {said / 1e6:.0f} planned")
+    said = (
+        estimate(
+            config,
+            wanted,
+            Settings(
+                checkpointing=cfg.checkpointing == "always",
+                lora=cfg.lora,
+                micro_tokens=max(passes),
+                slots=48 if script is train_rl else 0,
+            ),
+            count(config, cfg.train, cfg.lora),
+        )["peak"]
+        * 1e9
+    )
+    print(
+        f"{script.__name__} {flags}: {memory.peak / 1e6:.0f} MB measured, {said / 1e6:.0f} planned"
+    )
     assert memory.peak <= said <= 1.25 * memory.peak + WORKSPACE
 
 
@@ -312,16 +360,30 @@ def test_a_tiny_model_fits_anywhere():
     assert s == Settings(slots=64, keep=True) and gb["peak"] < 1
 
 
-@pytest.mark.parametrize("name, cfg, keep", [
-    ("Qwen2.5-VL-3B", Config("m"), True), ("Qwen2.5-VL-7B", Config("m", gpus=8), True),
-    ("Qwen2.5-VL-3B", Config("m", memory=66), False),
-    ("Qwen2.5-VL-7B", Config("m", gpus=8, memory=58), False),
-    ("Qwen3-VL-8B", Config("m", gpus=8, new_tokens=4096), False)])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, cfg, keep",
+    [
+        ("Qwen2.5-VL-3B", Config("m"), True),
+        ("Qwen2.5-VL-7B", Config("m", gpus=8), True),
+        ("Qwen2.5-VL-3B", Config("m", memory=66), False),
+        ("Qwen2.5-VL-7B", Config("m", gpus=8, memory=58), False),
+        ("Qwen3-VL-8B", Config("m", gpus=8, new_tokens=4096), False),
+    ],
+)
 def test_the_cache_stays_where_the_update_fits_beside_it(configs, name, cfg, keep):
     """Else it is released, and the run fits all the same."""
     s, gb = choose(configs[name], cfg)
-    update = sum(gb[part] for part in ("gradients", "activations", "gathered keys", "pixels", "logits"))
-    both = gb["weights"] + gb["master and moments"] + gb["reference"] + update + gb["cache"] + gb["sampler"]
+    update = sum(
+        gb[part] for part in ("gradients", "activations", "gathered keys", "pixels", "logits")
+    )
+    both = (
+        gb["weights"]
+        + gb["master and moments"]
+        + gb["reference"]
+        + update
+        + gb["cache"]
+        + gb["sampler"]
+    )
     room = (cfg.memory - plan.RESERVE[0]) * (1 - plan.RESERVE[1])
     assert gb["cache kept"] >= both - 1e-9 and gb["peak"] <= room
     assert s.keep == (gb["cache kept"] <= room) == keep
@@ -331,9 +393,21 @@ def test_the_cache_stays_where_the_update_fits_beside_it(configs, name, cfg, kee
 def test_the_command_prints_parts_and_settings(configs, capsys):
     plan.main(Config(configs["Qwen2.5-VL-7B"].folder, gpus=8))
     said = capsys.readouterr().out
-    for name in ("8.311 B parameters", "weights", "master and moments", "reference", "cache", "gradients",
-                 "activations", "logits", "pixels", "peak", "left", "--shard always --checkpointing always",
-                 "samples at a time"):  # fmt: skip
+    for name in (
+        "8.311 B parameters",
+        "weights",
+        "master and moments",
+        "reference",
+        "cache",
+        "gradients",
+        "activations",
+        "logits",
+        "pixels",
+        "peak",
+        "left",
+        "--shard always --checkpointing always",
+        "samples at a time",
+    ):
         assert name in said
     plan.main(Config(configs["Qwen2.5-VL-3B"].folder))
     said = capsys.readouterr().out
@@ -342,10 +416,16 @@ def test_the_command_prints_parts_and_settings(configs, capsys):
     assert "goes before the update" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags, reason", [
-    (dict(gpus=0), "--gpus 0: too low"), (dict(kl=-1.0), "--kl -1.0: too low"),
-    (dict(lora=-2), "--lora -2: too low"),
-    (dict(memory=0, group=0), "--memory 0: too low, --group 0: too low"), ({}, "no config.json")])
+@pytest.mark.parametrize(
+    "flags, reason",
+    [
+        (dict(gpus=0), "--gpus 0: too low"),
+        (dict(kl=-1.0), "--kl -1.0: too low"),
+        (dict(lora=-2), "--lora -2: too low"),
+        (dict(memory=0, group=0), "--memory 0: too low, --group 0: too low"),
+        ({}, "no config.json"),
+    ],
+)
 def test_bad_input_is_named(tmp_path, flags, reason):
     with pytest.raises(ValueError, match=reason):
         plan.main(Config(str(tmp_path), **flags))

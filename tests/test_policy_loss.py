@@ -1,4 +1,5 @@
-"""policy_loss: each kind against the formula token by token, gradients, micro-batches, fp32, bad input."""
+"""policy_loss: each kind against the formula token by token, gradients, micro-batches, fp32, bad
+input."""
 
 import math
 
@@ -65,7 +66,9 @@ def oracle(
             ratios.append(r)
     default = len(lp) if kind in ("dapo", "cispo") else len(advantage)
     denominator = (denominator or default) * (max_tokens if kind == "dr_grpo" else 1)
-    return total / denominator, dict(clip_low=low / len(lp), clip_high=high / len(lp), ratio_max=max(ratios))
+    return total / denominator, dict(
+        clip_low=low / len(lp), clip_high=high / len(lp), ratio_max=max(ratios)
+    )
 
 
 OPTIONS = [
@@ -81,7 +84,10 @@ OPTIONS = [
 def test_equals_the_formula(kind, options, extra):
     args, logprobs = make(spread=1.0)
     options = dict(
-        options, kind=kind, max_tokens=9 if kind == "dr_grpo" else None, **(logprobs if extra else {})
+        options,
+        kind=kind,
+        max_tokens=9 if kind == "dr_grpo" else None,
+        **(logprobs if extra else {}),
     )
     if not extra:
         options.pop("kl", None)
@@ -122,7 +128,8 @@ def test_gradient_equals_the_numeric_one(kind):
 @pytest.mark.parametrize("lengths", [(1,), (3, 0, 5, 1, 7), (0, 90, 31, 0, 0, 157, 1)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_fp32_is_as_exact_as_eager(kind, lengths, extra):
-    """Loss, gradient and metrics against fp64: Triton's on a GPU or interpreted, else the reference's."""
+    """Loss, gradient and metrics against fp64: Triton's on a GPU or interpreted, else the
+    reference's."""
 
     def run(f, dtype):
         args, logprobs = make(lengths, torch.float32, seed=5, spread=0.8)
@@ -130,14 +137,19 @@ def test_fp32_is_as_exact_as_eager(kind, lengths, extra):
             x.to(x.dtype if x.dtype == torch.int64 else dtype) for x in (*args, *logprobs.values())
         )
         options = dict(kl=0.1, **dict(zip(logprobs, rest, strict=True))) if extra else {}
-        loss, metrics = f(new.requires_grad_(), old, advantage, cu, kind=kind, max_tokens=300, **options)
+        loss, metrics = f(
+            new.requires_grad_(), old, advantage, cu, kind=kind, max_tokens=300, **options
+        )
         (loss * 3).backward()
         return {
             k: v.detach().double().cpu()
             for k, v in (("loss", loss), ("gradient", new.grad), *metrics.items())
         }
 
-    truth, eager = run(reference_policy_loss, torch.float64), run(reference_policy_loss, torch.float32)
+    truth, eager = (
+        run(reference_policy_loss, torch.float64),
+        run(reference_policy_loss, torch.float32),
+    )
     ours, again = run(policy_loss, torch.float32), run(policy_loss, torch.float32)
     for name, true in truth.items():
         allowed = (eager[name] - true).abs().max() + 2e-6 * true.abs().max()
@@ -164,7 +176,7 @@ def test_micro_batches_add_up(kind):
     logprob.requires_grad_()
     whole, metrics = policy_loss(logprob, old, advantage, cu, **options, **logprobs)
     whole.backward()
-    gradient, parts, means = logprob.grad.clone(), 0.0, {k: 0.0 for k in metrics}
+    gradient, parts, means = logprob.grad.clone(), 0.0, dict.fromkeys(metrics, 0.0)
     logprob.grad = None
     for a, b in ((0, 2), (2, 6)):
         t = slice(int(cu[a]), int(cu[b]))
@@ -196,7 +208,11 @@ def test_huge_ratios_stay_finite(kind):
         logprob, old, advantage, cu, kind=kind, max_tokens=1, rollout_logprob=old - 500
     )
     loss.backward()
-    assert loss.isfinite() and logprob.grad.isfinite().all() and all(m.isfinite() for m in metrics.values())
+    assert (
+        loss.isfinite()
+        and logprob.grad.isfinite().all()
+        and all(m.isfinite() for m in metrics.values())
+    )
     assert kind == "cispo" or logprob.grad[0] == 0
     broken = policy_loss(
         logprob.detach().index_fill(0, on(2), torch.nan),

@@ -1,5 +1,5 @@
-"""The processor against independent oracles: transformers' image processor and rope index, closed forms of
-geometry, and, for packing, the plain concatenation of what each example gives alone."""
+"""The processor against independent oracles: transformers' image processor and rope index, closed
+forms of geometry, and, for packing, the plain concatenation of what each example gives alone."""
 
 import json
 import os
@@ -19,7 +19,15 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from kernels.packed_attention import upload
 from model import tiny
 from model.checkpoint import CheckpointError
-from model.processor import DeviceImages, Processor, Recent, blocks, object_of, point_grid, region_weights
+from model.processor import (
+    DeviceImages,
+    Processor,
+    Recent,
+    blocks,
+    object_of,
+    point_grid,
+    region_weights,
+)
 from srreal import Example, prompt, target
 
 RNG = np.random.default_rng(0)
@@ -30,11 +38,15 @@ def processor(family="qwen3_vl", **settings) -> Processor:
 
 
 def picture(width, height, seed=0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
 
 
 def example(images=(), question="What is it?", **rest) -> Example:
-    return Example("row 7", rest.pop("path", "lor"), list(images), question, rest.pop("answer", "A"), **rest)
+    return Example(
+        "row 7", rest.pop("path", "lor"), list(images), question, rest.pop("answer", "A"), **rest
+    )
 
 
 def edited(folder, name, change, family="qwen3_vl"):
@@ -49,7 +61,11 @@ def edited(folder, name, change, family="qwen3_vl"):
 
 PREPROCESSORS = {  # as published: patch, mean and std, size in the old or the new form
     "qwen2_vl": dict(
-        patch_size=14, min_pixels=3136, max_pixels=12845056, image_mean=tiny.CLIP[0], image_std=tiny.CLIP[1]
+        patch_size=14,
+        min_pixels=3136,
+        max_pixels=12845056,
+        image_mean=tiny.CLIP[0],
+        image_std=tiny.CLIP[1],
     ),
     "qwen2_5_vl": dict(
         patch_size=14,
@@ -74,7 +90,10 @@ def test_pixels_are_transformers(family, tmp_path):
         lambda old: {"merge_size": 2, "temporal_patch_size": 2} | PREPROCESSORS[family],
         family,
     )
-    ours, theirs = Processor.from_pretrained(folder), Qwen2VLImageProcessorPil.from_pretrained(folder)
+    ours, theirs = (
+        Processor.from_pretrained(folder),
+        Qwen2VLImageProcessorPil.from_pretrained(folder),
+    )
     grey = picture(97, 61).convert("L")
     clear = picture(64, 90).convert("RGBA")
     clear.putalpha(grey.resize(clear.size))
@@ -99,7 +118,8 @@ def test_pixels_are_transformers(family, tmp_path):
         {"shortest_edge": 3136, "longest_edge": bound},
     )
     assert torch.equal(
-        small([example(images[:1])]).pixel_values, theirs(images[0], return_tensors="pt")["pixel_values"]
+        small([example(images[:1])]).pixel_values,
+        theirs(images[0], return_tensors="pt")["pixel_values"],
     )
 
 
@@ -110,7 +130,9 @@ def test_pixels_travel_as_bytes_and_are_normalised_in_any_dtype():
     for dtype in (torch.bfloat16, torch.float64):
         assert torch.equal(batch.pixels(dtype), batch.pixel_values.to(dtype))
     levels = batch.levels[:, None, None, :].expand(-1, 96, 64, -1)
-    plain = levels.gather(3, batch.patches.transpose(0, 1)[..., None].long())[..., 0].transpose(0, 1)
+    plain = levels.gather(3, batch.patches.transpose(0, 1)[..., None].long())[..., 0].transpose(
+        0, 1
+    )
     for frame in batch.pixel_values.view(96, 3, 2, 64).unbind(2):
         assert torch.equal(frame, plain)
 
@@ -146,8 +168,14 @@ def test_a_steps_images_are_uploaded_once(monkeypatch):
 def test_grids_stay_on_the_host():
     batch = processor()([example([picture(64, 48)])])
     moved = batch.to("meta")
-    assert moved.image_grid_thw.device.type == "cpu"  # asking a GPU for them would make the host wait
-    assert moved.patches.device.type == moved.levels.device.type == moved.image_at.device.type == "meta"
+    # asking a GPU for them would make the host wait
+    assert moved.image_grid_thw.device.type == "cpu"
+    assert (
+        moved.patches.device.type
+        == moved.levels.device.type
+        == moved.image_at.device.type
+        == "meta"
+    )
 
 
 def test_images_may_be_paths_16_bit_or_anything_that_converts(tmp_path):
@@ -193,7 +221,12 @@ def test_each_distinct_image_is_listed_once_and_the_cache_is_bounded(tmp_path):
 
 
 def test_what_has_changed_is_read_again(tmp_path):
-    p, path, image, depth = processor(), tmp_path / "a.png", picture(64, 48, 1), np.ones((48, 64), np.float32)
+    p, path, image, depth = (
+        processor(),
+        tmp_path / "a.png",
+        picture(64, 48, 1),
+        np.ones((48, 64), np.float32),
+    )
     image.save(path)
     old = p([example([str(path)])]).pixel_values
     assert p([example([path])]).pixel_values.equal(old) and len(p.views.items) == 1
@@ -206,7 +239,9 @@ def test_what_has_changed_is_read_again(tmp_path):
     image.putpixel((0, 0), tuple(255 - v for v in image.getpixel((0, 0))))
     depth += 1
     after = p([e])
-    assert not after.pixel_values.equal(before.pixel_values) and not after.points.equal(before.points)
+    assert not after.pixel_values.equal(before.pixel_values) and not after.points.equal(
+        before.points
+    )
 
 
 def test_threads_share_the_memory_and_its_count_stays_exact():
@@ -229,7 +264,10 @@ def test_threads_share_the_memory_and_its_count_stays_exact():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_positions_are_transformers(family):
-    p, model = processor(family), AutoModelForImageTextToText.from_pretrained(checkpoint(family)).model
+    p, model = (
+        processor(family),
+        AutoModelForImageTextToText.from_pretrained(checkpoint(family)).model,
+    )
     a, b, c = picture(64, 48, 1), picture(40, 90, 2), picture(256, 192, 3)
     for e in (
         example(),
@@ -240,12 +278,25 @@ def test_positions_are_transformers(family):
         batch = p([e])
         ids = batch.input_ids[None]
         kinds = (ids == p.image_token_id).int()
-        want, delta = model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=batch.image_grid_thw)
+        want, delta = model.get_rope_index(
+            ids, mm_token_type_ids=kinds, image_grid_thw=batch.image_grid_thw
+        )
         assert torch.equal(batch.position_ids, want[:, 0])
-        assert batch.next_position.item() == ids.shape[1] + delta.item() == batch.position_ids.max() + 1
-        assert batch.input_ids.tolist() == p.prompt_ids(e) and batch.last.tolist() == [ids.shape[1] - 1]
-        assert batch.segments == [(0, ids.shape[1], 0, 0)] or batch.segments[0][2] == batch.segments[0][3]
-        assert batch.targets.shape == batch.predict_from.shape == (0,) and batch.cu_targets.tolist() == [0]
+        assert (
+            batch.next_position.item()
+            == ids.shape[1] + delta.item()
+            == batch.position_ids.max() + 1
+        )
+        assert batch.input_ids.tolist() == p.prompt_ids(e) and batch.last.tolist() == [
+            ids.shape[1] - 1
+        ]
+        assert (
+            batch.segments == [(0, ids.shape[1], 0, 0)]
+            or batch.segments[0][2] == batch.segments[0][3]
+        )
+        assert batch.targets.shape == batch.predict_from.shape == (
+            0,
+        ) and batch.cu_targets.tolist() == [0]
 
 
 # ---- text ----
@@ -256,7 +307,10 @@ def test_the_prompt_is_the_checkpoints_template_with_images_first_or_at_their_ma
     image = "<|vision_start|>" + "<|image_pad|>" * 4 + "<|vision_end|>"
     head = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
     tail = "<|im_end|>\n<|im_start|>assistant\n"
-    for question, body in (("Q?", f"{image}{image}Q?"), ("x <image>y\n<image> z", f"x {image}y\n{image} z")):
+    for question, body in (
+        ("Q?", f"{image}{image}Q?"),
+        ("x <image>y\n<image> z", f"x {image}y\n{image} z"),
+    ):
         e = example([a, b], question, path="direct")
         assert p.tokenizer.decode(p.prompt_ids(e)) == head + body + tail
     e = example([a], "Q?")
@@ -270,12 +324,13 @@ def test_targets_end_with_the_end_token_and_decode_to_the_text():
         p, e = processor(family), example(rationale="It looks so.")
         ids = p.target_ids(e)
         assert (
-            ids[-1] == p.end_id == p.tokenizer.convert_tokens_to_ids("<|im_end|>") and ids[-1] not in ids[:-1]
+            ids[-1] == p.end_id == p.tokenizer.convert_tokens_to_ids("<|im_end|>")
+            and ids[-1] not in ids[:-1]
         )
         assert p.decode(ids) == p.decode(ids[:-1]) == target(e) and "<think>" in target(e)
-        assert (p.tokenizer.convert_tokens_to_ids("<think>") in p.tokenizer.added_tokens_decoder) == (
-            family == "qwen3_vl"
-        )
+        assert (
+            p.tokenizer.convert_tokens_to_ids("<think>") in p.tokenizer.added_tokens_decoder
+        ) == (family == "qwen3_vl")
 
 
 @pytest.mark.parametrize(
@@ -286,14 +341,17 @@ def test_control_tokens_in_a_row_are_refused(bad):
         processor()([example(question=f"What is {bad} this?")])
     with pytest.raises(ValueError, match="row 7: the target holds the control token"):
         processor().target_ids(example(path="direct", answer=f"A{bad}"))
-    processor()([example(question="<|box_start|>(1,2),(3,4)<|box_end|> <think> <tool>")])  # these may
+    # these may
+    processor()([example(question="<|box_start|>(1,2),(3,4)<|box_end|> <think> <tool>")])
 
 
 def test_a_thinking_template_is_cut_before_its_think(tmp_path):
     template = (checkpoint("qwen3_vl") / "chat_template.jinja").read_text()
     for k, opening in enumerate(("<think>\n", "<think>")):
         folder = edited(tmp_path / str(k), "x.json", lambda old: {})
-        (folder / "chat_template.jinja").write_text(template.replace("assistant\n", "assistant\n" + opening))
+        (folder / "chat_template.jinja").write_text(
+            template.replace("assistant\n", "assistant\n" + opening)
+        )
         e = example([picture(32, 32)])
         thinking = Processor.from_pretrained(folder)
         rendered = thinking.tokenizer.apply_chat_template(
@@ -329,7 +387,9 @@ def test_banned_and_end_ids(tmp_path):
         assert p.end_ids == [vocab["<|im_end|>"], vocab["<|endoftext|>"]]
     one = edited(tmp_path / "one", "generation_config.json", lambda old: {"eos_token_id": 5})
     none = edited(tmp_path / "none", "generation_config.json", lambda old: {})
-    assert Processor.from_pretrained(one).end_ids == [5] and Processor.from_pretrained(one).end_id == 5
+    assert (
+        Processor.from_pretrained(one).end_ids == [5] and Processor.from_pretrained(one).end_id == 5
+    )
     assert Processor.from_pretrained(none).end_ids == [vocab["<|im_end|>"]]
     zero = edited(tmp_path / "zero", "generation_config.json", lambda old: {"eos_token_id": 0})
     assert Processor.from_pretrained(zero).end_ids == [0]
@@ -349,20 +409,29 @@ def test_a_missing_file_is_named_in_one_line(tmp_path):
 
 
 def test_the_published_layout_of_vocab_merges_and_chat_template_json(tmp_path):
-    """Qwen2Tokenizer from vocab.json and merges.txt, with `<mask>` after save and load, other ids kept."""
+    """Qwen2Tokenizer from vocab.json and merges.txt, with `<mask>` after save and load, other ids
+    kept."""
     folder = edited(tmp_path / "m", "x.json", lambda old: {}, "qwen2_vl")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (folder / name).unlink()
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.pre_tokenizer, bpe.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe.train_from_iterator(
-        ["the chair and the table"] * 9, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet)
+        ["the chair and the table"] * 9,
+        trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet),
     )
     bpe.model.save(str(folder))
     start, vocab = bpe.get_vocab_size(), json.loads((folder / "config.json").read_text())
     added = {str(start + i): {"content": t, "special": True} for i, t in enumerate(tiny.SPECIAL)}
-    settings = {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": added, "eos_token": "<|im_end|>"}
+    settings = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "added_tokens_decoder": added,
+        "eos_token": "<|im_end|>",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "chat_template.json").write_text(
         json.dumps({"chat_template": tiny.TEMPLATE.replace("SYSTEM", "")})
@@ -372,7 +441,10 @@ def test_the_published_layout_of_vocab_merges_and_chat_template_json(tmp_path):
     p, e = (
         Processor.from_pretrained(folder),
         example(
-            [picture(64, 48)], "The <think> (red bbox <mask>)?", rationale="x", regions=[(0, (3, 4, 20, 30))]
+            [picture(64, 48)],
+            "The <think> (red bbox <mask>)?",
+            rationale="x",
+            regions=[(0, (3, 4, 20, 30))],
         ),
     )
     assert p.mask_id == start + len(tiny.SPECIAL) == len(p.tokenizer) - 1
@@ -418,14 +490,17 @@ def test_max_pixels_are_saved_in_every_form_and_nothing_else_changes(tmp_path):
         theirs = Qwen2VLImageProcessorPil.from_pretrained(tmp_path / name)
         assert dict(theirs.size)["longest_edge"] == 3000
         old, new = (json.loads((folder / name).read_text()) for folder in (source, tmp_path / name))
-        assert old["processor_class"] == new["processor_class"] and new.keys() - old.keys() <= {"size"}
+        assert old["processor_class"] == new["processor_class"] and new.keys() - old.keys() <= {
+            "size"
+        }
 
 
 # ---- regions ----
 
 
 def dense(batch, region, grid):
-    """The region's weights as (rows, columns), undoing the merge blocks by the image processor's own rule."""
+    """The region's weights as (rows, columns), undoing the merge blocks by the image processor's
+    own rule."""
     rows, columns = grid
     order = blocks(np.arange(rows * columns).reshape(rows, columns), 2)
     flat, mine = np.zeros(rows * columns), batch.region_id == region
@@ -446,7 +521,10 @@ def test_patch_order_is_the_image_processors():
 
 def test_region_weights_closed_form():
     """64 x 48 pixels on 6 x 8 patches of 8; then the same on an image twice as large."""
-    image, boxes = picture(64, 48), [(8, 8, 24, 16), (4, 0, 20, 4), (63, 47, 64, 48), (-5, -5, 8, 8)]
+    image, boxes = (
+        picture(64, 48),
+        [(8, 8, 24, 16), (4, 0, 20, 4), (63, 47, 64, 48), (-5, -5, 8, 8)],
+    )
     want = [
         {(1, 1): 0.5, (1, 2): 0.5},
         {(0, 0): 0.25, (0, 1): 0.5, (0, 2): 0.25},
@@ -458,7 +536,9 @@ def test_region_weights_closed_form():
         regions = [(0, tuple(v * scale for v in box)) for box in boxes]
         batch = p([example([image.resize((64 * scale, 48 * scale))], question, regions=regions)])
         assert batch.image_grid_thw.tolist() == [[1, 6, 8]]
-        assert (batch.input_ids[batch.region_token] == p.mask_id).all() and len(batch.region_token) == 4
+        assert (batch.input_ids[batch.region_token] == p.mask_id).all() and len(
+            batch.region_token
+        ) == 4
         for k, cells in enumerate(want):
             truth = np.zeros((6, 8))
             truth[tuple(zip(*cells, strict=True))] = list(cells.values())
@@ -490,7 +570,9 @@ def test_masks_are_averaged_exactly_also_where_sizes_do_not_divide():
     mask = np.random.default_rng(0).random((35, 53)) < 0.3
     fine = np.kron(mask, np.ones((6, 8)))  # now 6 x 8 divides it: a plain mean over blocks is exact
     want = fine.reshape(6, 35, 8, 53).mean((1, 3))
-    np.testing.assert_allclose(region_weights(mask, (53, 35), (6, 8)), want / want.sum(), atol=1e-12)
+    np.testing.assert_allclose(
+        region_weights(mask, (53, 35), (6, 8)), want / want.sum(), atol=1e-12
+    )
     with pytest.raises(ValueError, match="mask"):
         region_weights(np.zeros((35, 53), bool), (53, 35), (6, 8))
 
@@ -558,14 +640,23 @@ def test_regions_as_text_in_the_familys_own_convention(family, text):
 
 
 def test_truth_belongs_to_the_mention_right_before_the_mask():
-    objects = {"red bbox": (1, 2, 3), "dark red bbox": (4, 5, 6), "Blue Point": {0: (7, 8, 9), 1: (1, 1, 1)}}
+    objects = {
+        "red bbox": (1, 2, 3),
+        "dark red bbox": (4, 5, 6),
+        "Blue Point": {0: (7, 8, 9), 1: (1, 1, 1)},
+    }
     assert object_of("the chair (dark red bbox ", objects) == "dark red bbox"
     assert object_of("the chair (RED bbox) ", objects) == "red bbox"
-    assert object_of("blue point", objects) == "Blue Point" and object_of("bored bbox!", objects) is None
+    assert (
+        object_of("blue point", objects) == "Blue Point"
+        and object_of("bored bbox!", objects) is None
+    )
     assert object_of("red bbox or", objects) is None and object_of("", objects) is None
     words = {"chair": 0, "椅子": 1, "стол": 2}
     assert object_of("红色椅子 ", words) == object_of("看1椅子（", words) == "椅子"
-    assert [object_of(t, words) for t in ("arm-chair", "my_chair", "armchair", "подстол")] == [None] * 4
+    assert [object_of(t, words) for t in ("arm-chair", "my_chair", "armchair", "подстол")] == [
+        None
+    ] * 4
     assert object_of("a/chair", words) == object_of("(chair", words) == "chair"
     p, images, box = processor(), [picture(64, 48, 1), picture(64, 48, 2)], (3, 3, 9, 9)
     batch = p(
@@ -610,7 +701,9 @@ def slanted_plane(width=64, height=48):
 def test_the_point_map_of_a_plane_closed_form():
     depth, u, v = slanted_plane()
     points = point_grid(depth.astype(np.float32), CAMERA, (6, 8), "metric")
-    np.testing.assert_allclose(points[..., 2], 2 + points[..., 0] / 2 - points[..., 1] / 4, atol=1e-5)
+    np.testing.assert_allclose(
+        points[..., 2], 2 + points[..., 0] / 2 - points[..., 1] / 4, atol=1e-5
+    )
     mean = lambda a: a.reshape(6, 8, 8, 8).mean((1, 3))  # noqa: E731
     np.testing.assert_allclose(
         points, np.stack([mean(u * depth), mean(v * depth), mean(depth)], -1), atol=1e-5
@@ -625,7 +718,9 @@ def test_means_are_over_valid_pixels_and_a_patch_without_any_is_nan():
     depth[:8, :8], depth[0:8, 8:16:2], depth[8:12, :8], depth[12:16, :8] = 0, np.nan, np.inf, -1
     points = point_grid(depth.astype(np.float32), CAMERA, (6, 8), "metric")
     assert (
-        np.isnan(points[0, 0]).all() and np.isnan(points[1, 0]).all() and np.isfinite(points).sum() == 46 * 3
+        np.isnan(points[0, 0]).all()
+        and np.isnan(points[1, 0]).all()
+        and np.isfinite(points).sum() == 46 * 3
     )
     keep = (slice(0, 8), slice(9, 16, 2))
     np.testing.assert_allclose(
@@ -649,7 +744,10 @@ def test_depth_files_are_millimetres_and_must_fit(tmp_path):
 def test_without_depth_there_are_no_points_and_without_intrinsics_60_degrees(capsys):
     p, a, b = processor(), picture(64, 48, 1), picture(64, 48, 2)
     depth = np.full((48, 64), 2, np.float32)
-    assert p([example([a]), example([b], depths=[None])]).points is None and p([example()]).points is None
+    assert (
+        p([example([a]), example([b], depths=[None])]).points is None
+        and p([example()]).points is None
+    )
     batch = p([example([a], depths=[depth], intrinsics=[None]), example([b])])
     assert batch.points[:48].isfinite().all() and batch.points[48:].isnan().all()
     assert p.assumed_fov == 1
@@ -678,16 +776,24 @@ def questions():
     a, b, depth = picture(64, 48, 1), picture(96, 64, 2), np.full((48, 64), 2, np.float32)
     rest = dict(rationale="So it is.", depths=[depth], intrinsics=[CAMERA])
     marks = dict(
-        regions=[(0, (3, 4, 20, 30)), (0, (40, 8, 60, 44))], objects={"red": (1, 2, 3), "blue": (4, 5, 6)}
+        regions=[(0, (3, 4, 20, 30)), (0, (40, 8, 60, 44))],
+        objects={"red": (1, 2, 3), "blue": (4, 5, 6)},
     )
     one = dict(regions=marks["regions"][1:], objects=marks["objects"])
     return [
         example([a], "Is red <mask> left of blue <mask>?", **marks, **rest),
         example(
-            [a], "Is red <mask> left of blue <mask>?", **marks | {"regions": marks["regions"][::-1]}, **rest
+            [a],
+            "Is red <mask> left of blue <mask>?",
+            **marks | {"regions": marks["regions"][::-1]},
+            **rest,
         ),
         example(
-            [a], "How deep is blue <mask>?", path="dtr", **one | {"objects": {"blue": (4, 5, 6)}}, **rest
+            [a],
+            "How deep is blue <mask>?",
+            path="dtr",
+            **one | {"objects": {"blue": (4, 5, 6)}},
+            **rest,
         ),
         example([b], "What?", rationale="Fine.", depths=None),
         example([a, b], "Both?", rationale="Yes."),
@@ -696,7 +802,8 @@ def questions():
 
 
 def sequences(batch):
-    """Each sequence with its prefix, as attention sees it: (ids, positions, targets, ids that predict)."""
+    """Each sequence with its prefix, as attention sees it: (ids, positions, targets, ids that
+    predict)."""
     owner = {}
     for start, end, low, high in batch.segments:
         for at in range(start, end):
@@ -727,7 +834,15 @@ def test_questions_of_one_image_share_it_and_equal_the_unshared():
     alone = [p([e], [c]) for e, c in zip(examples, answers, strict=True)]
     assert list(sequences(batch)) == [next(sequences(one)) for one in alone]
     assert len(batch.input_ids) < sum(len(one.input_ids) for one in alone)
-    assert [s[3] - s[2] > 0 for s in batch.segments] == [False, True, True, True, False, False, False]
+    assert [s[3] - s[2] > 0 for s in batch.segments] == [
+        False,
+        True,
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
     assert len(batch.image_grid_thw) == 3  # a with depth, b, and a without
     assert (batch.input_ids == p.image_token_id).sum() == len(batch.image_rows)
     for k, e in enumerate(examples):
@@ -736,12 +851,15 @@ def test_questions_of_one_image_share_it_and_equal_the_unshared():
             k
         ].targets.tolist() == p.target_ids(e)
     for name in ("centres", "region_weight"):
-        torch.testing.assert_close(getattr(batch, name), torch.cat([getattr(one, name) for one in alone]))
+        torch.testing.assert_close(
+            getattr(batch, name), torch.cat([getattr(one, name) for one in alone])
+        )
     assert (batch.input_ids[batch.region_token] == p.mask_id).all() and len(batch.region_token) == 5
     patches = [one.region_patch for one in alone[:3]]  # all on the first image
     assert torch.equal(batch.region_patch, torch.cat(patches))
     assert torch.equal(
-        batch.region_id, torch.cat([one.region_id + at for one, at in zip(alone, (0, 2, 4), strict=False)])
+        batch.region_id,
+        torch.cat([one.region_id + at for one, at in zip(alone, (0, 2, 4), strict=False)]),
     )
 
 
@@ -766,26 +884,40 @@ def test_a_group_shares_its_whole_prompt_once():
     assert len(batch.input_ids) == length + 3 + 0 + 1 + length + 1 + 2
     alone = [
         p([x], [[c]])
-        for x, c in [(e, group[0]), (e, group[1]), (e, group[2]), (other, [11, 12]), (other, [13, 14, 15])]
+        for x, c in [
+            (e, group[0]),
+            (e, group[1]),
+            (e, group[2]),
+            (other, [11, 12]),
+            (other, [13, 14, 15]),
+        ]
     ]
     got, want = list(sequences(batch)), [next(sequences(one)) for one in alone]
     assert got == want
     assert batch.cu_targets.tolist() == [0, 4, 5, 7, 9, 12] and len(batch.region_token) == 4
-    assert batch.last.tolist() == [length - 1, 2 * length + 3] and batch.predict_from[4] == length - 1
+    assert (
+        batch.last.tolist() == [length - 1, 2 * length + 3] and batch.predict_from[4] == length - 1
+    )
     assert len(batch.image_rows) == 2 * 12 and len(batch.image_grid_thw) == 1
 
 
 def test_batch_moves_and_survives_examples_without_anything():
     batch = processor()([example()]).to("cpu")
     assert batch.pixel_values is None and batch.image_grid_thw is None and batch.points is None
-    assert batch.centres.shape == batch.sizes.shape == (0, 3) and batch.image_rows.dtype == torch.int64
+    assert (
+        batch.centres.shape == batch.sizes.shape == (0, 3) and batch.image_rows.dtype == torch.int64
+    )
     assert batch.region_weight.dtype == torch.float32 and batch.region_token.shape == (0,)
 
 
 def test_no_examples_make_an_empty_batch():
     p = processor()
     for batch in (p([]), p([], [])):
-        assert batch.position_ids.shape == (3, 0) and batch.input_ids.shape == batch.last.shape == (0,)
-        assert batch.segments == [] and batch.cu_targets.tolist() == [0] and batch.pixel_values is None
+        assert batch.position_ids.shape == (3, 0) and batch.input_ids.shape == batch.last.shape == (
+            0,
+        )
+        assert (
+            batch.segments == [] and batch.cu_targets.tolist() == [0] and batch.pixel_values is None
+        )
     with pytest.raises(ValueError):
         p([example()], [])

@@ -1,4 +1,5 @@
-"""report.py: geometry in closed form, the table by hand, one self-contained page, no markup from a model."""
+"""report.py: geometry in closed form, the table by hand, one self-contained page, no markup from a
+model."""
 
 import base64
 import io
@@ -27,7 +28,9 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
-        self.links += [value for name, value in attrs if name in ("src", "href", "xlink:href", "data")]
+        self.links += [
+            value for name, value in attrs if name in ("src", "href", "xlink:href", "data")
+        ]
         self.open += [] if tag == "meta" else [tag]
 
     def handle_endtag(self, tag):
@@ -42,7 +45,8 @@ HOSTILE = '<script>alert(1)</script><img src="http://x.y/z.png"> & </pre>'
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """SFT: every other LOR answer is wrong, centres are 0.15 m off. RL: all but the last is right."""
+    """SFT: every other LOR answer is wrong, centres are 0.15 m off. RL: all but the last is
+    right."""
     folder = tmp_path_factory.mktemp("run")
     data = write_set(folder / "set")
 
@@ -57,7 +61,10 @@ def run(tmp_path_factory):
             stand_in(patch, write)
             evaluation.main(evaluation.Config("m", (data,), out=str(folder / name)))
     (folder / "rl").mkdir()
-    rows = [dict(step=i, loss=0.1, lor_reward=0.5 + i / 100, dtr_reward=0.6, kl=None) for i in range(1, 9)]
+    rows = [
+        dict(step=i, loss=0.1, lor_reward=0.5 + i / 100, dtr_reward=0.6, kl=None)
+        for i in range(1, 9)
+    ]
     lines = "".join(json.dumps(row | {"reward": 0.5}) + "\n" for row in rows)
     (folder / "rl" / "metrics.jsonl").write_text(lines + '{"step": 9, "lo')
     return folder
@@ -97,7 +104,9 @@ def test_from_above_shows_the_floor_and_not_the_ceiling():
     x, y, width, height = (numbers[key] for key in ("x", "y", "width", "height"))
     assert (x, y) == pytest.approx((-19.5 * 3, -150.0)) and height == pytest.approx(145, abs=0.5)
     assert width == pytest.approx(117, abs=0.5)
-    raster = np.asarray(Image.open(io.BytesIO(base64.b64decode(re.search(r"base64,([^\"]+)", svg)[1]))))
+    raster = np.asarray(
+        Image.open(io.BytesIO(base64.b64decode(re.search(r"base64,([^\"]+)", svg)[1])))
+    )
     drawn = raster[raster[..., 3] > 0]
     assert len(drawn) and (drawn[:, :3] == (10, 200, 30)).all()
 
@@ -115,7 +124,9 @@ def test_a_depth_map_without_a_known_pixel_draws_nothing(unknown):
 
 def test_several_views_draw_a_prediction_in_its_frame_only():
     views = {"red bbox": {0: (0.0, 0.0, 2.0), 1: (1.0, 0.0, 2.0)}}
-    e = example(images=[Image.new("RGB", (40, 30))] * 2, objects=views, regions=[(1, (1, 2, 11, 12))])
+    e = example(
+        images=[Image.new("RGB", (40, 30))] * 2, objects=views, regions=[(1, (1, 2, 11, 12))]
+    )
     parsed = dict(boxes=[["red bbox", "chair", [1.0, 0.0, 2.2]]], frame=1)
     row = dict(parsed=parsed, region_mentions=["red bbox"], head_centres=[[1.0, 0.1, 2.0]])
     assert [kind for kind, *_ in report.points_of(e, row, 0)] == ["truth"]
@@ -134,20 +145,27 @@ def test_ticks_and_smoothing():
 
 
 def test_table_holds_the_numbers(run):
-    """LOR: before, the odd ones of 6 images are wrong; after, one of 12 questions. The change is paired."""
+    """LOR: before, the odd ones of 6 images are wrong; after, one of 12 questions. The change is
+    paired."""
     text = (report.page(run, 0)).split("accuracy by task")[0]
     cells = [re.sub("<[^>]+>", "", cell) for cell in re.findall("<td>(.*?)</td>", text)]
     at = cells.index("accuracy")
-    changes = [0, 1, 0, 1, 0, 0.5]  # an image's mean: of image 5 one question is wrong before and after
+    # an image's mean: of image 5 one question is wrong before and after
+    changes = [0, 1, 0, 1, 0, 0.5]
     error = np.std(changes, ddof=1) / np.sqrt(6)
-    assert cells[at + 1:at + 3] == ["LOR", "12"] and cells[at + 4].startswith("0.500 ±")
-    assert cells[at + 5].startswith("0.917 ±") and cells[at + 6] == f"+{np.mean(changes):.3f} ± {error:.3f}"
+    assert cells[at + 1 : at + 3] == ["LOR", "12"] and cells[at + 4].startswith("0.500 ±")
+    assert (
+        cells[at + 5].startswith("0.917 ±")
+        and cells[at + 6] == f"+{np.mean(changes):.3f} ± {error:.3f}"
+    )
     bare = cells.index("accuracy, no depth")
-    assert cells[bare + 1:bare + 3] == ["LOR", "12"] and cells[bare + 6] == "–"
+    assert cells[bare + 1 : bare + 3] == ["LOR", "12"] and cells[bare + 6] == "–"
     assert "no depth" not in report.page(run, 0).split("accuracy by task")[1]
     centre = cells.index("centre in the text, m")
-    assert cells[centre + 1:centre + 4] == ["DTR", "22", "1.000"]  # the last question places no object
-    assert cells[centre + 4].startswith("0.075 ±") and cells[centre + 5] == "0.000 ± 0.000"  # one of two
+    # the last question places no object
+    assert cells[centre + 1 : centre + 4] == ["DTR", "22", "1.000"]
+    # one of two
+    assert cells[centre + 4].startswith("0.075 ±") and cells[centre + 5] == "0.000 ± 0.000"
 
 
 # ---- The page
@@ -204,7 +222,13 @@ def test_missing_parts(run, tmp_path):
     for name in ("no rows", "bad"):
         (tmp_path / name).mkdir()
     (tmp_path / "bad" / "rows.jsonl").write_text('{"id": 3}\n')
-    for data in ("/no/such/set", tmp_path / "no rows", tmp_path / "bad", "coco:/x", tmp_path / "bad" / "x@y"):
+    for data in (
+        "/no/such/set",
+        tmp_path / "no rows",
+        tmp_path / "bad",
+        "coco:/x",
+        tmp_path / "bad" / "x@y",
+    ):
         summary["config"]["data"] = [str(data)]
         (tmp_path / "eval-rl" / "summary.json").write_text(json.dumps(summary))
         assert "No gallery" in Page(report.page(tmp_path, 3)).text

@@ -1,4 +1,5 @@
-"""rewards_and_advantages equals srreal.score on mutated responses and on distances around every step."""
+"""rewards_and_advantages equals srreal.score on mutated responses and on distances around every
+step."""
 
 import math
 import random
@@ -45,7 +46,8 @@ def pack(groups):
         n[name].append(0)
     for example, responses in groups:
         several = srreal.several_views(example) and bool(example.objects)
-        mentions = {m.lower(): i for i, m in enumerate(example.objects)}  # by text: "Sofa" and "sofa" are one
+        # by text: "Sofa" and "sofa" are one
+        mentions = {m.lower(): i for i, m in enumerate(example.objects)}
         for response in responses:
             parsed = srreal.parse(response, example.path)
             kind, right, x, truth = read(parsed.answer, example.answer)
@@ -62,7 +64,9 @@ def pack(groups):
         n["kind"].append(kind)
         n["truth"].append(truth)
         n["objects"].append(len(example.objects) if example.path == "dtr" else 0)
-        n["wanted_frame"].append(ANY_FRAME if example.frame is None or not several else example.frame)
+        n["wanted_frame"].append(
+            ANY_FRAME if example.frame is None or not several else example.frame
+        )
         for mention, centre in example.objects.items():
             for k, xyz in centre.items() if several else [(ANY_FRAME, centre)]:
                 n["true_centre"].append(xyz)
@@ -77,7 +81,9 @@ def pack(groups):
     }
     tensors = {
         k: torch.tensor(
-            v, dtype=dtypes.get(k, torch.float64 if k.endswith("centre") else torch.int64), device=DEVICE
+            v,
+            dtype=dtypes.get(k, torch.float64 if k.endswith("centre") else torch.int64),
+            device=DEVICE,
         )
         for k, v in n.items()
     }
@@ -165,7 +171,14 @@ def examples():
             ("lor", ONE, None, 1),
         ):
             yield Example(
-                "e", path, [None] * images, "?", answer, objects=objects, frame=frame, rationale="so"
+                "e",
+                path,
+                [None] * images,
+                "?",
+                answer,
+                objects=objects,
+                frame=frame,
+                rationale="so",
             )
 
 
@@ -191,7 +204,9 @@ def response(rng, example):
     for mention, xyz in (example.objects or ONE).items():
         xyz = xyz.get(view, (0, 0, 0)) if isinstance(xyz, dict) else xyz
         centre = ",".join(str(near(v)) for v in xyz)
-        lines += [f'<3d_box center="{centre}">thing ({mention})</3d_box>'] * rng.choice((0, 1, 1, 1, 2))
+        lines += [f'<3d_box center="{centre}">thing ({mention})</3d_box>'] * rng.choice(
+            (0, 1, 1, 1, 2)
+        )
     rng.shuffle(lines)
     head = (
         f"After aligning to the reference frame {view}, find"
@@ -216,7 +231,13 @@ def test_twenty_thousand_mutated_responses():
     while count < (150 if INTERPRET else 20_000):
         for example in examples():
             groups.append(
-                (example, [mutate(rng, response(rng, example)) for _ in range(rng.choice((0, 1, 5, 8, 13)))])
+                (
+                    example,
+                    [
+                        mutate(rng, response(rng, example))
+                        for _ in range(rng.choice((0, 1, 5, 8, 13)))
+                    ],
+                )
             )
             count += len(groups[-1][1])
     got = compare(groups)
@@ -229,7 +250,8 @@ def test_twenty_thousand_mutated_responses():
 
 
 def test_centres_on_the_grid_around_every_step():
-    """Ties (exactly 0.1 m on the 0.01 m grid) must fall alike here and on the host, in every direction."""
+    """Ties (exactly 0.1 m on the 0.01 m grid) must fall alike here and on the host, in every
+    direction."""
     truth, responses = (0.31, -0.81, 3.32), []
     for limit in (10, 20, 30, 40, 60, 100):
         for cm in (limit - 1, limit, limit + 1):
@@ -249,7 +271,9 @@ def test_centres_on_the_grid_around_every_step():
 def test_mentions_that_differ_in_case_only_share_a_box():
     objects = {"Sofa": (1.0, 0.0, 2.0), "chair": (0.0, 0.0, 1.0), "sofa": (1.0, 0.0, 2.5)}
     head, tail = "<detect>Find 1 relevant objects:\n", "</detect><think>t</think><answer>A</answer>"
-    boxes = [f'{head}<3d_box center="1.0,0.0,{z}">a (SOFA)</3d_box>{tail}' for z in ("2.0", "2.5", "9")]
+    boxes = [
+        f'{head}<3d_box center="1.0,0.0,{z}">a (SOFA)</3d_box>{tail}' for z in ("2.0", "2.5", "9")
+    ]
     got = compare([(Example("e", "dtr", [None], "?", "A", objects=objects), boxes)])
     assert got.detect.tolist() == pytest.approx([1.2 / 3, 1.2 / 3, 0])
 
@@ -280,8 +304,11 @@ def test_views_are_read_as_what_they_hold():
     """Every second of twice as many, transposed centres."""
     truth = (0.31, -0.81, 3.32)
     xyz = ",".join(map(str, truth))
-    responses = [f'<detect>Find 1 relevant objects:\n<3d_box center="{xyz}">a (m)</3d_box></detect>'
-                 f"<think>t</think><answer>{answer}</answer>" for answer in "AAB"]  # fmt: skip
+    responses = [
+        f'<detect>Find 1 relevant objects:\n<3d_box center="{xyz}">a (m)</3d_box></detect>'
+        f"<think>t</think><answer>{answer}</answer>"
+        for answer in "AAB"
+    ]
     packed = pack([(Example("e", "dtr", [None], "?", "A", objects={"m": truth}), responses)])
     strided = packed._replace(
         **{k: x.repeat_interleave(2, 0)[::2] for k, x in packed._asdict().items()},

@@ -1,4 +1,5 @@
-"""Sampling against transformers' generate, and what it promises: groups, batches and order change nothing."""
+"""Sampling against transformers' generate, and what it promises: groups, batches and order change
+nothing."""
 
 import copy
 import dataclasses
@@ -47,7 +48,9 @@ def tiny(request, tmp_path_factory):
 
 
 def picture(width: int, height: int, seed: int) -> Image.Image:
-    noise = np.random.default_rng(seed).integers(0, 255, (height // 8, width // 8, 3), dtype=np.uint8)
+    noise = np.random.default_rng(seed).integers(
+        0, 255, (height // 8, width // 8, 3), dtype=np.uint8
+    )
     return Image.fromarray(noise).resize((width, height))
 
 
@@ -56,32 +59,58 @@ def tokens_of(groups):
 
 
 def examples() -> list[Example]:
-    """Two images, one image with a region and depth, text only, a long prompt: all of different lengths."""
+    """Two images, one image with a region and depth, text only, a long prompt: all of different
+    lengths."""
     depth = np.full((96, 128), 2.5, np.float32)
     return [
-        Example("two", "lor", [picture(128, 96, 0), picture(64, 96, 1)], "Which of the two is closer?", "A"),
-        Example("one", "dtr", [picture(128, 96, 2)], "How far is the box (red bbox <mask>)?", "2.5",
-                depths=[depth], intrinsics=[(100.0, 100.0, 63.5, 47.5)], regions=[(0, (10, 20, 60, 70))]),
+        Example(
+            "two",
+            "lor",
+            [picture(128, 96, 0), picture(64, 96, 1)],
+            "Which of the two is closer?",
+            "A",
+        ),
+        Example(
+            "one",
+            "dtr",
+            [picture(128, 96, 2)],
+            "How far is the box (red bbox <mask>)?",
+            "2.5",
+            depths=[depth],
+            intrinsics=[(100.0, 100.0, 63.5, 47.5)],
+            regions=[(0, (10, 20, 60, 70))],
+        ),
         Example("text", "direct", [], "Say something about chairs.", "chair"),
         Example("long", "lor", [picture(96, 128, 3)], "Is it so? " * 30, "B"),
-    ]  # fmt: skip
+    ]
 
 
 def test_greedy_equals_transformers(tiny):
-    """Alone, in a group, and in a batch of other lengths and images, in more and in fewer slots than work."""
+    """Alone, in a group, and in a batch of other lengths and images, in more and in fewer slots
+    than work."""
     model, processor, path = tiny
     reference = AutoModelForImageTextToText.from_pretrained(path).eval()
     plain, truth = [e for e in examples() if not e.regions], []
     for example in plain:
         batch = processor([example])
         ids = batch.input_ids[None]
-        images = {} if batch.pixel_values is None else dict(
-            pixel_values=batch.pixel_values, image_grid_thw=batch.image_grid_thw,
-            mm_token_type_ids=(ids == processor.image_token_id).int())  # fmt: skip
+        images = (
+            {}
+            if batch.pixel_values is None
+            else dict(
+                pixel_values=batch.pixel_values,
+                image_grid_thw=batch.image_grid_thw,
+                mm_token_type_ids=(ids == processor.image_token_id).int(),
+            )
+        )
         out = reference.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False,
-            suppress_tokens=processor.banned.nonzero()[:, 0].tolist(), **images,
-        )  # fmt: skip
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=24,
+            do_sample=False,
+            suppress_tokens=processor.banned.nonzero()[:, 0].tolist(),
+            **images,
+        )
         truth.append(out[0, ids.shape[1] :].tolist())
     assert len({tuple(tokens) for tokens in truth}) == len(plain)
     greedy = dict(max_new_tokens=24, temperature=0.0)
@@ -106,7 +135,8 @@ def test_the_prompts_images_are_there_for_the_update(tiny):
 
 
 def test_the_step_of_a_gpu(tiny, monkeypatch):
-    """CUDA's operations (their references here; under TRITON_INTERPRET=1 the kernels) say what a CPU's do."""
+    """CUDA's operations (their references here; under TRITON_INTERPRET=1 the kernels) say what a
+    CPU's do."""
     model, processor, _ = tiny
     options = dict(n=2, max_new_tokens=3, slots=3, seed=2)
     ours = generate(model, processor, examples()[1:3], **options)
@@ -114,12 +144,17 @@ def test_the_step_of_a_gpu(tiny, monkeypatch):
     monkeypatch.setattr(Slots, "_qkv", None)  # it isn't called
     theirs = generate(model, processor, examples()[1:3], **options)
     assert tokens_of(ours) == tokens_of(theirs)
-    gaps = zip((r for group in ours for r in group), (r for group in theirs for r in group), strict=True)
-    assert max(abs(a - b) for x, y in gaps for a, b in zip(x.logprobs, y.logprobs, strict=True)) < 1e-5
+    gaps = zip(
+        (r for group in ours for r in group), (r for group in theirs for r in group), strict=True
+    )
+    assert (
+        max(abs(a - b) for x, y in gaps for a, b in zip(x.logprobs, y.logprobs, strict=True)) < 1e-5
+    )
 
 
 def test_logprobs_are_the_trainers(tiny):
-    """Sampled log-probs equal a teacher-forced forward: ours, packed behind one prompt, and transformers'."""
+    """Sampled log-probs equal a teacher-forced forward: ours, packed behind one prompt, and
+    transformers'."""
     model, processor, path = tiny
     batch_of = examples()
     rollouts = generate(model, processor, batch_of, n=3, max_new_tokens=20, temperature=0.7, seed=5)
@@ -132,8 +167,12 @@ def test_logprobs_are_the_trainers(tiny):
     example, rollout = batch_of[0], rollouts[0][1]
     prompt = processor([example])
     ids = torch.cat((prompt.input_ids, torch.tensor(rollout.tokens)))[None]
-    logits = reference(input_ids=ids, pixel_values=prompt.pixel_values, image_grid_thw=prompt.image_grid_thw,
-                       mm_token_type_ids=(ids == processor.image_token_id).int()).logits  # fmt: skip
+    logits = reference(
+        input_ids=ids,
+        pixel_values=prompt.pixel_values,
+        image_grid_thw=prompt.image_grid_thw,
+        mm_token_type_ids=(ids == processor.image_token_id).int(),
+    ).logits
     logits = logits[0, len(prompt.input_ids) - 1 : -1] / 0.7
     truth = logits.log_softmax(-1).gather(1, torch.tensor(rollout.tokens)[:, None])[:, 0]
     assert (torch.tensor(rollout.logprobs) - truth).abs().max() < 1e-4
@@ -163,7 +202,8 @@ def test_end_tokens_length_and_bans(tiny):
     backup = weight.detach().clone()
     image, end = processor.image_token_id, processor.end_ids[0]
     try:
-        with torch.no_grad():  # a model that wants to say nothing but image placeholders and the end token
+        # a model that wants to say nothing but image placeholders and the end token
+        with torch.no_grad():
             weight.zero_()
             hidden = model.hidden(processor(examples()))
             weight[image], weight[end] = hidden.mean(0), hidden.mean(0) * 0.1
@@ -195,13 +235,14 @@ def test_edges(tiny):
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_slots_prefill_budget_and_refills_change_nothing(n, tiny, monkeypatch):
-    """Samples of geometric lengths, in fewer slots than a group has, in more than there is work, prompt by
-    prompt."""
+    """Samples of geometric lengths, in fewer slots than a group has, in more than there is work,
+    prompt by prompt."""
     model, processor, _ = tiny
     allowed = (~processor.banned).nonzero()[:, 0].tolist()
     monkeypatch.setattr(processor, "end_ids", allowed[::7])
     asked = [dataclasses.replace(e, id=f"{e.id} {i}") for i in range(4 - n) for e in examples()]
-    asked.sort(key=lambda e: len(processor.prompt_ids(e)))  # the long ones come when all slots are busy
+    # the long ones come when all slots are busy
+    asked.sort(key=lambda e: len(processor.prompt_ids(e)))
     whole = generate(model, processor, asked, n=n, max_new_tokens=20, seed=1, slots=12)
     lengths = {len(r.tokens) for group in whole for r in group}
     assert len(lengths) > 5  # so slots are refilled at different times
@@ -209,7 +250,8 @@ def test_slots_prefill_budget_and_refills_change_nothing(n, tiny, monkeypatch):
         again = generate(model, processor, asked, n=n, max_new_tokens=20, seed=1, slots=slots)
         assert tokens_of(again) == tokens_of(whole)
     monkeypatch.setattr("model.rollout.PREFILL", {"cpu": 8})  # every prompt is longer
-    monkeypatch.setattr("model.rollout.PAD", 8)  # so that the room for prompts grows while samples are live
+    # so that the room for prompts grows while samples are live
+    monkeypatch.setattr("model.rollout.PAD", 8)
     grow, grown = Slots._make_room, []
     monkeypatch.setattr(Slots, "_make_room", lambda *args: grown.append(grow(*args)) or grown[-1])
     small = generate(model, processor, asked, n=n, max_new_tokens=20, seed=1, slots=5)
@@ -219,7 +261,8 @@ def test_slots_prefill_budget_and_refills_change_nothing(n, tiny, monkeypatch):
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_long_prompt_waits_for_room(n, tiny, monkeypatch):
-    """Rows grow for it and get fewer, so it comes when others have left; the samples are the same."""
+    """Rows grow for it and get fewer, so it comes when others have left; the samples are the
+    same."""
     model, processor, _ = tiny
     many = [dataclasses.replace(e, id=f"{e.id} {i}") for i in range(3) for e in examples()[2:]]
     whole = generate(model, processor, many, n=n, max_new_tokens=6, seed=1)
@@ -241,9 +284,15 @@ def test_a_long_prompt_waits_for_room(n, tiny, monkeypatch):
 
 
 def test_samples_are_collected_on_a_gpu_when_it_is_looked_at():
-    """A slot is refilled only by flags of a step behind its start; between two looks there are none."""
+    """A slot is refilled only by flags of a step behind its start; between two looks there are
+    none."""
     engine = Slots.__new__(Slots)
-    engine.device, engine.clock, engine.jobs, engine.free = torch.device("cuda"), 1, [Job(0, 0, 0)], []
+    engine.device, engine.clock, engine.jobs, engine.free = (
+        torch.device("cuda"),
+        1,
+        [Job(0, 0, 0)],
+        [],
+    )
     assert engine.collect() == []
 
 
@@ -263,10 +312,20 @@ def test_enough_takes_groups_in_the_order_of_the_prompts(tiny, monkeypatch):
 
     wasted, steps, step = [], [], Slots.step
     monkeypatch.setattr(Slots, "step", lambda self: step(self) or steps.append(1))
-    got = generate(model, processor, many, n=2, max_new_tokens=40, seed=2, slots=24, enough=enough,
-                   wasted=lambda *counts: wasted.extend(counts))  # fmt: skip
+    got = generate(
+        model,
+        processor,
+        many,
+        n=2,
+        max_new_tokens=40,
+        seed=2,
+        slots=24,
+        enough=enough,
+        wasted=lambda *counts: wasted.extend(counts),
+    )
     assert tokens_of(got) == tokens_of(whole)[: len(got)] == tokens_of(heard)
-    behind = [r for group in whole[len(got) :] for r in group]  # all had slots from the first step on
+    # all had slots from the first step on
+    behind = [r for group in whole[len(got) :] for r in group]
     assert wasted == [len(behind), sum(min(len(steps), len(r.tokens)) for r in behind)]
     assert sum(map(signal, got)) == wanted and signal(got[-1]) and len(got) < len(many)
     longest = [max(len(r.tokens) for r in group) for group in whole]
@@ -276,8 +335,8 @@ def test_enough_takes_groups_in_the_order_of_the_prompts(tiny, monkeypatch):
 
 
 def test_longer_answers_that_earn_more_do_not_wait_for_their_turn(tiny, monkeypatch):
-    """Signal grows with length. What is taken ends at the second informative prompt, however many slots race
-    for it, and the groups that would be the first to finish are not preferred."""
+    """Signal grows with length. What is taken ends at the second informative prompt, however many
+    slots race for it, and the groups that would be the first to finish are not preferred."""
     model, processor, _ = tiny
     allowed = (~processor.banned).nonzero()[:, 0].tolist()
     monkeypatch.setattr(processor, "end_ids", allowed[::30])
@@ -292,7 +351,9 @@ def test_longer_answers_that_earn_more_do_not_wait_for_their_turn(tiny, monkeypa
             heard.append(sum(len(r.tokens) for r in group) > sorted(reward)[4])
             return sum(heard) == 2
 
-        got = generate(model, processor, many, n=2, max_new_tokens=40, seed=5, slots=slots, enough=enough)
+        got = generate(
+            model, processor, many, n=2, max_new_tokens=40, seed=5, slots=slots, enough=enough
+        )
         assert tokens_of(got) == tokens_of(whole[: informative[1] + 1])
     shortest = sorted(informative, key=reward.__getitem__)[:2]
     assert sum(reward[i] for i in informative[:2]) > sum(reward[i] for i in shortest)
@@ -305,7 +366,9 @@ def test_answers_of_one_token(tiny, monkeypatch):
     groups = generate(model, processor, examples(), n=3, max_new_tokens=9, slots=2)
     assert [len(group) for group in groups] == [3] * 4
     every = [r for group in groups for r in group]
-    assert {(len(r.tokens), len(r.logprobs), r.text, r.finished) for r in every} == {(1, 1, "", True)}
+    assert {(len(r.tokens), len(r.logprobs), r.text, r.finished) for r in every} == {
+        (1, 1, "", True)
+    }
 
 
 def test_calls_leave_nothing_behind(tiny):
@@ -315,8 +378,9 @@ def test_calls_leave_nothing_behind(tiny):
     def alive() -> tuple[int, int]:
         gc.collect()
         tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
-        return len(tensors), sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-                                  for t in tensors}.values())  # fmt: skip
+        return len(tensors), sum(
+            {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()
+        )
 
     after = []
     for i in range(10):
@@ -350,8 +414,8 @@ def test_a_graph_outlives_what_a_step_does_to_the_weights(tiny, adapters):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_graph_samples_what_a_cpu_does(tiny, monkeypatch):
-    """In fp32: refilled slots, room for prompts that grows while samples are live, one graph for two calls,
-    weights that change in between."""
+    """In fp32: refilled slots, room for prompts that grows while samples are live, one graph for
+    two calls, weights that change in between."""
     model, processor, path = tiny
     other = QwenVL.from_pretrained(str(path), device="cuda")
     monkeypatch.setattr("model.rollout.PAD", 8)
@@ -361,7 +425,9 @@ def test_the_graph_samples_what_a_cpu_does(tiny, monkeypatch):
         for one in (model, other):
             with torch.no_grad():
                 one.decoder.layers[0].mlp.down_proj.weight.mul_(scale)
-        ours, truth = (tokens_of(generate(one, processor, examples(), **options)) for one in (other, model))
+        ours, truth = (
+            tokens_of(generate(one, processor, examples(), **options)) for one in (other, model)
+        )
         graph = kept(other, 2, 20, 0.0, 1.0, 3).graph
         assert ours == truth
     used = torch.cuda.memory_allocated()
@@ -391,7 +457,8 @@ def test_joined_layers(together, bias, mkl, monkeypatch):
 
 
 def test_gate_and_up_of_a_gpu(tiny):
-    """One product where they lie together, two where they don't or have adapters: the same numbers."""
+    """One product where they lie together, two where they don't or have adapters: the same
+    numbers."""
     model, _, path = tiny
     mlp = copy.deepcopy(model).decoder.layers[0].mlp
     x = torch.randn(5, mlp.gate_proj.in_features, generator=torch.Generator().manual_seed(0))
@@ -449,16 +516,24 @@ def test_predict_centres(tiny):
 
 
 def run(home: Path, out: Path, **options) -> None:
-    """Two steps of train_rl: a prompt with an image and one of text only in each, and rewards that differ."""
-    cfg = train_rl.Config(str(home), (), str(out), steps=2, prompts=2, group=2, max_new_tokens=8, **options)
+    """Two steps of train_rl: a prompt with an image and one of text only in each, and rewards that
+    differ."""
+    cfg = train_rl.Config(
+        str(home), (), str(out), steps=2, prompts=2, group=2, max_new_tokens=8, **options
+    )
     text = [Example(f"t{i}", "direct", [], f"Say {i}.", "A") for i in range(3)]
-    seen = [Example(f"s{i}", "lor", [picture(128, 96, i)], f"Where is it, {i}?", "A") for i in range(3)]
+    seen = [
+        Example(f"s{i}", "lor", [picture(128, 96, i)], f"Where is it, {i}?", "A") for i in range(3)
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "load_data", lambda cfg, *_: (text + seen, []))
-        patch.setattr(train_rl, "score", lambda text, *_: Scores(len(text) % 5, len(text) % 5, 0.0, 0.0))
+        patch.setattr(
+            train_rl, "score", lambda text, *_: Scores(len(text) % 5, len(text) % 5, 0.0, 0.0)
+        )
         load = trainer.load_processor
 
-        def hasty(*arguments):  # rank 0, which has the text, samples one token each; rank 1 never ends
+        # rank 0, which has the text, samples one token each; rank 1 never ends
+        def hasty(*arguments):
             processor = load(*arguments)
             if trainer.ranks() > 1:
                 ends = ~processor.banned if trainer.FIRST else processor.banned
@@ -470,7 +545,8 @@ def run(home: Path, out: Path, **options) -> None:
 
 
 def test_slots_are_chosen_once(tmp_path, monkeypatch):
-    """Written to config.json; --resume takes them from there, whatever it would choose now; a flag wins."""
+    """Written to config.json; --resume takes them from there, whatever it would choose now; a flag
+    wins."""
     write("qwen3_vl", str(tmp_path / "tiny"), seed=1)
     used, slots = [], lambda: json.loads((tmp_path / "run" / "config.json").read_text())["slots"]
     start = Slots.__init__
@@ -492,9 +568,12 @@ def test_slots_are_chosen_once(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "other" / "config.json").read_text())["slots"] == 1
 
 
-@pytest.mark.parametrize("keep, slots, released",
-                         [(True, None, 0), (True, 4, 0), (True, 5, 2), (False, 4, 2)])  # fmt: skip
-def test_the_cache_goes_before_the_update_where_it_must(tmp_path, monkeypatch, keep, slots, released):
+@pytest.mark.parametrize(
+    "keep, slots, released", [(True, None, 0), (True, 4, 0), (True, 5, 2), (False, 4, 2)]
+)
+def test_the_cache_goes_before_the_update_where_it_must(
+    tmp_path, monkeypatch, keep, slots, released
+):
     """The plan's word holds for as many slots as it planned with."""
     write("qwen3_vl", str(tmp_path / "tiny"), seed=1)
     settle, calls = trainer.settle, []
@@ -507,14 +586,26 @@ def test_the_cache_goes_before_the_update_where_it_must(tmp_path, monkeypatch, k
 
 
 def test_ranks_with_uneven_work(tmp_path):
-    """Rank 0 samples a token for each text-only prompt, rank 1 eight behind images: nobody waits for ever."""
+    """Rank 0 samples a token for each text-only prompt, rank 1 eight behind images: nobody waits
+    for ever."""
     write("qwen3_vl", str(tmp_path / "tiny"), seed=1)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               __file__, str(tmp_path / "tiny"), str(tmp_path / "run")]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        __file__,
+        str(tmp_path / "tiny"),
+        str(tmp_path / "run"),
+    ]
     own = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RANK_TIMEOUT": "100"}
     done = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [(row["direct_length"], row["lor_length"]) for row in rows] == [(1, 8)] * 2
     assert rows[0]["tokens"] == 2 * 1 + 2 * 8  # of both ranks: --filter none
 

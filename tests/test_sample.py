@@ -1,4 +1,5 @@
-"""sample: draws follow the softmax, noise depends on (key, position, token) only, bans and top-p hold."""
+"""sample: draws follow the softmax, noise depends on (key, position, token) only, bans and top-p
+hold."""
 
 import math
 
@@ -33,7 +34,8 @@ def test_keys_are_stable_and_all_parts_enter():
 
 @pytest.mark.parametrize("by", ["position", "key"])
 def test_draws_follow_the_softmax(by):
-    """Chi-square with 7 degrees of freedom: 24.3 is exceeded once in a thousand; the seed is fixed."""
+    """Chi-square with 7 degrees of freedom: 24.3 is exceeded once in a thousand; the seed is
+    fixed."""
     logits, n = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0, -4.0, 0.5, 1.5]), 40_000
     keys = keys_of(1).expand(n) if by == "position" else keys_of(n)
     positions = torch.arange(n) if by == "position" else torch.full((n,), 5)
@@ -46,9 +48,12 @@ def test_draws_follow_the_softmax(by):
 
 def test_noise_is_exponential_and_independent():
     e = race_times(keys_of(64), torch.arange(64), 4096)
-    assert e.mean().item() == pytest.approx(1, abs=0.01) and e.var().item() == pytest.approx(1, abs=0.03)
+    assert e.mean().item() == pytest.approx(1, abs=0.01) and e.var().item() == pytest.approx(
+        1, abs=0.03
+    )
     counts = torch.histc((-e).exp(), 256, 0, 1)
-    assert chi_square(counts, torch.full((256,), 1 / 256)) < 330  # 255 degrees of freedom, 1 in 1000
+    # 255 degrees of freedom, 1 in 1000
+    assert chi_square(counts, torch.full((256,), 1 / 256)) < 330
     centred = e - e.mean()
     for a, b in (
         (centred[:, 1:], centred[:, :-1]),
@@ -90,16 +95,26 @@ def test_logprobs_are_those_of_the_full_softmax():
     logits, banned = torch.randn(50, 300, generator=g) * 4, torch.rand(300, generator=g) < 0.3
     for temperature, top_p in ((1.0, 1.0), (0.6, 0.8), (0.0, 1.0)):
         tokens, logprobs = sample(logits, keys_of(50), torch.arange(50), temperature, top_p, banned)
-        true = (logits.double() / (temperature or 1)).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        true = (
+            (logits.double() / (temperature or 1)).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        )
         torch.testing.assert_close(logprobs.double(), true, atol=3e-6, rtol=1e-6)
         assert not banned[tokens].any() and (logprobs <= 0).all()
 
 
 def test_greedy():
-    logits = torch.tensor([[0.0, 5.0, 9.0, 5.0], [3.0, 3.0, 1.0, 3.0], [1.0, 1.0 + 2**-20, 1.0, 1.0]])
+    logits = torch.tensor(
+        [[0.0, 5.0, 9.0, 5.0], [3.0, 3.0, 1.0, 3.0], [1.0, 1.0 + 2**-20, 1.0, 1.0]]
+    )
     banned = torch.tensor([False, False, True, False])
-    assert sample(logits, keys_of(3), torch.zeros(3, dtype=torch.int64), 0.0)[0].tolist() == [2, 0, 1]
-    assert sample(logits, keys_of(3), torch.zeros(3, dtype=torch.int64), 0.0, 0.5, banned)[0].tolist() == [
+    assert sample(logits, keys_of(3), torch.zeros(3, dtype=torch.int64), 0.0)[0].tolist() == [
+        2,
+        0,
+        1,
+    ]
+    assert sample(logits, keys_of(3), torch.zeros(3, dtype=torch.int64), 0.0, 0.5, banned)[
+        0
+    ].tolist() == [
         1,
         0,
         1,
@@ -128,7 +143,12 @@ def test_the_largest_hash_is_a_finite_time_and_never_lets_a_banned_id_win():
         keys, positions, logits, banned = (x.cuda() for x in (keys, positions, logits, banned))
     for f in (sample, reference_sample):
         for gap in (0.0, 200.0):  # exp(-200) is 0 in fp32
-            assert f(logits - torch.tensor([0.0, gap]).to(logits), keys, positions, 1.0, 1.0, banned)[0] == 1
+            assert (
+                f(logits - torch.tensor([0.0, gap]).to(logits), keys, positions, 1.0, 1.0, banned)[
+                    0
+                ]
+                == 1
+            )
 
 
 def test_top_p_keeps_the_smallest_set():
@@ -142,7 +162,9 @@ def test_top_p_keeps_the_smallest_set():
         (0.99, {0, 1, 2, 3, 4}),
     ):
         n = 3000
-        tokens, _ = sample(p.log().expand(n, 5), keys_of(n), torch.zeros(n, dtype=torch.int64), 1.0, top_p)
+        tokens, _ = sample(
+            p.log().expand(n, 5), keys_of(n), torch.zeros(n, dtype=torch.int64), 1.0, top_p
+        )
         counts = tokens.bincount(minlength=5).float()
         members = torch.tensor(sorted(kept))
         assert set(tokens.tolist()) == kept
@@ -160,7 +182,9 @@ def test_chunks_equal_the_reference_in_one_piece():
         assert torch.equal(a, b)
 
 
-@pytest.mark.skipif(not (torch.cuda.is_available() or INTERPRET), reason="needs a GPU, or TRITON_INTERPRET=1")
+@pytest.mark.skipif(
+    not (torch.cuda.is_available() or INTERPRET), reason="needs a GPU, or TRITON_INTERPRET=1"
+)
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
 @pytest.mark.parametrize("v", [1, 37, 4200])
 def test_triton_equals_the_reference(v, temperature):
@@ -178,13 +202,17 @@ def test_triton_equals_the_reference(v, temperature):
         assert one[0] == tokens[4] and one[1] == logprobs[4]
 
 
-@pytest.mark.skipif(not (torch.cuda.is_available() or INTERPRET), reason="needs a GPU, or TRITON_INTERPRET=1")
+@pytest.mark.skipif(
+    not (torch.cuda.is_available() or INTERPRET), reason="needs a GPU, or TRITON_INTERPRET=1"
+)
 def test_triton_never_samples_a_banned_id_with_all_the_mass():
     device = "cpu" if INTERPRET else "cuda"
     logits = torch.zeros(8, 40, device=device)
     logits[:, 17] = 500.0
     banned = torch.arange(40, device=device) == 17
-    tokens, logprobs = sample(logits, keys_of(8).to(device), torch.arange(8, device=device), 1.0, 1.0, banned)
+    tokens, logprobs = sample(
+        logits, keys_of(8).to(device), torch.arange(8, device=device), 1.0, 1.0, banned
+    )
     assert (tokens != 17).all() and len(set(tokens.tolist())) > 3 and (logprobs == -500).all()
 
 

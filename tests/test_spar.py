@@ -1,4 +1,5 @@
-"""SPAR-7M's reader: a rendered room in the published layout comes back, every mark on its object and view."""
+"""SPAR-7M's reader: a rendered room in the published layout comes back, every mark on its object
+and view."""
 
 import json
 
@@ -39,10 +40,14 @@ def test_a_row_arrives_whole(tmp_path, three):
     room, (a, b, *_) = three
     images, depths = rooms.spar_images(room, tmp_path)
     row = rooms.spar_row(
-        "depth_prediction_oo", images[:1],
+        "depth_prediction_oo",
+        images[:1],
         "The counter (red point) is 1.6 m deep, how deep is the box (blue bbox)?",
-        "1.5", depth=list(depths[:1]), red_point=point(room, a, 0), blue_bbox=box(room, b, 0),
-    )  # fmt: skip
+        "1.5",
+        depth=list(depths[:1]),
+        red_point=point(room, a, 0),
+        blue_bbox=box(room, b, 0),
+    )
     rooms.spar_file(tmp_path, "depth_prediction_oo", [row])
     e = load_one(f"spar:{tmp_path}/spar")
     asked = "The counter (red point <mask>) is 1.6 m deep, how deep is the box (blue bbox <mask>)?"
@@ -51,10 +56,13 @@ def test_a_row_arrives_whole(tmp_path, three):
     assert e.id == f"scannet/train/depth_prediction_oo/fill_1/{rooms.SCENE}_16#1"
     assert not e.objects and e.rationale is None
     camera = room.cameras[0]
-    assert e.intrinsics == [(camera.focal, camera.focal, (rooms.SIZE[0] - 1) / 2, (rooms.SIZE[1] - 1) / 2)]
+    assert e.intrinsics == [
+        (camera.focal, camera.focal, (rooms.SIZE[0] - 1) / 2, (rooms.SIZE[1] - 1) / 2)
+    ]
     with Image.open(e.depths[0]) as depth:
         assert np.array_equal(np.asarray(depth), room.depths[0])
-    for (view, (x0, y0, x1, y1)), thing in zip(e.regions, (a, b), strict=True):    # each on the right thing
+    # each on the right thing
+    for (view, (x0, y0, x1, y1)), thing in zip(e.regions, (a, b), strict=True):
         assert view == 0
         inside = room.owners[0][int(y0) : int(y1), int(x0) : int(x1)]
         assert np.bincount(inside[inside >= 0]).argmax() == thing
@@ -67,7 +75,8 @@ def test_a_row_arrives_whole(tmp_path, three):
     drawn = np.asarray(image.convert("RGB"))
     assert tuple(drawn[v, u]) == COLOURS["red"]
     same = (drawn == np.asarray(room.images[0])).all(-1)
-    assert 0.3 < same.mean() < 0.99                                           # only the marks differ
+    # only the marks differ
+    assert 0.3 < same.mean() < 0.99
     assert np.asarray(image.convert("L")).shape == rooms.SIZE[::-1]
 
 
@@ -82,7 +91,9 @@ def test_boxes_and_points_are_drawn_as_by_the_set_s_tool():
     blank = Image.new("RGB", (1000, 500))
     drawn = np.asarray(draw_marks(blank, (("green", "point", (300, 400)),)))[..., 1] > 0
     v, u = np.nonzero(drawn)
-    assert (u.mean().round(), v.mean().round()) == (300, 200) and np.hypot(u - 300, v - 200).max() <= 20.8
+    assert (u.mean().round(), v.mean().round()) == (300, 200) and np.hypot(
+        u - 300, v - 200
+    ).max() <= 20.8
     assert abs(drawn.sum() - np.pi * 20.5**2) < 30
     blank = Image.new("RGB", (1000, 1000))
     thin = np.asarray(draw_marks(blank, (("red", "bbox", (400, 500, 600, 700)),), 5, 0))[..., 0] > 0
@@ -92,23 +103,39 @@ def test_boxes_and_points_are_drawn_as_by_the_set_s_tool():
     assert draw_marks(Image.new("RGB", (99, 99)), both).getpixel((49, 49)) == COLOURS["blue"]
 
 
-# Task: keys as stored (in an order that misleads), the views of img_idx, and where each colour has to be.
+# Task: keys as stored (in an order that misleads), the views of img_idx, and where each colour has
+# to be.
 ORDERS = {
     "depth_prediction_oc_mv": (["blue", "red"], [2, 0], {"red": 2, "blue": 0}),
-    "depth_prediction_oo_mv": (["green", "blue", "red"], [1, 0, 2], {"red": 1, "blue": 0, "green": 2}),
+    "depth_prediction_oo_mv": (
+        ["green", "blue", "red"],
+        [1, 0, 2],
+        {"red": 1, "blue": 0, "green": 2},
+    ),
     "distance_prediction_oc_mv": (["red"], [2], {"red": 2}),
     "distance_prediction_oo_mv": (["blue", "red"], [1, 2], {"red": 1, "blue": 2}),
-    "distance_infer_center_oo_mv": (["red", "blue", "green"], [2, 0, 1], {"red": 2, "green": 0, "blue": 1}),
-    "spatial_imagination_oc_mv": (["red", "blue", "green"], [0, 2, 1], {"green": 0, "blue": 2, "red": 1}),
-    "spatial_imagination_oo_mv": (["red", "blue", "green", "yellow"], [3, 2, 1, 0],
-                                  {"green": 3, "blue": 2, "red": 1, "yellow": 0}),
+    "distance_infer_center_oo_mv": (
+        ["red", "blue", "green"],
+        [2, 0, 1],
+        {"red": 2, "green": 0, "blue": 1},
+    ),
+    "spatial_imagination_oc_mv": (
+        ["red", "blue", "green"],
+        [0, 2, 1],
+        {"green": 0, "blue": 2, "red": 1},
+    ),
+    "spatial_imagination_oo_mv": (
+        ["red", "blue", "green", "yellow"],
+        [3, 2, 1, 0],
+        {"green": 3, "blue": 2, "red": 1, "yellow": 0},
+    ),
     "obj_spatial_relation_oc_mv": (["red", "blue"], [2, 1], {"red": 2, "blue": 2}),
     "obj_spatial_relation_oo_mv": (["blue", "red"], [1, 0], {"red": 1, "blue": 0}),
     "position_matching": (["red"], [2], {"red": 0}),
     "view_change_infer": (["red"], [1], {}),
     "camera_motion_infer": (["red"], [1], {}),
     "distance_infer_center_oc_mv": (["red"], [1], {}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("task", ORDERS)
@@ -116,7 +143,9 @@ ORDERS = {
 def test_colours_go_to_the_views_that_the_task_says(task, kind):
     keys, index, wanted = ORDERS[task]
     at = [[100, 100, 300, 300]] if kind == "bbox" else [[200, 200]]
-    row = {"type": task, "image": ["a"] * 4, f"{kind}_img_idx": [index]} | {f"{c}_{kind}": at for c in keys}
+    row = {"type": task, "image": ["a"] * 4, f"{kind}_img_idx": [index]} | {
+        f"{c}_{kind}": at for c in keys
+    }
     assert {mark.colour: mark.view for mark in marks_of(row)} == wanted
     assert {mark.mention for mark in marks_of(row)} == {f"{colour} {kind}" for colour in wanted}
 
@@ -128,20 +157,30 @@ def test_a_missing_colour_takes_no_view():
 
 
 def test_files_are_looked_for_of_the_rows_that_are_taken(tmp_path, three, monkeypatch):
-    """A share of millions of rows, on a network's disk: not a look for each depth map of those left out."""
+    """A share of millions of rows, on a network's disk: not a look for each depth map of those left
+    out."""
     room, (a, *_) = three
     images, depths = rooms.spar_images(room, tmp_path)
-    row = rooms.spar_row("depth_prediction_oc", images[:1], "(red point)?", "2", depth=list(depths[:1]),
-                         red_point=point(room, a, 0))
+    row = rooms.spar_row(
+        "depth_prediction_oc",
+        images[:1],
+        "(red point)?",
+        "2",
+        depth=list(depths[:1]),
+        red_point=point(room, a, 0),
+    )
     rooms.spar_file(tmp_path, "depth_prediction_oc", [row] * 50)
     looks, look = [], data.spar.os.path.isfile
-    monkeypatch.setattr(data.spar.os.path, "isfile", lambda file: looks.append(str(file)) or look(file))
+    monkeypatch.setattr(
+        data.spar.os.path, "isfile", lambda file: looks.append(str(file)) or look(file)
+    )
     taken = data.load([f"spar:{tmp_path}/spar,cap=3"])
     assert len(taken) == 3 and sum(file.endswith("image_depth/0.png") for file in looks) <= 4
 
 
 def test_the_order_of_keys_says_nothing():
-    """A task of no known order: one view for all, or what the row says otherwise, or the row is bad."""
+    """A task of no known order: one view for all, or what the row says otherwise, or the row is
+    bad."""
     at = {"red_bbox": [[1, 1, 9, 9]], "blue_bbox": [[5, 5, 9, 9]]}
     row = {"type": "of_tomorrow", "image": ["a"] * 3} | at
     for index in ([[2, 1]], None):
@@ -152,29 +191,42 @@ def test_the_order_of_keys_says_nothing():
     assert [m.view for m in marks_of(row | {"bbox_img_idx": [[2, 1]]}, said)] == [1, 2]
     known = row | {"type": "distance_prediction_oo_mv", "bbox_img_idx": [[2, 0]]}
     assert [m.view for m in marks_of(known, said)] == [2, 0]
-    with pytest.raises(Bad, match="in which of 3 images is blue_bbox"):       # a task of red alone
+    with pytest.raises(Bad, match="in which of 3 images is blue_bbox"):  # a task of red alone
         marks_of(row | {"type": "distance_prediction_oc_mv", "bbox_img_idx": [[2, 1]]})
 
 
 def test_several_views_are_marked_where_their_things_are(tmp_path, three):
     room, things = three
     images, depths = rooms.spar_images(room, tmp_path)
-    views = {"red": 2, "green": 0, "blue": 1}                                 # distance_infer_center_oo_mv
+    # distance_infer_center_oo_mv
+    views = {"red": 2, "green": 0, "blue": 1}
     row = rooms.spar_row(
-        "distance_infer_center_oo_mv", images,
+        "distance_infer_center_oo_mv",
+        images,
         "In the first image: is the box (red bbox) nearer to (green bbox) or (blue bbox)? Or (red bbox)?",
-        "B", depth=list(depths), bbox_img_idx=[[2, 0, 1]],
-        **{f"{c}_bbox": box(room, things[k], views[c]) for k, c in enumerate(("red", "blue", "green"))},
-    )  # fmt: skip
+        "B",
+        depth=list(depths),
+        bbox_img_idx=[[2, 0, 1]],
+        **{
+            f"{c}_bbox": box(room, things[k], views[c])
+            for k, c in enumerate(("red", "blue", "green"))
+        },
+    )
     e = load_one(rooms.spar_file(tmp_path, "distance_infer_center_oo_mv", [row], "select"))
-    assert e.question.count("<mask>") == 3 and e.question.endswith("Or (red bbox)?") and e.frame == 0
+    assert (
+        e.question.count("<mask>") == 3 and e.question.endswith("Or (red bbox)?") and e.frame == 0
+    )
     assert [view for view, _ in e.regions] == [2, 0, 1]
     for (view, (x0, y0, x1, y1)), k in zip(e.regions, (0, 2, 1), strict=True):
         inside = room.owners[view][int(y0) : int(y1), int(x0) : int(x1)]
         assert np.bincount(inside[inside >= 0]).argmax() == things[k]
     for view, colour in enumerate(("green", "blue", "red")):
-        changed = (np.asarray(e.images[view].convert("RGB")) != np.asarray(room.images[view])).any(-1)
-        assert {tuple(c) for c in np.asarray(e.images[view].convert("RGB"))[changed]} == {COLOURS[colour]}
+        changed = (np.asarray(e.images[view].convert("RGB")) != np.asarray(room.images[view])).any(
+            -1
+        )
+        assert {tuple(c) for c in np.asarray(e.images[view].convert("RGB"))[changed]} == {
+            COLOURS[colour]
+        }
 
 
 def test_masks_are_inserted_by_the_paper_s_rules():
@@ -182,10 +234,15 @@ def test_masks_are_inserted_by_the_paper_s_rules():
     text = "a (blue point), b (red bbox), a (blue point), c (green bbox), red bboxes"
     one = "a (blue point <mask>), b (red bbox <mask>), a (blue point <mask>), c (green bbox), red bboxes"
     assert insert_masks(text, [red, blue], False) == (one, [blue, red, blue])
-    several = "a (blue point <mask>), b (red bbox <mask>), a (blue point), c (green bbox), red bboxes"
+    several = (
+        "a (blue point <mask>), b (red bbox <mask>), a (blue point), c (green bbox), red bboxes"
+    )
     assert insert_masks(text, [red, blue], True) == (several, [blue, red])
     lone = "the bbox of the chair, or the other bbox"
-    assert insert_masks(lone, [red], True) == ("the bbox <mask> of the chair, or the other bbox", [red])
+    assert insert_masks(lone, [red], True) == (
+        "the bbox <mask> of the chair, or the other bbox",
+        [red],
+    )
     assert insert_masks(lone, [red], False) == insert_masks(lone, [red, blue], True) == (lone, [])
 
 
@@ -198,12 +255,18 @@ def test_a_point_s_region_stays_inside():
 def test_a_folder_is_read_for_fill_and_select_and_an_index_for_what_it_names(tmp_path, three):
     room, (a, *_) = three
     images, _ = rooms.spar_images(room, tmp_path)
-    row = rooms.spar_row("depth_prediction_oc", images[:1], "How deep is (red point)?", "2",
-                         red_point=point(room, a, 0))
+    row = rooms.spar_row(
+        "depth_prediction_oc",
+        images[:1],
+        "How deep is (red point)?",
+        "2",
+        red_point=point(room, a, 0),
+    )
     for form in ("fill", "select", "sentence"):
         rooms.spar_file(tmp_path, "depth_prediction_oc", [row], form)
     rooms.spar_file(tmp_path, "obj_count", [row | {"type": "obj_count"}])
-    read = data.load([f"{tmp_path}/spar"])                                    # recognised by its folders
+    # recognised by its folders
+    read = data.load([f"{tmp_path}/spar"])
     assert [e.id.split("/")[3] for e in read] == ["fill_1", "select_1"] and read[0].depths is None
     index = tmp_path / "data_jsons" / "all.json"
     index.parent.mkdir()
@@ -218,14 +281,16 @@ def test_a_folder_is_read_for_fill_and_select_and_an_index_for_what_it_names(tmp
         index.write_text(text)
         with pytest.raises(ValueError, match="all.json: no index"):
             data.load([f"spar:{index}"])
-    with pytest.raises(FileNotFoundError, match="no fill/.*nor select/"):     # not silently nothing
+    with pytest.raises(FileNotFoundError, match="no fill/.*nor select/"):  # not silently nothing
         data.load([f"spar:{tmp_path}/spar/scannet/qa_jsonl/train/depth_prediction_oc/sentence"])
 
 
 def test_a_folder_above_train_is_not_read_for_val(tmp_path, three, capsys):
     room, (a, *_) = three
     images, _ = rooms.spar_images(room, tmp_path)
-    row = rooms.spar_row("depth_prediction_oc", images[:1], "(red point)?", "2", red_point=point(room, a, 0))
+    row = rooms.spar_row(
+        "depth_prediction_oc", images[:1], "(red point)?", "2", red_point=point(room, a, 0)
+    )
     train = rooms.spar_file(tmp_path, "depth_prediction_oc", [row]).parents[2]
     other = rooms.spar_file(tmp_path / "other", "depth_prediction_oc", [row]).parents[2]
     val = other.rename(train.parent / "val")
@@ -239,8 +304,14 @@ def test_images_elsewhere_without_depth_or_with_a_coarser_one(tmp_path, three):
     room, (a, *_) = three
     rooms.spar_images(room, tmp_path)
     rooms.save(room.images[0], tmp_path / "other" / "s" / "image_color" / "0.jpg")
-    row = rooms.spar_row("depth_prediction_oc", ["s/image_color/0.jpg"], "(red point)?", "2",
-                         red_point=point(room, a, 0), depth=["s/image_depth/0.png"])
+    row = rooms.spar_row(
+        "depth_prediction_oc",
+        ["s/image_color/0.jpg"],
+        "(red point)?",
+        "2",
+        red_point=point(room, a, 0),
+        depth=["s/image_depth/0.png"],
+    )
     file = rooms.jsonl(tmp_path / "elsewhere" / "fill_1.jsonl", [row])
     e = load_one(f"spar:{file}@{tmp_path}/other")
     assert e.depths is None and e.intrinsics is None
@@ -254,12 +325,15 @@ def test_images_elsewhere_without_depth_or_with_a_coarser_one(tmp_path, three):
 
 
 def test_a_camera_is_scaled_by_a_size_that_is_stated_and_else_left_out(tmp_path, three, capsys):
-    """ScanNet states 1296 x 968. Of another size it is left out, as in other sets: no factor is guessed."""
+    """ScanNet states 1296 x 968. Of another size it is left out, as in other sets: no factor is
+    guessed."""
     room, (a, *_) = three
     images, _ = rooms.spar_images(room, tmp_path)
     file = tmp_path / "spar/scannet/images" / rooms.SCENE / "intrinsic" / "intrinsic_color.txt"
     np.savetxt(file, rooms.matrix(room.cameras[0]) * np.array([[1296 / 320], [968 / 240], [1]]))
-    row = rooms.spar_row("depth_prediction_oc", images[:1], "(red point)?", "2", red_point=point(room, a, 0))
+    row = rooms.spar_row(
+        "depth_prediction_oc", images[:1], "(red point)?", "2", red_point=point(room, a, 0)
+    )
     rooms.spar_file(tmp_path, "depth_prediction_oc", [row])
     (found,) = load_one(f"spar:{tmp_path}/spar").intrinsics
     assert np.allclose(found[:2], room.cameras[0].focal)
@@ -268,7 +342,9 @@ def test_a_camera_is_scaled_by_a_size_that_is_stated_and_else_left_out(tmp_path,
     np.savetxt(file, rooms.matrix(room.cameras[0]) * 2)
     data.spar.matrix.cache_clear()
     assert load_one(f"spar:{tmp_path}/spar").intrinsics is None
-    assert "1 cameras left out: written down for an image of another size" in capsys.readouterr().out
+    assert (
+        "1 cameras left out: written down for an image of another size" in capsys.readouterr().out
+    )
     matrix = rooms.matrix(room.cameras[0])
     assert pinhole(matrix, rooms.SIZE, None) == (room.cameras[0].focal,) * 2 + (159.5, 119.5)
     with pytest.raises(Bad, match="not of an image"):
@@ -276,10 +352,13 @@ def test_a_camera_is_scaled_by_a_size_that_is_stated_and_else_left_out(tmp_path,
 
 
 def test_images_in_a_folder_named_by_a_relative_path(tmp_path, three, monkeypatch):
-    """Also where the image's name has no folder: the scene's is then found from the working directory."""
+    """Also where the image's name has no folder: the scene's is then found from the working
+    directory."""
     room, (a, *_) = three
     images, _ = rooms.spar_images(room, tmp_path)
-    row = rooms.spar_row("depth_prediction_oc", images[:1], "(red point)?", "2", red_point=point(room, a, 0))
+    row = rooms.spar_row(
+        "depth_prediction_oc", images[:1], "(red point)?", "2", red_point=point(room, a, 0)
+    )
     file = rooms.jsonl(tmp_path / "fill_1.jsonl", [row])
     monkeypatch.chdir(tmp_path / "spar/scannet/images")
     there = load_one(f"spar:{file}@.")
@@ -297,21 +376,38 @@ BAD = {
     "an inverted box": ({"red_bbox": [[300, 300, 200, 400]]}, "red_bbox", "wrong type or value"),
     "text as point": ({"red_point": "1,2"}, "red_point", "wrong type"),
     "no images": ({"image": None}, "image", "missing"),
-    "no such view": ({"image": ["I", "I"], "point_img_idx": [[7]]}, "point_img_idx", "no such view: 7 of 2"),
+    "no such view": (
+        {"image": ["I", "I"], "point_img_idx": [[7]]},
+        "point_img_idx",
+        "no such view: 7 of 2",
+    ),
     "a missing image": ({"image": ["gone.jpg"]}, "image", "missing file: FOLDER/images/gone.jpg"),
-    "three parts": ({"conversations": [{"from": "human", "value": "?"}] * 3}, "conversations", "wrong order"),
-    "two questions": ({"conversations": [{"from": "human", "value": "?"}] * 2}, "conversations",
-                      "wrong order"),
-    "two turns": ({"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "2"}] * 2},
-                  "conversations", "wrong count: 2 turns"),
-    "no answer": ({"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": ""}]},
-                  "conversations", "wrong type"),
+    "three parts": (
+        {"conversations": [{"from": "human", "value": "?"}] * 3},
+        "conversations",
+        "wrong order",
+    ),
+    "two questions": (
+        {"conversations": [{"from": "human", "value": "?"}] * 2},
+        "conversations",
+        "wrong order",
+    ),
+    "two turns": (
+        {"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "2"}] * 2},
+        "conversations",
+        "wrong count: 2 turns",
+    ),
+    "no answer": (
+        {"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": ""}]},
+        "conversations",
+        "wrong type",
+    ),
     "a video": ({"type": "room_size"}, "type", "a question about a video"),
     "too many depths": ({"depth": ["I", "I"]}, "depth", "wrong count"),
     "a depth of another shape": ({"depth": ["square.png"]}, "depth", "wrong shape"),
     "a depth in metres": ({"depth": ["metres.png"]}, "depths", "depth in metres, not millimetres?"),
     "a depth of 8 bits": ({"depth": ["grey.png"]}, "depths", "wrong mode: L"),
-}  # fmt: skip
+}
 
 
 def test_every_bad_row_is_named(tmp_path, three):
@@ -319,13 +415,30 @@ def test_every_bad_row_is_named(tmp_path, three):
     images = tmp_path / "scannet" / "images"
     rooms.save(room.images[0], images / "a.jpg")
     rooms.save(Image.fromarray(np.full((64, 64), 2000, np.uint16)), images / "square.png")
-    rooms.save(Image.fromarray((room.depths[0] / 1000).round().astype(np.uint16)), images / "metres.png")
+    rooms.save(
+        Image.fromarray((room.depths[0] / 1000).round().astype(np.uint16)), images / "metres.png"
+    )
     rooms.save(Image.new("L", rooms.SIZE), images / "grey.png")
-    good = rooms.spar_row("depth_prediction_oc", ["a.jpg"], "(red point)?", "2", red_point=point(room, a, 0))
+    good = rooms.spar_row(
+        "depth_prediction_oc", ["a.jpg"], "(red point)?", "2", red_point=point(room, a, 0)
+    )
     name = {"I": "a.jpg"}
-    rows = [good] + [{k: [name.get(f, f) for f in v] if k in ("image", "depth") and v else v
-                      for k, v in (good | change).items()} for change, *_ in BAD.values()]
-    file = tmp_path / "scannet" / "qa_jsonl" / "train" / "depth_prediction_oc" / "fill" / "fill_1.jsonl"
+    rows = [good] + [
+        {
+            k: [name.get(f, f) for f in v] if k in ("image", "depth") and v else v
+            for k, v in (good | change).items()
+        }
+        for change, *_ in BAD.values()
+    ]
+    file = (
+        tmp_path
+        / "scannet"
+        / "qa_jsonl"
+        / "train"
+        / "depth_prediction_oc"
+        / "fill"
+        / "fill_1.jsonl"
+    )
     rooms.jsonl(file, rows)
     with open(file, "a") as more:
         more.write("{torn\n[1]\n")

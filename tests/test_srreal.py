@@ -1,4 +1,5 @@
-"""srreal.py against hand-computed values, closed forms, and a second reading of the grammar (a regex)."""
+"""srreal.py against hand-computed values, closed forms, and a second reading of the grammar (a
+regex)."""
 
 import dataclasses
 import inspect
@@ -25,18 +26,40 @@ def lor(think="so", answer="B"):
 
 
 def one(answer="B", path="dtr", **more):
-    defaults = dict(objects={"red bbox": (0.3, -0.81, 3.32)}, names={"red bbox": "chair"}, rationale="so")
-    return Example("e1", path, ["a.png"], "Is the chair (red bbox <mask>) near?", answer,
-                   **{**defaults, **more})
+    defaults = dict(
+        objects={"red bbox": (0.3, -0.81, 3.32)}, names={"red bbox": "chair"}, rationale="so"
+    )
+    return Example(
+        "e1",
+        path,
+        ["a.png"],
+        "Is the chair (red bbox <mask>) near?",
+        answer,
+        **{**defaults, **more},
+    )
 
 
 # ---- Example
 
+
 def test_example_has_the_documented_fields_in_order():
     names = [f.name for f in dataclasses.fields(Example)]
-    assert names == ["id", "path", "images", "question", "answer", "depths", "intrinsics", "regions",
-                     "objects",
-                     "frame", "task", "rationale", "names", "sizes"]
+    assert names == [
+        "id",
+        "path",
+        "images",
+        "question",
+        "answer",
+        "depths",
+        "intrinsics",
+        "regions",
+        "objects",
+        "frame",
+        "task",
+        "rationale",
+        "names",
+        "sizes",
+    ]
     e = Example("i", "lor", [], "q", "a")
     assert (e.depths, e.intrinsics, e.regions, e.objects, e.frame) == (None, None, [], {}, None)
     assert (e.task, e.rationale, e.names, e.sizes) == ("", None, {}, None)
@@ -56,9 +79,12 @@ def test_srreal_needs_the_standard_library_only():
 
 # ---- Prompt
 
+
 def test_prompt_structure_and_length():
     for path, images, limit in (("lor", 1, 45), ("lor", 3, 45), ("dtr", 1, 60), ("dtr", 3, 60)):
-        text = prompt(Example("e", path, ["x"] * images, "How far is <image> the chair <mask>?", "1"))
+        text = prompt(
+            Example("e", path, ["x"] * images, "How far is <image> the chair <mask>?", "1")
+        )
         role, *_, last = text.split("\n\n")
         assert last == " Question: How far is <image> the chair <mask>?"
         assert "\n" not in role and text.startswith(role + "\n\n")
@@ -71,8 +97,13 @@ def test_prompt_structure_and_length():
 
 
 def test_prompt_of_direct_is_the_question_and_braces_are_text():
-    assert prompt(Example("e", "direct", ["x"], "Describe {this} <mask>.", "a")) == "Describe {this} <mask>."
-    assert prompt(Example("e", "dtr", ["x"], "{images} {0} HEADER?", "a")).endswith("{images} {0} HEADER?")
+    assert (
+        prompt(Example("e", "direct", ["x"], "Describe {this} <mask>.", "a"))
+        == "Describe {this} <mask>."
+    )
+    assert prompt(Example("e", "dtr", ["x"], "{images} {0} HEADER?", "a")).endswith(
+        "{images} {0} HEADER?"
+    )
 
 
 def test_prompt_follows_the_truth_where_there_is_one():
@@ -82,30 +113,41 @@ def test_prompt_follows_the_truth_where_there_is_one():
 
 def test_unknown_path_and_rules_are_value_errors():
     bad = dataclasses.replace(one(), path="cot")
-    for call in (lambda: prompt(bad), lambda: target(bad), lambda: parse("x", "cot"),
-                 lambda: parse("x", None),
-                 lambda: score("x", bad), lambda: score("x", one(), rules="lenient")):
+    for call in (
+        lambda: prompt(bad),
+        lambda: target(bad),
+        lambda: parse("x", "cot"),
+        lambda: parse("x", None),
+        lambda: score("x", bad),
+        lambda: score("x", one(), rules="lenient"),
+    ):
         with pytest.raises(ValueError, match="lor|strict"):
             call()
 
 
 # ---- Target
 
+
 def test_target_to_the_letter():
-    e = one(objects={"red bbox": (0.3, -0.8149, 3.316), "blue point": (-0.001, 2, 10.0)},
-            names={"red bbox": "chair"})
+    e = one(
+        objects={"red bbox": (0.3, -0.8149, 3.316), "blue point": (-0.001, 2, 10.0)},
+        names={"red bbox": "chair"},
+    )
     assert target(e) == (
         "<detect>Find 2 relevant objects:\n"
         '<3d_box center="0.3,-0.81,3.32">chair (red bbox)</3d_box>\n'
         '<3d_box center="0.0,2,10.0">blue point</3d_box></detect>\n'
-        "<think>so</think>\n<answer>B</answer>")
+        "<think>so</think>\n<answer>B</answer>"
+    )
     assert target(one(path="lor")) == "<think>so</think>\n<answer>B</answer>"
     assert target(one(path="direct", answer=" 0.3 ", rationale=None)) == " 0.3 "
 
 
 def test_target_picks_the_frame():
-    views = {"red bbox": {1: (0, 0, 1.0), 2: (0, 0, 2.0), 3: (0, 0, 3.0)},
-             "blue bbox": {2: (1, 1, 2.5), 3: (1, 1, 3.5)}}
+    views = {
+        "red bbox": {1: (0, 0, 1.0), 2: (0, 0, 2.0), 3: (0, 0, 3.0)},
+        "blue bbox": {2: (1, 1, 2.5), 3: (1, 1, 3.5)},
+    }
     first = target(one(objects=views)).split("\n")
     assert first[0] == "<detect>After aligning to the reference frame 2, find 2 relevant objects:"
     assert first[1] == '<3d_box center="0,0,2.0">chair (red bbox)</3d_box>'
@@ -117,36 +159,62 @@ def test_target_picks_the_frame():
         target(one(objects={"a": {0: (1, 1, 1)}, "b": {1: (1, 1, 1)}}))
 
 
-@pytest.mark.parametrize("change", [
-    dict(rationale=None), dict(rationale=" \n"), dict(objects={}), dict(rationale="see </think>"),
-    dict(answer=""),
-    dict(names={"red bbox": "a\nb"}), dict(names={"red bbox": "<3d_box"}), dict(rationale="a <detect> b"),
-    dict(objects={"red bbox": (math.nan, 0, 0)}), dict(objects={"red bbox": (math.inf, 0, 0)}),
-    dict(objects={"red bbox": (1e17, 0.0, 0.0)}), dict(objects={"red bbox": (1.0, 2.0)}),
-    dict(objects={"": (1, 2, 3)}),
-    dict(objects={" red": (1, 2, 3)}, names={}), dict(objects={"a)b(": (1, 2, 3)}, names={"a)b(": "x"}),
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(rationale=None),
+        dict(rationale=" \n"),
+        dict(objects={}),
+        dict(rationale="see </think>"),
+        dict(answer=""),
+        dict(names={"red bbox": "a\nb"}),
+        dict(names={"red bbox": "<3d_box"}),
+        dict(rationale="a <detect> b"),
+        dict(objects={"red bbox": (math.nan, 0, 0)}),
+        dict(objects={"red bbox": (math.inf, 0, 0)}),
+        dict(objects={"red bbox": (1e17, 0.0, 0.0)}),
+        dict(objects={"red bbox": (1.0, 2.0)}),
+        dict(objects={"": (1, 2, 3)}),
+        dict(objects={" red": (1, 2, 3)}, names={}),
+        dict(objects={"a)b(": (1, 2, 3)}, names={"a)b(": "x"}),
+    ],
+)
 def test_target_refuses_what_would_not_read_back(change):
     with pytest.raises(ValueError, match="e1"):
         target(one(**change))
 
 
 def random_example(rng, path, several):
-    mentions = rng.sample(["red bbox", "blue bbox", "green point", "the lamp", "Sofa (left)", "b"],
-                          rng.randint(1, 5))
+    mentions = rng.sample(
+        ["red bbox", "blue bbox", "green point", "the lamp", "Sofa (left)", "b"], rng.randint(1, 5)
+    )
 
     def centre():
         return tuple(rng.uniform(-1, 1) * 10 ** rng.uniform(-3, 2) for _ in range(3))
 
-    objects = {m: {v: centre() for v in rng.sample(range(12), 6)} | {12: centre()} if several else centre()
-               for m in mentions}
-    answer = rng.choice(["A", "E", "1.5", "-0.02", "3 feet", "0", "a red chair.",
-                         "move_up:0.2,rotate_left:30"])
-    names = {m: rng.choice(["chair", "desk (old)", "TV > 3 m", "stühle 椅子"]) for m in mentions
-             if "(" in m or rng.random() < 0.7}
-    return Example(str(rng.random()), path, ["a"] * (13 if several else 1), "Where?", answer, objects=objects,
-                   names=names, frame=12 if several and rng.random() < 0.5 else None,
-                   rationale="Because\r\n1 < 2. ")
+    objects = {
+        m: {v: centre() for v in rng.sample(range(12), 6)} | {12: centre()} if several else centre()
+        for m in mentions
+    }
+    answer = rng.choice(
+        ["A", "E", "1.5", "-0.02", "3 feet", "0", "a red chair.", "move_up:0.2,rotate_left:30"]
+    )
+    names = {
+        m: rng.choice(["chair", "desk (old)", "TV > 3 m", "stühle 椅子"])
+        for m in mentions
+        if "(" in m or rng.random() < 0.7
+    }
+    return Example(
+        str(rng.random()),
+        path,
+        ["a"] * (13 if several else 1),
+        "Where?",
+        answer,
+        objects=objects,
+        names=names,
+        frame=12 if several and rng.random() < 0.5 else None,
+        rationale="Because\r\n1 < 2. ",
+    )
 
 
 @pytest.mark.parametrize("path", ["lor", "dtr"])
@@ -159,7 +227,9 @@ def test_round_trip_earns_everything(path, several):
         parsed = parse(text, path)
         assert parsed.well_formed and parsed.think == e.rationale and parsed.answer == e.answer
         if path == "dtr":
-            assert [b[0] for b in parsed.boxes] == list(e.objects) and parsed.count == len(e.objects)
+            assert [b[0] for b in parsed.boxes] == list(e.objects) and parsed.count == len(
+                e.objects
+            )
             assert [b[1] for b in parsed.boxes] == [e.names.get(m, m) for m in e.objects]
             assert (parsed.frame is not None) == several
         assert score(text, e).total == pytest.approx(1.0, abs=1e-12)
@@ -178,10 +248,16 @@ TAIL = r"\s*<think>(?P<t>.*)</think>\s*<answer>(?P<a>.*)</answer>\s*"
 def reads(response, path):
     """Whether a response is well-formed, by regular expressions."""
     tags = ["think", "answer", "detect"]
-    counts = [response.count(f"<{tag}>") for tag in tags] + [response.count(f"</{tag}>") for tag in tags]
+    counts = [response.count(f"<{tag}>") for tag in tags] + [
+        response.count(f"</{tag}>") for tag in tags
+    ]
     if counts != ([1, 1, 0, 1, 1, 0] if path == "lor" else [1] * 6):
         return False
-    front = r"\s*" if path == "lor" else rf"\s*<detect>\s*{HEAD}{SP}(?P<lines>(?:\n{LINE})*)\s*</detect>"
+    front = (
+        r"\s*"
+        if path == "lor"
+        else rf"\s*<detect>\s*{HEAD}{SP}(?P<lines>(?:\n{LINE})*)\s*</detect>"
+    )
     match = re.fullmatch(front + TAIL, response, re.DOTALL)
     if not match or not match["t"].strip() or not match["a"].strip():
         return False
@@ -193,7 +269,8 @@ def reads(response, path):
 
 
 def named(text):
-    """Neither the mention nor what is left of the name is blank (for parentheses that do not nest)."""
+    """Neither the mention nor what is left of the name is blank (for parentheses that do not
+    nest)."""
     inside = re.fullmatch(r"(.*)\(([^()]*)\)", text)
     return bool(text) and (not inside or bool(inside[1].strip() and inside[2].strip()))
 
@@ -204,48 +281,104 @@ GOOD = [
     dtr(f"Find 0001 relevant objects:\n{BOX}"),
     dtr(f"After aligning to the reference frame 12, find 2 relevant objects:\n{BOX}\n{BOX2}"),
     " \n" + dtr(f"Find 1 relevant objects:\n{BOX}").replace("\n<", "\r\n\t <") + "\n\n",
-    dtr(f"Find 1 relevant objects:\n{BOX}").replace("0.3,-0.81,3.32", "+.5,5.,-" + "0" * 15 + "1.23"),
-    dtr(f"Find 1 relevant objects:\n{BOX}", think=f"the {BOX} <THINK> < / > <Answer>",
-        answer='<3d_box center="'),
+    dtr(f"Find 1 relevant objects:\n{BOX}").replace(
+        "0.3,-0.81,3.32", "+.5,5.,-" + "0" * 15 + "1.23"
+    ),
+    dtr(
+        f"Find 1 relevant objects:\n{BOX}",
+        think=f"the {BOX} <THINK> < / > <Answer>",
+        answer='<3d_box center="',
+    ),
     dtr('Find 1 relevant objects:\n<3d_box center="1,2,3">chair</3d_box>'),
     dtr('Find 1 relevant objects:\n<3d_box center="1,2,3">a "big">chair( x )</3d_box>'),
     dtr('Find 1 relevant objects:\n<3d_box center="1,2,3">a <b> (TV < 3 m)</3d_box>'),
 ]
 D = "Find 1 relevant objects:\n"
 BAD_BLOCKS = {
-    "empty": "", "blank": " \n", "no header": BOX, "no lines": "Find 0 relevant objects:",
+    "empty": "",
+    "blank": " \n",
+    "no header": BOX,
+    "no lines": "Find 0 relevant objects:",
     "zero": f"Find 0 relevant objects:\n{BOX}",
-    "count low": f"{D}{BOX}\n{BOX2}", "count high": f"Find 2 relevant objects:\n{BOX}",
+    "count low": f"{D}{BOX}\n{BOX2}",
+    "count high": f"Find 2 relevant objects:\n{BOX}",
     "singular": f"Find 1 relevant object:\n{BOX}",
-    "upper find": f"find 1 relevant objects:\n{BOX}", "two blanks": f"Find  1 relevant objects:\n{BOX}",
-    "five digits": f"Find 00001 relevant objects:\n{BOX}", "signed": f"Find +1 relevant objects:\n{BOX}",
+    "upper find": f"find 1 relevant objects:\n{BOX}",
+    "two blanks": f"Find  1 relevant objects:\n{BOX}",
+    "five digits": f"Find 00001 relevant objects:\n{BOX}",
+    "signed": f"Find +1 relevant objects:\n{BOX}",
     "arabic digit": f"Find \u0661 relevant objects:\n{BOX}",
     "full-width": f"Find \uff11 relevant objects:\n{BOX}",
     "frame five digits": f"After aligning to the reference frame 00000, find 1 relevant objects:\n{BOX}",
     "frame negative": f"After aligning to the reference frame -1, find 1 relevant objects:\n{BOX}",
     "frame upper": f"After aligning to the reference frame 0, Find 1 relevant objects:\n{BOX}",
     "frame no comma": f"After aligning to the reference frame 0 find 1 relevant objects:\n{BOX}",
-    "blank line": f"{D}\n{BOX}", "blank line between": f"Find 2 relevant objects:\n{BOX}\n \n{BOX2}",
-    "prose before": f"Well.\n{D}{BOX}", "prose after": f"{D}{BOX}\nDone.", "prose on the line": f"{D}{BOX}.",
-    "two on a line": f"Find 2 relevant objects:\n{BOX}{BOX2}", "two as one": f"{D}{BOX} {BOX2}",
+    "blank line": f"{D}\n{BOX}",
+    "blank line between": f"Find 2 relevant objects:\n{BOX}\n \n{BOX2}",
+    "prose before": f"Well.\n{D}{BOX}",
+    "prose after": f"{D}{BOX}\nDone.",
+    "prose on the line": f"{D}{BOX}.",
+    "two on a line": f"Find 2 relevant objects:\n{BOX}{BOX2}",
+    "two as one": f"{D}{BOX} {BOX2}",
     "same line as header": f"Find 1 relevant objects: {BOX}",
     "old mac line end": f"Find 1 relevant objects:\r{BOX}",
-    "form feed": f"Find 1 relevant objects:\f{BOX}", "line separator": f"Find 1 relevant objects:\u2028{BOX}",
+    "form feed": f"Find 1 relevant objects:\f{BOX}",
+    "line separator": f"Find 1 relevant objects:\u2028{BOX}",
 }
-BAD_CENTRES = ["1,2", "1,2,3,4", "", ",,", "1,,3", "1, 2,3", " 1,2,3", "1,2,3 ", "1e0,2,3", "1,2,nan",
-               "inf,2,3", "1,2,0x3",
-               "1_0,2,3", "1,2,\u0663", "--1,2,3", "+-1,2,3", "1,2,.", "1,2,+", "1.2.3,2,3", "1;2;3",
-               "1,2,3m",
-               "1,2," + "3" * 21, "1,2,-" + "0" * 20, "1,2,3\n", "(1,2,3)", "1\u00a0,2,3"]
-BAD_NAMES = ["", " ", "()", "( )", "chair ()", "chair ( )", "(red bbox)", " (red bbox) ",
-             "a <3d_box (red bbox)", "a (b)</3d_box> c (d)",
-             "chair (red bbox)</3d_box>", "chair\n(red bbox)"]
-BAD_LINES = ["<3d_box  center=\"1,2,3\">a</3d_box>", "<3d_box center='1,2,3'>a</3d_box>",
-             '<3D_box center="1,2,3">a</3D_box>',
-             '<3d_box center="1,2,3" >a</3d_box>', '<3d_box center="1,2,3">a',
-             '<3d_box center="1,2,3" size="1,1,1">a</3d_box>',
-             '<3d_box center="1,2,3>a</3d_box>', '<3d_box center="1,2,3</3d_box>', "a (red bbox)",
-             '- <3d_box center="1,2,3">a</3d_box>']
+BAD_CENTRES = [
+    "1,2",
+    "1,2,3,4",
+    "",
+    ",,",
+    "1,,3",
+    "1, 2,3",
+    " 1,2,3",
+    "1,2,3 ",
+    "1e0,2,3",
+    "1,2,nan",
+    "inf,2,3",
+    "1,2,0x3",
+    "1_0,2,3",
+    "1,2,\u0663",
+    "--1,2,3",
+    "+-1,2,3",
+    "1,2,.",
+    "1,2,+",
+    "1.2.3,2,3",
+    "1;2;3",
+    "1,2,3m",
+    "1,2," + "3" * 21,
+    "1,2,-" + "0" * 20,
+    "1,2,3\n",
+    "(1,2,3)",
+    "1\u00a0,2,3",
+]
+BAD_NAMES = [
+    "",
+    " ",
+    "()",
+    "( )",
+    "chair ()",
+    "chair ( )",
+    "(red bbox)",
+    " (red bbox) ",
+    "a <3d_box (red bbox)",
+    "a (b)</3d_box> c (d)",
+    "chair (red bbox)</3d_box>",
+    "chair\n(red bbox)",
+]
+BAD_LINES = [
+    '<3d_box  center="1,2,3">a</3d_box>',
+    "<3d_box center='1,2,3'>a</3d_box>",
+    '<3D_box center="1,2,3">a</3D_box>',
+    '<3d_box center="1,2,3" >a</3d_box>',
+    '<3d_box center="1,2,3">a',
+    '<3d_box center="1,2,3" size="1,1,1">a</3d_box>',
+    '<3d_box center="1,2,3>a</3d_box>',
+    '<3d_box center="1,2,3</3d_box>',
+    "a (red bbox)",
+    '- <3d_box center="1,2,3">a</3d_box>',
+]
 
 
 @pytest.mark.parametrize("text", GOOD)
@@ -253,9 +386,15 @@ def test_grammar_accepts(text):
     assert parse(text, "dtr").well_formed and reads(text, "dtr")
 
 
-@pytest.mark.parametrize("block", [*BAD_BLOCKS.values(), *(D + line for line in BAD_LINES),
-                                   *(f'{D}<3d_box center="{c}">a (b)</3d_box>' for c in BAD_CENTRES),
-                                   *(f'{D}<3d_box center="1,2,3">{n}</3d_box>' for n in BAD_NAMES)])
+@pytest.mark.parametrize(
+    "block",
+    [
+        *BAD_BLOCKS.values(),
+        *(D + line for line in BAD_LINES),
+        *(f'{D}<3d_box center="{c}">a (b)</3d_box>' for c in BAD_CENTRES),
+        *(f'{D}<3d_box center="1,2,3">{n}</3d_box>' for n in BAD_NAMES),
+    ],
+)
 def test_grammar_rejects_blocks(block):
     text = dtr(block)
     assert not parse(text, "dtr").well_formed and not reads(text, "dtr")
@@ -266,20 +405,51 @@ def test_grammar_rejects_sections():
     good, wrong = dtr(D + BOX), []
     for tag in ("detect", "think", "answer"):
         for mark in (f"<{tag}>", f"</{tag}>"):
-            wrong += [good.replace(mark, ""), good + mark, mark + good, good.replace("so", "so" + mark),
-                      good.replace("chair", "chair " + mark), good.replace(mark, mark.upper()),
-                      good.replace(mark, mark.replace(tag, tag + " ")), good.replace(mark, mark + mark)]
+            wrong += [
+                good.replace(mark, ""),
+                good + mark,
+                mark + good,
+                good.replace("so", "so" + mark),
+                good.replace("chair", "chair " + mark),
+                good.replace(mark, mark.upper()),
+                good.replace(mark, mark.replace(tag, tag + " ")),
+                good.replace(mark, mark + mark),
+            ]
     a, b, c = good.split("</detect>")[0] + "</detect>", "<think>so</think>", "<answer>B</answer>"
-    wrong += [b + a + c, a + c + b, c + b + a, a + b, b + c, a + "x" + b + c, a + b + "." + c,
-              a + b + c + "\0", "x" + good,
-              "\ufeff" + good, dtr(D + BOX, think=" \n\u00a0"), dtr(D + BOX, answer="\t"),
-              f"{a}<think>s<answer>B</answer></think>"]
+    wrong += [
+        b + a + c,
+        a + c + b,
+        c + b + a,
+        a + b,
+        b + c,
+        a + "x" + b + c,
+        a + b + "." + c,
+        a + b + c + "\0",
+        "x" + good,
+        "\ufeff" + good,
+        dtr(D + BOX, think=" \n\u00a0"),
+        dtr(D + BOX, answer="\t"),
+        f"{a}<think>s<answer>B</answer></think>",
+    ]
     for text in wrong:
         assert not parse(text, "dtr").well_formed and not reads(text, "dtr"), text
-    for text in (good, "", "B", b, c, c + b, b + b + c, b + c + c, lor(think=""), lor(answer=" "),
-                 lor() + "<detect>", "x" + lor(),
-                 lor(think="</detect>"), "<think>s<answer>B</answer></think>",
-                 "<answer><think>s</think>B</answer>"):
+    for text in (
+        good,
+        "",
+        "B",
+        b,
+        c,
+        c + b,
+        b + b + c,
+        b + c + c,
+        lor(think=""),
+        lor(answer=" "),
+        lor() + "<detect>",
+        "x" + lor(),
+        lor(think="</detect>"),
+        "<think>s<answer>B</answer></think>",
+        "<answer><think>s</think>B</answer>",
+    ):
         assert not parse(text, "lor").well_formed and not reads(text, "lor"), text
     assert parse(lor(think="<3d_box <Detect>", answer="a\nb"), "lor").well_formed
 
@@ -288,20 +458,30 @@ def test_direct_is_the_whole_text():
     assert parse(" <answer>B\n", "direct") == srreal.Parsed(answer=" <answer>B\n", well_formed=True)
     assert not parse(" \n", "direct").well_formed
     e = one(path="direct", objects={}, answer="1.5")
-    assert score(" 1.5 m\n", e) == Scores(1.0, 1.0, 1.0, 0.0) and score("", e) == Scores(0.0, 0.0, 0.0, 0.0)
+    assert score(" 1.5 m\n", e) == Scores(1.0, 1.0, 1.0, 0.0) and score("", e) == Scores(
+        0.0, 0.0, 0.0, 0.0
+    )
     assert score("1.5", e, rules="official").total == 1.0
 
 
-@pytest.mark.parametrize("text, mention, name", [
-    ("chair (red bbox)", "red bbox", "chair"), ("chair", "chair", "chair"), ("chair(x)", "x", "chair"),
-    ("chair (old) (red bbox)", "red bbox", "chair (old)"),
-    ("chair (red bbox) left", *["chair (red bbox) left"] * 2),
-    ("chair (red bbox", *["chair (red bbox"] * 2), ("chair red)", *["chair red)"] * 2),
-    (" lamp ( a ) ", "a", "lamp"),
-    ("sofa (sofa (left))", "sofa (left)", "sofa"), ("a ((b)", "b", "a ("),
-    ("Stuhl (Rote Box)", "Rote Box", "Stuhl"),
-    ("a (b))", *["a (b))"] * 2), ("a > b (c, d)", "c, d", "a > b"),
-])
+@pytest.mark.parametrize(
+    "text, mention, name",
+    [
+        ("chair (red bbox)", "red bbox", "chair"),
+        ("chair", "chair", "chair"),
+        ("chair(x)", "x", "chair"),
+        ("chair (old) (red bbox)", "red bbox", "chair (old)"),
+        ("chair (red bbox) left", *["chair (red bbox) left"] * 2),
+        ("chair (red bbox", *["chair (red bbox"] * 2),
+        ("chair red)", *["chair red)"] * 2),
+        (" lamp ( a ) ", "a", "lamp"),
+        ("sofa (sofa (left))", "sofa (left)", "sofa"),
+        ("a ((b)", "b", "a ("),
+        ("Stuhl (Rote Box)", "Rote Box", "Stuhl"),
+        ("a (b))", *["a (b))"] * 2),
+        ("a > b (c, d)", "c, d", "a > b"),
+    ],
+)
 def test_mention_and_name(text, mention, name):
     parsed = parse(dtr(f'{D}<3d_box center="1,-.5,+2.">{text}</3d_box>'), "dtr")
     assert parsed.well_formed and parsed.boxes == [(mention, name, (1.0, -0.5, 2.0))]
@@ -311,23 +491,47 @@ def test_ill_formed_responses_keep_what_could_be_read():
     block = f"<detect>Find 3 relevant objects:\n{BOX}\nhm\n{BOX2}</detect>"
     parsed = parse(block + " so <answer>B</answer><answer>C</answer>", "dtr")
     assert not parsed.well_formed and parsed.count == 3 and parsed.frame is None
-    assert parsed.boxes == [("red bbox", "chair", (0.3, -0.81, 3.32)),
-                            ("blue point", "table", (1.0, 0.5, 2.0))]
+    assert parsed.boxes == [
+        ("red bbox", "chair", (0.3, -0.81, 3.32)),
+        ("blue point", "table", (1.0, 0.5, 2.0)),
+    ]
     assert parsed.think is None and parsed.answer == "B"
     header = "After aligning to the reference frame 10, find 2 relevant objects:"
     parsed = parse(f"<detect>{header}</detect><think>a", "dtr")
-    assert (parsed.frame, parsed.count, parsed.boxes, parsed.think, parsed.answer) == (10, 2, [], None, None)
+    assert (parsed.frame, parsed.count, parsed.boxes, parsed.think, parsed.answer) == (
+        10,
+        2,
+        [],
+        None,
+        None,
+    )
     assert parse(f"<detect>{BOX}</detect>", "dtr").boxes[0][0] == "red bbox"
     assert parse("I say <answer> 3 </answer>", "lor").answer == " 3 "
 
 
 # ---- Answers
 
-@pytest.mark.parametrize("form",
-                         ["{}", "({})", "[{}]", "{{{}}}", "{}.", "{})", "{}:", " {} ", "\n({})\t",
-                          "{}. some text",
-                                  "({}) some text", "{}) some text", "{}. two\nlines", "({})\tA or C",
-                                  " {}. x "])
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "{}",
+        "({})",
+        "[{}]",
+        "{{{}}}",
+        "{}.",
+        "{})",
+        "{}:",
+        " {} ",
+        "\n({})\t",
+        "{}. some text",
+        "({}) some text",
+        "{}) some text",
+        "{}. two\nlines",
+        "({})\tA or C",
+        " {}. x ",
+    ],
+)
 def test_choice_forms_accepted(form):
     for letter in "ABCDE":
         others = [other for other in "ABCDE" if other != letter]
@@ -336,24 +540,63 @@ def test_choice_forms_accepted(form):
             assert [answer_score(said, other) for other in others] == [0.0] * 4
 
 
-@pytest.mark.parametrize("said",
-                         ["", " ", "A or B", "B or A", "AB", "BB", "B chair", "Answer: B", "(B", "B]",
-                          "[B] chair", "{B} chair",
-                                  "B: chair", "B.chair", "(B)chair", "B)chair", "( B )", "(B).", "B..",
-                                  "B .", '"B"', "'B'", "*B*",
-                                  "\\text{B}", "Option B", "the B", "B,", "B;", "-B", "\uff22", "\u0412",
-                                  "B\0", "B\u200b", "(B]", "b or c",
-                                  "B/C", "1", "None", "\ud800"])
+@pytest.mark.parametrize(
+    "said",
+    [
+        "",
+        " ",
+        "A or B",
+        "B or A",
+        "AB",
+        "BB",
+        "B chair",
+        "Answer: B",
+        "(B",
+        "B]",
+        "[B] chair",
+        "{B} chair",
+        "B: chair",
+        "B.chair",
+        "(B)chair",
+        "B)chair",
+        "( B )",
+        "(B).",
+        "B..",
+        "B .",
+        '"B"',
+        "'B'",
+        "*B*",
+        "\\text{B}",
+        "Option B",
+        "the B",
+        "B,",
+        "B;",
+        "-B",
+        "\uff22",
+        "\u0412",
+        "B\0",
+        "B\u200b",
+        "(B]",
+        "b or c",
+        "B/C",
+        "1",
+        "None",
+        "\ud800",
+    ],
+)
 def test_choice_forms_rejected(said):
     assert answer_score(said, "B") == 0.0
 
 
 def closed(x, g):
-    return max(0.0, (math.exp(-2 * abs(x - g) / (abs(g) + 0.01)) - math.exp(-2)) / (1 - math.exp(-2)))
+    return max(
+        0.0, (math.exp(-2 * abs(x - g) / (abs(g) + 0.01)) - math.exp(-2)) / (1 - math.exp(-2))
+    )
 
 
 def test_number_score_is_the_closed_form():
-    # By hand, g = 1.99, x = .99: r = .5, (e^-1 - e^-2) / (1 - e^-2) = .2325442 / .8646647 = .2689414
+    # By hand, g = 1.99, x = .99: r = .5, (e^-1 - e^-2) / (1 - e^-2) = .2325442 / .8646647 =
+    # .2689414
     assert answer_score("0.99", "1.99") == pytest.approx(0.2689414, abs=1e-6)
     for g in ("2", "-3.5", "0", "0.01", "120", "1"):
         assert answer_score(g, g) == 1.0
@@ -361,16 +604,32 @@ def test_number_score_is_the_closed_form():
             assert answer_score(x, g) == pytest.approx(closed(float(x), float(g)), abs=1e-12)
     for g in (0.5, 2.0, 37.0):
         assert answer_score("0", str(g)) < 0.01 and answer_score(str(2 * g), str(g)) < 0.01
-    assert answer_score("0.01", "0") == 0.0 and answer_score("0.005", "0") == pytest.approx(0.2689414,
-                                                                                            abs=1e-6)
+    assert answer_score("0.01", "0") == 0.0 and answer_score("0.005", "0") == pytest.approx(
+        0.2689414, abs=1e-6
+    )
 
 
-UNIT_TABLE = [("m", 1), ("cm", 0.01), ("mm", 0.001), ("km", 1000), ("ft", 0.3048), ("feet", 0.3048),
-              ("in", 0.0254),
-              ("inch", 0.0254), ("inches", 0.0254), ("meter", 1), ("meters", 1), ("metre", 1), ("metres", 1),
-              ("centimeter", 0.01),
-              ("centimeters", 0.01), ("centimetre", 0.01), ("centimetres", 0.01), ("degree", 1),
-              ("degrees", 1)]
+UNIT_TABLE = [
+    ("m", 1),
+    ("cm", 0.01),
+    ("mm", 0.001),
+    ("km", 1000),
+    ("ft", 0.3048),
+    ("feet", 0.3048),
+    ("in", 0.0254),
+    ("inch", 0.0254),
+    ("inches", 0.0254),
+    ("meter", 1),
+    ("meters", 1),
+    ("metre", 1),
+    ("metres", 1),
+    ("centimeter", 0.01),
+    ("centimeters", 0.01),
+    ("centimetre", 0.01),
+    ("centimetres", 0.01),
+    ("degree", 1),
+    ("degrees", 1),
+]
 
 
 @pytest.mark.parametrize("unit, factor", UNIT_TABLE)
@@ -387,29 +646,89 @@ def test_exact_units():
         assert answer_score(said, truth) == 1.0
 
 
-@pytest.mark.parametrize("said",
-                         ["5", "5.", "5.0", "+5", "05", " 5 ", "5 m", "5m.", "5. m", "5.0.", "500 cm", "5\n"])
+@pytest.mark.parametrize(
+    "said", ["5", "5.", "5.0", "+5", "05", " 5 ", "5 m", "5m.", "5. m", "5.0.", "500 cm", "5\n"]
+)
 def test_numbers_read(said):
     assert answer_score(said, "5") == 1.0
 
 
-@pytest.mark.parametrize("said",
-                         ["", "five", "5 5", "5..", "5.0..", "5 m..", "5,0", "5e0", "5E0", "0x5", "5_0",
-                          "nan", "inf", "1e999", "~5", "5?",
-                                  "about 5", "5 miles", "5 foot", "5 %", "--5", "+ 5", "5 - 0", "\u0665",
-                                  "\uff15", "5 \u212am", "5 \u017f",
-                                  "\u22125", "5 m m", "5 to 5", "x=5", "5 m (left)", ".", "-", "+.",
-                                  "9" * 400, "5\0", "(5)", "5 .", "5 m ."])
+@pytest.mark.parametrize(
+    "said",
+    [
+        "",
+        "five",
+        "5 5",
+        "5..",
+        "5.0..",
+        "5 m..",
+        "5,0",
+        "5e0",
+        "5E0",
+        "0x5",
+        "5_0",
+        "nan",
+        "inf",
+        "1e999",
+        "~5",
+        "5?",
+        "about 5",
+        "5 miles",
+        "5 foot",
+        "5 %",
+        "--5",
+        "+ 5",
+        "5 - 0",
+        "\u0665",
+        "\uff15",
+        "5 \u212am",
+        "5 \u017f",
+        "\u22125",
+        "5 m m",
+        "5 to 5",
+        "x=5",
+        "5 m (left)",
+        ".",
+        "-",
+        "+.",
+        "9" * 400,
+        "5\0",
+        "(5)",
+        "5 .",
+        "5 m .",
+    ],
+)
 def test_no_numbers(said):
     assert answer_score(said, "5") == 0.0
 
 
 def test_huge_numbers_and_none_stay_finite():
     big = "9" * 308
-    for truth in ("0", "0.0", big, "-" + big, big + " km", "9" * 400, "move_up:" + big, "move_up:0", "B",
-                  "text", ""):
-        for said in (None, "0", "-0", big, "-" + big, big + "km", "9" * 400,
-                     f"move_up:{big},move_down:-{big}", "move_down:0", "\ud800"):
+    for truth in (
+        "0",
+        "0.0",
+        big,
+        "-" + big,
+        big + " km",
+        "9" * 400,
+        "move_up:" + big,
+        "move_up:0",
+        "B",
+        "text",
+        "",
+    ):
+        for said in (
+            None,
+            "0",
+            "-0",
+            big,
+            "-" + big,
+            big + "km",
+            "9" * 400,
+            f"move_up:{big},move_down:-{big}",
+            "move_down:0",
+            "\ud800",
+        ):
             assert 0.0 <= answer_score(said, truth) <= 1.0
     assert answer_score(None, "B") == answer_score(None, "") == 0.0
     # Unicode folds the Kelvin sign to k and the long s to s; units are ASCII.
@@ -419,63 +738,102 @@ def test_huge_numbers_and_none_stay_finite():
 HALF = closed(0.99, 1.99)
 
 
-@pytest.mark.parametrize("said, truth, expected", [
-    ("move_right:0.4,rotate_left:30", "move_right:0.4,rotate_left:30", 1.0),
-    ("rotate_left:30, move_right:0.4", "move_right:0.4,rotate_left:30", 1.0),  # order and blanks
-    (" move_right : 0.4 m , rotate_left: 30 degrees. ", "move_right:0.4,rotate_left:30", 1.0),
-    ("move_left:-0.4,rotate_right:-30", "move_right:0.4,rotate_left:30", 1.0),  # signed axes
-    ("move_right:0.4", "move_right:0.4,rotate_left:30", (1 + closed(0, 30)) / 2),
-    ("move_right:0.99,move_up:1", "move_right:1.99,move_up:1", (HALF + 1) / 2),
-    ("move_right:1.99,move_up:1", "move_right:1.99", 1 / 2),  # an axis that does not move
-    ("move_right:0.4,move_left:0.4", "move_right:0.4", closed(0, 0.4)),  # both directions net
-    ("move_right:3,move_left:1", "move_right:2", 1.0),
-    ("move_left:0.4", "move_right:0.4", 0.0),
-    ("move_right:0", "move_up:0", 1.0),  # both stand still
-    ("move_right:0.1", "move_up:0", 0.0),
-    ("rotate_up:10", "rotate_up:10", 1.0), ("rotate_down:-10", "rotate_up:10", 1.0),
-    ("move_forward:1,move_backward:0,move_down:2", "move_forward:1,move_down:2", 1.0),
-    ("move_right:0.4,move_right:0.4", "move_right:0.4", 0.0),  # repeated
-    ("move_right:0.4,spin:1", "move_right:0.4", 0.0), ("move_right:0.4,", "move_right:0.4", 0.0),
-    ("move_right:x", "move_right:0.4", 0.0), ("move_right", "move_right:0.4", 0.0),
-    ("", "move_right:0.4", 0.0),
-    ("move_right:0.4:0.4", "move_right:0.4", 0.0), ("move_right=0.4", "move_right:0.4", 0.0),
-    ("0.4", "move_right:0.4", 0.0),
-    ("move_right:nan", "move_right:0.4", 0.0), ("move_right:4e-1", "move_right:0.4", 0.0),
-    ("Move_right:0.4", "move_right:0.4", 0.0),
-    ("move_right:0.4;rotate_left:30", "move_right:0.4,rotate_left:30", 0.0),
-    ("move_right:1", "move_sideways:1", 0.0),
-])
+@pytest.mark.parametrize(
+    "said, truth, expected",
+    [
+        ("move_right:0.4,rotate_left:30", "move_right:0.4,rotate_left:30", 1.0),
+        (
+            "rotate_left:30, move_right:0.4",
+            "move_right:0.4,rotate_left:30",
+            1.0,
+        ),  # order and blanks
+        (" move_right : 0.4 m , rotate_left: 30 degrees. ", "move_right:0.4,rotate_left:30", 1.0),
+        ("move_left:-0.4,rotate_right:-30", "move_right:0.4,rotate_left:30", 1.0),  # signed axes
+        ("move_right:0.4", "move_right:0.4,rotate_left:30", (1 + closed(0, 30)) / 2),
+        ("move_right:0.99,move_up:1", "move_right:1.99,move_up:1", (HALF + 1) / 2),
+        ("move_right:1.99,move_up:1", "move_right:1.99", 1 / 2),  # an axis that does not move
+        ("move_right:0.4,move_left:0.4", "move_right:0.4", closed(0, 0.4)),  # both directions net
+        ("move_right:3,move_left:1", "move_right:2", 1.0),
+        ("move_left:0.4", "move_right:0.4", 0.0),
+        ("move_right:0", "move_up:0", 1.0),  # both stand still
+        ("move_right:0.1", "move_up:0", 0.0),
+        ("rotate_up:10", "rotate_up:10", 1.0),
+        ("rotate_down:-10", "rotate_up:10", 1.0),
+        ("move_forward:1,move_backward:0,move_down:2", "move_forward:1,move_down:2", 1.0),
+        ("move_right:0.4,move_right:0.4", "move_right:0.4", 0.0),  # repeated
+        ("move_right:0.4,spin:1", "move_right:0.4", 0.0),
+        ("move_right:0.4,", "move_right:0.4", 0.0),
+        ("move_right:x", "move_right:0.4", 0.0),
+        ("move_right", "move_right:0.4", 0.0),
+        ("", "move_right:0.4", 0.0),
+        ("move_right:0.4:0.4", "move_right:0.4", 0.0),
+        ("move_right=0.4", "move_right:0.4", 0.0),
+        ("0.4", "move_right:0.4", 0.0),
+        ("move_right:nan", "move_right:0.4", 0.0),
+        ("move_right:4e-1", "move_right:0.4", 0.0),
+        ("Move_right:0.4", "move_right:0.4", 0.0),
+        ("move_right:0.4;rotate_left:30", "move_right:0.4,rotate_left:30", 0.0),
+        ("move_right:1", "move_sideways:1", 0.0),
+    ],
+)
 def test_motion(said, truth, expected):
     assert answer_score(said, truth) == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("said, truth, expected", [
-    ("  A Red\n chair. ", "a red chair", 1), ("a red chair", "A  red chair.", 1),
-    ("a red chair..", "a red chair", 0),
-    ("red chair", "a red chair", 0), ("", "chair", 0), ("ja", "j\u0101", 0), ("F", "F", 1), ("(F)", "F", 0),
-    ("ab", "AB", 1), ("1 2", "1  2", 1),
-])
+@pytest.mark.parametrize(
+    "said, truth, expected",
+    [
+        ("  A Red\n chair. ", "a red chair", 1),
+        ("a red chair", "A  red chair.", 1),
+        ("a red chair..", "a red chair", 0),
+        ("red chair", "a red chair", 0),
+        ("", "chair", 0),
+        ("ja", "j\u0101", 0),
+        ("F", "F", 1),
+        ("(F)", "F", 0),
+        ("ab", "AB", 1),
+        ("1 2", "1  2", 1),
+    ],
+)
 def test_text(said, truth, expected):
     assert answer_score(said, truth) == expected
 
 
 # ---- Detection
 
+
 def test_distance_steps_and_ties_by_integer_arithmetic():
-    """Centres lie on the 0.01 m grid, so in centimetres everything is an integer, and a tie is exact."""
+    """Centres lie on the 0.01 m grid, so in centimetres everything is an integer, and a tie is
+    exact."""
     rng, ties = random.Random(1), 0
-    triples = [(6, 8, 0), (2, 6, 9), (12, 16, 0), (10, 20, 20), (24, 32, 0), (20, 40, 40), (36, 48, 0),
-               (60, 80, 0), (28, 96, 0),
-               *((t, 0, 0) for t in (10, 20, 30, 40, 60, 100))]
+    triples = [
+        (6, 8, 0),
+        (2, 6, 9),
+        (12, 16, 0),
+        (10, 20, 20),
+        (24, 32, 0),
+        (20, 40, 40),
+        (36, 48, 0),
+        (60, 80, 0),
+        (28, 96, 0),
+        *((t, 0, 0) for t in (10, 20, 30, 40, 60, 100)),
+    ]
     for i in range(4000):
-        offset = triples[i % len(triples)] if i % 2 else tuple(rng.randint(-70, 70) for _ in range(3))
+        offset = (
+            triples[i % len(triples)] if i % 2 else tuple(rng.randint(-70, 70) for _ in range(3))
+        )
         base = [rng.randint(-900, 900) for _ in range(3)]
         said = [b + o for b, o in zip(base, offset, strict=True)]
         square = sum(o * o for o in offset)
         ties += square in (100, 400, 900, 1600, 3600, 10000)
-        expected = next((s for t,
-                         s in ((10, 1.0), (20, 0.8), (30, 0.6), (40, 0.4), (60, 0.2),
-                               (100, 0.1)) if square < t * t), 0.0)
+        expected = next(
+            (
+                s
+                for t, s in ((10, 1.0), (20, 0.8), (30, 0.6), (40, 0.4), (60, 0.2), (100, 0.1))
+                if square < t * t
+            ),
+            0.0,
+        )
         xyz = ",".join(str(v / 100) for v in said)
         text = dtr(f'{D}<3d_box center="{xyz}">chair (red bbox)</3d_box>')
         scores = score(text, one(objects={"red bbox": tuple(b / 100 for b in base)}))
@@ -492,33 +850,47 @@ def boxes(*pairs, frame=None):
 
 def test_matching():
     two = one(objects={"red bbox": (0, 0, 2), "blue bbox": (5, 0, 2)})
+
     def detect(*pairs, **more):
         return score(boxes(*pairs, **more), two).detect
 
-    assert detect(("red bbox", 0), ("blue bbox", 5)) == detect(("BLUE bbox", 5), ("Red Bbox", 0)) == 1.0
+    assert (
+        detect(("red bbox", 0), ("blue bbox", 5))
+        == detect(("BLUE bbox", 5), ("Red Bbox", 0))
+        == 1.0
+    )
     assert detect(("red bbox", 0)) == 0.5
     assert detect(("red bbox", 0), ("blue bbox", 5.15)) == pytest.approx(0.9)
     assert detect(("red bbox", 0), ("blue bbox", 5), ("green bbox", 1)) == pytest.approx(2 / 3)
-    assert detect(("red bbox", 9), ("red bbox", 0),
-                  ("blue bbox", 5)) == pytest.approx(1 / 3)  # the first counts
+    assert detect(("red bbox", 9), ("red bbox", 0), ("blue bbox", 5)) == pytest.approx(
+        1 / 3
+    )  # the first counts
     assert detect(("red bbox", 5), ("blue bbox", 0)) == 0.0
     assert detect(("red bbox.", 0), ("a red bbox", 0), ("red  bbox", 0)) == 0.0
-    assert detect(("red bbox", 0), ("blue bbox", 5),
-                  frame=7) == 1.0  # one view: the header's frame does not matter
+    assert (
+        detect(("red bbox", 0), ("blue bbox", 5), frame=7) == 1.0
+    )  # one view: the header's frame does not matter
     upper = one(objects={"Red BBox": (0, 0, 2)})
     assert score(boxes(("red bbox", 0)), upper).detect == 1.0
 
 
 def test_matching_in_several_views():
     views = {"red bbox": {0: (0, 0, 2), 10: (1, 0, 2)}, "blue bbox": {10: (5, 0, 2), 3: (7, 0, 2)}}
+
     def detect(*pairs, frame=None, asked=None):
         return score(boxes(*pairs, frame=frame), one(objects=views, frame=asked)).detect
 
     both = (("red bbox", 1), ("blue bbox", 5))
-    assert detect(*both, frame=10) == detect(*both, frame=10, asked=10) == detect(*both, frame="0010") == 1.0
+    assert (
+        detect(*both, frame=10)
+        == detect(*both, frame=10, asked=10)
+        == detect(*both, frame="0010")
+        == 1.0
+    )
     assert detect(*both, frame=10, asked=3) == detect(*both, frame=1) == 0.0
     assert detect(*both) == detect(*both, asked=10) == 0.0
-    assert detect(("red bbox", 0), ("blue bbox", 5), frame=0) == 0.5  # blue, not known there, still counts
+    # blue, not known there, still counts
+    assert detect(("red bbox", 0), ("blue bbox", 5), frame=0) == 0.5
     assert detect(("red bbox", 0), frame=0, asked=0) == 0.5
     assert detect(("blue bbox", 7), frame=3) == 0.5
 
@@ -529,17 +901,25 @@ def test_totals():
     assert score(near, e) == pytest.approx((0.98, 1, 1, 0.8))
     assert score(near, dataclasses.replace(e, answer="C")) == pytest.approx((0.18, 0, 1, 0.8))
     assert score(near, dataclasses.replace(e, objects={})) == pytest.approx((1.0, 1, 1, 0))
-    assert score(near, dataclasses.replace(e, objects={}, answer="C")) == pytest.approx((0.2, 0, 1, 0))
-    assert score(lor(answer="0.99"),
-                 one(path="lor", answer="1.99")) == pytest.approx((0.8 * HALF + 0.2, HALF, 1, 0))
+    assert score(near, dataclasses.replace(e, objects={}, answer="C")) == pytest.approx(
+        (0.2, 0, 1, 0)
+    )
+    assert score(lor(answer="0.99"), one(path="lor", answer="1.99")) == pytest.approx(
+        (0.8 * HALF + 0.2, HALF, 1, 0)
+    )
     assert score(lor(), e) == score(near, dataclasses.replace(e, path="lor")) == Scores(0, 0, 0, 0)
 
 
 # ---- A fork: one function and one entry, one object
 
+
 def test_a_fork_adds_a_path_and_a_reward(monkeypatch):
-    short = srreal.Path(("plan", "answer"), "Plan, then answer.", {"accuracy": 0.9, "format": 0.1},
-                        {"accuracy": 0.5, "format": 0.5})
+    short = srreal.Path(
+        ("plan", "answer"),
+        "Plan, then answer.",
+        {"accuracy": 0.9, "format": 0.1},
+        {"accuracy": 0.5, "format": 0.5},
+    )
     monkeypatch.setitem(srreal.PATHS, "plan", short)
     monkeypatch.setitem(srreal.SECTIONS, "plan", ("your plan", lambda example: "look"))
     e = Example("e", "plan", ["a"], "Q?", "B")
@@ -547,36 +927,76 @@ def test_a_fork_adds_a_path_and_a_reward(monkeypatch):
     assert target(e) == "<plan>look</plan>\n<answer>B</answer>"
     assert score(target(e), e) == Scores(1.0, 1.0, 1.0, 0.0)
     assert parse(target(e), "plan").sections["plan"] == "look"
-    assert not parse(lor(think="<plan>"), "lor").well_formed  # its tags are now tags of another path
+    # its tags are now tags of another path
+    assert not parse(lor(think="<plan>"), "lor").well_formed
 
 
 def test_weights_name_rewards_and_sum_to_one():
     for path in srreal.PATHS.values():
         for weights in (path.weights, path.weights_without_objects):
-            assert set(weights) <= set(srreal.REWARDS) and sum(weights.values()) == pytest.approx(1.0,
-                                                                                                  abs=1e-15)
+            assert set(weights) <= set(srreal.REWARDS) and sum(weights.values()) == pytest.approx(
+                1.0, abs=1e-15
+            )
         assert set(path.sections) <= set(srreal.SECTIONS)
 
 
 # ---- Untrusted text
 
-PIECES = ["<detect>", "</detect>", "<think>", "</think>", "<answer>", "</answer>", BOX, BOX2,
-          "Find 1 relevant objects:", "\n", "\r\n", " ", "\0", "\ud800",
-          "After aligning to the reference frame 1, find 2 relevant objects:", "(", ")", '">', "</3d_box>",
-          '<3d_box center="', ",", "9" * 30, "nan", "B",
-          "1e999", "\u0661", "\u2028", "\x1c", "move_up:1", "1.5 m", "(red bbox)", "first image"]
-SEEDS = [dtr(f"Find 2 relevant objects:\n{BOX}\n{BOX2}"),
-         dtr(f"After aligning to the reference frame 1, find 1 relevant objects:\n{BOX}"),
-         lor(), lor(answer="move_up:1,rotate_left:20"), dtr(D + BOX, answer="1.5")]
+PIECES = [
+    "<detect>",
+    "</detect>",
+    "<think>",
+    "</think>",
+    "<answer>",
+    "</answer>",
+    BOX,
+    BOX2,
+    "Find 1 relevant objects:",
+    "\n",
+    "\r\n",
+    " ",
+    "\0",
+    "\ud800",
+    "After aligning to the reference frame 1, find 2 relevant objects:",
+    "(",
+    ")",
+    '">',
+    "</3d_box>",
+    '<3d_box center="',
+    ",",
+    "9" * 30,
+    "nan",
+    "B",
+    "1e999",
+    "\u0661",
+    "\u2028",
+    "\x1c",
+    "move_up:1",
+    "1.5 m",
+    "(red bbox)",
+    "first image",
+]
+SEEDS = [
+    dtr(f"Find 2 relevant objects:\n{BOX}\n{BOX2}"),
+    dtr(f"After aligning to the reference frame 1, find 1 relevant objects:\n{BOX}"),
+    lor(),
+    lor(answer="move_up:1,rotate_left:20"),
+    dtr(D + BOX, answer="1.5"),
+]
 
 
 def mutate(rng, text):
     for _ in range(rng.randint(0, 3)):
         i, j = sorted((rng.randint(0, len(text)), rng.randint(0, len(text))))
-        text = rng.choice([text[:i] + rng.choice(PIECES) + text[i:], text[:i] + text[min(j, i + 9):],
-                           text[:j] + text[i:],
-                           text[:i] + chr(rng.randint(0, 127)) + text[i + 1:],
-                           text.replace(*rng.sample(PIECES, 2), 1)])[:900]
+        text = rng.choice(
+            [
+                text[:i] + rng.choice(PIECES) + text[i:],
+                text[:i] + text[min(j, i + 9) :],
+                text[:j] + text[i:],
+                text[:i] + chr(rng.randint(0, 127)) + text[i + 1 :],
+                text.replace(*rng.sample(PIECES, 2), 1),
+            ]
+        )[:900]
     return text
 
 
@@ -584,12 +1004,20 @@ def test_fuzz():
     rng = random.Random(0)
     views = {"red bbox": {0: (0, 0, 2), 1: (0.3, -0.81, 3.32)}, "blue point": {1: (1, 0.5, 2)}}
     flat = {"red bbox": (0.3, -0.81, 3.32), "blue point": (1, 0.5, 2)}
-    examples = [one(path=path, answer=answer, objects=objects) for path in ("lor", "dtr", "direct")
-                for objects in (flat, views, {}) for answer in ("B", "1.5", "0", "move_up:1", "chair")]
+    examples = [
+        one(path=path, answer=answer, objects=objects)
+        for path in ("lor", "dtr", "direct")
+        for objects in (flat, views, {})
+        for answer in ("B", "1.5", "0", "move_up:1", "chair")
+    ]
     well = 0
     for i in range(24_000):
         text, e = mutate(rng, SEEDS[i % 5]), examples[rng.randrange(len(examples))]
-        parsed, strict, official = parse(text, e.path), score(text, e), score(text, e, rules="official")
+        parsed, strict, official = (
+            parse(text, e.path),
+            score(text, e),
+            score(text, e, rules="official"),
+        )
         assert all(math.isfinite(part) and 0.0 <= part <= 1.0 for part in strict), (text, strict)
         assert isinstance(official, Scores) and not math.isinf(official.total)
         assert score(text, e) == strict and parse(text, e.path) == parsed
@@ -601,28 +1029,56 @@ def test_fuzz():
         well += parsed.well_formed
         if parsed.well_formed:  # reading what was read changes nothing
             head = f"<detect>{parsed.sections['detect']}</detect>" if e.path == "dtr" else ""
-            assert parse(f"{head}<think>{parsed.think}</think><answer>{parsed.answer}</answer>",
-                         e.path) == parsed
+            assert (
+                parse(
+                    f"{head}<think>{parsed.think}</think><answer>{parsed.answer}</answer>", e.path
+                )
+                == parsed
+            )
     assert well > 2000
 
 
 N = 200_000  # a quadratic reader would need 4 * 10^10 steps, and hang
 
 
-@pytest.mark.parametrize("text", [
-    "<" * N, "(" * N, ")" * N, "(" * (N // 2) + ")" * (N // 2), "0" * N, " " * N, "\n" * N, "," * N,
-    "5" + " " * N + "x", "-" * N, "." * N, "a:" * (N // 2),
-    "0" * (N // 2) + "." + "0" * (N // 2) + "x", "B. " + " " * N + "\0", "<detect>" * (N // 8),
-    "</detect><think>" * (N // 16), "</think><answer>" * (N // 16),
-    "<detect>" + "</detect><think></think><answer>" * (N // 32), "<think></think><answer>" * (N // 23),
-    '<3d_box center="' * (N // 16), '<3d_box center="1">' * (N // 19),
-    "move_up:1," * (N // 10),
-    "\n ".join(["x"] * (N // 3)), "< / >" * (N // 5), BOX * (N // len(BOX)), (BOX + "\n") * (N // len(BOX)),
-    "\ud800" * N,
-], ids=lambda text: repr(text[:12]))
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<" * N,
+        "(" * N,
+        ")" * N,
+        "(" * (N // 2) + ")" * (N // 2),
+        "0" * N,
+        " " * N,
+        "\n" * N,
+        "," * N,
+        "5" + " " * N + "x",
+        "-" * N,
+        "." * N,
+        "a:" * (N // 2),
+        "0" * (N // 2) + "." + "0" * (N // 2) + "x",
+        "B. " + " " * N + "\0",
+        "<detect>" * (N // 8),
+        "</detect><think>" * (N // 16),
+        "</think><answer>" * (N // 16),
+        "<detect>" + "</detect><think></think><answer>" * (N // 32),
+        "<think></think><answer>" * (N // 23),
+        '<3d_box center="' * (N // 16),
+        '<3d_box center="1">' * (N // 19),
+        "move_up:1," * (N // 10),
+        "\n ".join(["x"] * (N // 3)),
+        "< / >" * (N // 5),
+        BOX * (N // len(BOX)),
+        (BOX + "\n") * (N // len(BOX)),
+        "\ud800" * N,
+    ],
+    ids=lambda text: repr(text[:12]),
+)
 def test_long_garbage_is_read_in_linear_time(text):
     name, centre = f'<3d_box center="1,2,3">{text})</3d_box>', f'<3d_box center="{text}">a</3d_box>'
-    cases = [(response, "dtr", "B") for response in (text, dtr(text), dtr(D + name), dtr(D + centre))]
+    cases = [
+        (response, "dtr", "B") for response in (text, dtr(text), dtr(D + name), dtr(D + centre))
+    ]
     cases += [(text, "lor", "B"), (lor(think=text), "lor", "B")]
     cases += [(lor(answer=text), "lor", truth) for truth in ("B", "1.5", "move_up:1", "text")]
     for response, path, truth in cases:

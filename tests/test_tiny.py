@@ -1,4 +1,5 @@
-"""The tiny checkpoint: transformers runs it, its tokenizer keeps any text, the seed fixes every byte."""
+"""The tiny checkpoint: transformers runs it, its tokenizer keeps any text, the seed fixes every
+byte."""
 
 import contextlib
 import functools
@@ -34,7 +35,9 @@ def test_transformers_loads_it_and_runs_it_on_an_image(family):
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert model.config.model_type == family and sum(p.numel() for p in model.parameters()) < 2e6
     grid = torch.tensor([[1, 4, 6]])
-    ids = torch.tensor([[5, model.config.vision_start_token_id, *[model.config.image_token_id] * 6, 7]])
+    ids = torch.tensor(
+        [[5, model.config.vision_start_token_id, *[model.config.image_token_id] * 6, 7]]
+    )
     kinds = (ids == model.config.image_token_id).int()
     with torch.no_grad():
         logits = model(
@@ -50,7 +53,11 @@ def test_transformers_loads_it_and_runs_it_on_an_image(family):
 def test_there_are_spare_rows_and_the_special_tokens_of_qwen(family):
     out = checkpoint(family)
     tokenizer, config = AutoTokenizer.from_pretrained(out), AutoConfig.from_pretrained(out)
-    assert len(tokenizer) == max(tokenizer.get_vocab().values()) + 1 <= config.text_config.vocab_size - 15
+    assert (
+        len(tokenizer)
+        == max(tokenizer.get_vocab().values()) + 1
+        <= config.text_config.vocab_size - 15
+    )
     added = {t.content: t.special for t in tokenizer.added_tokens_decoder.values()}
     assert all(added[token] and len(tokenizer(token).input_ids) == 1 for token in tiny.SPECIAL)
     assert tokenizer.convert_tokens_to_ids("<|image_pad|>") == config.image_token_id
@@ -87,7 +94,9 @@ def test_numbers_of_one_decimal_are_one_token_and_further_digits_one_each():
     processor = Processor.from_pretrained(checkpoint("qwen3_vl"))
     pieces = lambda text: [processor.decode([i]) for i in processor.encode(text)]  # noqa: E731
     for tenth in range(100):
-        assert pieces(f"{tenth / 10}") == [f"{tenth / 10}"] and pieces(f"-{tenth / 10}") == [f"-{tenth / 10}"]
+        assert pieces(f"{tenth / 10}") == [f"{tenth / 10}"] and pieces(f"-{tenth / 10}") == [
+            f"-{tenth / 10}"
+        ]
     assert pieces("-2.43") == ["-2.4", "3"]
     line = '<3d_box center="0.31,-0.8,3.32">chair (red bbox)</3d_box>\n</detect>'
     assert pieces(line) == [
@@ -132,7 +141,9 @@ def test_the_seed_decides_every_byte(tmp_path):
         for folder in (checkpoint("qwen3_vl"), again, other)
     ]
     for each in files:  # safetensors writes its metadata in no fixed order: compare what it holds
-        each["spatial.safetensors"] = {k: v.tolist() for k, v in load(each["spatial.safetensors"]).items()}
+        each["spatial.safetensors"] = {
+            k: v.tolist() for k, v in load(each["spatial.safetensors"]).items()
+        }
     assert files[0] == files[1]
     assert {name for name in files[0] if files[0][name] != files[2][name]} == {
         "model.safetensors",
@@ -144,5 +155,7 @@ def test_the_point_map_is_heard_from_the_start():
     spatial = load((checkpoint("qwen3_vl") / "spatial.safetensors").read_bytes())
     assert all(t.isfinite().all() for t in spatial.values())
     assert any(
-        name.startswith("points.") and t.abs().max() > 0 for name, t in spatial.items() if "down" in name
+        name.startswith("points.") and t.abs().max() > 0
+        for name, t in spatial.items()
+        if "down" in name
     )

@@ -1,4 +1,5 @@
-"""Both training scripts, end to end on a tiny model: resuming, two ranks, what learns, what is refused."""
+"""Both training scripts, end to end on a tiny model: resuming, two ranks, what learns, what is
+refused."""
 
 import json
 import math
@@ -47,7 +48,10 @@ def one_thread():
 
 
 def python(*command, **environment):
-    command, environment = [sys.executable, *map(str, command)], {**os.environ, **ONE, **environment}
+    command, environment = (
+        [sys.executable, *map(str, command)],
+        {**os.environ, **ONE, **environment},
+    )
     environment = {name: str(value) for name, value in environment.items()}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
@@ -58,13 +62,27 @@ def home(tmp_path_factory, one_thread):
     home = tmp_path_factory.mktemp("home")
     for command in (
         ("-m", "model.tiny", "--family", "qwen3_vl", "--out", home / "tiny", "--seed", "0"),
-        ("-m", "data.scenes", "--out", home / "scenes", "--n", "6", "--seed", "1", "--size", "128", "96"),
+        (
+            "-m",
+            "data.scenes",
+            "--out",
+            home / "scenes",
+            "--n",
+            "6",
+            "--seed",
+            "1",
+            "--size",
+            "128",
+            "96",
+        ),
     ):
         made = python(*command)
         assert made.returncode == 0, made.stderr
     weights = load_file(home / "tiny" / "model.safetensors")
     save_file(
-        {k: v.bfloat16() for k, v in weights.items()}, home / "tiny" / "model.safetensors", {"format": "pt"}
+        {k: v.bfloat16() for k, v in weights.items()},
+        home / "tiny" / "model.safetensors",
+        {"format": "pt"},
     )
     return home
 
@@ -77,13 +95,16 @@ def config(home, script, out, **options):
         "steps": 4,
         "save_every": 2,
     }
-    own = {"sft": {"batch": 6, "lr": 1e-3, "warmup": 2},
-           "rl": {"prompts": 4, "group": 3, "max_new_tokens": 6, "lr": 1e-3, "kl": 0.05}}[script]  # fmt: skip
+    own = {
+        "sft": {"batch": 6, "lr": 1e-3, "warmup": 2},
+        "rl": {"prompts": 4, "group": 3, "max_new_tokens": 6, "lr": 1e-3, "kl": 0.05},
+    }[script]
     return SCRIPTS[script].Config(**{**common, **own, **options})
 
 
 def fake_score(text, example, rules):
-    """A random model never earns anything; this pays for the parity of the text, so that groups differ."""
+    """A random model never earns anything; this pays for the parity of the text, so that groups
+    differ."""
     good = float(sum(text.encode()) % 2)
     return Scores(0.8 * good + 0.1 * (len(text) % 3), good, 0.0, 0.0)
 
@@ -104,7 +125,9 @@ def rows(out, drop=("second", "mib")):
 
 def tensors(step):
     files = sorted(Path(step).rglob("*.safetensors"))
-    return {f"{path.relative_to(step)}:{k}": v for path in files for k, v in load_file(path).items()}
+    return {
+        f"{path.relative_to(step)}:{k}": v for path in files for k, v in load_file(path).items()
+    }
 
 
 def assert_same_run(a, b, step="step-000004", few=100):
@@ -135,13 +158,19 @@ def test_a_run_directory(whole):
         table = rows(out, drop=())
         assert [row["step"] for row in table] == [1, 2, 3, 4]
         assert all(
-            row["seconds"] > 0 and math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in table
+            row["seconds"] > 0 and math.isfinite(row["loss"]) and row["grad_norm"] > 0
+            for row in table
         )
         assert json.loads((out / "config.json").read_text())["save_every"] == 2
         folder = out / "step-000004"
-        assert {p.suffix for p in (folder / "trainer").iterdir()} == {".safetensors", ".json"}  # no pickle
-        assert load_file(folder / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16  # as it came
-        assert load_file(folder / "trainer" / "master.safetensors")["lm_head.weight"].dtype == torch.float32
+        # no pickle
+        assert {p.suffix for p in (folder / "trainer").iterdir()} == {".safetensors", ".json"}
+        # as it came
+        assert load_file(folder / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
+        assert (
+            load_file(folder / "trainer" / "master.safetensors")["lm_head.weight"].dtype
+            == torch.float32
+        )
         QwenVL.from_pretrained(str(folder))
 
 
@@ -180,7 +209,9 @@ def test_what_learns(home, whole):
     start = dict(QwenVL.from_pretrained(str(home / "tiny"), dtype=torch.float32).named_parameters())
     for script, prefixes in (("sft", trainer.TRAIN["all"]), ("rl", trainer.TRAIN["lm"])):
         end = dict(
-            QwenVL.from_pretrained(str(whole[script] / "step-000004"), dtype=torch.float32).named_parameters()
+            QwenVL.from_pretrained(
+                str(whole[script] / "step-000004"), dtype=torch.float32
+            ).named_parameters()
         )
         changed = {name for name in start if not torch.equal(start[name], end[name])}
         assert changed and all(name.startswith(prefixes) for name in changed)
@@ -229,7 +260,9 @@ def test_adapters_learn_merge_and_resume(home, tmp_path, monkeypatch, script):
     assert any("layers.3" in name for name in moved) and not any("visual" in name for name in moved)
     master = load_file(folder / "trainer" / "master.safetensors")
     assert any(name.endswith("q_proj.lora_b") for name in master)
-    assert all(".lora_" in name or script == "sft" and not name.startswith("decoder.") for name in master)
+    assert all(
+        ".lora_" in name or script == "sft" and not name.startswith("decoder.") for name in master
+    )
     name = next(name for name in moved if name.endswith("layers.0.self_attn.q_proj.weight"))
     a, b = (master[f"decoder.layers.0.self_attn.q_proj.lora_{x}"] for x in "ab")
     assert torch.equal(end[name], (start[name].float() + lora.SCALE * b @ a).bfloat16())
@@ -248,8 +281,13 @@ def test_adapters_learn_merge_and_resume(home, tmp_path, monkeypatch, script):
 def test_workers_change_no_bit(home, whole, tmp_path, monkeypatch, script):
     """A run with two, cut off, goes on with two; the oracle had none."""
     made, expect = [], Ahead.expect
-    monkeypatch.setattr(Ahead, "expect", lambda self, wanted: expect(self, wanted) or made.append(
-        (self.pool is not None, len(self.coming))))  # fmt: skip
+    monkeypatch.setattr(
+        Ahead,
+        "expect",
+        lambda self, wanted: (
+            expect(self, wanted) or made.append((self.pool is not None, len(self.coming)))
+        ),
+    )
     interrupt(monkeypatch, home, script, tmp_path, workers=2)
     SCRIPTS[script].main(config(home, script, tmp_path, resume=True, workers=2))
     assert_same_run(tmp_path, whole[script])
@@ -270,16 +308,36 @@ def session(number: int) -> list[str]:
 def test_no_process_stays_behind_and_a_bad_image_is_named(home, tmp_path):
     """An image that was sound when the rows were read, and an interrupt, with workers at work."""
     shutil.copytree(home / "scenes", tmp_path / "scenes")
-    flags = ["--model", home / "tiny", "--data", tmp_path / "scenes", "--batch", 6, "--workers", 2,
-             "--steps", 100_000, "--save-every", 100_000]  # fmt: skip
+    flags = [
+        "--model",
+        home / "tiny",
+        "--data",
+        tmp_path / "scenes",
+        "--batch",
+        6,
+        "--workers",
+        2,
+        "--steps",
+        100_000,
+        "--save-every",
+        100_000,
+    ]
     environment = {**os.environ, **ONE, "XDG_CACHE_HOME": str(tmp_path)}
 
     def start(out):
         command = [sys.executable, "train_sft.py", *map(str, flags), "--out", str(tmp_path / out)]
-        heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # an "&" turns it off
-        return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, text=True,
-                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                                preexec_fn=heard)  # fmt: skip
+        # an "&" turns it off
+        heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            start_new_session=True,
+            text=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            preexec_fn=heard,
+        )
 
     def end(run, code):
         words = run.communicate(timeout=300)[1]
@@ -297,12 +355,17 @@ def test_no_process_stays_behind_and_a_bad_image_is_named(home, tmp_path):
     os.killpg(run.pid, signal.SIGINT)  # as a terminal does it
     assert "interrupted" in end(run, 130)
 
-    for file in (tmp_path / "scenes" / "images").iterdir():  # damaged, and not to be seen from outside
+    # damaged, and not to be seen from outside
+    for file in (tmp_path / "scenes" / "images").iterdir():
         state = file.stat()
         file.write_bytes(b"?" * state.st_size)
         os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
     words = end(start("bad"), 2)
-    assert "image 0" in words and str(tmp_path / "scenes" / "images") in words and "cannot identify" in words
+    assert (
+        "image 0" in words
+        and str(tmp_path / "scenes" / "images") in words
+        and "cannot identify" in words
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -310,7 +373,9 @@ def test_a_bad_image_stops_an_eval_with_its_row(home, tmp_path, monkeypatch, wor
     (tmp_path / "bad.png").write_bytes(b"?")
     row = Example("row 7", "direct", [str(tmp_path / "bad.png")], "How far?", "1")
     monkeypatch.setattr(data, "load", lambda *_, **options: [row])
-    config = evaluation.Config(str(home / "tiny"), out=str(tmp_path), path="direct", workers=workers)
+    config = evaluation.Config(
+        str(home / "tiny"), out=str(tmp_path), path="direct", workers=workers
+    )
     with pytest.raises(trainer.Stop, match=r"row 7: image 0 .*bad\.png"):
         evaluation.main(config)
 
@@ -335,16 +400,38 @@ def test_the_reference_is_the_model_that_the_run_began_with(home):
         apart = model(batch).logprob
         with reference:
             assert torch.equal(model(batch).logprob, other(batch).logprob)
-        assert torch.equal(model(batch).logprob, apart) and not torch.equal(apart, other(batch).logprob)
+        assert torch.equal(model(batch).logprob, apart) and not torch.equal(
+            apart, other(batch).logprob
+        )
     assert all(torch.equal(p, changed[name]) for name, p in model.named_parameters())
 
 
 def test_resume_after_sigkill(home, whole, tmp_path):
-    flags = ["--model", home / "tiny", "--data", home / "scenes", "--out", tmp_path, "--batch", 6,
-             "--lr", 1e-3, "--warmup", 2, "--steps", 4, "--save-every", 2]  # fmt: skip
+    flags = [
+        "--model",
+        home / "tiny",
+        "--data",
+        home / "scenes",
+        "--out",
+        tmp_path,
+        "--batch",
+        6,
+        "--lr",
+        1e-3,
+        "--warmup",
+        2,
+        "--steps",
+        4,
+        "--save-every",
+        2,
+    ]
     command = [sys.executable, "train_sft.py", *map(str, flags)]
     run = subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | ONE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command,
+        cwd=ROOT,
+        env=os.environ | ONE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     deadline = time.time() + 120
     while (
@@ -368,19 +455,26 @@ def test_resume_refuses_another_run(home, whole, tmp_path):
     lines = (home / "scenes" / "rows.jsonl").read_text().splitlines()
     (home / "scenes" / "fewer.jsonl").write_text("\n".join(lines[:-1]) + "\n")
     with pytest.raises(trainer.Stop, match="rows, sha256"):
-        train_sft.main(config(home, "sft", out, resume=True, data=(str(home / "scenes" / "fewer.jsonl"),)))
+        train_sft.main(
+            config(home, "sft", out, resume=True, data=(str(home / "scenes" / "fewer.jsonl"),))
+        )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_equal_those_of_the_padded_forward(home, checkpointing):
-    """Groups behind one copy of their prompt, and of its image, against transformers on G rows of prompt and
-    completion, padded; in fp64, but for the fp32 log-probs."""
+    """Groups behind one copy of their prompt, and of its image, against transformers on G rows of
+    prompt and completion, padded; in fp64, but for the fp32 log-probs."""
     source = str(home / "tiny")
-    ours, processor = QwenVL.from_pretrained(source, dtype=torch.float64), Processor.from_pretrained(source)
+    ours, processor = (
+        QwenVL.from_pretrained(source, dtype=torch.float64),
+        Processor.from_pretrained(source),
+    )
     theirs = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float64)
     row = next(e for e in data.load([str(home / "scenes")]) if e.images)
-    examples = [replace(row, question="How far is it?", regions=(), depths=None, objects={}, path="lor"),
-                Example("b", "lor", [], "How many are two and three?", "5")]  # fmt: skip
+    examples = [
+        replace(row, question="How far is it?", regions=(), depths=None, objects={}, path="lor"),
+        Example("b", "lor", [], "How many are two and three?", "5"),
+    ]
     completions = [[[21, 22, 23, 24], [31, 32], [41, 42, 43]], [[51, 52], [61, 62, 63, 64, 65]]]
     batch = processor(examples, completions)
     assert len(batch.input_ids) < 1.2 * sum(len(processor.prompt_ids(e)) for e in examples) + 30
@@ -397,13 +491,20 @@ def test_gradients_equal_those_of_the_padded_forward(home, checkpointing):
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
     logits = theirs(
-        input_ids=ids, attention_mask=mask, pixel_values=pixels.repeat(3, 1),
+        input_ids=ids,
+        attention_mask=mask,
+        pixel_values=pixels.repeat(3, 1),
         image_grid_thw=batch.image_grid_thw.repeat(3, 1),
         mm_token_type_ids=(ids == ours.config.image_token_id).int(),
-    ).logits  # fmt: skip
-    logprob = torch.cat([
-        logits[i, p - 1 : len(row) - 1].log_softmax(-1).gather(1, torch.tensor(row[p:])[:, None])[:, 0]
-        for i, (row, p) in enumerate(zip(rows, prompts, strict=True))])  # fmt: skip
+    ).logits
+    logprob = torch.cat(
+        [
+            logits[i, p - 1 : len(row) - 1]
+            .log_softmax(-1)
+            .gather(1, torch.tensor(row[p:])[:, None])[:, 0]
+            for i, (row, p) in enumerate(zip(rows, prompts, strict=True))
+        ]
+    )
     wanted = (logprob * weights).sum()
     wanted.backward()
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
@@ -439,8 +540,16 @@ if __name__ == "__main__":
 def test_a_rank_that_waits_in_vain_says_where(tmp_path):
     (tmp_path / "hang.py").write_text(HANG)
     started = time.time()
-    run = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", tmp_path / "hang.py",
-                 PYTHONPATH=ROOT, RANK_TIMEOUT="5")  # fmt: skip
+    run = python(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        tmp_path / "hang.py",
+        PYTHONPATH=ROOT,
+        RANK_TIMEOUT="5",
+    )
     assert run.returncode != 0
     assert "hang.py: rank 0, step 3, update: the other ranks did not answer" in run.stderr
     assert "rank 0 has been at 'step 3, update' for 4 s" in run.stderr or time.time() - started > 60
@@ -450,7 +559,9 @@ def test_a_rank_that_waits_in_vain_says_where(tmp_path):
 
 
 def text_rows():
-    return [Example(f"t{i}", "direct", [], f"How much is {i} and one?", str(i + 1)) for i in range(8)]
+    return [
+        Example(f"t{i}", "direct", [], f"How much is {i} and one?", str(i + 1)) for i in range(8)
+    ]
 
 
 def pay_dtr(text, example, rules):
@@ -463,24 +574,34 @@ def runs(home, out):
     base = {"steps": 3, "save_every": 3, "shard": "always"}
 
     def half_text(cfg, _):
-        """Step 1: three scene rows a rank. Step 2: text alone on the first rank, step 3: on the second."""
+        """Step 1: three scene rows a rank. Step 2: text alone on the first rank, step 3: on the
+        second."""
         scenes, text = data.load(cfg.data), text_rows()
         wanted = scenes[:6] + text[:3] + scenes[6:12] + text[3:6]
         places = trainer.Order(range(18), cfg.seed).rows(0, 18)
         return [wanted[places.index(i)] for i in range(18)], scenes[:5]
 
     # Three rows a rank and step; the cut makes one, two or three micro-batches of them.
-    yield "sft", config(home, "sft", out / "text", micro_tokens=300, **base), {
-        (trainer, "load_data"): half_text, (trainer, "images_key"): id,
-        (trainer, "evenly"): lambda x, i, n: slice(i * len(x) // n, (i + 1) * len(x) // n)}  # fmt: skip
-    # A turn is one dtr and one lor prompt, a rank each: the second rank's groups are all filtered out.
-    # cispo: the value of the other losses is about 0 while the ratio is 1 and the lengths are equal.
+    yield (
+        "sft",
+        config(home, "sft", out / "text", micro_tokens=300, **base),
+        {
+            (trainer, "load_data"): half_text,
+            (trainer, "images_key"): id,
+            (trainer, "evenly"): lambda x, i, n: slice(i * len(x) // n, (i + 1) * len(x) // n),
+        },
+    )
+    # A turn is one dtr and one lor prompt, a rank each: the second rank's groups are all filtered
+    # out. cispo: the value of the other losses is about 0 while the ratio is 1 and the lengths are
+    # equal.
     yield (
         "rl",
         config(home, "rl", out / "filtered", prompts=2, group=4, loss="cispo", **base),
         {(train_rl, "score"): pay_dtr},
     )
-    more = dict(prompts=5, updates=2, train="all", micro_tokens=200, loss="grpo", eval_limit=3, **base)
+    more = dict(
+        prompts=5, updates=2, train="all", micro_tokens=200, loss="grpo", eval_limit=3, **base
+    )
     more["eval_data"] = (str(home / "scenes"),)
     yield "rl", config(home, "rl", out / "all", **more), {(train_rl, "score"): fake_score}
     whole = base | {"shard": "never"}  # each rank holds all of it, and its share of the data
@@ -489,12 +610,19 @@ def runs(home, out):
     yield "rl", config(home, "rl", out / "replicas-rl", **whole), {(train_rl, "score"): fake_score}
     # A rank is a box of its own, so that nothing is sharded within and all is replicated across.
     more = dict(prompts=5, micro_tokens=200, checkpointing="always", **base)
-    yield "rl", config(home, "rl", out / "boxes", **more), {
-        (train_rl, "score"): fake_score, (os, "environ"): os.environ | {"LOCAL_WORLD_SIZE": "1"}}  # fmt: skip
+    yield (
+        "rl",
+        config(home, "rl", out / "boxes", **more),
+        {(train_rl, "score"): fake_score, (os, "environ"): os.environ | {"LOCAL_WORLD_SIZE": "1"}},
+    )
     more = dict(prompts=5, micro_tokens=200, lora=4, checkpointing="always", steps=3, save_every=3)
     for shard in ("always", "never"):
         name = f"lora-{shard}"
-        yield "rl", config(home, "rl", out / name, shard=shard, **more), {(train_rl, "score"): fake_score}
+        yield (
+            "rl",
+            config(home, "rl", out / name, shard=shard, **more),
+            {(train_rl, "score"): fake_score},
+        )
 
 
 def run_all(home, out):
@@ -506,8 +634,17 @@ def run_all(home, out):
 
 
 def test_two_ranks_equal_one(home, tmp_path, capsys):
-    ranks = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, home,
-                   tmp_path / "two", PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")  # fmt: skip
+    ranks = python(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        __file__,
+        home,
+        tmp_path / "two",
+        PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}",
+    )
     assert ranks.returncode == 0, ranks.stderr[-3000:]
     run_all(home, tmp_path / "one")
     for name in sorted(path.name for path in (tmp_path / "one").iterdir()):
@@ -516,7 +653,8 @@ def test_two_ranks_equal_one(home, tmp_path, capsys):
         for a, b in zip(one, two, strict=True):
             assert a.keys() == b.keys()
             for key in ("loss", "grad_norm", "tokens"):
-                rel = 1e-5 if key != "grad_norm" or a["step"] == 1 else 1e-4  # AdamW makes much of little
+                # AdamW makes much of little
+                rel = 1e-5 if key != "grad_norm" or a["step"] == 1 else 1e-4
                 assert b[key] == pytest.approx(a[key], rel=rel, abs=2e-6), (name, a["step"], key)
         first, second = (
             tensors(tmp_path / "one" / name / "step-000003"),
@@ -525,7 +663,8 @@ def test_two_ranks_equal_one(home, tmp_path, capsys):
         assert first.keys() == second.keys()
         for key in (key for key in first if "master" in key):
             torch.testing.assert_close(first[key], second[key], rtol=1e-3, atol=2e-3)
-    cfg = config(home, "sft", tmp_path / "two" / "text", steps=4, resume=True)  # on another number of ranks
+    # on another number of ranks
+    cfg = config(home, "sft", tmp_path / "two" / "text", steps=4, resume=True)
     with pytest.MonkeyPatch.context() as patch:
         for (module, name), value in next(runs(home, tmp_path))[2].items():
             patch.setattr(module, name, value)
@@ -538,7 +677,9 @@ def test_two_ranks_equal_one(home, tmp_path, capsys):
 
 def graded(monkeypatch, *groups):
     """Groups of given (accuracy, total), through train_rl.grade."""
-    answers = iter([Scores(total, accuracy, 1.0, 0.0) for group in groups for accuracy, total in group])
+    answers = iter(
+        [Scores(total, accuracy, 1.0, 0.0) for group in groups for accuracy, total in group]
+    )
     monkeypatch.setattr(train_rl, "score", lambda *_: next(answers))
     example, rollout = Example("a", "lor", [], "?", "A"), Rollout("", [1], [0.0], True)
     out = [train_rl.Group(example, 0, [rollout] * len(group)) for group in groups]
@@ -548,9 +689,13 @@ def graded(monkeypatch, *groups):
 
 def test_advantages_and_filter(monkeypatch):
     (split, alone, equal, near, boxes), row = graded(
-        monkeypatch, [(1, 1.0), (0, 0.2), (0, 0.2), (1, 1.0)], [(1, 0.7)], [(1, 0.7), (1, 0.7)],
-        [(0.5, 0), (0.5 + 1e-7, 0)], [(1, 1.0), (1, 0.9)],
-    )  # fmt: skip
+        monkeypatch,
+        [(1, 1.0), (0, 0.2), (0, 0.2), (1, 1.0)],
+        [(1, 0.7)],
+        [(1, 0.7), (1, 0.7)],
+        [(0.5, 0), (0.5 + 1e-7, 0)],
+        [(1, 1.0), (1, 0.9)],
+    )
     std = math.sqrt(4 * 0.4**2 / 3)  # unbiased
     assert split.advantages == pytest.approx([x / (std + 1e-6) for x in (0.4, -0.4, -0.4, 0.4)])
     assert alone.advantages == [0.0] and equal.advantages == [0.0, 0.0]
@@ -561,10 +706,14 @@ def test_advantages_and_filter(monkeypatch):
 
 
 def test_prompts_alternate_between_the_paths():
-    examples = [Example(f"{path}{i}", path, [], "?", "A") for i in range(10) for path in ("lor", "dtr")]
+    examples = [
+        Example(f"{path}{i}", path, [], "?", "A") for i in range(10) for path in ("lor", "dtr")
+    ]
     prompts = train_rl.Prompts(examples, 0)
     chosen = [prompts[i] for i in range(40)]
-    assert [e.path for _, e in chosen] == ["dtr", "lor"] * 20 and [turn for turn, _ in chosen[:6]] == [
+    assert [e.path for _, e in chosen] == ["dtr", "lor"] * 20 and [
+        turn for turn, _ in chosen[:6]
+    ] == [
         0,
         0,
         1,
@@ -584,9 +733,9 @@ def test_no_kept_group_means_no_update(home, tmp_path, monkeypatch, capsys):
         train_rl, "score", lambda text, example, rules: Scores(0.1 * (len(text) % 5), 1.0, 0.0, 0.0)
     )
     train_rl.main(config(home, "rl", tmp_path, steps=2))
-    assert [(row["loss"], row["kept"], row["tokens"], row["grad_norm"]) for row in rows(tmp_path)] == [
-        (0, 0, 0, 0)
-    ] * 2
+    assert [
+        (row["loss"], row["kept"], row["tokens"], row["grad_norm"]) for row in rows(tmp_path)
+    ] == [(0, 0, 0, 0)] * 2
     assert "no update" in capsys.readouterr().out
     before, after = (
         load_file(home / "tiny" / "model.safetensors"),
@@ -647,7 +796,8 @@ def test_tries_go_on_in_prompt_order_until_enough_groups_differ(home, tmp_path, 
 def test_several_updates_move_the_ratio(home, tmp_path):
     train_rl.main(config(home, "rl", tmp_path, steps=1, updates=2, lr=1e-2, filter="none"))
     (row,) = rows(tmp_path)
-    assert row["ratio_max"] > 1.001  # the second update is off-policy, and `old` is from before the first
+    # the second update is off-policy, and `old` is from before the first
+    assert row["ratio_max"] > 1.001
 
 
 # ---- What is refused
@@ -663,47 +813,67 @@ def test_a_loss_that_explodes_stops_the_run(home, tmp_path):
 
 
 def test_rows_without_a_target_are_refused_or_counted(home, tmp_path, capsys):
-    lines = [json.loads(line) for line in (home / "scenes" / "rows.jsonl").read_text().splitlines()[:12]]
+    lines = [
+        json.loads(line) for line in (home / "scenes" / "rows.jsonl").read_text().splitlines()[:12]
+    ]
     lines[3].pop("rationale")
     (home / "scenes" / "bad.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     options = {"data": (str(home / "scenes" / "bad.jsonl"),), "steps": 1}
     with pytest.raises(data.BadRows) as bad:
         train_sft.main(config(home, "sft", tmp_path, **options))
-    assert [row[:3] for row in bad.value.rows] == [(str(home / "scenes" / "bad.jsonl"), 4, "target")]
+    assert [row[:3] for row in bad.value.rows] == [
+        (str(home / "scenes" / "bad.jsonl"), 4, "target")
+    ]
     train_sft.main(config(home, "sft", tmp_path, skip_bad_rows=True, **options))
     assert "skipped 1 of 12" in capsys.readouterr().out
 
 
 def test_the_command_line_in_words_and_exit_codes(home, tmp_path):
     (home / "scenes" / "broken.jsonl").write_text('{"id": "a"\n{"id": "b", "path": "lor"}\n')
-    good = {"--model": home / "tiny", "--data": home / "scenes", "--out": tmp_path / "out", "--steps": 1}
+    good = {
+        "--model": home / "tiny",
+        "--data": home / "scenes",
+        "--out": tmp_path / "out",
+        "--steps": 1,
+    }
     broken = home / "scenes" / "broken.jsonl"
-    for script, change, word in (("train_sft.py", {"--data": broken}, "broken.jsonl"),
-                                 ("train_rl.py", {"--model": tmp_path / "nowhere"}, "nowhere"),
-                                 ("train_rl.py", {"--kll": 0.1}, "--kl")):  # fmt: skip
+    for script, change, word in (
+        ("train_sft.py", {"--data": broken}, "broken.jsonl"),
+        ("train_rl.py", {"--model": tmp_path / "nowhere"}, "nowhere"),
+        ("train_rl.py", {"--kll": 0.1}, "--kl"),
+    ):
         run = python(script, *(str(x) for pair in (good | change).items() for x in pair))
-        assert run.returncode == 2 and word in run.stderr + run.stdout and "Traceback" not in run.stderr, (
-            run.stderr
-        )
+        assert (
+            run.returncode == 2
+            and word in run.stderr + run.stdout
+            and "Traceback" not in run.stderr
+        ), run.stderr
 
 
 def scripts(home, tmp_path, *changes):
     """Each script by its command line, with (flag, value) changes; RL and SFT take one step."""
     common = {"--model": home / "tiny", "--data": home / "scenes", "--out": tmp_path / "out"}
-    for script, own in (("train_sft.py", {"--steps": 1}), ("train_rl.py", {"--steps": 1}), ("eval.py", {})):
+    for script, own in (
+        ("train_sft.py", {"--steps": 1}),
+        ("train_rl.py", {"--steps": 1}),
+        ("eval.py", {}),
+    ):
         flags = common | own | dict(changes)
         yield script, [str(x) for pair in flags.items() for x in pair]
 
 
 @pytest.mark.parametrize("case", ["empty", "torn", "nothing"])
 def test_bad_input_by_the_command_line(home, tmp_path, case):
-    """One line, exit code 2, whatever the script: an empty file, a torn checkpoint, no row that is left."""
+    """One line, exit code 2, whatever the script: an empty file, a torn checkpoint, no row that is
+    left."""
     tiny = shutil.copytree(home / "tiny", tmp_path / "tiny")
     (tmp_path / "empty.json").touch()
     (tiny / "spatial.safetensors").write_bytes((tiny / "spatial.safetensors").read_bytes()[:100])
-    change, word = {"empty": (("--data", tmp_path / "empty.json"), "empty.json:0: row: empty file"),
-                    "torn": (("--model", tiny), "spatial.safetensors"),
-                    "nothing": (("--data", f"{home / 'scenes'},path=direct"), "")}[case]  # fmt: skip
+    change, word = {
+        "empty": (("--data", tmp_path / "empty.json"), "empty.json:0: row: empty file"),
+        "torn": (("--model", tiny), "spatial.safetensors"),
+        "nothing": (("--data", f"{home / 'scenes'},path=direct"), ""),
+    }[case]
     for script, flags in scripts(home, tmp_path, change):
         run = python(script, *flags)
         said = run.stderr + run.stdout
@@ -722,7 +892,8 @@ trainer.launch(main, train_sft.Config)
 
 
 def test_a_bad_image_is_named_by_the_rank_that_reads_it(home, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # another's run might write to the user's
+    # another's run might write to the user's
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     lines = (home / "scenes" / "rows.jsonl").read_text().splitlines()
     for name in ("images", "depth"):
         shutil.copytree(home / "scenes" / name, tmp_path / name)
@@ -732,9 +903,24 @@ def test_a_bad_image_is_named_by_the_rank_that_reads_it(home, tmp_path, monkeypa
     broken, state = tmp_path / image, os.stat(tmp_path / image)
     broken.write_bytes(b"x" * state.st_size)
     os.utime(broken, ns=(state.st_atime_ns, state.st_mtime_ns))
-    run = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "train_rl.py",
-                 "--model", home / "tiny", "--data", tmp_path, "--out", tmp_path / "out", "--steps", 1,
-                 "--prompts", len(lines))  # fmt: skip
+    run = python(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        2,
+        "train_rl.py",
+        "--model",
+        home / "tiny",
+        "--data",
+        tmp_path,
+        "--out",
+        tmp_path / "out",
+        "--steps",
+        1,
+        "--prompts",
+        len(lines),
+    )
     assert run.returncode != 0 and "train_rl.py: s1-" in run.stderr, run.stderr
     assert 'train_rl.py", line' not in run.stderr and Path(image).name in run.stderr, run.stderr
 

@@ -1,4 +1,5 @@
-"""trainer.py without a model: data order, cuts, checkpoints on disk, the log, and the words of errors."""
+"""trainer.py without a model: data order, cuts, checkpoints on disk, the log, and the words of
+errors."""
 
 import gc
 import json
@@ -54,7 +55,10 @@ def test_control_tokens_in_a_row_are_named_before_the_first_step(tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     with pytest.raises(data.BadRows) as bad:
         data.load([tmp_path])
-    assert [(number, field) for _, number, field, _ in bad.value.rows] == [(1, "question"), (2, "answer")]
+    assert [(number, field) for _, number, field, _ in bad.value.rows] == [
+        (1, "question"),
+        (2, "answer"),
+    ]
     with pytest.raises(data.BadRows) as bad:  # what else a user of the rows can't use
         data.load([tmp_path], more=lambda e: [("target", "none")] if e.id == "2" else [])
     assert [row[1:3] for row in bad.value.rows] == [(1, "question"), (2, "answer"), (3, "target")]
@@ -79,9 +83,12 @@ def test_order_is_an_epoch_a_time_in_runs_and_a_pure_function():
     assert sorted(order.rows(50, 50)) == list(range(50))
     again = trainer.Order(keys, seed=3, run=4)
     assert sum((again.rows(i, 7) for i in range(0, 105, 7)), []) == order.rows(0, 105)
-    assert order.rows(120, 5) == trainer.Order(keys, seed=3, run=4).rows(120, 5)  # no history needed
+    # no history needed
+    assert order.rows(120, 5) == trainer.Order(keys, seed=3, run=4).rows(120, 5)
     assert order.rows(0, 50) == epoch  # and going back is fine
-    assert trainer.Order(range(50), seed=4).rows(0, 50) != trainer.Order(range(50), seed=5).rows(0, 50)
+    assert trainer.Order(range(50), seed=4).rows(0, 50) != trainer.Order(range(50), seed=5).rows(
+        0, 50
+    )
 
 
 def test_shares_tile_and_cuts_obey_the_budget():
@@ -99,7 +106,10 @@ def test_shares_tile_and_cuts_obey_the_budget():
             assert max(dealt) - min(dealt) <= max(weights, default=0)
     alternating = [4.0, 1.0] * 32  # whoever takes each other row has all the long ones
     for world in (2, 8):
-        dealt = [sum(alternating[row] for row in trainer.deal(alternating, r, world)) for r in range(world)]
+        dealt = [
+            sum(alternating[row] for row in trainer.deal(alternating, r, world))
+            for r in range(world)
+        ]
         assert max(dealt) <= 1.1 * min(dealt)
     lengths = [5, 5, 5, 30, 1, 1, 9]
     cuts = [lengths[part] for part in trainer.cut(lengths, 11)]
@@ -160,7 +170,8 @@ def test_a_new_run_does_not_mix_with_an_old_one(tmp_path):
 def test_log_keeps_rows_up_to_the_checkpoint(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
     path.write_text(
-        "".join(json.dumps({"step": i, "loss": 1.0}) + "\n" for i in range(1, 5)) + '{"step": 5, "lo'
+        "".join(json.dumps({"step": i, "loss": 1.0}) + "\n" for i in range(1, 5))
+        + '{"step": 5, "lo'
     )
     trainer.Log(Config(str(tmp_path), resume=True), 3, {"loss": ".1f"})({"step": 4, "loss": 2.0})
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -210,12 +221,17 @@ def test_errors_that_a_user_can_mend_are_words_and_exit_codes(monkeypatch, tmp_p
     assert code == 2 and "--skip-bad-rows" in message
     assert all(part in message for row in rows for part in map(str, row))
     assert last_words(monkeypatch, trainer.Stop("no such thing")) == ("train.py: no such thing", 2)
-    for error in (torch.OutOfMemoryError("CUDA out of memory."), MemoryError(),
-                  RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")):  # fmt: skip
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory."),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+    ):
         message, code = last_words(monkeypatch, error, ["--micro-tokens", "123"])
         assert code == 1 and "--micro-tokens (now 123)" in message
     fake_checkpoint(tmp_path, 5)
-    message, code = last_words(monkeypatch, FloatingPointError("step 7: nan"), ["--out", str(tmp_path)])
+    message, code = last_words(
+        monkeypatch, FloatingPointError("step 7: nan"), ["--out", str(tmp_path)]
+    )
     assert code == 1 and "step 7" in message and "step-000005" in message
     assert last_words(monkeypatch, KeyboardInterrupt())[1] == 130
     monkeypatch.setattr("sys.argv", ["train.py"])
@@ -265,17 +281,28 @@ def asked(tmp_path):
     return [
         Example("a", "lor", files[:2], "Which?", "A"),
         Example("b", "lor", [Marked(files[2], sharpen, (("by", 2),))], ask, "A", **region),
-        Example("c", "lor", files[:1], ask, "A", depths=[str(tmp_path / "depth.png")],
-                intrinsics=[(90.0, 90.0, 48.0, 24.0)], **region),
+        Example(
+            "c",
+            "lor",
+            files[:1],
+            ask,
+            "A",
+            depths=[str(tmp_path / "depth.png")],
+            intrinsics=[(90.0, 90.0, 48.0, 24.0)],
+            **region,
+        ),
         Example("d", "lor", [images[1]], ask, "A", depths=[depth], **region),
-        Example("e", "lor", [], "How many?", "1"), Example("f", "lor", [files[3]], "How far?", "1"),
-    ]  # fmt: skip
+        Example("e", "lor", [], "How many?", "1"),
+        Example("f", "lor", [files[3]], "How far?", "1"),
+    ]
 
 
 def same(a, b) -> bool:
     pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in fields(a) if f.compare]
-    return all(torch.equal(x.nan_to_num(-1), y.nan_to_num(-1)) if torch.is_tensor(x) else x == y
-               for x, y in pairs)  # fmt: skip
+    return all(
+        torch.equal(x.nan_to_num(-1), y.nan_to_num(-1)) if torch.is_tensor(x) else x == y
+        for x, y in pairs
+    )
 
 
 def test_batches_are_the_same_with_workers_and_these_made_the_images(tiny_folder, asked):
@@ -308,10 +335,14 @@ def test_what_is_expected_is_made_once_and_then_let_go(tiny_folder, asked):
         assert len(made) == times
 
 
-def test_a_bad_image_has_the_same_words_and_a_dead_worker_costs_time_only(tiny_folder, asked, tmp_path,
-                                                                          capsys):  # fmt: skip
+def test_a_bad_image_has_the_same_words_and_a_dead_worker_costs_time_only(
+    tiny_folder, asked, tmp_path, capsys
+):
     (tmp_path / "bad.png").write_bytes(b"?")
-    bad = [Example("row 7", "lor", [str(tmp_path / name)], "?", "A") for name in ("bad.png", "gone.png")]
+    bad = [
+        Example("row 7", "lor", [str(tmp_path / name)], "?", "A")
+        for name in ("bad.png", "gone.png")
+    ]
     busy = Processor.from_pretrained(tiny_folder, workers=2)
     busy.expect([*asked, *bad])
     for example in bad:
@@ -365,10 +396,18 @@ def test_one_thing_is_made_while_the_one_before_is_used():
 
 def test_workers_on_a_gpu_share_the_cores_and_a_cpu_keeps_its_own(monkeypatch):
     asked = []
-    monkeypatch.setattr(Processor, "from_pretrained", lambda source, **options: asked.append(options))
+    monkeypatch.setattr(
+        Processor, "from_pretrained", lambda source, **options: asked.append(options)
+    )
     monkeypatch.setattr(trainer.os, "sched_getaffinity", lambda _: set(range(24)))
-    for cuda, near, flag, wanted in ((False, 1, None, 0), (True, 1, None, 8), (True, 4, None, 5),
-                                     (True, 24, None, 0), (True, 1, 3, 3), (False, 1, 3, 3)):  # fmt: skip
+    for cuda, near, flag, wanted in (
+        (False, 1, None, 0),
+        (True, 1, None, 8),
+        (True, 4, None, 5),
+        (True, 24, None, 0),
+        (True, 1, 3, 3),
+        (False, 1, 3, 3),
+    ):
         monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(near))
         trainer.load_processor("", SimpleNamespace(max_pixels=None, regions="token", workers=flag))
@@ -425,29 +464,40 @@ def checkpoint(tmp_path_factory):
 
 
 def fixed_groups():
-    """2 to 5 completions of 1 to 9 tokens each: with image, depth and region; with an image; of text."""
+    """2 to 5 completions of 1 to 9 tokens each: with image, depth and region; with an image; of
+    text."""
     rng, groups = np.random.default_rng(0), []
     image = Image.fromarray(rng.integers(0, 255, (96, 128, 3), np.uint8))
-    examples = [replace(trainer.filler(), path="lor"), Example("1", "lor", [image], "What is near?", "a"),
-                Example("2", "lor", [], "How much is two and one?", "3"),
-                Example("3", "lor", [], "Why?", "b")]  # fmt: skip
+    examples = [
+        replace(trainer.filler(), path="lor"),
+        Example("1", "lor", [image], "What is near?", "a"),
+        Example("2", "lor", [], "How much is two and one?", "3"),
+        Example("3", "lor", [], "Why?", "b"),
+    ]
     for i, example in enumerate(examples):
         lengths = rng.integers(1, 10, 2 + i)
-        rollouts = [Rollout("", rng.integers(30, 900, n).tolist(), rng.normal(-6, 1, n).tolist(), True)
-                    for n in lengths]  # fmt: skip
+        rollouts = [
+            Rollout("", rng.integers(30, 900, n).tolist(), rng.normal(-6, 1, n).tolist(), True)
+            for n in lengths
+        ]
         advantages = rng.normal(0, 1, len(lengths)).tolist()
         groups.append(train_rl.Group(example, i, rollouts, advantages=advantages))
     return groups
 
 
-# Which groups each of two ranks has: unequally many, text alone on the first, none left on the second.
+# Which groups each of two ranks has: unequally many, text alone on the first, none left on the
+# second.
 SHARES = {"uneven": [[0, 1, 2], [3]], "text": [[2, 3], [0, 1]], "filtered": [[0, 1, 2, 3], []]}
 
 
 def gradients(source, share, dtype, shard):
-    """(loss, full gradients by name) of the fixed groups in passes of at most 90 tokens, over all ranks."""
+    """(loss, full gradients by name) of the fixed groups in passes of at most 90 tokens, over all
+    ranks."""
     rank, world, device = trainer.setup()
-    model, processor = QwenVL.from_pretrained(source, dtype=dtype), Processor.from_pretrained(source)
+    model, processor = (
+        QwenVL.from_pretrained(source, dtype=dtype),
+        Processor.from_pretrained(source),
+    )
     lora.learn(model, "all")
     if shard and world > 1:
         trainer.shard(model, device, world, dtype)
@@ -464,7 +514,10 @@ def gradients(source, share, dtype, shard):
         loss.backward()
         losses.append(loss.item())
     named = list(model.named_parameters())
-    grads = [torch.zeros_like(optim.local(p)) if p.grad is None else optim.local(p.grad) for _, p in named]
+    grads = [
+        torch.zeros_like(optim.local(p)) if p.grad is None else optim.local(p.grad)
+        for _, p in named
+    ]
     if world > 1 and not shard:
         optim.sum_over_replicas(grads)
     whole = {}
@@ -488,10 +541,21 @@ def test_two_ranks_have_the_gradients_of_one(checkpoint, tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text("import sys, test_trainer\ntest_trainer.all_gradients(*sys.argv[1:])\n")
     root = Path(trainer.__file__).parent
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script,
-               checkpoint, tmp_path / "two.pt"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        script,
+        checkpoint,
+        tmp_path / "two.pt",
+    ]
     own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}:{root / 'tests'}"}
-    ran = subprocess.run(list(map(str, command)), env=os.environ | own, capture_output=True, text=True)
+    ran = subprocess.run(
+        list(map(str, command)), env=os.environ | own, capture_output=True, text=True
+    )
     assert ran.returncode == 0, ran.stderr[-3000:]
     two = torch.load(tmp_path / "two.pt")
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
@@ -502,7 +566,10 @@ def test_two_ranks_have_the_gradients_of_one(checkpoint, tmp_path):
         for (share, other, shard), (found, grads) in two.items():
             if other == dtype:
                 assert found == pytest.approx(loss, rel=tolerance), (share, shard)
-                gap = sum((grads[n] - g).double().square().sum() for n, g in wanted.items()).sqrt() / norm
+                gap = (
+                    sum((grads[n] - g).double().square().sum() for n, g in wanted.items()).sqrt()
+                    / norm
+                )
                 assert gap < tolerance, (share, dtype, shard, gap)
                 for name in heard:
                     gap = (grads[name] - wanted[name]).norm() / wanted[name].norm()
@@ -514,12 +581,16 @@ def test_two_ranks_have_the_gradients_of_one(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("script", [train_sft, train_rl])
 def test_host_memory_is_flat_over_thirty_steps(checkpoint, tmp_path, monkeypatch, script):
-    """What is resident at the end of a step. Its pixels alone, if kept, would add 17 (RL) or 35 MB (SFT)
-    between the two windows."""
+    """What is resident at the end of a step. Its pixels alone, if kept, would add 17 (RL) or 35 MB
+    (SFT) between the two windows."""
     rng, resident, write_row = np.random.default_rng(0), [], trainer.Log.__call__
     images = rng.integers(0, 255, (8, 192, 256, 3), np.uint8)
-    rows = [Example(str(i), "lor", [Image.fromarray(image)], "What is near?", "a", rationale="So it is.")
-            for i, image in enumerate(images)]  # fmt: skip
+    rows = [
+        Example(
+            str(i), "lor", [Image.fromarray(image)], "What is near?", "a", rationale="So it is."
+        )
+        for i, image in enumerate(images)
+    ]
 
     def log(self, row):
         write_row(self, row)

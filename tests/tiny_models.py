@@ -1,5 +1,5 @@
-"""Small random models of the three families, with odd sizes, made by transformers: the oracle of the model
-tests.
+"""Small random models of the three families, with odd sizes, made by transformers: the oracle of
+the model tests.
 
 (The embedded demo's checkpoint comes from `model.tiny`; these here are smaller and stranger.)
 """
@@ -23,32 +23,61 @@ _SPECIAL = dict(
     vision_end_token_id=VISION_END,
 )
 _TEXT = dict(
-    vocab_size=303, hidden_size=48, intermediate_size=88, num_hidden_layers=3, num_attention_heads=4,
+    vocab_size=303,
+    hidden_size=48,
+    intermediate_size=88,
+    num_hidden_layers=3,
+    num_attention_heads=4,
     num_key_value_heads=2,
-    rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 2, 3]), rms_norm_eps=1e-6,
-    bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
+    rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 2, 3]),
+    rms_norm_eps=1e-6,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 
 
 def make(family: str, seed: int = 0, tied: bool = False):
-    """transformers' model of a family, weights, biases and norms random (their defaults hide mistakes)."""
+    """transformers' model of a family, weights, biases and norms random (their defaults hide
+    mistakes)."""
     if family == "qwen2_vl":
         vision = dict(depth=2, embed_dim=32, hidden_size=48, num_heads=2, mlp_ratio=3, patch_size=6)
-        config = Qwen2VLConfig(text_config=_TEXT, vision_config=vision, tie_word_embeddings=tied, **_SPECIAL)
+        config = Qwen2VLConfig(
+            text_config=_TEXT, vision_config=vision, tie_word_embeddings=tied, **_SPECIAL
+        )
         cls = Qwen2VLForConditionalGeneration
     elif family == "qwen2_5_vl":
-        vision = dict(depth=3, hidden_size=32, out_hidden_size=48, num_heads=2, intermediate_size=40,
-                      patch_size=6, window_size=36, fullatt_block_indexes=[1])  # fmt: skip
+        vision = dict(
+            depth=3,
+            hidden_size=32,
+            out_hidden_size=48,
+            num_heads=2,
+            intermediate_size=40,
+            patch_size=6,
+            window_size=36,
+            fullatt_block_indexes=[1],
+        )
         config = Qwen2_5_VLConfig(
             text_config=_TEXT, vision_config=vision, tie_word_embeddings=tied, **_SPECIAL
         )
         cls = Qwen2_5_VLForConditionalGeneration
     else:
-        rope = dict(rope_type="default", rope_theta=1e4, mrope_section=[5, 3, 2], mrope_interleaved=True)
+        rope = dict(
+            rope_type="default", rope_theta=1e4, mrope_section=[5, 3, 2], mrope_interleaved=True
+        )
         text = _TEXT | dict(head_dim=20, rope_parameters=rope)
-        vision = dict(depth=4, hidden_size=32, out_hidden_size=48, num_heads=2, intermediate_size=40,
-                      patch_size=6, num_position_embeddings=25, deepstack_visual_indexes=[0, 2])  # fmt: skip
-        config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied, **_SPECIAL)
+        vision = dict(
+            depth=4,
+            hidden_size=32,
+            out_hidden_size=48,
+            num_heads=2,
+            intermediate_size=40,
+            patch_size=6,
+            num_position_embeddings=25,
+            deepstack_visual_indexes=[0, 2],
+        )
+        config = Qwen3VLConfig(
+            text_config=text, vision_config=vision, tie_word_embeddings=tied, **_SPECIAL
+        )
         cls = Qwen3VLForConditionalGeneration
     torch.manual_seed(seed)
     model = cls(config).eval()
@@ -59,8 +88,8 @@ def make(family: str, seed: int = 0, tied: bool = False):
 
 
 def inputs(side: str = "right", seed: int = 0) -> dict[str, torch.Tensor]:
-    """Two images of different sizes, one image, and text only, padded on `side`: what transformers' model
-    takes.
+    """Two images of different sizes, one image, and text only, padded on `side`: what transformers'
+    model takes.
     """
     grids = torch.tensor([[1, 4, 10], [1, 6, 4], [1, 2, 2]])
     a, b, c = (t * h * w // 4 for t, h, w in grids.tolist())
