@@ -49,6 +49,7 @@ from tqdm import tqdm
 
 import data
 import plan
+from errors import UserError
 from model import checkpoint as huggingface
 from model import lora
 from model.lora import TRAIN  # noqa: F401  what --train means
@@ -66,7 +67,7 @@ MEMORY = ("micro_tokens", "slots", "max_pixels")  # flags that bound it
 HUNG = ("imed out", "imeout", "Connection closed by peer", "Connection reset by peer")
 
 
-class Stop(Exception):
+class Stop(UserError):
     """Ends the run with one line for the user, who has to change something."""
 
 
@@ -80,7 +81,7 @@ def launch(main: Callable, config: type) -> None:
         main(cfg)
     except data.BadRows as bad:
         end(f"{name}: {bad}\n(--skip-bad-rows goes on without them)", 2)
-    except Stop as stop:
+    except UserError as stop:
         end(f"{name}: {stop}", 2)
     except KeyboardInterrupt:
         tail = (

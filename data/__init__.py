@@ -42,10 +42,11 @@ from data.mixture import parts
 from data.rows import RELATIVE, Bad, Row, broken, estimated, first_byte, matches, metric, records
 from data.spar import MARKS, spar_rows
 from data.spatialrgpt import spatialrgpt_rows
+from errors import UserError
 from srreal import PATHS, Example
 
 
-class BadRows(ValueError):
+class BadRows(UserError, ValueError):
     """Rows that cannot be used: `.rows` holds (file, row, field, reason) of each, rows counted from
     1."""
 

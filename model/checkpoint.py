@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 
+from errors import UserError
 from model import lora
 
 SPATIAL = ("region.", "points.", "head3d.")
@@ -49,7 +50,7 @@ OWN = re.compile(
 )
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError, ValueError):
     """A checkpoint that can't be loaded or saved; one line that says which file or tensor, and what
     to do."""
 
