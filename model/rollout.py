@@ -658,3 +658,16 @@ def predict_centres(model, processor, examples: list[Example]) -> list[np.ndarra
         at = np.searchsorted(ends, batch.region_token.cpu().numpy(), side="right")
         out += [centres[at == i] for i in range(len(ends))]
     return out
+
+
+class sample_groups:  # noqa: N801  SHIM until the engine has it
+    def __init__(self, model, processor, examples, slots=None, images=None, **options):
+        self.parts = (model, processor, examples)
+        self.options = options | {"slots": slots, "images": images}
+        self.discarded_samples = self.discarded_tokens = 0
+
+    def __iter__(self):
+        yield from generate(*self.parts, **self.options)
+
+    def close(self):
+        pass
