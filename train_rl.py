@@ -249,7 +249,7 @@ def grade(groups: list[Group], paths: list[str], rules: str) -> dict[str, float]
     for group in groups:
         scores = [score(r.text, group.example, rules) for r in group.rollouts]
         # The official rules take "nan" for a number.
-        group.scores = [s if math.isfinite(s.total) else s._make([0.0] * len(s)) for s in scores]
+        group.scores = [s if math.isfinite(s.total) else Scores(0.0) for s in scores]
     parts = torch.tensor(
         [(s.total, s.accuracy) for g in groups for s in g.scores], dtype=torch.float64
     )
