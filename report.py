@@ -27,7 +27,8 @@ import tyro
 from PIL import Image
 
 import data as datasets
-from eval import paired, question_id, true_centres
+from eval import question_id, true_centres
+from eval_table import paired
 from srreal import Example, several_views
 
 BEFORE, AFTER = "after SFT", "after RL"

@@ -22,6 +22,7 @@ import eval as evaluation
 import trainer
 from data import BadRows, benchmarks, scorers
 from data.scenes import furnish, render, scene
+from errors import UserError
 from model import tiny
 from srreal import Example
 
@@ -1204,7 +1205,7 @@ def test_eval_prints_both_scorers(tmp_path, monkeypatch, capsys):
     table = capsys.readouterr().out  # of a part, no figure that somebody else has for the whole
     assert "SpatialThinker" not in table and "68.6" not in table and "cv-bench/Count lor" in table
     assert "(0 of 2 questions had regions)" in table
-    with pytest.raises(trainer.Stop, match="--data a b: a benchmark lies in one place"):
+    with pytest.raises(UserError, match="--data a b: a benchmark lies in one place"):
         evaluation.main(evaluation.Config("m", ("a", "b"), benchmark="cv-bench"))
     rows = [
         json.loads(line)
@@ -1212,7 +1213,7 @@ def test_eval_prints_both_scorers(tmp_path, monkeypatch, capsys):
     ]
     assert len({row["cluster"] for row in rows}) == 1 and rows[0]["cluster"].startswith("sha1 ")
     (tmp_path / "set" / "test_3d.parquet").write_bytes(b"torn")
-    with pytest.raises(trainer.Stop, match="a benchmark is read whole"):
+    with pytest.raises(UserError, match="a benchmark is read whole"):
         evaluation.main(
             evaluation.Config("m", config.data[:0] + (str(tmp_path / "set"),), benchmark="cv-bench")
         )

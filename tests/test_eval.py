@@ -16,7 +16,9 @@ from PIL import Image
 
 import eval as evaluation
 import trainer
-from eval import Config, answer_row, best_constants, estimate, paired, seen, select, summarise
+from errors import UserError
+from eval import Config, answer_row, best_constants, seen, select
+from eval_table import estimate, paired, summarise
 from model.rollout import Rollout
 from srreal import Example, target
 
@@ -130,11 +132,11 @@ def test_each_question_once_in_each_path():
     assert both[0] is rows[0] and both[3] is rows[1]  # its own row where there is one
     assert {evaluation.question_id(e) for e in both} == {"a", "b", "c"}
     assert [e.path for e in select(rows, "direct", None)] == ["direct"] * 3
-    with pytest.raises(trainer.Stop, match="a-lor"):
+    with pytest.raises(UserError, match="a-lor"):
         select([*rows, example("a", "lor")], "both", None)
-    with pytest.raises(trainer.Stop, match="'a-lor' and 'a' are both the lor row of question 'a'"):
+    with pytest.raises(UserError, match="'a-lor' and 'a' are both the lor row of question 'a'"):
         select([rows[0], replace(rows[0], id="a")], "both", None)
-    with pytest.raises(trainer.Stop, match="nothing to ask"):
+    with pytest.raises(UserError, match="nothing to ask"):
         evaluation.main(Config("m"))
 
 
@@ -385,18 +387,18 @@ def test_what_has_depth_is_asked_again_without(tmp_path, monkeypatch, capsys):
 
 def test_bad_input_ends_in_one_message(tmp_path):
     for limit in (0, -1):
-        with pytest.raises(trainer.Stop, match="--limit"):
+        with pytest.raises(UserError, match="--limit"):
             evaluation.main(Config("m", (write_set(tmp_path / f"limit{limit}", 1),), limit=limit))
     (tmp_path / "rows.jsonl").write_text('{"id": "a"}\n')
     command = [sys.executable, ROOT / "eval.py", "--model", "m", "--data", tmp_path]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert all(word in done.stderr for word in ("--skip-bad-rows", "images", "answer")), done.stderr
-    with pytest.raises(trainer.Stop, match="./no/model"):
+    with pytest.raises(UserError, match="./no/model"):
         evaluation.main(
             Config("./no/model", (write_set(tmp_path / "set", 1),), out=str(tmp_path / "out"))
         )
-    with pytest.raises(trainer.Stop, match="/no/set"):
+    with pytest.raises(UserError, match="/no/set"):
         evaluation.main(Config("m", ("/no/set",)))
 
 

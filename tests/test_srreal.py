@@ -10,6 +10,7 @@ import re
 
 import pytest
 
+import official
 import srreal
 from srreal import Example, Scores, answer_score, parse, prompt, score, target
 
@@ -68,13 +69,21 @@ def test_example_has_the_documented_fields_in_order():
 
 def test_scores_are_named_in_order_and_pickle():
     scores = score(lor(), one(path="lor", objects={}))
-    assert Scores._fields == ("total", "accuracy", "format", "detect")
+    assert list(scores.parts) == list(srreal.REWARDS)
+    assert list(scores.parts)[:3] == ["accuracy", "format", "detect"]
     assert scores == Scores(1.0, 1.0, 1.0, 0.0) and pickle.loads(pickle.dumps(scores)) == scores
+    total, *parts = scores
+    assert total == scores.total and parts == list(scores.parts.values())
+    assert len(scores) == 1 + len(parts)
+    assert scores == tuple(scores) and scores != tuple(scores)[:-1] and scores != "1.0"
+    assert Scores(0.5, 0.25).parts["accuracy"] == 0.25 and Scores(0.5, 0.25).detect == 0.0
 
 
 def test_srreal_needs_the_standard_library_only():
     imports = re.findall(r"^(?:import|from) (\w+)", inspect.getsource(srreal), re.MULTILINE)
-    assert set(imports) <= {"math", "re", "collections", "dataclasses"}
+    assert set(imports) <= {"math", "re", "collections", "dataclasses", "official"}
+    imports = re.findall(r"^(?:import|from) (\w+)", inspect.getsource(official), re.MULTILINE)
+    assert set(imports) <= {"math", "re"}
 
 
 # ---- Prompt
