@@ -59,7 +59,6 @@ from PIL import Image
 from tqdm import tqdm
 
 import data as datasets
-import trainer
 from data import benchmarks
 from data.marks import Marked
 from data.scorers import JUDGED, box_iou, judged_errors, read_boxes_3d
@@ -68,6 +67,8 @@ from eval_table import COLUMNS, print_table, summarise_paths
 from model.processor import BOX_2D, object_of, truths
 from model.rollout import generate, predict_centres
 from srreal import PATHS, Example, Parsed, answer_score, parse, score
+from training import ranks, run
+from training.policy import load_model
 
 BOTH = ("lor", "dtr")
 # Answers between two writes: what an interrupted eval loses at most.
@@ -412,7 +413,7 @@ def answer_all(
 ) -> list:
     """Return the rows of all examples, in their order; [] on all ranks but 0. Each rank answers its
     share of what rank 0 has not found done."""
-    rank, world, _ = trainer.setup()
+    rank, world, _ = ranks.start_ranks()
     known = set(share(list(done)))
     constants = best_constants(examples)
     unanswered = [example for example in examples if (example.id, example.path) not in known]
@@ -523,9 +524,9 @@ def print_benchmark(config: Config, path: str, marks: dict, asked: list[Example]
 def main(config: Config) -> dict | None:
     """Return the summary; None on all ranks but 0."""
     examples = questions(config)
-    rank, _, device = trainer.setup()
-    processor = trainer.load_processor(config.model, config)
-    model = trainer.load(config.model, device)
+    rank, _, device = ranks.start_ranks()
+    processor = run.load_processor(config.model, config)
+    model = load_model(config.model, device)
 
     runs = {PREDICTIONS: (config, examples)}
     with_depth = [example for example in examples if has_depth(example)]
@@ -560,4 +561,4 @@ def main(config: Config) -> dict | None:
 
 
 if __name__ == "__main__":
-    trainer.launch(main, Config)
+    run.launch(main, Config)

@@ -35,13 +35,13 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-import trainer
 from bench import train
 from model import rollout, tiny
 from model.processor import Processor
 from model.qwen_vl import QwenVL
 from model.rollout import Slots, generate
 from srreal import Example
+from training.ranks import start_ranks
 
 RESULTS = Path(__file__).parent / "results"
 MEDIUM = {  # what the bench changes of tiny's sizes: about 30 M parameters, images of 256 tokens
@@ -283,7 +283,7 @@ def decode(model, processor, count: int, bandwidth: float, rate: float, tokens: 
 
 
 def gpu() -> dict:
-    _, _, device = trainer.setup()
+    _, _, device = start_ranks()
     bandwidth, rate = ceilings()
     out = {"copy_gb_per_s": bandwidth / 1e9, "matmul_tflop_per_s": rate / 1e12}
     for shape, slots in (

@@ -14,7 +14,7 @@ and no part of `step`. Full training of 7B and 8B takes several GPUs: there trai
 metrics.jsonl has the same times.
 
     ours      model.rollout.generate; a group packed as P + G R tokens; linear_logprob, policy_loss,
-              optim.AdamW
+              training.optim
     trl       TRL's GRPOTrainer, where TRL is installed, on the same checkpoint, prompts and images: its loop,
               its loss (dapo), its fused head, torch's AdamW; a micro-batch is a group, no
               checkpointing, fp32
@@ -52,14 +52,15 @@ from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 import plan
 import srreal
 import train_rl
-import trainer
 from kernels.policy_loss import policy_loss
 from model import lora, tiny
 from model.processor import Processor
 from model.qwen_vl import QwenVL
 from model.rollout import default_slots, generate, release
-from optim import AdamW
 from srreal import Example
+from training.optim import Optimizer
+from training.policy import load_model
+from training.ranks import start_ranks
 
 # Decoder: width, inner, layers, heads, key-value heads, vocabulary (0: the tiny tokenizer's);
 # tower: width, inner, layers, heads, patch. From the published config.json files.
@@ -87,7 +88,6 @@ class Config:
     micro_tokens: int = 16384  # tokens of a forward pass
     checkpointing: bool = False  # as the training scripts'
     lora: int = 0  # likewise
-    rounding: bool = False  # likewise
     steps: int = 2  # timed steps of each, after one of ours on one prompt to warm up
     baseline: bool = True  # and the peer: TRL, else the baseline; a CPU's only
     tflops: float = 989.0  # of the device in bf16, for MFU
@@ -135,7 +135,7 @@ def load(cfg: Config, folder: str, device: torch.device) -> tuple[QwenVL, Proces
         tiny.write(family, folder)
     else:
         tiny.write(family, folder)
-        model = trainer.load(folder, device)
+        model = load_model(folder, device)
     lora.learn(model, "lm", cfg.lora)
     processor = Processor.from_pretrained(folder)
     processor.end_ids = [model.config.image_token_id]  # never sampled
@@ -165,19 +165,26 @@ def clocked(device: torch.device, work, *args) -> tuple[float, object]:
 
 def groups_of(examples: list[Example], rollouts: list) -> list[train_rl.Group]:
     """Made-up advantages: half of a group is good."""
-    return [
-        train_rl.Group(e, i, own, advantages=[1.0 if k % 2 else -1.0 for k in range(len(own))])
-        for i, (e, own) in enumerate(zip(examples, rollouts, strict=True))
-    ]
+    groups = []
+    for i, (example, own) in enumerate(zip(examples, rollouts, strict=True)):
+        advantages = [1.0 if k % 2 else -1.0 for k in range(len(own))]
+        groups.append(
+            train_rl.Group(train_rl.Prompt(example, i), own, advantages=advantages, differs=True)
+        )
+    return groups
 
 
 def update(model, optimizer, micros: list, tokens: int) -> float:
     """Forward, backward and step of train_rl; the gradient's norm."""
     for one in micros:
-        logprob, _ = train_rl.forward(model, one, 1.0)
-        old = logprob.detach()
+        logprob, _ = train_rl.forward(model, one, 1.0, None)
         loss, _ = policy_loss(
-            logprob, old, one.advantage, one.cu, rollout_logprob=one.rollout, denominator=tokens
+            logprob,
+            logprob.detach(),
+            one.advantage,
+            one.cu_seqlens,
+            rollout_logprob=one.rollout_logprob,
+            denominator=tokens,
         )
         loss.backward()
     return optimizer.step(1e-6, 1.0, 0.0, "step")
@@ -191,11 +198,10 @@ def ours(cfg: Config, model, processor, optimizer, examples, seed: int) -> dict[
     )
     release()
     peaks.append(peak(model.device))
-    settings = train_rl.Config("", (), "", micro_tokens=cfg.micro_tokens)
 
     def pack():
         return train_rl.pack(
-            groups_of(examples, rollouts), processor, ["lor"], settings, 1, model.device
+            groups_of(examples, rollouts), processor, ["lor"], cfg.micro_tokens, 1, model.device
         )
 
     def learn():
@@ -207,7 +213,7 @@ def ours(cfg: Config, model, processor, optimizer, examples, seed: int) -> dict[
     with torch.no_grad():
         micros = pack()
         logprobs, _ = clocked(
-            model.device, lambda: [train_rl.forward(model, one, 1.0) for one in micros]
+            model.device, lambda: [train_rl.forward(model, one, 1.0, None) for one in micros]
         )
     return {
         "rollout": rollout,
@@ -242,9 +248,7 @@ def planned(cfg: Config, model, prompt: int) -> dict[str, float]:
         dtype="bf16" if model.device.type == "cuda" else "fp32",
     )
     slots = min(default_slots(model, cfg.group, cfg.new_tokens), cfg.prompts * cfg.group)
-    settings = plan.Settings(
-        False, cfg.checkpointing, not cfg.rounding, cfg.lora, cfg.micro_tokens, slots
-    )
+    settings = plan.Settings(False, cfg.checkpointing, cfg.lora, cfg.micro_tokens, slots)
     return plan.estimate(model.config, wanted, settings, plan.tally(model))
 
 
@@ -448,7 +452,7 @@ def compare_updates(cfg: Config, model, processor, optimizer) -> dict[str, float
     def run(examples, completions):
         batch = processor(examples, completions).to(model.device)
         zero = torch.zeros(len(owner), device=model.device)
-        one = train_rl.Micro(batch, owner, advantage, batch.cu_targets, zero)
+        one = train_rl.MicroBatch(batch, owner, advantage, batch.cu_targets, zero)
         return update(model, optimizer, [one], len(owner)), len(batch.input_ids)
 
     kinds = {"shared": ([example], [ids]), "unshared": (copies, [[row] for row in ids])}
@@ -472,7 +476,7 @@ def compare_updates(cfg: Config, model, processor, optimizer) -> dict[str, float
 
 
 def main(cfg: Config) -> dict:
-    _, _, device = trainer.setup()
+    _, _, device = start_ranks()
     cuda = device.type == "cuda"
     peers = {"trl": run_trl, "baseline": run_baseline}
     peer = ("trl" if util.find_spec("trl") else "baseline") if cfg.baseline and not cuda else None
@@ -482,7 +486,7 @@ def main(cfg: Config) -> dict:
         if cfg.checkpointing:
             model.checkpoint_blocks()
         examples = examples_of(cfg.prompts, cfg.image)
-        optimizer = AdamW(model.named_parameters(), rounding=cfg.rounding)
+        optimizer = Optimizer(model.named_parameters())
         ours(cfg, model, processor, optimizer, examples[:1], 0)
 
         def turn(row: dict[str, float] | None = None) -> None:

@@ -19,12 +19,12 @@ from published import parquet as write
 from test_eval import stand_in
 
 import eval as evaluation
-import trainer
 from data import BadRows, benchmarks, scorers
 from data.scenes import furnish, render, scene
 from errors import UserError
 from model import tiny
 from srreal import Example
+from training import run
 
 ROOT = Path(__file__).parent.parent
 PICTURES = [scene(7, k, (96, 72))[1][0] for k in range(4)]
@@ -1134,7 +1134,7 @@ def test_eval_measures_2d_boxes(tmp_path, monkeypatch, capsys, family):
         return processor.decode(processor.target_ids(evaluation.replace(e, answer=true)))
 
     stand_in(monkeypatch, half)
-    monkeypatch.setattr(trainer, "load_processor", lambda *args: processor)
+    monkeypatch.setattr(run, "load_processor", lambda *args: processor)
     sources = (f"refcoco:{tmp_path}/refs.jsonl", f"llava:{tmp_path}/chat.json")
     config = evaluation.Config("m", sources, path="direct", out=str(tmp_path / "out"))
     found = evaluation.main(config)["results"]["direct"]["refcoco"]

@@ -15,12 +15,12 @@ import pytest
 from PIL import Image
 
 import eval as evaluation
-import trainer
 from errors import UserError
 from eval import Config, answer_row, best_constants, seen, select
 from eval_table import estimate, paired, summarise
 from model.rollout import Rollout
 from srreal import Example, target
+from training import policy, run
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,9 +59,9 @@ def write_set(folder: Path, n: int = 6) -> str:
 
 def stand_in(monkeypatch, write):
     """A model whose answer to an example is write(example), and whose 3D head is 0.3 m too far."""
-    monkeypatch.setattr(trainer, "load", lambda *args: None)
+    monkeypatch.setattr(policy, "load_model", lambda *args: None)
     processor = SimpleNamespace(expect=lambda examples: None)
-    monkeypatch.setattr(trainer, "load_processor", lambda *args: processor)
+    monkeypatch.setattr(run, "load_processor", lambda *args: processor)
     heads = lambda model, processor, examples: [  # noqa: E731
         np.array([np.add(centre, (0, 0, 0.3)) for centre in e.objects.values()]) for e in examples
     ]

@@ -19,7 +19,6 @@ from transformers import AutoConfig
 import plan
 import train_rl
 import train_sft
-import trainer
 from kernels import layers
 from kernels.linear_logprob import WORKSPACE
 from model import rollout
@@ -29,6 +28,7 @@ from model.qwen_vl import QwenVL
 from model.tiny import SPECIAL, configuration, write
 from plan import Config, Settings, choose, count, estimate
 from srreal import Example, Scores
+from training import run
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 NAMES = ("Qwen2.5-VL-3B", "Qwen2.5-VL-7B", "Qwen3-VL-8B")
@@ -260,11 +260,15 @@ def test_the_peak_of_a_whole_run(checkpoint, tmp_path, monkeypatch, script, flag
     """Two steps from loading to saving: never above the plan, and below it by at most a quarter and
     the logits' workspace, which a tiny vocabulary doesn't fill. The plan is asked for the passes
     that ran."""
-    rows, passes, asked, run, settle = questions(40), [], [], QwenVL.hidden, trainer.settle
+    rows = questions(40)
+    passes = []
+    asked = []
+    hidden = QwenVL.hidden
+    settle = run.resolve_auto_settings
 
     def count_tokens(model, batch):
         passes.append(len(batch.input_ids))
-        return run(model, batch)
+        return hidden(model, batch)
 
     def listen(cfg, config, device, world, **sizes):
         asked.append((config, sizes))
@@ -274,8 +278,8 @@ def test_the_peak_of_a_whole_run(checkpoint, tmp_path, monkeypatch, script, flag
         return Scores(*[float(sum(text.encode()) % 2)] * 2, 0.0, 0.0)
 
     monkeypatch.setattr(QwenVL, "hidden", count_tokens)
-    monkeypatch.setattr(trainer, "settle", listen)
-    monkeypatch.setattr(trainer, "load_data", lambda cfg, *_: (rows, []))
+    monkeypatch.setattr(run, "resolve_auto_settings", listen)
+    monkeypatch.setattr(run, "load_data", lambda cfg, *_: (rows, []))
     monkeypatch.setattr(train_rl, "score", parity)
     # what MKL packs hides its size
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)

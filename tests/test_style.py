@@ -8,41 +8,44 @@ ROOT = Path(__file__).parent.parent
 # Which of our own modules a part may import: srreal <- data <- scripts; kernels, srreal <- model <-
 # scripts.
 MAY_IMPORT = {
+    "errors.py": set(),
     "srreal.py": {"official"},
     "official.py": set(),
     "kernels/": {"kernels"},
-    "data/coldstart.py": {"srreal", "data", "model"},
-    "data/": {"srreal", "data"},
-    "model/": {"srreal", "kernels", "model"},
-    "optim.py": set(),
-    "report.py": {"srreal", "data", "eval", "eval_table"},
+    "data/coldstart.py": {"errors", "srreal", "data", "model"},
+    "data/depth.py": {"errors", "srreal", "data"},
+    "data/": {"errors", "srreal", "data"},
+    "model/": {"errors", "srreal", "kernels", "model"},
+    "plan.py": {"errors", "model"},
+    "training/": {"errors", "srreal", "data", "model", "plan", "training"},
+    "train_sft.py": {"errors", "srreal", "model", "training"},
+    "train_rl.py": {"errors", "srreal", "model", "kernels", "training"},
     "eval_table.py": {"srreal"},
-    "eval.py": {"srreal", "data", "model", "trainer", "eval_table"},
-    "plan.py": {"model"},
-    "trainer.py": {"srreal", "data", "model", "optim", "plan"},
-    "train_sft.py": {"srreal", "data", "model", "kernels", "optim", "trainer"},
-    "train_rl.py": {"srreal", "data", "model", "kernels", "optim", "trainer"},
+    "eval.py": {"errors", "srreal", "data", "model", "training", "eval_table"},
+    "report.py": {"errors", "srreal", "data", "eval", "eval_table"},
 }
 OWN = {
+    "errors",
     "srreal",
     "official",
     "kernels",
     "data",
     "model",
-    "optim",
     "plan",
-    "trainer",
-    "report",
-    "eval",
-    "eval_table",
+    "training",
     "train_sft",
     "train_rl",
+    "eval_table",
+    "eval",
+    "report",
 }
 
 
 def sources() -> list[Path]:
-    folders = [ROOT, ROOT / "model", ROOT / "kernels", ROOT / "data"]
-    return sorted(path for folder in folders for path in folder.glob("*.py") if path.stat().st_size)
+    found = list(ROOT.glob("*.py"))
+    for folder in ("data", "kernels", "model", "training"):
+        found += (ROOT / folder).rglob("*.py")
+    return sorted(path for path in found if path.stat().st_size)
 
 
 def name(path: Path) -> str:
