@@ -383,7 +383,7 @@ def answer_all(
             asked = mine[start : start + CHUNK]
             shown = [seen(example, config) for example in asked]
             marked = [example for example in shown if example.regions]
-            processor.expect(marked + shown)
+            processor.prefetch(marked + shown)
             heads = iter(
                 trainer.mendable(predict_centres, model, processor, marked) if marked else []
             )

@@ -58,8 +58,10 @@ from tqdm import tqdm
 import trainer
 from kernels.policy_loss import policy_loss
 from kernels.rewards import group_advantages
+from model.batch import Batch
+from model.images import DeviceImages
 from model.lora import LORA_RANK
-from model.processor import Batch, DeviceImages, Processor
+from model.processor import Processor
 from model.rollout import Rollout, default_slots, generate, release
 from optim import Optimizer, learning_rate
 from srreal import Example, Scores, score
@@ -371,7 +373,7 @@ def main(cfg: Config) -> None:
 
     processor = trainer.load_processor(str(checkpoint or cfg.model), cfg)
     some = examples[:: len(examples) // 64 + 1]
-    processor.expect(some)
+    processor.prefetch(some)
     sizes = dict(
         prompts=cfg.prompts,
         group=cfg.group,
@@ -402,7 +404,7 @@ def main(cfg: Config) -> None:
 
     def validate(prefix: str) -> dict[str, float]:
         chosen = own_share([exam[i] for i in range(questions)])
-        processor.expect([example for _, example in chosen])
+        processor.prefetch([example for _, example in chosen])
         groups, _ = roll_out(rollout_model, processor, chosen, cfg, seed=0, greedy=True)
         values = grade(groups, exam.paths, cfg.rules).items()
         return {prefix + name: value for name, value in values if not name.endswith("kept")}
@@ -420,7 +422,7 @@ def main(cfg: Config) -> None:
         trainer.phase(f"step {step + 1}, rollout")
         clock = [time.perf_counter()]
         own, noise = offered(step), cfg.seed * 1_000_003 + step
-        processor.expect([example for _, example in own + offered(step + 1)])
+        processor.prefetch([example for _, example in own + offered(step + 1)])
         wanted = -(-len(own) // cfg.tries) if cfg.tries > 1 else 0
         images = DeviceImages(device)
         groups, in_vain = roll_out(rollout_model, processor, own, cfg, noise, wanted, images=images)

@@ -36,9 +36,10 @@ import torch
 from torch import Tensor
 
 import trainer
+from model.batch import Batch
 from model.head3d import head_loss
 from model.lora import LORA_RANK
-from model.processor import Batch, Processor
+from model.processor import Processor
 from model.qwen_vl import Output
 from optim import Optimizer, learning_rate
 from srreal import Example, target
@@ -199,7 +200,7 @@ def main(cfg: Config) -> None:
 
         def make(place: int) -> list[tuple[Batch, int]]:
             rows = rows_of(place)
-            processor.expect(rows + (rows_of(place + places.step) if place != places[-1] else []))
+            processor.prefetch(rows + (rows_of(place + places.step) if place != places[-1] else []))
             return trainer.mendable(micro_batches, rows, processor, cfg.micro_tokens, world)
 
         return trainer.ahead(make, places)

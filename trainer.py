@@ -303,7 +303,7 @@ def load_policy(
         rollout_model = load(source, device, cfg.train, cfg.lora) if samples else None
         # in place of a copy: the checkpoint's own pages, read as they are sharded
         host = torch.device("cpu")
-        model = mendable(huggingface.load, source, host, compute_dtype(device), fuse=False)
+        model = mendable(QwenVL.from_pretrained, source, host, compute_dtype(device), fuse=False)
         mendable(lora.learn, model, cfg.train, cfg.lora)
         shard(model, device, world, compute_dtype(device), rollout_model)
     else:
@@ -618,7 +618,7 @@ def save(cfg, step: int, model: QwenVL, processor, optimizer: Optimizer, **same)
     if FIRST:
         shutil.rmtree(aside, ignore_errors=True)
         (aside / "trainer").mkdir(parents=True)
-        huggingface.write(model, aside, processor, weights)
+        huggingface.write(aside, weights, model.origin, processor)
     del weights
     for kind in KINDS:
         state = {name: full.cpu() for name, full in optimizer.state(kind) if FIRST}
