@@ -447,7 +447,7 @@ def answer_chunk(config: Config, examples: list[Example], model, processor, cons
     shown = [seen(example, config) for example in examples]
     # A forward pass of prompts without regions would be wasted on the head.
     with_regions = [example for example in shown if example.regions]
-    processor.expect(with_regions + shown)
+    processor.prefetch(with_regions + shown)
     heads = iter(predict_centres(model, processor, with_regions) if with_regions else [])
     answers = generate(
         model,

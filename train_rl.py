@@ -67,8 +67,10 @@ from tqdm import tqdm
 from errors import UserError
 from kernels.policy_loss import LOSSES, policy_loss
 from kernels.rewards import rewards_and_advantages
+from model.batch import Batch
+from model.images import DeviceImages
 from model.lora import LORA_RANK
-from model.processor import Batch, DeviceImages, Processor
+from model.processor import Processor
 from model.qwen_vl import QwenVL
 from model.rollout import Rollout, default_slots, release, sample_groups
 from srreal import PATHS, REWARDS, Example, Scores, score
@@ -324,7 +326,7 @@ def validate(
     model: QwenVL, processor: Processor, prompts: list[Prompt], paths: list[str], cfg: Config
 ) -> dict[str, float]:
     """Return the columns of a greedy validation, by the rules of training."""
-    processor.expect([prompt.example for prompt in prompts])
+    processor.prefetch([prompt.example for prompt in prompts])
     # Prompts of one sample each take more memory than groups: slots by what is free.
     greedy = replace(cfg, group=1, temperature=0.0, top_p=1.0, slots=None)
     groups = roll_out(model, processor, prompts, greedy, seed=0).groups
@@ -532,7 +534,7 @@ def add_logprobs(
 def plan_sizes(cfg: Config, processor: Processor, examples: list[Example]) -> dict:
     """Return what plan.py has to know; the longest prompt is that of 64 examples or so."""
     some = examples[:: len(examples) // 64 + 1]
-    processor.expect(some)
+    processor.prefetch(some)
     longest = max(len(processor.prompt_ids(example)) for example in some)
     return {
         "prompts": cfg.prompts,
@@ -616,7 +618,7 @@ def main(cfg: Config) -> None:
         images = DeviceImages(device)
         prompts = local_prompts(step)
         upcoming = [prompt.example for prompt in prompts + local_prompts(step + 1)]
-        processor.expect(upcoming)
+        processor.prefetch(upcoming)
         wanted = math.ceil(len(prompts) / cfg.tries) if cfg.tries > 1 else 0
         seed = cfg.seed * 1_000_003 + step
         rolled_out = roll_out(rollout_model, processor, prompts, cfg, seed, images, wanted)

@@ -35,9 +35,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from model.batch import Batch
 from model.head3d import head_loss
 from model.lora import LORA_RANK
-from model.processor import Batch, Processor
+from model.processor import Processor
 from model.qwen_vl import Output, QwenVL
 from srreal import Example, target
 from training import checkpoints, ranks, run
@@ -221,7 +222,7 @@ def prefetched_microbatches(
     def make(place: int) -> list[MicroBatch]:
         examples = examples_of(place)
         is_last = place == places[-1]
-        processor.expect(examples if is_last else examples + examples_of(place + places.step))
+        processor.prefetch(examples if is_last else examples + examples_of(place + places.step))
         return make_microbatches(examples, processor, cfg.micro_tokens, world)
 
     return prefetched(make, places)

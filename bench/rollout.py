@@ -66,11 +66,12 @@ TOWER = dict(hidden_size=256, out_hidden_size=512, intermediate_size=1024)
 
 def medium(folder: Path) -> None:
     """Writes the random checkpoint of about 30 M parameters."""
-    tiny.SIZES.update(MEDIUM)
-    tiny.FAMILIES["qwen3_vl"][0]["head_dim"] = 64
-    tiny.FAMILIES["qwen3_vl"][1]["mrope_section"] = [12, 10, 10]
-    tiny.FAMILIES["qwen3_vl"][2].update(TOWER)
-    tiny.write("qwen3_vl", folder)
+    shape = tiny.tiny_shape("qwen3_vl")
+    shape.images |= MEDIUM["images"]
+    shape.text |= MEDIUM["text"] | {"head_dim": 64}
+    shape.vision |= MEDIUM["vision"] | TOWER
+    shape.sections = [12, 10, 10]
+    tiny.write("qwen3_vl", folder, shape=shape)
 
 
 def prompts(folder: Path, count: int) -> list[Example]:

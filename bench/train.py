@@ -54,6 +54,7 @@ import srreal
 import train_rl
 from kernels.policy_loss import policy_loss
 from model import lora, tiny
+from model.families import FAMILIES
 from model.processor import Processor
 from model.qwen_vl import QwenVL
 from model.rollout import default_slots, generate, release
@@ -94,11 +95,12 @@ class Config:
     out: Path = Path("bench/results")
 
 
-def shape_tiny(name: str) -> str:
-    """Makes model.tiny write this shape; its family."""
+def shape_of(name: str) -> tiny.Shape:
+    """Return the sizes of a row of SHAPES, as model.tiny writes them."""
     family, text, vision = SHAPES[name]
     width, inner, layers, heads, kv, vocabulary = text
-    tiny.SIZES["text"] |= dict(
+    shape = tiny.tiny_shape(family)
+    shape.text |= dict(
         hidden_size=width,
         intermediate_size=inner,
         num_hidden_layers=layers,
@@ -106,35 +108,45 @@ def shape_tiny(name: str) -> str:
         num_key_value_heads=kv,
         max_position_embeddings=32768,
     )
-    extra, sections, tower = tiny.FAMILIES[family]
     head_dim = 128 if vocabulary else width // heads
-    extra |= {"head_dim": head_dim} if family == "qwen3_vl" else {}
+    if FAMILIES[family].head_dim_field:
+        shape.text["head_dim"] = head_dim
     side = 5 * head_dim // 32
-    sections["mrope_section"] = [head_dim // 2 - 2 * side, side, side]
-    tower |= dict(hidden_size=vision[0], intermediate_size=vision[1], out_hidden_size=width)
-    tiny.SIZES["vision"] |= dict(depth=vision[2], num_heads=vision[3], patch_size=vision[4])
-    tiny.SIZES["images"] |= dict(
-        patch_size=vision[4], size={"shortest_edge": 32 * 32, "longest_edge": 4096 * 4096}
+    shape.sections = [head_dim // 2 - 2 * side, side, side]
+    tower_width, tower_inner, depth, tower_heads, patch = vision
+    shape.vision |= dict(
+        hidden_size=tower_width,
+        intermediate_size=tower_inner,
+        out_hidden_size=width,
+        depth=depth,
+        num_heads=tower_heads,
+        patch_size=patch,
     )
-    return family
+    shape.images |= dict(
+        patch_size=patch, size={"shortest_edge": 32 * 32, "longest_edge": 4096 * 4096}
+    )
+    return shape
 
 
 def load(cfg: Config, folder: str, device: torch.device) -> tuple[QwenVL, Processor]:
     """A random model that never ends a completion, and its processor."""
-    family, vocabulary = shape_tiny(cfg.shape), SHAPES[cfg.shape][1][-1]
+    family, text, vision = SHAPES[cfg.shape]
+    shape = shape_of(cfg.shape)
+    vocabulary = text[-1]
     if vocabulary:  # of true size: not by way of a file
         tokens = tiny.tokenizer(family)
-        config = tiny.configuration(family, tokens.get_vocab())
+        config = tiny.configuration(family, tokens.get_vocab(), shape)
         config.text_config.vocab_size = vocabulary
         with torch.device(device):
             model = QwenVL(config).to(torch.bfloat16).eval()
-        model.adjoin()  # as a model from a file is: the sampler's products are the product's
-        shape_tiny("tiny")  # a small checkpoint of the family, for the processor
-        tiny.SIZES["images"]["patch_size"] = SHAPES[cfg.shape][2][-1]
-        tiny.SIZES["vision"]["patch_size"] = SHAPES[cfg.shape][2][-1]
-        tiny.write(family, folder)
+        model.fuse_linears()  # as a model from a file is: the sampler's products are the product's
+        # A small checkpoint of the family, for the processor.
+        small = tiny.tiny_shape(family)
+        small.images |= shape.images
+        small.vision["patch_size"] = vision[-1]
+        tiny.write(family, folder, shape=small)
     else:
-        tiny.write(family, folder)
+        tiny.write(family, folder, shape=shape)
         model = load_model(folder, device)
     lora.learn(model, "lm", cfg.lora)
     processor = Processor.from_pretrained(folder)

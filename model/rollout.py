@@ -40,8 +40,8 @@ from torch import Tensor
 from kernels.attention import INTERPRET, Table, decode_attention
 from kernels.layers import add_rms_norm, qk_norm_rope_write, swiglu_joint, torch_norm
 from kernels.sample import sample, sequence_key
-from model.processor import DeviceImages
-from model.qwen_vl import adjoined
+from model.images import DeviceImages
+from model.qwen_vl import fused_linears
 from srreal import Example
 
 SLOTS = 256  # at most: more live samples hardly raise the throughput, neither of a GPU nor of a CPU
@@ -447,7 +447,7 @@ class Slots:
         """
         attn, (k, v) = self.model.decoder.layers[i].self_attn, self.suffix[i][:, : len(x)]
         projections, kv = (attn.q_proj, attn.k_proj, attn.v_proj), self.sizes.kv_heads
-        if one := adjoined(*projections):
+        if one := fused_linears(*projections):
             qkv = (
                 F.linear(x, *one)
                 .view(len(x), -1, attn.head_dim)
@@ -455,7 +455,7 @@ class Slots:
             )
         else:
             qkv = (proj(x).view(len(x), -1, attn.head_dim) for proj in projections)
-        norms = (attn.q_norm.weight, attn.k_norm.weight, attn.q_norm.eps) if attn.norms else ()
+        norms = attn.qk_norm
         return qk_norm_rope_write(*qkv, cos, sin, k, v, at, *norms)
 
     def _qkv(self, i: int, x: Tensor, cos: Tensor, sin: Tensor, at: Tensor) -> Tensor:
@@ -574,7 +574,7 @@ def joined(*layers) -> Callable[[Tensor], Tensor]:
     is quicker made than a transpose, and a fifth to a third faster for few rows; of the weights it
     reads the shape only.
     """
-    if not (one := adjoined(*layers)):
+    if not (one := fused_linears(*layers)):
         return lambda x: torch.cat([layer(x) for layer in layers], -1)
     weight, bias = one
     mkl = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
@@ -589,14 +589,14 @@ def fused_mlp(mlp, x: Tensor) -> Tensor:
     """The MLP of x (rows, H) with gate and up from one matrix product; with two where they lie
     apart or have adapters.
     """
-    if not (one := adjoined(mlp.gate_proj, mlp.up_proj)):
+    if not (one := fused_linears(mlp.gate_proj, mlp.up_proj)):
         return mlp(x)
     return mlp.down_proj(swiglu_joint(F.linear(x, *one)))
 
 
 def qk_weight(attn, sizes) -> Tensor | None:
     """The norms' weights of all query and key heads, (A + K, D)."""
-    if attn.norms:
+    if attn.q_norm is not None:
         heads = (
             attn.q_norm.weight.expand(sizes.heads, -1),
             attn.k_norm.weight.expand(sizes.kv_heads, -1),

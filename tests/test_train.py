@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from model.ahead import Ahead
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
@@ -25,7 +26,6 @@ import train_rl
 import train_sft
 from errors import UserError
 from model import lora
-from model.ahead import Ahead
 from model.checkpoint import rename
 from model.processor import Processor
 from model.qwen_vl import QwenVL

@@ -74,7 +74,7 @@ def save(cfg, step: int, model: QwenVL, processor, optimizer: Optimizer, **same)
     if ranks.is_first():
         shutil.rmtree(aside, ignore_errors=True)
         (aside / "trainer").mkdir(parents=True)
-        model_files.write(model, aside, processor, weights)
+        model_files.write(aside, weights, model.origin, processor)
     del weights  # before the moments come: they are twice as large
     for kind in KINDS:
         state = {}

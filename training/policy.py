@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from model import checkpoint, lora
+from model import lora
 from model.qwen_vl import QwenVL
 from plan import Settings
 from training import ranks
@@ -75,7 +75,7 @@ def load_policy(
     if settings.shard:
         rollout_model = load_model(source, device, cfg.train, cfg.lora) if samples else None
         host = torch.device("cpu")
-        model = checkpoint.load(source, host, compute_dtype(device), fuse=False)
+        model = QwenVL.from_pretrained(source, host, compute_dtype(device), fuse=False)
         lora.learn(model, cfg.train, cfg.lora)
         shard(model, device, world, compute_dtype(device), rollout_model)
     else:
