@@ -68,14 +68,21 @@ from errors import UserError
 from kernels.policy_loss import LOSSES, policy_loss
 from kernels.rewards import rewards_and_advantages
 from model.batch import Batch
+from model.batch import Prompt as EncodedPrompt
 from model.images import DeviceImages
 from model.lora import LORA_RANK
 from model.processor import Processor
 from model.qwen_vl import QwenVL
-from model.rollout import Rollout, default_slots, release, sample_groups
+from model.rollout import Engine, Rollout, default_slots
 from srreal import PATHS, REWARDS, Example, Scores, score
 from training import checkpoints, ranks, run
-from training.batches import Order, equalize_passes, pack_by_tokens, with_dummy
+from training.batches import (
+    Order,
+    dummy_example,
+    equalize_passes,
+    needs_dummy,
+    pack_by_tokens,
+)
 from training.metrics import Metrics, sums_by_path
 from training.optim import Optimizer, learning_rate
 from training.policy import Reference, load_policy, synced_passes
@@ -167,10 +174,11 @@ VALIDATED = ["reward", *REWARDS, "length", "truncated", "groups", "sampled_token
 
 @dataclass
 class Prompt:
-    """An example, and the turn that it came in: a turn has one prompt of each path."""
+    """An example, the turn that it came in, and what the processor made of it for this step."""
 
     example: Example
-    turn: int
+    turn: int  # a turn has one prompt of each path
+    encoded: EncodedPrompt | None = None
 
 
 class PromptOrder:
@@ -207,6 +215,12 @@ class Group:
         return self.prompt.example
 
 
+def encode(prompts: list[Prompt], processor: Processor) -> None:
+    """Build each prompt once: ids, positions, regions, images. Its group carries it from here."""
+    for prompt in prompts:
+        prompt.encoded = processor.prompt(prompt.example)
+
+
 def local_share(prompts: list[Prompt], rank: int, world: int) -> list[Prompt]:
     """Return this rank's prompts, by expected length: path dtr writes a box for each region."""
     lengths = []
@@ -227,34 +241,22 @@ class RollOut:
 
 
 def roll_out(
-    model: QwenVL,
-    processor: Processor,
+    engine: Engine,
     prompts: list[Prompt],
     cfg: Config,
     seed: int,
     images: DeviceImages | None = None,
     wanted: int = 0,
 ) -> RollOut:
-    """Sample cfg.group completions of each prompt, and score them.
+    """Sample completions of each prompt, and score them.
 
     wanted: stop behind the group that is so many's last to differ in accuracy, in the order of the
     prompts; 0: never. What runs behind it is discarded.
     """
-    stream = sample_groups(
-        model,
-        processor,
-        [prompt.example for prompt in prompts],
-        n=cfg.group,
-        max_new_tokens=cfg.max_new_tokens,
-        temperature=cfg.temperature,
-        top_p=cfg.top_p,
-        seed=seed,
-        slots=cfg.slots,
-        images=images,
-    )
+    stream = engine.sample_groups([prompt.encoded for prompt in prompts], seed, images)
     groups = []
     informative = 0
-    for group in with_progress(prompts, stream, cfg.group):
+    for group in with_progress(prompts, stream, engine.options.n):
         group.scores = [finite_score(r.text, group.example, cfg.rules) for r in group.rollouts]
         accuracies = [s.accuracy for s in group.scores]
         informative += max(accuracies) - min(accuracies) > 1e-6
@@ -327,9 +329,12 @@ def validate(
 ) -> dict[str, float]:
     """Return the columns of a greedy validation, by the rules of training."""
     processor.prefetch([prompt.example for prompt in prompts])
-    # Prompts of one sample each take more memory than groups: slots by what is free.
-    greedy = replace(cfg, group=1, temperature=0.0, top_p=1.0, slots=None)
-    groups = roll_out(model, processor, prompts, greedy, seed=0).groups
+    encode(prompts, processor)
+    # Prompts of one sample each take more memory than groups: as many slots as there is room for.
+    greedy = Engine(model, processor, n=1, max_new_tokens=cfg.max_new_tokens, temperature=0.0)
+    groups = roll_out(greedy, prompts, cfg, seed=0).groups
+    for prompt in prompts:
+        prompt.encoded = None  # its images needn't stay
     metrics = Metrics(paths, list(REWARDS))
     add_scores(metrics, groups, is_kept=lambda group: False)
     return metrics.row(VALIDATED)
@@ -358,7 +363,7 @@ class MicroBatch:
 class Piece:
     """Some completions of a group: a group that is longer than a pass is split, its prompt repeated."""
 
-    example: Example
+    prompt: Prompt
     rollouts: list[Rollout]
     advantages: list[float]
 
@@ -375,10 +380,10 @@ def pack(
     pieces = []
     lengths = []
     for group in groups:
-        prompt_tokens = len(processor.prompt_ids(group.example))
+        prompt_tokens = len(group.prompt.encoded.ids)
         completions = [len(r.tokens) for r in group.rollouts]
         for part in pack_by_tokens(completions, micro_tokens - prompt_tokens):
-            pieces.append(Piece(group.example, group.rollouts[part], group.advantages[part]))
+            pieces.append(Piece(group.prompt, group.rollouts[part], group.advantages[part]))
             lengths.append(prompt_tokens + sum(completions[part]))
     microbatches = []
     for part in pack_by_tokens(lengths, micro_tokens):
@@ -397,16 +402,17 @@ def make_microbatch(
 ) -> MicroBatch:
     owner, advantage, rollout_logprob, completions = [], [], [], []
     for piece in pieces:
-        path = paths.index(piece.example.path)
+        path = paths.index(piece.prompt.example.path)
         advantage.extend(piece.advantages)
         completions.append([r.tokens for r in piece.rollouts])
         for r in piece.rollouts:
             owner.extend([path] * len(r.tokens))
             rollout_logprob.extend(r.logprobs)
-    examples = with_dummy([piece.example for piece in pieces], world)
-    for _ in examples[len(pieces) :]:
+    prompts = [piece.prompt.encoded for piece in pieces]
+    if needs_dummy([piece.prompt.example for piece in pieces], world):
+        prompts.append(processor.prompt(dummy_example()))
         completions.append([[processor.end_ids[0]]])
-    batch = processor(examples, completions)
+    batch = processor.pack(prompts, completions)
     return MicroBatch(
         batch,
         torch.tensor(owner, dtype=torch.int64, device=device),
@@ -417,7 +423,7 @@ def make_microbatch(
 
 
 def forward(
-    model: QwenVL, mb: MicroBatch, temperature: float, images: DeviceImages
+    model: QwenVL, mb: MicroBatch, temperature: float, images: DeviceImages | None
 ) -> tuple[Tensor, Tensor]:
     """Return log-probs and entropies (L,). A step's images are uploaded once."""
     output = model(mb.batch.to(model.device, images), temperature)
@@ -605,6 +611,15 @@ def main(cfg: Config) -> None:
         own = local_share(exam, rank, world)
         return validate(rollout_model, processor, own, exam_paths, cfg)
 
+    engine = Engine(
+        rollout_model,
+        processor,
+        n=cfg.group,
+        max_new_tokens=cfg.max_new_tokens,
+        temperature=cfg.temperature,
+        top_p=cfg.top_p,
+        slots=cfg.slots,
+    )
     log = run.Log(cfg, done, COLUMNS)
     first_columns = {}
     if held_out and done == 0:
@@ -621,9 +636,10 @@ def main(cfg: Config) -> None:
         processor.prefetch(upcoming)
         wanted = math.ceil(len(prompts) / cfg.tries) if cfg.tries > 1 else 0
         seed = cfg.seed * 1_000_003 + step
-        rolled_out = roll_out(rollout_model, processor, prompts, cfg, seed, images, wanted)
+        encode(prompts, processor)
+        rolled_out = roll_out(engine, prompts, cfg, seed, images, wanted)
         if not settings.keep or cfg.slots > settings.slots:
-            release()  # the update needs the cache's room: the next step records the graph again
+            engine.release()  # the update needs the cache's room; the graph is recorded again
         discarded = [rolled_out.discarded_samples, rolled_out.discarded_tokens]
         discarded = ranks.all_reduce(discarded)  # the wait for the slowest rank is the rollout's
         clock.append(time.perf_counter())
@@ -651,7 +667,7 @@ def main(cfg: Config) -> None:
             done_update = update(model, optimizer, microbatches, images, metrics, cfg, step)
             if done_update:
                 updates.append(done_update)
-        minibatches = images = None  # no pixels stay behind
+        minibatches = images = prompts = rolled_out = kept = None  # no pixels stay behind
         clock.append(time.perf_counter())
 
         # Log, validate, save.

@@ -130,9 +130,11 @@ def dummy_example() -> Example:
 
 def with_dummy(examples: list[Example], world: int) -> list[Example]:
     """Append the dummy where a pass might leave out parameters whose gradients others reduce."""
-    if world == 1 or any(touches_all_parameters(example) for example in examples):
-        return examples
-    return [*examples, dummy_example()]
+    return [*examples, dummy_example()] if needs_dummy(examples, world) else examples
+
+
+def needs_dummy(examples: list[Example], world: int) -> bool:
+    return world > 1 and not any(touches_all_parameters(example) for example in examples)
 
 
 def touches_all_parameters(example: Example) -> bool:
