@@ -1,7 +1,6 @@
 """The kernels' bench: who runs out of memory is named, --judged repeats, one table for all
 devices."""
 
-
 import pytest
 import torch
 
