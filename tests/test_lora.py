@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from tiny_models import inputs, make, reference_logits
 from transformers import AutoModelForImageTextToText
 
+from errors import UserError
 from model.lora import PROJECTIONS, SCALE, LoRALinear, adapters, add_adapter, attach, merge, off
 from model.processor import Processor
 from model.qwen_vl import QwenVL
@@ -205,7 +206,7 @@ def test_bf16_adapters_have_the_weights_dtype(checkpoint):
 
 def test_bad_ranks_and_a_second_time(checkpoint):
     model = QwenVL.from_pretrained(checkpoint)
-    with pytest.raises(ValueError, match="--lora 0"):
+    with pytest.raises(UserError, match="--lora 0"):
         attach(model, 0)
     attach(model, 1)
     with pytest.raises(ValueError, match="wrapped once"):

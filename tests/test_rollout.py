@@ -19,8 +19,9 @@ from transformers import AutoModelForImageTextToText
 import train_rl
 import trainer
 from model import lora
-from model.processor import DeviceImages, Processor
-from model.qwen_vl import QwenVL, adjoin, adjoined
+from model.images import DeviceImages
+from model.processor import Processor
+from model.qwen_vl import QwenVL, fuse_linears, fused_linears
 from model.rollout import (
     Job,
     Slots,
@@ -124,7 +125,7 @@ def test_greedy_equals_transformers(tiny):
 def test_the_prompts_images_are_there_for_the_update(tiny):
     model, processor, _ = tiny
     asked, images = examples(), DeviceImages(model.device)
-    processor.expect(asked)
+    processor.prefetch(asked)
     shared = generate(model, processor, asked, n=2, max_new_tokens=3, seed=1, images=images)
     kept = dict(images.uploaded)
     assert len(kept) == 4
@@ -448,7 +449,7 @@ def test_joined_layers(together, bias, mkl, monkeypatch):
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
     layers = [torch.nn.Linear(48, width, bias) for width in (40, 8, 17)]
     if together:
-        adjoin(*layers)
+        fuse_linears(*layers)
     with torch.no_grad():
         both = joined(*layers)
         for rows in (1, 2, 7, 32, 33, 200):
@@ -464,9 +465,9 @@ def test_gate_and_up_of_a_gpu(tiny):
     x = torch.randn(5, mlp.gate_proj.in_features, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         truth = mlp(x)
-        assert adjoined(mlp.gate_proj, mlp.up_proj) is None
+        assert fused_linears(mlp.gate_proj, mlp.up_proj) is None
         torch.testing.assert_close(fused_mlp(mlp, x), truth)
-        adjoin(mlp.gate_proj, mlp.up_proj)
+        fuse_linears(mlp.gate_proj, mlp.up_proj)
         torch.testing.assert_close(fused_mlp(mlp, x), truth)
         adapted = QwenVL.from_pretrained(str(path))
         lora.learn(adapted, "lora", 4)
@@ -480,7 +481,7 @@ def test_loaded_weights_lie_together(tiny):
     model = QwenVL.from_pretrained(str(path))
     attn = model.decoder.layers[0].self_attn
     projections = attn.q_proj, attn.k_proj, attn.v_proj
-    weight, bias = adjoined(*projections)
+    weight, bias = fused_linears(*projections)
     before, optimizer = weight.clone(), Optimizer(model.named_parameters())
     model(processor(examples()[:1], [[[50, 51]]])).logprob.sum().backward()
     optimizer.step(1.0, 1.0, 0.0, "a step")
@@ -489,12 +490,12 @@ def test_loaded_weights_lie_together(tiny):
     assert bias is None or torch.equal(bias, torch.cat([p.bias for p in projections]))
     other = copy.deepcopy(model)
     attn = other.decoder.layers[0].self_attn
-    assert adjoined(attn.q_proj, attn.k_proj, attn.v_proj) is None
-    other.adjoin()
-    assert torch.equal(adjoined(attn.q_proj, attn.k_proj, attn.v_proj)[0], weight)
+    assert fused_linears(attn.q_proj, attn.k_proj, attn.v_proj) is None
+    other.fuse_linears()
+    assert torch.equal(fused_linears(attn.q_proj, attn.k_proj, attn.v_proj)[0], weight)
     mlp = other.decoder.layers[0].mlp
     both = torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight))
-    assert torch.equal(adjoined(mlp.gate_proj, mlp.up_proj)[0], both)
+    assert torch.equal(fused_linears(mlp.gate_proj, mlp.up_proj)[0], both)
 
 
 def test_nothing_to_sample(tiny):

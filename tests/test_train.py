@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from model.ahead import Ahead
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
@@ -27,6 +26,7 @@ import train_sft
 from errors import UserError
 from model import lora
 from model.checkpoint import rename
+from model.images import Prefetcher
 from model.processor import Processor
 from model.qwen_vl import QwenVL
 from model.rollout import Rollout
@@ -282,12 +282,12 @@ def test_adapters_learn_merge_and_resume(home, tmp_path, monkeypatch, script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_workers_change_no_bit(home, whole, tmp_path, monkeypatch, script):
     """A run with two, cut off, goes on with two; the oracle had none."""
-    made, expect = [], Ahead.expect
+    made, prefetch = [], Prefetcher.prefetch
     monkeypatch.setattr(
-        Ahead,
-        "expect",
+        Prefetcher,
+        "prefetch",
         lambda self, wanted: (
-            expect(self, wanted) or made.append((self.pool is not None, len(self.coming)))
+            prefetch(self, wanted) or made.append((self.pool is not None, len(self.futures)))
         ),
     )
     interrupt(monkeypatch, home, script, tmp_path, workers=2)

@@ -28,8 +28,9 @@ import train_sft
 from data.marks import Marked
 from errors import UserError
 from kernels.policy_loss import policy_loss
-from model import ahead, lora
-from model.processor import Processor, check_files
+from model import lora
+from model.files import check_files
+from model.processor import Processor
 from model.qwen_vl import QwenVL
 from model.rollout import Rollout
 from model.tiny import SPECIAL, configuration, write
@@ -314,27 +315,27 @@ def test_batches_are_the_same_with_workers_and_these_made_the_images(tiny_folder
     busy = Processor.from_pretrained(tiny_folder, workers=2)
     completions = [[[5, 6, 7]]] * len(asked)
     wanted = plain(asked, completions)
-    busy.expect(asked)
-    for future in busy.ahead.coming.values():
+    busy.prefetch(asked)
+    for future in busy.images.prefetcher.futures.values():
         future.result()
-    assert len(busy.ahead.coming) == 6
-    busy.ahead.make = None  # in line nothing can be made any more
+    assert len(busy.images.prefetcher.futures) == 6
+    busy.images.prefetcher.make = None  # in line nothing can be made any more
     assert same(busy(asked, completions), wanted) and same(busy(asked, completions), wanted)
-    assert busy.assumed_fov == plain.assumed_fov == 1 and not busy.ahead.coming
-    busy.expect([])
-    assert not busy.held.items and busy.held.used == 0
+    assert busy.assumed_fov == plain.assumed_fov == 1 and not busy.images.prefetcher.futures
+    busy.prefetch([])
+    assert not busy.images.prefetched.items and busy.images.prefetched.bytes == 0
 
 
 def test_what_is_expected_is_made_once_and_then_let_go(tiny_folder, asked):
     processor, made = Processor.from_pretrained(tiny_folder), []
-    make = processor.ahead.make
-    processor.ahead.make = lambda *args: made.append(args) or make(*args)
-    processor.views.room = 0  # nothing is remembered for its own sake
+    make = processor.images.prefetcher.make
+    processor.images.prefetcher.make = lambda *args: made.append(args) or make(*args)
+    processor.images.files.max_bytes = 0  # nothing is remembered for its own sake
     marked = asked[1:2]
     for expected, times in ((False, 3), (True, 4), (True, 4), (False, 7)):
-        processor.expect(marked if expected else [])
+        processor.prefetch(marked if expected else [])
         if len(made) == times:
-            assert len(processor.held.items) == 1  # the next step asks for it again
+            assert len(processor.images.prefetched.items) == 1  # the next step asks for it again
         processor.prompt_ids(marked[0]), processor(marked), processor(marked)
         assert len(made) == times
 
@@ -348,39 +349,39 @@ def test_a_bad_image_has_the_same_words_and_a_dead_worker_costs_time_only(
         for name in ("bad.png", "gone.png")
     ]
     busy = Processor.from_pretrained(tiny_folder, workers=2)
-    busy.expect([*asked, *bad])
+    busy.prefetch([*asked, *bad])
     for example in bad:
         with pytest.raises(ValueError, match="row 7: image 0 .*") as here:
             Processor.from_pretrained(tiny_folder)([example])
         with pytest.raises(ValueError) as there:
             busy([example])
         assert str(here.value) == str(there.value) and example.images[0] in str(here.value)
-    for worker in busy.ahead.pool._processes.values():
+    for worker in busy.images.prefetcher.pool._processes.values():
         worker.kill()
         worker.join()
     wanted = Processor.from_pretrained(tiny_folder)(asked)
     for _ in range(2):
-        busy.expect(asked)
+        busy.prefetch(asked)
         assert same(busy(asked), wanted)
-        busy.expect([])
-        busy.views.keep(())
+        busy.prefetch([])
+        busy.images.files.retain(())
     assert capsys.readouterr().err.count("done in line") == 1
     odd = replace(asked[1], images=[Marked(asked[0].images[0], lambda image: image)])
     fresh = Processor.from_pretrained(tiny_folder, workers=1)
-    fresh.expect([odd])
+    fresh.prefetch([odd])
     assert len(fresh([odd]).pixel_values) and "pickle" in capsys.readouterr().err
 
 
-def test_no_more_than_so_many_wait_to_be_asked_for(tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(ahead, "AHEAD", 3)
+def test_no_more_than_so_many_wait_to_be_asked_for(tiny_folder, tmp_path):
     files = [str(tmp_path / f"{k}.png") for k in range(9)]
     for k, file in enumerate(files):
         Image.new("RGB", (40, 40), (k, k, k)).save(file)
     rows = [Example(file, "lor", [file], "?", "A") for file in files]
     processor = Processor.from_pretrained(tiny_folder, workers=1)
-    processor.expect(rows)
+    processor.images.prefetcher.max_ahead = 3
+    processor.prefetch(rows)
     for k, row in enumerate(rows):
-        assert [key[0][0] for key in processor.ahead.coming] == files[k : k + 3]
+        assert [key[0][0] for key in processor.images.prefetcher.futures] == files[k : k + 3]
         processor([row])
 
 
