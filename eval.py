@@ -61,7 +61,7 @@ from data import benchmarks
 from data.marks import Marked
 from data.scorers import JUDGED, box_iou, judged_errors, read_boxes_3d
 from model.processor import BOX_2D, object_of, truths
-from model.rollout import generate, predict_centres
+from model.rollout import predict_centres, sample_groups
 from srreal import Example, answer_score, parse, score
 
 COLUMNS = {
@@ -388,10 +388,9 @@ def answer_all(
                 trainer.mendable(predict_centres, model, processor, marked) if marked else []
             )
             options = dict(max_new_tokens=config.max_new_tokens, temperature=config.temperature)
-            answers = trainer.mendable(
-                generate, model, processor, shown, **options, seed=config.seed, progress=bar.update
-            )
+            answers = sample_groups(model, processor, shown, **options, seed=config.seed)
             for example, (answer,) in zip(asked, answers, strict=True):
+                bar.update()
                 head = next(heads) if example.regions else []
                 rows.append(
                     answer_row(

@@ -60,7 +60,7 @@ from kernels.policy_loss import policy_loss
 from kernels.rewards import group_advantages
 from model.lora import LORA_RANK
 from model.processor import Batch, DeviceImages, Processor
-from model.rollout import Rollout, default_slots, generate, release
+from model.rollout import Engine, Rollout, SampleStream, default_slots, sample_groups
 from optim import Optimizer, learning_rate
 from srreal import Example, Scores, score
 
@@ -182,51 +182,23 @@ def choose_slots(cfg: Config, model, planned: int, earlier: int) -> Config:
     return cfg
 
 
-def roll_out(
-    model,
-    processor: Processor,
-    prompts,
-    cfg: Config,
-    seed: int,
-    wanted=0,
-    greedy=False,
-    images: DeviceImages | None = None,
-):
-    """Groups of the prompts in their order, and how many samples and tokens were in vain: with
-    `wanted`, groups end with the one that is so many's last to differ."""
-    n, temperature = (1, 0.0) if greedy else (cfg.group, cfg.temperature)
-    quiet, examples, heard, in_vain = (
-        None if trainer.FIRST else True,
-        [e for _, e in prompts],
-        [],
-        [],
-    )
-
-    def enough(rollouts: list[Rollout]) -> bool:
-        accuracies = [score(r.text, examples[len(heard)], cfg.rules).accuracy for r in rollouts]
-        heard.append(max(accuracies) - min(accuracies) > 1e-6)
-        return sum(heard) >= wanted
-
-    with tqdm(total=len(prompts) * n, desc="rollout", leave=False, disable=quiet) as bar:
-        rollouts = trainer.mendable(
-            generate,
-            model,
-            processor,
-            examples,
-            n=n,
-            max_new_tokens=cfg.max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            progress=bar.update,
-            slots=None if greedy else cfg.slots,  # prompts of one sample each take more memory
-            enough=enough if wanted else None,
-            wasted=lambda *counts: in_vain.extend(counts),
-            images=images,
-        )
-    groups = [
-        Group(example, turn, own) for (turn, example), own in zip(prompts, rollouts, strict=False)
-    ]
-    return groups, in_vain or [0, 0]
+def collect(stream: SampleStream, prompts: list, rules: str, wanted: int = 0) -> list[Group]:
+    """Return the stream's groups; with `wanted` up to the one that is so many's last to differ."""
+    groups = []
+    informative = 0
+    quiet = None if trainer.FIRST else True
+    with tqdm(total=len(prompts), desc="rollout", leave=False, disable=quiet) as bar:
+        for (turn, example), rollouts in zip(prompts, stream, strict=False):
+            groups.append(Group(example, turn, rollouts))
+            bar.update()
+            if wanted:
+                accuracies = [score(r.text, example, rules).accuracy for r in rollouts]
+                if max(accuracies) - min(accuracies) > 1e-6:
+                    informative += 1
+                if informative >= wanted:
+                    break
+    stream.close()
+    return groups
 
 
 def means(sums: dict[str, Counter], names: dict[str, str | None]) -> dict[str, float]:
@@ -393,6 +365,14 @@ def main(cfg: Config) -> None:
     same = {"data": trainer.fingerprint(examples), "--train": cfg.train, "--lora": cfg.lora}
     trainer.restore(checkpoint, optimizer, **same)
     cfg = choose_slots(cfg, rollout_model, settings.slots, old.get("slots") or 0)
+    engine = Engine(
+        rollout_model,
+        processor,
+        n=cfg.group,
+        max_new_tokens=cfg.max_new_tokens,
+        temperature=cfg.temperature,
+        slots=cfg.slots,
+    )
 
     def own_share(rows: list[tuple[int, Example]]) -> list[tuple[int, Example]]:
         """This rank's prompts, by expected length: path dtr writes a box, and reasons, per
@@ -403,7 +383,16 @@ def main(cfg: Config) -> None:
     def validate(prefix: str) -> dict[str, float]:
         chosen = own_share([exam[i] for i in range(questions)])
         processor.expect([example for _, example in chosen])
-        groups, _ = roll_out(rollout_model, processor, chosen, cfg, seed=0, greedy=True)
+        engine.release()  # prompts of one sample each take other memory
+        questions_asked = [example for _, example in chosen]
+        stream = sample_groups(
+            rollout_model,
+            processor,
+            questions_asked,
+            max_new_tokens=cfg.max_new_tokens,
+            temperature=0.0,
+        )
+        groups = collect(stream, chosen, cfg.rules)
         values = grade(groups, exam.paths, cfg.rules).items()
         return {prefix + name: value for name, value in values if not name.endswith("kept")}
 
@@ -423,9 +412,11 @@ def main(cfg: Config) -> None:
         processor.expect([example for _, example in own + offered(step + 1)])
         wanted = -(-len(own) // cfg.tries) if cfg.tries > 1 else 0
         images = DeviceImages(device)
-        groups, in_vain = roll_out(rollout_model, processor, own, cfg, noise, wanted, images=images)
+        stream = engine.sample_groups([example for _, example in own], noise, images)
+        groups = collect(stream, own, cfg.rules, wanted)
         if not settings.keep or cfg.slots > settings.slots:
-            release()  # the update needs the cache's room: the next step records the graph again
+            engine.release()  # the update needs the cache's room: the next step records again
+        in_vain = [stream.discarded_samples, stream.discarded_tokens]
         in_vain = trainer.reduce(in_vain)  # the wait for the slowest rank is the rollout's
         clock.append(time.perf_counter())
         row = grade(groups, paths, cfg.rules)

@@ -57,7 +57,7 @@ from kernels.policy_loss import policy_loss
 from model import lora, tiny
 from model.processor import Processor
 from model.qwen_vl import QwenVL
-from model.rollout import default_slots, generate, release
+from model.rollout import default_slots, generate
 from optim import AdamW
 from srreal import Example
 
@@ -189,7 +189,6 @@ def ours(cfg: Config, model, processor, optimizer, examples, seed: int) -> dict[
     rollout, rollouts = clocked(
         model.device, lambda: generate(model, processor, examples, **options)
     )
-    release()
     peaks.append(peak(model.device))
     settings = train_rl.Config("", (), "", micro_tokens=cfg.micro_tokens)
 
