@@ -65,7 +65,7 @@ from data.scorers import JUDGED, box_iou, judged_errors, read_boxes_3d
 from errors import UserError
 from eval_table import COLUMNS, print_table, summarise_paths
 from model.processor import BOX_2D, object_of, truths
-from model.rollout import generate, predict_centres
+from model.rollout import predict_centres, sample_groups
 from srreal import PATHS, Example, Parsed, answer_score, parse, score
 from training import ranks, run
 from training.policy import load_model
@@ -428,11 +428,10 @@ def answer_all(
     with bar, open(own_file, "a") as file:
         for start in range(0, len(local_examples), CHUNK):
             chunk = local_examples[start : start + CHUNK]
-            new_rows = answer_chunk(config, chunk, model, processor, constants)
+            new_rows = answer_chunk(config, chunk, model, processor, constants, bar)
             append_rows(file, new_rows)
             file.flush()
             rows += new_rows
-            bar.update(len(chunk))
 
     for row in gathered(rows):
         done[row["id"], row["path"]] = row
@@ -443,13 +442,15 @@ def answer_all(
     return rows
 
 
-def answer_chunk(config: Config, examples: list[Example], model, processor, constants) -> list:
+def answer_chunk(
+    config: Config, examples: list[Example], model, processor, constants, bar: tqdm
+) -> list[dict]:
     shown = [seen(example, config) for example in examples]
     # A forward pass of prompts without regions would be wasted on the head.
     with_regions = [example for example in shown if example.regions]
     processor.prefetch(with_regions + shown)
     heads = iter(predict_centres(model, processor, with_regions) if with_regions else [])
-    answers = generate(
+    answers = sample_groups(
         model,
         processor,
         shown,
@@ -460,6 +461,7 @@ def answer_chunk(config: Config, examples: list[Example], model, processor, cons
     )
     rows = []
     for example, (rollout,) in zip(examples, answers, strict=True):
+        bar.update()
         head = next(heads) if example.regions else []
         constant = constants[example.task]
         rows.append(answer_row(example, rollout, head, constant, true_box(example, processor)))

@@ -57,7 +57,7 @@ from model import lora, tiny
 from model.families import FAMILIES
 from model.processor import Processor
 from model.qwen_vl import QwenVL
-from model.rollout import default_slots, generate, release
+from model.rollout import default_slots, generate
 from srreal import Example
 from training.optim import Optimizer
 from training.policy import load_model
@@ -208,7 +208,6 @@ def ours(cfg: Config, model, processor, optimizer, examples, seed: int) -> dict[
     rollout, rollouts = clocked(
         model.device, lambda: generate(model, processor, examples, **options)
     )
-    release()
     peaks.append(peak(model.device))
 
     def pack():

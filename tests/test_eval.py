@@ -69,7 +69,7 @@ def stand_in(monkeypatch, write):
         [Rollout(write(e), list(range(7)), [0.0] * 7, True)] for e in examples
     ]
     monkeypatch.setattr(evaluation, "predict_centres", heads)
-    monkeypatch.setattr(evaluation, "generate", answers)
+    monkeypatch.setattr(evaluation, "sample_groups", answers)
 
 
 def rollout(text: str, finished: bool = True) -> Rollout:

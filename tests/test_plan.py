@@ -21,10 +21,11 @@ import train_rl
 import train_sft
 from kernels import layers
 from kernels.linear_logprob import WORKSPACE
-from model import rollout
 from model.lora import adapters, attach
 from model.processor import Processor
 from model.qwen_vl import QwenVL
+from model.rollout.cache import PROMPT_STEP, SPARE_PLACES, Cache, Options
+from model.rollout.prefill import PREFILL_TOKENS
 from model.tiny import SPECIAL, configuration, write
 from plan import Config, Settings, choose, count, estimate
 from srreal import Example, Scores
@@ -194,14 +195,14 @@ def test_activations_against_what_autograd_keeps(family, dtype, monkeypatch):
 
 
 def test_the_cache_against_the_samplers_own():
-    """The sampler rounds prompts up to PAD tokens, and has ODD places to spare in every slot."""
-    config, prompt = tiny("qwen3_vl"), rollout.PAD
-    engine = rollout.Slots(QwenVL(config), 4, 64, 1.0, 1.0, slots=12)
-    held = sum(t.nbytes for t in (*engine.prefix, *engine.suffix))
-    cfg = Config("m", group=4, prompt_tokens=prompt, new_tokens=64 + rollout.ODD, dtype="fp32")
+    """The sampler rounds prompts up to PROMPT_STEP tokens, and has SPARE_PLACES to spare in every slot."""
+    config, prompt = tiny("qwen3_vl"), PROMPT_STEP
+    options = Options(n=4, max_new_tokens=64)
+    held = Cache(QwenVL(config), options, slots=12).nbytes
+    cfg = Config("m", group=4, prompt_tokens=prompt, new_tokens=64 + SPARE_PLACES, dtype="fp32")
     said = estimate(config, cfg, Settings(slots=12), count(config, "lm", 0))
     assert held == pytest.approx(said["cache"] * 1e9)
-    assert rollout.PREFILL["cuda"] == plan.PREFILL
+    assert PREFILL_TOKENS["cuda"] == plan.PREFILL
 
 
 # ---- the peak of a whole run

@@ -1,8 +1,8 @@
 """Sampling on the training weights: a fixed number of slots, refilled as their sequences end.
 
-    engine.py     Engine, and the stream that it returns: admit, step, collect, until a group is whole
+    engine.py     Engine, and the stream that it returns: admit, step, finish, turn by turn
     scheduler.py  which sequences wait, run and have finished; lists, no tensors
-    cache.py      keys and values: a row for each prompt, a suffix for each slot, and who reads what
+    cache.py      keys and values: a row for each prompt, a suffix for each slot, and its readers
     slots.py      what each slot has sampled so far; logits to tokens
     decode.py     a token through the decoder, for all slots: eager, or as one CUDA graph
     cpu.py        the same, faster on a CPU; nothing else is in it

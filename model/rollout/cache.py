@@ -111,9 +111,11 @@ class PromptRows:
             return True
         step = self.options.prompt_step
         wider = -(-length // step) * step
+        # The old rows' bytes count as free: layer by layer, the new ones take their place.
         spare = self.options.cache_bytes or spare_bytes(self.lengths.device)
         fitting = (spare + self.count * room * self.token_bytes) // (wider * self.token_bytes)
         count = int(max(min(self.count, fitting), 1))
+        # Rows keep their numbers, so those that go are the last.
         taken = set(range(self.count)) - set(self.free)
         used = max(taken, default=-1) + 1
         free = [row for row in self.free if row < count]
@@ -121,7 +123,7 @@ class PromptRows:
             return False
         self.free = free
         for i, old in enumerate(self.layers):
-            # One layer at a time: the old one's memory is free before the next one is made.
+            # The old layer's memory is free before the next layer's is taken.
             _, _, heads, _, width = old.shape
             self.layers[i] = old.new_zeros(2, count, heads, wider, width)
             self.layers[i][:, :used, :, :room] = old[:, :used]
@@ -150,8 +152,8 @@ class PromptRows:
         within = torch.minimum(torch.arange(longest), lengths[:, None] - 1)
         index = upload(starts[:, None] + within, device)
         for rooms, packed in zip(self.layers, layers, strict=True):
-            for kind in (0, 1):
-                rooms[kind][at, :, :longest] = packed[kind][index].transpose(1, 2)
+            for room, tokens in zip(rooms, packed, strict=True):  # keys, values
+                room[at, :, :longest] = tokens[index].transpose(1, 2)
 
 
 class Cache:
@@ -195,6 +197,7 @@ class Cache:
     def link(self, running: list[Sequence]) -> None:
         """Write down which slots read which prompt row."""
         rows, n = self.readers.shape
+        # A row's readers stand together, so that they are few blocks of queries.
         readers = [[] for _ in range(rows)]
         index = [0] * self.slot_count
         for sequence in running:

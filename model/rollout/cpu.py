@@ -7,7 +7,7 @@
 - inference_mode: without autograd's bookkeeping a step takes 4 to 6 % less.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -51,9 +51,10 @@ class RowCache:
         return row
 
     def link(self, running: list[Sequence]) -> None:
-        """Nothing to write down: nobody reads another row."""
+        """Do nothing: every slot reads its own row."""
 
     def table(self, lengths: Tensor, extent: Extent) -> Table:
+        # Attention sees a suffix alone, which begins with the prompt.
         prompts = self.prompts.lengths[: extent.slots]
         return Table(prompts, prompts + lengths, None, None)
 
@@ -72,10 +73,10 @@ class CpuLayer:
         self.heads = sizes.heads
         self.rotated_heads = sizes.heads + sizes.kv_heads
         self.width = sizes.head_dim
-        self.qkv = fuse_linears(attn.q_proj, attn.k_proj, attn.v_proj)
-        self.output = fuse_linears(attn.o_proj)
-        self.gate_up = fuse_linears(mlp.gate_proj, mlp.up_proj)
-        self.down = fuse_linears(mlp.down_proj)
+        self.qkv = joint_linear(attn.q_proj, attn.k_proj, attn.v_proj)
+        self.output = joint_linear(attn.o_proj)
+        self.gate_up = joint_linear(mlp.gate_proj, mlp.up_proj)
+        self.down = joint_linear(mlp.down_proj)
         self.eps = sizes.eps
         self.norm_weight = None
         if attn.norms:
@@ -91,13 +92,17 @@ class CpuLayer:
         """
         width = self.width
         qkv = self.qkv(x).view(len(x), -1, width)
+        # Queries and keys lie side by side: one norm, one rotation, in place.
         rotated = qkv[:, : self.rotated_heads]
         normed = rotated
         if self.norm_weight is not None:
             _, normed = torch_norm(rotated, None, self.norm_weight, self.eps)
-        torch.addcmul(normed * cos, normed.roll(width // 2, -1), sin, out=rotated)
-        keys_and_values = qkv[:, self.heads :].reshape(-1, width)
-        suffix.view(-1, width).index_copy_(0, places, keys_and_values)
+        # (n_1 cos - n_2 sin, n_2 cos + n_1 sin) of a head's halves n_1, n_2
+        swapped = normed.roll(width // 2, -1)
+        torch.addcmul(normed * cos, swapped, sin, out=rotated)
+        # Keys and values lie side by side, too: one write for all slots and heads.
+        written = qkv[:, self.heads :].reshape(-1, width)
+        suffix.view(-1, width).index_copy_(0, places, written)
         return qkv[:, : self.heads]
 
     def mlp(self, x: Tensor) -> Tensor:
@@ -106,7 +111,7 @@ class CpuLayer:
 
 
 class CpuDecoder:
-    """As decode.Decoder; made anew for every call, as MKL's copies are of the weights as they are."""
+    """As decode.Decoder. Every call makes its own, as MKL copies the weights as they are then."""
 
     def __init__(self, model, options: Options, slots: int):
         self.model = model
@@ -127,23 +132,16 @@ class CpuDecoder:
     def make_room(self, length: int) -> bool:
         return self.cache.make_room(length)
 
-    @torch.inference_mode()
-    def prefill(self, batch, rows: list[int]) -> None:
-        hidden, layers = self.model.prefill(batch)
-        self.cache.prompts.store(rows, batch, hidden, layers)
-
-    def load(self, sequences: list[Sequence], running: list[Sequence]) -> None:
-        self.slots.load(sequences, self.cache.prompts)
-        self._link(running)
-
-    def _link(self, running: list[Sequence]) -> None:
+    def link(self, running: list[Sequence]) -> None:
         """Note who reads which prompt, and how far running sequences reach into the buffers."""
         self.cache.link(running)
         rows = [sequence.group.row for sequence in running]
+        lengths = [self.cache.prompts.host_lengths[row] for row in rows]
         self.oldest = min(sequence.started for sequence in running)
+        # Rows that went because longer prompts need more memory have taken their slots along.
         self.extent.slots = min(self.extent.slots, self.cache.slot_count)
         self.extent.prompts = max(rows) + 1
-        self.extent.prompt_keys = max(self.cache.prompts.host_lengths[row] for row in rows)
+        self.extent.prompt_keys = max(lengths)
         # Where each slot's 2 K heads start in a layer's suffixes as a list of (D,): (S, 2 K).
         _, slots, heads, room, _ = self.cache.suffixes[0].shape
         starts = torch.arange(0, 2 * slots * heads * room, room)
@@ -152,15 +150,19 @@ class CpuDecoder:
     @torch.inference_mode()
     def step(self) -> None:
         extent = self.extent
+        # With this step's token; no sequence has more.
         extent.suffix_keys = self.clock - self.oldest + 1
         tokens, positions = self.slots.sample_tokens(self.model.head_weight, extent.slots)
         cos, sin = rotation(positions, self.frequencies, self.model.dtype)
-        sin[:, : sin.shape[1] // 2].neg_()
+        # The sign of the rotation's first half goes into sin, once for all layers.
+        half = sin.shape[1] // 2
+        sin[:, :half].neg_()
         cos = cos[:, None]
         sin = sin[:, None]
         table = self.cache.table(self.slots.length[: extent.slots], extent)
-        last = table.suffix_lengths[:, None] - 1
-        places = (self.head_starts[: extent.slots] + last).flatten()
+        last = table.suffix_lengths - 1
+        places = self.head_starts[: extent.slots] + last[:, None]
+        places = places.flatten()
 
         def attend(i: int, layer: CpuLayer, x: Tensor) -> Tensor:
             query = layer.queries(x, cos, sin, self.cache.suffixes[i], places)
@@ -173,46 +175,41 @@ class CpuDecoder:
     def take_ended(self, running: list[Sequence]) -> list[Sequence]:
         return take_ended(running, self.slots.state(), self.clock)
 
-    def unload(self, ended: list[Sequence], running: list[Sequence], refill: bool) -> None:
-        self.slots.clear([sequence.slot for sequence in ended])
-        if running and not refill and len(running) <= COMPACT_BELOW * self.extent.slots:
-            self._compact(running)
-
-    def _compact(self, running: list[Sequence]) -> None:
-        """Move sequences and prompts into the gaps below them: a step takes as much as still runs."""
+    def tidy(self, running: list[Sequence], refill: bool) -> None:
+        """Move sequences and prompts together when nothing waits any more and many slots idle."""
+        if refill or len(running) > COMPACT_BELOW * self.extent.slots:
+            return
         slots = self.slots
-        state = [slots.hidden, slots.noise_key, slots.first_position, *slots.state()]
         prompts = self.cache.prompts
-        rows = [prompts.lengths]
+        by_slot = [slots.hidden, slots.noise_key, slots.first_position, *slots.state()]
+        by_row = [prompts.lengths]
         for layer in prompts.layers:
-            rows += [layer[0], layer[1]]
+            by_row += layer  # its keys, its values
+        # In a RowCache they are the same, and move once.
         if self.cache.suffixes is not prompts.layers:
             for layer in self.cache.suffixes:
-                state += [layer[0], layer[1]]
-        moved_slots = move_down([sequence.slot for sequence in running], state)
-        used_rows = sorted({sequence.group.row for sequence in running})
-        moved_rows = move_down(used_rows, rows)
-        for row, gap in moved_rows.items():
-            prompts.host_lengths[gap] = prompts.host_lengths[row]
+                by_slot += layer
+        new_slots = move_down({sequence.slot for sequence in running}, by_slot)
+        new_rows = move_down({sequence.group.row for sequence in running}, by_row)
+        for old, new in new_rows.items():
+            prompts.host_lengths[new] = prompts.host_lengths[old]
         for sequence in running:
-            sequence.slot = moved_slots.get(sequence.slot, sequence.slot)
+            sequence.slot = new_slots[sequence.slot]
         for group in {sequence.group for sequence in running}:
-            group.row = moved_rows.get(group.row, group.row)
-        running.sort(key=lambda sequence: sequence.slot)
+            group.row = new_rows[group.row]
         self.extent.slots = len(running)
-        self._link(running)
+        self.link(running)
 
 
-def move_down(used: list[int], tensors: list[Tensor]) -> dict[int, int]:
-    """Copy used rows of the tensors into the gaps below them; return {row: where it is now}."""
-    gaps = sorted(set(range(len(used))) - set(used))
-    above = [row for row in used if row >= len(used)]
+def move_down(used: Iterable[int], tensors: list[Tensor]) -> dict[int, int]:
+    """Copy the used rows of each tensor to its first rows, in order; return {old: new}."""
+    used = sorted(used)
     for t in tensors:
-        t[gaps] = t[above]
-    return dict(zip(above, gaps, strict=True))
+        t[: len(used)] = t[used]
+    return {old: new for new, old in enumerate(used)}
 
 
-def fuse_linears(*layers) -> Callable[[Tensor], Tensor]:
+def joint_linear(*layers) -> Callable[[Tensor], Tensor]:
     """Return x -> the layers' outputs side by side, from one matrix product where they adjoin.
 
     In fp32 MKL gets a copy of the weights in its own order: made sooner than a transpose, and for

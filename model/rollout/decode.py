@@ -39,8 +39,10 @@ class FusedLayer:
         fused = fused_linears(*projections)
         if fused:
             heads = (self.sizes.heads, self.sizes.kv_heads, self.sizes.kv_heads)
-            qkv = F.linear(x, *fused).unflatten(-1, (-1, attn.head_dim)).split(heads, 1)
+            qkv = F.linear(x, *fused).unflatten(-1, (-1, attn.head_dim))
+            qkv = qkv.split(heads, 1)
         else:
+            # Adapters have products of their own.
             qkv = [proj(x).unflatten(-1, (-1, attn.head_dim)) for proj in projections]
         norms = ()
         if attn.norms:
@@ -89,13 +91,14 @@ def decode(decoder, layers: list, tokens: Tensor, attend: Callable) -> Tensor:
         attended = attend(i, layer, normed).flatten(1)
         norm = decoder.layers[i].post_attention_layernorm
         x, normed = add_rms_norm(x, layer.output(attended), norm.weight, norm.eps)
+        # The MLP's residual goes into the next layer's norm: one launch less a layer.
         norm = next_norms[i]
         x, normed = add_rms_norm(x, layer.mlp(normed), norm.weight, norm.eps)
     return normed
 
 
 def weight_addresses(model) -> list[int]:
-    """Return where the decoder's weights lie: a graph reads addresses, optimisers write in place."""
+    """Return where the decoder's weights lie, from which a graph reads them."""
     weights = (*model.decoder.parameters(), model.head_weight)
     return [weight.data_ptr() for weight in weights]
 
@@ -125,6 +128,7 @@ class Decoder:
         self.slots.reset(processor)
         if self.host_state:
             self.host_state.reset()
+        # Optimisers write in place, and so does `gather`; what moves needs a new graph.
         addresses = weight_addresses(self.model)
         if addresses != self.addresses:
             self.addresses = addresses
@@ -132,20 +136,15 @@ class Decoder:
 
     def make_room(self, length: int) -> bool:
         """Make room for prompts of `length` tokens; False as long as that has to wait."""
+        # Wider rows have new addresses, too.
         room = self.cache.prompts.room
         has_room = self.cache.make_room(length)
         if self.cache.prompts.room != room:
-            self.graph = None  # it reads the old rows
+            self.graph = None
         return has_room
 
-    def prefill(self, batch, rows: list[int]) -> None:
-        """Encode a batch of prompts into rows of the cache."""
-        hidden, layers = self.model.prefill(batch)
-        self.cache.prompts.store(rows, batch, hidden, layers)
-
-    def load(self, sequences: list[Sequence], running: list[Sequence]) -> None:
-        """Begin sequences in their slots; `running` are all that run then."""
-        self.slots.load(sequences, self.cache.prompts)
+    def link(self, running: list[Sequence]) -> None:
+        """Take note of the sequences that run from now on."""
         self.cache.link(running)
 
     def step(self) -> None:
@@ -164,12 +163,10 @@ class Decoder:
             return take_ended(running, self.slots.state(), self.clock)
         return self.host_state.take_ended(running, self.clock)
 
-    def unload(self, ended: list[Sequence], running: list[Sequence], refill: bool) -> None:
-        """Leave the slots of ended sequences to others."""
-        self.slots.clear([sequence.slot for sequence in ended])
-        if running:
-            # So that attention does not read prompts for nobody.
-            self.cache.link(running)
+    def tidy(self, running: list[Sequence], refill: bool) -> None:
+        """Go on with fewer sequences; refill: others are going to take their slots."""
+        # So that attention does not read prompts for nobody.
+        self.cache.link(running)
 
     def _step(self) -> None:
         """Queue a step; nothing in it waits for the device."""
@@ -179,6 +176,7 @@ class Decoder:
         tokens, positions = self.slots.sample_tokens(self.model.head_weight, count)
         cos, sin = rotation(positions, self.frequencies, self.model.dtype)
         table = self.cache.table(self.slots.length, extent)
+        # Where the new token's keys and values go; its length counts it already.
         at = self.slots.length - 1
 
         def attend(i: int, layer: FusedLayer, x: Tensor) -> Tensor:
@@ -191,11 +189,12 @@ class Decoder:
         """Capture the step over all slots and the whole of the buffers."""
         # Once without a graph: what compiles a kernel or sets up a library can't be captured. No
         # slot takes part in that step, so it changes only these:
+        slots = self.slots
         first_places = [suffix[..., 0, :] for suffix in self.cache.suffixes]
-        changed = [self.slots.hidden, self.slots.length, self.slots.ended, *first_places]
+        changed = [slots.hidden, slots.length, slots.ended, *first_places]
         before = [t.clone() for t in changed]
-        self.slots.length.fill_(1)
-        self.slots.ended.fill_(True)
+        slots.length.fill_(1)
+        slots.ended.fill_(True)
         self._step()
         for t, old in zip(changed, before, strict=True):
             t.copy_(old)

@@ -75,16 +75,20 @@ class SampleStream:
         """Sample a token for every sequence that runs, and let others begin before."""
         scheduler = self.scheduler
         decoder = self.decoder
+        # Prompts whose rows wait for others to end, wait here with all that come after them.
         admitted = scheduler.admit(decoder.cache, decoder.clock)
         while scheduler.waiting and decoder.cache.free_slots and self._prefill():
             admitted += scheduler.admit(decoder.cache, decoder.clock)
         if admitted:
-            decoder.load(admitted, scheduler.running)
+            decoder.slots.load(admitted, decoder.cache.prompts)
+            decoder.link(scheduler.running)
         decoder.step()
         ended = decoder.take_ended(scheduler.running)
         if ended:
+            decoder.slots.clear(ended)
             scheduler.finish(ended, decoder.cache)
-            decoder.unload(ended, scheduler.running, refill=bool(scheduler.waiting))
+            if scheduler.running:
+                decoder.tidy(scheduler.running, refill=bool(scheduler.waiting))
 
     def _prefill(self) -> bool:
         """Encode the next prompts, as many as the budget and the free rows hold.
@@ -98,10 +102,12 @@ class SampleStream:
         encoded = prompts_within(self.processor, (g.source for g in groups), self.prefill_tokens)
         if not self.decoder.make_room(max(len(prompt.ids) for prompt in encoded)):
             return False
-        encoded = encoded[: len(prompts.free)]  # wider rows may be fewer
-        batch = self.processor.pack(encoded)
+        # Wider rows may be fewer.
+        encoded = encoded[: len(prompts.free)]
+        batch = self.processor.pack(encoded).to(prompts.lengths.device, self.images)
         rows = prompts.take([len(prompt.ids) for prompt in encoded])
-        self.decoder.prefill(batch.to(prompts.lengths.device, self.images), rows)
+        hidden, layers = self.decoder.model.prefill(batch)
+        prompts.store(rows, batch, hidden, layers)
         self.scheduler.start_prompts(rows)
         return True
 
@@ -116,6 +122,7 @@ class SampleStream:
         if self.closed:
             return
         self.closed = True
+        # What ended later than its group's turn, and what still runs. The one wait is for lengths.
         returned = set(self.scheduler.groups[: self.returned])
         running = self.scheduler.running
         lengths = self.decoder.slots.length.tolist() if running else []
@@ -126,7 +133,8 @@ class SampleStream:
         for sequence in running:
             if sequence.group not in returned:
                 self.discarded_tokens += lengths[sequence.slot]
-        self.decoder = None  # so that buffers and images go where nobody else has them
+        # Buffers and images go, unless the caller has them, too.
+        self.decoder = None
         self.images = None
 
 
@@ -168,6 +176,7 @@ class Engine:
 
     def _prepare(self, samples: int):
         """Return an empty decoder for so many samples."""
+        # On a CPU buffers cost next to nothing to make, and should not stay during an update.
         options = self.options
         slots = options.slots or default_slots(self.model, options.n, options.max_new_tokens)
         if self.model.device.type == "cpu":
@@ -189,29 +198,42 @@ def sample_groups(
     processor,
     examples: list[Example | Prompt],
     n: int = 1,
+    seed: int = 0,
+    images: DeviceImages | None = None,
+    **options,
+) -> SampleStream:
+    """Sample n completions of each example: a stream of groups, for whom one call is enough.
+
+    options: max_new_tokens, temperature, top_p, slots and the other fields of `Options`.
+    """
+    return Engine(model, processor, n=n, **options).sample_groups(examples, seed, images)
+
+
+def generate(
+    model,
+    processor,
+    examples: list[Example | Prompt],
+    n: int = 1,
     max_new_tokens: int = 256,
     temperature: float = 1.0,
     top_p: float = 1.0,
     seed: int = 0,
     slots: int | None = None,
-    images: DeviceImages | None = None,
-) -> SampleStream:
-    """Sample n completions of each example: a stream of groups, for whom one call is enough.
+) -> list[list[Rollout]]:
+    """Return n completions of each example, in the examples' order.
 
-    temperature 0 is greedy; slots: sequences that run at a time, None: see `default_slots`.
+    temperature 0 is greedy; slots: sequences that run at a time, None: as many as fit.
     """
-    engine = Engine(
-        model,
-        processor,
-        n=n,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        slots=slots,
+    return list(
+        sample_groups(
+            model,
+            processor,
+            examples,
+            n=n,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            slots=slots,
+        )
     )
-    return engine.sample_groups(examples, seed, images)
-
-
-def generate(*args, **options) -> list[list[Rollout]]:
-    """Return n completions of each example, in the examples' order; arguments of `sample_groups`."""
-    return list(sample_groups(*args, **options))

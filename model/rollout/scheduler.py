@@ -71,6 +71,7 @@ class Scheduler:
             sequence.started = clock
             admitted.append(sequence)
         self.running += admitted
+        # In the slots' order, whatever order they were taken in: so results don't depend on it.
         self.running.sort(key=lambda sequence: sequence.slot)
         return admitted
 
@@ -81,6 +82,7 @@ class Scheduler:
             group = sequence.group
             group.unfinished -= 1
             if group.unfinished == 0:
+                # Nobody reads the prompt any more.
                 cache.prompts.free.append(group.row)
                 group.row = None
         self.finished += ended

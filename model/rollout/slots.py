@@ -54,8 +54,9 @@ class Slots:
         self.length.index_fill_(0, slots, 0)
         self.ended.index_fill_(0, slots, False)
 
-    def clear(self, slots: list[int]) -> None:
-        """Let slots that nobody uses any more read one key, not all that their sequence had."""
+    def clear(self, ended: list[Sequence]) -> None:
+        """Let the slots of ended sequences read one key, not all that their sequence had."""
+        slots = [sequence.slot for sequence in ended]
         self.length.index_fill_(0, upload(slots, self.length.device), 1)
 
     def sample_tokens(self, head_weight: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -72,10 +73,11 @@ class Slots:
             options.top_p,
             self.banned,
         )
+        # No branches: an ended slot samples on, into a column that nobody reads.
         column = torch.where(ended, self.unused_column, length)[:, None]
         self.tokens[:count].scatter_(1, column, tokens[:, None])
         self.logprobs[:count].scatter_(1, column, logprobs[:, None])
-        # Text has one position on all three axes of mRoPE.
+        # The place of a live slot's new token. Text has one position on all axes of mRoPE.
         positions = self.first_position[:count] + length
         length += ~ended
         ended |= self.is_end[tokens] | (length == options.max_new_tokens)
@@ -135,8 +137,10 @@ class HostState:
         """Return the sequences that had ended at the look before; none between two looks."""
         if clock % POLL:
             return []
+        # Recorded a whole poll ago: it has long passed.
         self.copied.synchronize()
         out = take_ended(running, self.target, self.copied_at)
+        # Everything, not only who has ended: that is not known yet, and it's megabytes at most.
         for source, target in zip(self.source, self.target, strict=True):
             target.copy_(source, non_blocking=True)
         self.copied.record()
