@@ -180,8 +180,12 @@ def table_row(evals: dict, label: str, path: str, metric: str, task: str) -> Tab
 def metrics_of(results: dict) -> list[str]:
     """Return the names of all metrics but chance, in the order in which eval.py wrote them."""
     overall = [tasks["all"] for tasks in results.values()]
-    names = [name for name in overall[0] if not name.startswith("chance")]
-    return [name for name in names if any(isinstance(result[name], dict) for result in overall)]
+    names = []
+    for name in overall[0]:
+        measured = any(isinstance(result[name], dict) for result in overall)
+        if measured and not name.startswith("chance"):
+            names.append(name)
+    return names
 
 
 def tables(evals: dict[str, Evaluation]) -> dict[str, list[TableRow]]:
