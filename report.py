@@ -35,6 +35,7 @@ from errors import UserError
 from eval import paired, question_id, true_centres
 from srreal import PATHS, REWARDS, SECTIONS, Example, several_views
 
+# The runs of eval.py that runs/speedrun.sh makes. RL's gain is that of AFTER over BEFORE.
 BEFORE = "after SFT"
 AFTER = "after RL"
 # Directory -> the name of its column.
@@ -86,6 +87,7 @@ def read_lines(path: Path) -> list[dict]:
     """
     if not path.exists():
         return []
+    # A report may be asked for while a run is writing its log.
     whole_lines = path.read_text().split("\n")[:-1]
     return [json.loads(line) for line in whole_lines]
 
@@ -94,6 +96,7 @@ def read_evals(run: Path, folders: dict[str, str]) -> dict[str, Evaluation]:
     """Read those of the folders whose evaluation has finished, by their columns' names."""
     evals = {}
     for folder, name in folders.items():
+        # eval.py writes its summary last, and removes it first when it starts again.
         summary_file = run / folder / "summary.json"
         if summary_file.exists():
             summary = json.loads(summary_file.read_text())
@@ -134,6 +137,7 @@ class TableRow:
 
     @property
     def significant(self) -> bool:
+        """Whether RL's gain is beyond two standard errors."""
         return bool(self.gain and self.gain["se"] and abs(self.gain["value"]) > 2 * self.gain["se"])
 
 
@@ -150,9 +154,10 @@ def rl_gain(evals: dict, path: str, metric: str, task: str = "all") -> dict | No
 
 def table_row(evals: dict, label: str, path: str, metric: str, task: str) -> TableRow:
     """Collect one metric of one path over all evaluations; the last of them has to have it."""
+    # An evaluation may lack a path (--path lor) or a task (--limit).
     results = {name: e.results.get(path, {}).get(task) for name, e in evals.items()}
     last = [result for result in results.values() if result][-1]
-    estimates = {name: result and result[metric] for name, result in results.items()}
+    estimates = {name: r[metric] if r else None for name, r in results.items()}
     is_error = metric.endswith("errors")
 
     chance = None
@@ -162,7 +167,7 @@ def table_row(evals: dict, label: str, path: str, metric: str, task: str) -> Tab
     if not is_error:  # a median over objects has no pairs
         gain = rl_gain(evals, path, metric, task)
     dots = []
-    if not is_error and metric != "tokens":
+    if not is_error and metric != "tokens":  # neither metres nor lengths lie in [0, 1]
         dots = [e for name, e in estimates.items() if e and name != "blind"]
 
     return TableRow(
@@ -191,6 +196,7 @@ def metrics_of(results: dict) -> list[str]:
 def tables(evals: dict[str, Evaluation]) -> dict[str, list[TableRow]]:
     """Build the rows of both tables, by their headings: every metric, then accuracy by task."""
     results = list(evals.values())[-1].results
+    # The last evaluation decides what the rows are: it is what the report is about.
     overall = []
     for metric in metrics_of(results):
         label = LABELS.get(metric, metric.replace("_", " "))
@@ -218,8 +224,9 @@ def written(estimate: dict, digits: int, sign: str = "") -> str:
 
 
 def percent(estimate: dict, sign: str = "") -> str:
-    error = estimate["se"] and 100 * estimate["se"]
-    return written({"value": 100 * estimate["value"], "se": error}, 1, sign)
+    error = estimate["se"]
+    scaled = {"value": 100 * estimate["value"], "se": None if error is None else 100 * error}
+    return written(scaled, 1, sign)
 
 
 def gain_sentence(evals: dict, paths: list[str], metric: str, name: str) -> str:
@@ -240,6 +247,7 @@ def headline(evals: dict, sampled: dict) -> str:
     last = list(overall.values())[-1]
     chance = 100 * last["chance"]["value"]
 
+    # Not capitalize(): it would write "After rl".
     text = f"{column[0].upper() + column[1:]}, {' and '.join(scores)} on {last['n']:,} questions; "
     text += f"the best constant answers score {chance:.1f} %."
     text += gain_sentence(evals, list(overall), "accuracy", "that")
@@ -276,6 +284,7 @@ class Chart:
 
 def ticks(low: float, high: float, most: int = 4) -> list[float]:
     """Return round numbers from low to high, `most` intervals at most."""
+    # The smallest of 1, 2, 5, 10 times a power of ten that gives few enough.
     power = 10 ** math.floor(math.log10((high - low) / most))
     for multiple in (1, 2, 5, 10):
         step = multiple * power
@@ -286,6 +295,8 @@ def ticks(low: float, high: float, most: int = 4) -> list[float]:
 
 def smooth(values: np.ndarray) -> np.ndarray:
     """Average over a window of a fifteenth of the run, which is cut at the run's ends."""
+    # An odd width, so that the mean stays in its place. Dividing by how many values a window really
+    # holds keeps the ends from bending towards 0.
     window = np.ones(2 * (len(values) // 30) + 1)
     counts = np.convolve(np.ones(len(values)), window, "same")
     return np.convolve(values, window, "same") / counts
@@ -312,10 +323,11 @@ def chart(title: str, series: dict[str, np.ndarray]) -> Chart:
     low = bounds.min()
     high = bounds.max()
     if high - low <= 1e-3 * abs(high):  # a constant needs some room
-        margin = 0.05 * (abs(high) or 1)
+        margin = 0.05 * max(abs(high), 1e-3)
         low -= margin
         high += margin
 
+    # Pixels of the chart's viewBox in report/curves.html; y grows downwards.
     last_step = max(steps.max() for steps, _ in series.values())
     x = Scale(0, last_step, 44, 294)
     y = Scale(low, high, 124, 32)
@@ -359,7 +371,8 @@ def logged_series(rows: list[dict]) -> dict[str, dict[str, np.ndarray]]:
 def charts(rows: list[dict]) -> tuple[list[Chart], list[Chart]]:
     """Draw every column of metrics.jsonl: (how it learned, what a step cost)."""
     series = logged_series(rows)
-    # The method's own quantities first: they are logged by path.
+    # The method's own quantities first: they are logged by path. The sort is stable, so within
+    # either kind the order is that of the log.
     names = sorted(series, key=lambda name: "" in series[name])
     learning = [chart(name, series[name]) for name in names if not name.endswith(COSTS)]
     costs = [chart(name, series[name]) for name in names if name.endswith(COSTS)]
@@ -445,6 +458,7 @@ def points_of(example: Example, row: dict, view: int) -> list[Point]:
     points = []
     for mention, xyz in true_centres(example, view).items():
         points.append(Point("truth", colour_of(mention), xyz))
+    # Of several views the answer states one frame, and its centres mean nothing in the others.
     if not several_views(example) or row["parsed"]["frame"] == view:
         for mention, _, xyz in row["parsed"]["boxes"]:
             points.append(Point("text", colour_of(mention), xyz))
@@ -461,6 +475,7 @@ def project(xyz, camera) -> tuple[float, float] | None:
     fx, fy, cx, cy = camera
     if z <= 0.01:
         return None
+    # The pinhole camera of OpenCV: pixel centres lie at integers.
     return fx * x / z + cx, fy * y / z + cy
 
 
@@ -513,7 +528,7 @@ def from_above(image: Image.Image, depth: np.ndarray, camera, size: float = 0.05
     # The floor is painted first: what stands on it covers it.
     order = np.argsort(-down[shown])
     z = depth[shown][order]
-    x = (u[shown][order] - cx) * z / fx
+    x = (u[shown][order] - cx) * z / fx  # the pinhole camera, backwards
     columns = ((x - x.min()) / size).astype(int)
     rows = ((z.max() - z) / size).astype(int)
     raster = np.zeros((rows.max() + 1, columns.max() + 1, 4), np.uint8)
@@ -544,6 +559,7 @@ def top_view(image: Image.Image, example: Example, points: list[Point], view: in
     depth = depth_of(example, view)
     if depth is not None:
         floor = from_above(image, depth, camera)
+        # A quantile: one pixel through a window must not shrink the room.
         known = depth[(depth > 0) & (depth < np.inf)]
         if len(known):
             far = max(far, np.quantile(known, 0.98))
@@ -557,6 +573,7 @@ def top_view(image: Image.Image, example: Example, points: list[Point], view: in
 
 def split_sections(text: str) -> list[tuple[str, str]]:
     """Cut an answer into (tag, what it encloses) and ("", what stands between)."""
+    # A regular expression rather than srreal.parse: what is ill-formed has to be shown, too.
     tags = "|".join(SECTIONS)
     pieces = []
     end = 0
@@ -574,7 +591,7 @@ def split_question(question: str) -> list[tuple[str, str]]:
     pieces = []
     for text in mentioned:
         words = re.search(r"(\w+) \w+ ?$", text)
-        pieces.append((text, colour_of(words and words[1])))
+        pieces.append((text, colour_of(words[1] if words else None)))
     return [*pieces, (rest, "")]
 
 
@@ -602,6 +619,7 @@ def card(example: Example, rows: dict[tuple[str, str], dict]) -> Card:
     for image in example.images:
         source = Image.open(image) if isinstance(image, str | Path) else image
         images.append(source.convert("RGB"))
+    # From above, the room is drawn in the view whose frame the answer states.
     frame = last["parsed"]["frame"] if several_views(example) else 0
     if frame not in range(len(images)):
         frame = example.frame or 0
@@ -632,6 +650,7 @@ def outcome(rows: dict[tuple[str, str], dict]) -> str:
 
 def choose(questions: dict[str, dict], count: int) -> list[str]:
     """Choose questions: the tasks in turn, the outcomes in turn, ties by hash."""
+    # A hash, so that the choice depends on neither the order of the rows nor chance.
     left = sorted(questions, key=lambda name: hashlib.sha1(name.encode()).digest())
     kinds = {}
     for name, rows in questions.items():
@@ -641,6 +660,7 @@ def choose(questions: dict[str, dict], count: int) -> list[str]:
     chosen = []
     for i in range(min(count, len(left))):
         turn, place = divmod(i, len(tasks))
+        # Shifted by a place each turn: otherwise a task would always show the same outcome.
         wanted = OUTCOMES[(turn + place) % len(OUTCOMES)]
         best = closest(left, kinds, tasks[place], wanted)
         left.remove(best)
@@ -660,7 +680,7 @@ def asked_examples(config: dict) -> dict[str, Example]:
     try:
         examples = datasets.load(config["data"], skip_bad_rows=True)
     except (OSError, ValueError, UserError):
-        return {}
+        return {}  # the data may have moved since
     questions = {}
     for example in examples:
         questions.setdefault(question_id(example), example)
@@ -671,6 +691,7 @@ def gallery(evals: dict[str, Evaluation], count: int) -> list[Card]:
     examples = asked_examples(list(evals.values())[-1].config)
     questions = {}
     for column, evaluation in evals.items():
+        # A blind model's answers say nothing about an image, unless they are all there is.
         if column == "blind" and len(evals) > 1:
             continue
         for row in evaluation.rows:
