@@ -522,7 +522,7 @@ def test_predict_centres(tiny):
 # ---- In a training run
 
 
-def run(home: Path, out: Path, **options) -> None:
+def train(home: Path, out: Path, **options) -> None:
     """Two steps of train_rl: a prompt with an image and one of text only in each, and rewards that
     differ."""
     cfg = train_rl.Config(
@@ -564,14 +564,14 @@ def test_slots_are_chosen_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Engine, "sample_groups", note)
     monkeypatch.setattr(train_rl, "default_slots", lambda *_: 3)
-    run(tmp_path / "tiny", tmp_path / "run")
+    train(tmp_path / "tiny", tmp_path / "run")
     assert slots() == 3 and set(used) == {3}
     monkeypatch.setattr(train_rl, "default_slots", lambda *_: 2)
     used.clear()
     (tmp_path / "run" / "step-000002").rename(tmp_path / "run" / "step-000002.partial")
-    run(tmp_path / "tiny", tmp_path / "run", resume=True)
+    train(tmp_path / "tiny", tmp_path / "run", resume=True)
     assert slots() == 3 and set(used) == {3}
-    run(tmp_path / "tiny", tmp_path / "other", resume=True, slots=1)
+    train(tmp_path / "tiny", tmp_path / "other", resume=True, slots=1)
     assert json.loads((tmp_path / "other" / "config.json").read_text())["slots"] == 1
 
 
@@ -588,7 +588,7 @@ def test_the_cache_goes_before_the_update_where_it_must(
     monkeypatch.setattr(run, "resolve_auto_settings", fixed)
     monkeypatch.setattr(train_rl, "default_slots", lambda *_: 3)
     monkeypatch.setattr(Engine, "release", lambda self: calls.append(1))
-    run(tmp_path / "tiny", tmp_path / "run", slots=slots)
+    train(tmp_path / "tiny", tmp_path / "run", slots=slots)
     assert len(calls) == released
 
 
@@ -618,4 +618,4 @@ def test_ranks_with_uneven_work(tmp_path):
 
 
 if __name__ == "__main__":
-    run(*map(Path, sys.argv[1:]), shard="always", filter="none")
+    train(*map(Path, sys.argv[1:]), shard="always", filter="none")
