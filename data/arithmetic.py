@@ -78,6 +78,11 @@ def equations(text: str) -> list[tuple[str, str, str]]:
     return found
 
 
+def rounded(value: float) -> float:
+    """Round as the detect block writes a number: two decimals, and never -0.0."""
+    return round(value, 2) + 0.0
+
+
 def half_unit(number: str) -> float:
     return 0.5 * 10.0 ** -len(number.partition(".")[2])  # of its last digit
 

@@ -21,7 +21,7 @@ from typing import Annotated, NamedTuple, Union, get_args, get_origin
 import ijson
 import numpy as np
 from PIL import Image, ImageDraw
-from pydantic import Field, Strict, TypeAdapter, ValidationError
+from pydantic import Field, Strict, TypeAdapter, ValidationError, WrapValidator
 
 from data.marks import DepthMap
 from errors import UserError
@@ -236,10 +236,16 @@ def elements(file: Path, prefix: str = "item") -> Iterator:
 
 # ---- types
 
+def unchanged(value, check):
+    """Check a value, and return it as it is: an integer that stands for a number stays one."""
+    check(value)
+    return value
+
+
 # JSON says what it means: "1.5" is no number and true is no 1. An empty text is a missing one, and
 # pydantic refuses half a surrogate pair, which could not be written again.
 Text = Annotated[str, Field(min_length=1), Strict()]
-Number = Annotated[float, Strict()]  # an integer is one, too
+Number = Annotated[float, Strict(), WrapValidator(unchanged)]
 Whole = Annotated[int, Strict()]
 Truth = Annotated[bool, Strict()]
 STRICT = {str: Text, float: Number, int: Whole, bool: Truth}
