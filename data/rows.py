@@ -236,6 +236,7 @@ def elements(file: Path, prefix: str = "item") -> Iterator:
 
 # ---- types
 
+
 def unchanged(value, check):
     """Check a value, and return it as it is: an integer that stands for a number stays one."""
     check(value)
@@ -330,12 +331,14 @@ def size(file: str, headers: Headers, field: str = "image") -> tuple[int, int]:
     return header[:2]
 
 
-def estimated(image: str) -> str | None:
-    """Return the depth map that `python -m data.depth` wrote beside an image, if any.
+def estimated_name(image: str) -> str:
+    """Return where `python -m data.depth` writes an image's depth: a/b.jpg -> a/b.depth.png."""
+    return f"{os.path.splitext(image)[0]}.depth.png"
 
-    a/b.jpg -> a/b.depth.png
-    """
-    file = f"{os.path.splitext(image)[0]}.depth.png"
+
+def estimated(image: str) -> str | None:
+    """Return that file where it is there."""
+    file = estimated_name(image)
     return file if os.path.isfile(file) else None
 
 

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import permutations
 
+from data.arithmetic import by_sign
+
 
 @dataclass(frozen=True)
 class Question:
@@ -50,7 +52,7 @@ DEPTHS = ("nearer", "farther")
 def way_between(view, a, b):
     steps = [round(q - p, 1) + 0.0 for p, q in zip(a.near(view), b.near(view), strict=True)]
     x, y, z = (
-        f"{abs(step)} m {side(step, names)}"
+        f"{abs(step)} m {by_sign(step, names)}"
         for step, names in zip(steps, (SIDES, HEIGHTS, DEPTHS), strict=True)
     )
     start = f"From {a.colour} to {b.colour} it is"
@@ -61,11 +63,6 @@ def way_between(view, a, b):
         words=f"{start} about {x}, {y} and {z}",
         working=f"{start} {x}, {y} and {z}",
     )
-
-
-def side(value, names):
-    """Return the second name of a positive value, else the first."""
-    return names[1] if value > 0 else names[0]
 
 
 def ask_number(text, exact, worked, lor, dtr):
@@ -205,11 +202,11 @@ def perspective(rng, view, a, b, c):
     if along_x != sideways:
         main = across
         step = tx
-        way = side(tx, SIDES)
+        way = by_sign(tx, SIDES)
     else:
         main = deep
         step = tz
-        way = side(tz, DEPTHS)
+        way = by_sign(tz, DEPTHS)
     if min(abs(fx), abs(fz)) >= 0.5 * max(abs(fx), abs(fz)):
         return None
     if abs(step) <= 0.25 or main * total <= 0:
@@ -225,7 +222,7 @@ def perspective(rng, view, a, b, c):
     if answer == "in front" and rng.random() < 0.75:
         # A room has far more in front than behind.
         return None
-    facing = side(fx, SIDES) if along_x else side(fz, DEPTHS)
+    facing = by_sign(fx, SIDES) if along_x else by_sign(fz, DEPTHS)
     turned = f", with {RIGHT_OF[facing]} on the right" if sideways else ""
     stand = rng.choice(["facing", "looking at"])
     end = f"so facing {facing}{turned}, {way} is {answer}"
