@@ -35,7 +35,7 @@ from PIL import Image
 
 import data
 from data import benchmarks
-from data.scenes import scene
+from data.rooms.scene import scene
 from model import tiny
 from model.processor import Processor
 from srreal import Example

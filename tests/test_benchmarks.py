@@ -20,7 +20,8 @@ from test_eval import stand_in
 
 import eval as evaluation
 from data import BadRows, benchmarks, scorers
-from data.scenes import furnish, render, scene
+from data.rooms.render import render
+from data.rooms.scene import furnish, scene
 from errors import UserError
 from model import tiny
 from srreal import Example
