@@ -26,7 +26,7 @@ computed:
   (no depth)  the same of --again questions, asked once more without depth:
   predictions-no-depth.jsonl.
 
-A benchmark also gets its own table, by its published scorer and by ours (data/scorers.py), in per
+A benchmark also gets its own table, by its published scorer and by ours (data/benchmarks), in per
 cent; the last column is somebody else's figure, unless --limit or one task is asked for. What each
 answer got by both stands in predictions.jsonl (`official`, `robust`). Its --data is where it was
 downloaded to.
@@ -59,7 +59,7 @@ import data as datasets
 import trainer
 from data import benchmarks
 from data.marks import Marked
-from data.scorers import JUDGED, box_iou, judged_errors, read_boxes_3d
+from data.boxes import box_iou, read_boxes_3d
 from model.processor import BOX_2D, object_of, truths
 from model.rollout import generate, predict_centres
 from srreal import Example, answer_score, parse, score
@@ -88,7 +88,7 @@ class Config:
     model: str  # checkpoint directory or hub id
     # data sets (path or kind:path); of a benchmark: its directory or hub id
     data: tuple[str, ...] = ()
-    # a name of data/benchmarks.py, or one task of it: blink/Relative_Depth
+    # a name of data/benchmarks, or one task of it: blink/Relative_Depth
     benchmark: str | None = None
     path: Literal["lor", "dtr", "both", "direct"] = "both"  # how to ask
     limit: int | None = None  # at most so many questions (>= 1), the same ones for every model
@@ -471,8 +471,8 @@ def print_benchmark(
         )
     if path == "dtr":
         print(f"  ({sum(bool(e.regions) for e in asked)} of {len(asked)} questions had regions)")
-    if name in JUDGED:
-        print(f"  ({JUDGED[name]})")
+    if benchmarks.BENCHMARKS[name].judged:
+        print(f"  ({benchmarks.BENCHMARKS[name].judged})")
 
 
 def questions(config: Config) -> list[Example]:
@@ -539,8 +539,9 @@ def main(config: Config) -> dict | None:
             marks[scorer] = mark([(example, row["text"]) for example, row in answers])
             for example, row in answers:
                 row[scorer] = mark([(example, row["text"])])["overall"]
-        if config.benchmark.startswith("spatialrgpt-bench"):
-            marks["errors"] = judged_errors([(example, row["text"]) for example, row in answers])
+        errors = benchmarks.BENCHMARKS[config.benchmark.partition("/")[0]].errors
+        if errors:
+            marks["errors"] = errors([(example, row["text"]) for example, row in answers])
         summary.setdefault("benchmark", {})[path] = marks
         print_benchmark(config, path, marks, [example for example, _ in answers])
     # with both scorers' marks

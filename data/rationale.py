@@ -14,7 +14,7 @@ from collections import namedtuple
 from dataclasses import replace
 
 from data.arithmetic import NUMBER, half_unit
-from data.scorers import OPTION
+from data.benchmarks.answers import OPTION
 from srreal import Example, number, parse, target, write_detect
 
 Thing = namedtuple("Thing", "text mention at")  # at: (x, y, z) as the detect block has it

@@ -18,7 +18,6 @@ from pathlib import Path
 from types import NoneType, UnionType
 
 import numpy as np
-from PIL import Image, ImageDraw
 
 from data.marks import DepthMap
 from srreal import Example
@@ -309,42 +308,3 @@ def pinhole(matrix, image: tuple[int, int], stated: tuple[int, int] | None) -> t
         "intrinsics",
         f"not of an image of {image}, nor {stated}: the principal point is ({cx}, {cy})",
     )
-
-
-# ---- regions, as sets write them, for an image of (width, height)
-def polygons(outlines: list, shape: tuple[int, int]) -> np.ndarray:
-    """COCO's polygons [[x, y, x, y, ...], ...] -> (H, W) bool."""
-    mask = Image.new("1", shape)
-    for outline in outlines:
-        if len(outline) < 6 or len(outline) % 2:
-            raise Bad("segmentation", f"no polygon: {len(outline)} numbers")
-        ImageDraw.Draw(mask).polygon(outline, fill=1)
-    return np.asarray(mask)
-
-
-def rle(code: dict, shape: tuple[int, int]) -> np.ndarray:
-    """COCO's run lengths -> (H, W) bool: down the columns, from a run of zeros on. A string holds
-    each number in groups of 5 bits from the lowest, + 48, bit 6 saying that more follow; from the
-    fourth on it is the difference to the last but one."""
-    counts = code.get("counts")
-    if isinstance(counts, str):
-        text, counts, value, shift = counts, [], 0, 0
-        for character in text:
-            bits = ord(character) - 48
-            value |= (bits & 31) << shift
-            shift += 5
-            if not bits & 32:
-                value -= (bits & 16) and 1 << shift  # its sign
-                counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-                value, shift = 0, 0
-    whole = counts and min(counts) >= 0 and sum(counts) == shape[0] * shape[1]
-    if code.get("size") != [shape[1], shape[0]] or not whole:
-        raise Bad(
-            "rle",
-            f"wrong size or counts: {code.get('size')} for an image of {shape[1]} x {shape[0]}",
-        )
-    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(shape).T
-
-
-# In this order of preference: a box is four numbers, a mask an array that stays in memory.
-REGIONS = {"bbox": lambda box, shape: tuple(box), "rle": rle, "segmentation": polygons}

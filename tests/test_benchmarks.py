@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,9 @@ from test_eval import stand_in
 
 import eval as evaluation
 import trainer
-from data import BadRows, benchmarks, scorers
+from data import BadRows, benchmarks
+from data.benchmarks.answers import mra, read_number
+from data.boxes import box_iou
 from data.scenes import furnish, render, scene
 from model import tiny
 from srreal import Example
@@ -43,7 +46,7 @@ def image(k: int) -> dict:
 def small():
     """The fixtures are small, and that is said: one test looks for it."""
     with pytest.warns(UserWarning):
-        benchmarks.warnings.warn("small", stacklevel=1)
+        warnings.warn("small", stacklevel=1)
         yield
 
 
@@ -727,10 +730,10 @@ def spar(scorer, response, answer, task):
     "error, value", [(0, 1), (0.1, 0.9), (0.2, 0.7), (0.25, 0.6), (0.3, 0.5), (0.5, 0.1), (0.51, 0)]
 )
 def test_mra(error, value):
-    assert scorers.mra(1 + error, 1.0, 1e-9) == pytest.approx(value)
+    assert mra(1 + error, 1.0, 1e-9) == pytest.approx(value)
     if error not in (0.1, 0.2, 0.3):  # ties of floats: below
-        assert scorers.mra(1 + error, 1.0) == pytest.approx(value)
-    assert scorers.mra(0.3, 0.0) == pytest.approx(0.5) and scorers.mra(0, 0.0) == 1  # absolute
+        assert mra(1 + error, 1.0) == pytest.approx(value)
+    assert mra(0.3, 0.0) == pytest.approx(0.5) and mra(0, 0.0) == 1  # absolute
 
 
 @pytest.mark.parametrize(
@@ -945,13 +948,12 @@ def test_the_polarity_of_spatialrgpt_s_truths(truth, yes):
 
 
 def test_a_number_is_read_in_the_unit_that_is_asked_for():
-    read = scorers.read_number
     assert (
-        read("2.5 m", "How far, in centimeters?") == pytest.approx(250)
-        and read("250", "in cm?") == 250
+        read_number("2.5 m", "How far, in centimeters?") == pytest.approx(250)
+        and read_number("250", "in cm?") == 250
     )
-    assert read("2.5 m", "How many centimeters?") == pytest.approx(250)
-    assert read("30 inches", "How wide?") == pytest.approx(0.762)
+    assert read_number("2.5 m", "How many centimeters?") == pytest.approx(250)
+    assert read_number("30 inches", "How wide?") == pytest.approx(0.762)
     for said, asked in (
         ("250", "cm"),
         ("250 cm", "cm"),
@@ -962,9 +964,9 @@ def test_a_number_is_read_in_the_unit_that_is_asked_for():
         question = f"How far is it, in {asked}?"
         assert one("realworldqa", "robust", said, "250 cm", question=question) == 1, (said, asked)
     assert (
-        read("It is -1.5 m.", "?") == -1.5
-        and read("1,200", "?") is None
-        and read("nan", "?") is None
+        read_number("It is -1.5 m.", "?") == -1.5
+        and read_number("1,200", "?") is None
+        and read_number("nan", "?") is None
     )
 
 
@@ -1020,7 +1022,7 @@ def test_errors_of_spatialrgpt_s_lengths_and_directions():
     pairs = [
         (Example("x", "direct", [], "?", truth, task=task), said) for task, truth, said in cases
     ]
-    assert scorers.judged_errors(pairs) == {"direct": 0.25, "direction": 60}
+    assert benchmarks.BENCHMARKS["spatialrgpt-bench"].errors(pairs) == {"direct": 0.25, "direction": 60}
 
 
 def test_cv_bench_aggregates():
@@ -1110,7 +1112,7 @@ def test_other_aggregates():
     ],
 )
 def test_boxes_in_every_family_s_form(said, iou):
-    assert scorers.box_iou(said, '{"bbox_2d": [10, 20, 30, 40]}') == pytest.approx(iou)
+    assert box_iou(said, '{"bbox_2d": [10, 20, 30, 40]}') == pytest.approx(iou)
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])

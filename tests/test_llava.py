@@ -9,8 +9,8 @@ import rooms
 from PIL import Image
 
 import data
-from data.rows import rle
-from data.spar import COLOURS
+from data.sets.regions import rle
+from data.sets.spar_marks import COLOURS
 from srreal import parse, prompt, target
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 import data
 from data.rows import Bad, pinhole
-from data.spar import COLOURS, Mark, draw_marks, insert_masks, marks_of
+from data.sets.spar_marks import COLOURS, Mark, draw_marks, insert_masks, marks_of
 
 
 @pytest.fixture(autouse=True)
@@ -170,9 +170,9 @@ def test_files_are_looked_for_of_the_rows_that_are_taken(tmp_path, three, monkey
         red_point=point(room, a, 0),
     )
     rooms.spar_file(tmp_path, "depth_prediction_oc", [row] * 50)
-    looks, look = [], data.spar.os.path.isfile
+    looks, look = [], data.sets.spar.os.path.isfile
     monkeypatch.setattr(
-        data.spar.os.path, "isfile", lambda file: looks.append(str(file)) or look(file)
+        data.sets.spar.os.path, "isfile", lambda file: looks.append(str(file)) or look(file)
     )
     taken = data.load([f"spar:{tmp_path}/spar,cap=3"])
     assert len(taken) == 3 and sum(file.endswith("image_depth/0.png") for file in looks) <= 4
@@ -340,7 +340,7 @@ def test_a_camera_is_scaled_by_a_size_that_is_stated_and_else_left_out(tmp_path,
     assert np.allclose(found[2:], (159.5, 119.5))
     assert "cameras left out" not in capsys.readouterr().out
     np.savetxt(file, rooms.matrix(room.cameras[0]) * 2)
-    data.spar.matrix.cache_clear()
+    data.rows.matrix.cache_clear()
     assert load_one(f"spar:{tmp_path}/spar").intrinsics is None
     assert (
         "1 cameras left out: written down for an image of another size" in capsys.readouterr().out
