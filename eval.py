@@ -58,8 +58,8 @@ from tqdm import tqdm
 import data as datasets
 import trainer
 from data import benchmarks
-from data.marks import Marked
 from data.boxes import box_iou, read_boxes_3d
+from data.marks import Marked
 from model.processor import BOX_2D, object_of, truths
 from model.rollout import generate, predict_centres
 from srreal import Example, answer_score, parse, score

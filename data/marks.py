@@ -1,9 +1,9 @@
-"""Images and depth maps that are opened when asked for: a list of millions of rows holds paths, not
-pixels.
+"""Images and depth maps that are opened when asked for.
 
-`Marked` is an image with the coloured points and boxes that a question speaks of; `DepthMap` a
-depth PNG whose resolution isn't its image's. Both compare by value, and pickle where `draw` is a
-module's function."""
+A list of millions of rows so holds paths, not pixels. `Marked` is an image with the coloured points
+and boxes that a question speaks of; `DepthMap` a depth PNG whose resolution isn't its image's. Both
+compare by value, and pickle where `draw` is a module's function.
+"""
 
 import io
 from collections.abc import Callable
@@ -15,16 +15,20 @@ from PIL import Image
 
 
 def opened(source) -> Image.Image:
-    """A path, the bytes of a file, or an image as it is."""
+    """Open a path or the bytes of a file; return an image as it is."""
     if isinstance(source, Image.Image):
         return source
-    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    if isinstance(source, bytes):
+        source = io.BytesIO(source)
+    return Image.open(source)
 
 
 @dataclass(frozen=True)
 class Marked:
+    """An image whose marks are drawn each time it is converted."""
+
     source: str | Path | bytes | Image.Image
-    # takes the RGB image, a copy of its own, and returns it with its marks
+    # Takes the RGB image, a copy of its own, and returns it with its marks; None: there are none.
     draw: Callable | None = None
     options: tuple = ()  # of (name, value), for `draw`
 
@@ -35,24 +39,33 @@ class Marked:
 
     def convert(self, mode: str = "RGB") -> Image.Image:
         image = opened(self.source).convert("RGB")
-        image = image.copy() if image is self.source else image
-        return (self.draw(image, **dict(self.options)) if self.draw else image).convert(mode)
+        if image is self.source:
+            # Pillow returns an RGB image itself; the marks must not get into the source.
+            image = image.copy()
+        if self.draw is not None:
+            image = self.draw(image, **dict(self.options))
+        return image.convert(mode)
 
 
 @dataclass(frozen=True)
 class DepthMap:
-    """A 16-bit PNG in millimetres, brought to its image's size by nearest neighbour: a mean of two
-    surfaces lies on neither."""
+    """A 16-bit PNG in millimetres, read in metres at its image's size.
+
+    By nearest neighbour: a mean of two surfaces lies on neither.
+    """
 
     source: str | bytes
     size: tuple[int, int]  # width, height of the image
-    shape = property(lambda self: self.size[::-1])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.size[::-1]
 
     def __gt__(self, metres):
-        """All else that is done with a depth map are numpy's functions, which call __array__."""
+        # All else that is done with a depth map are numpy's functions, which call __array__.
         return np.asarray(self) > metres
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         with opened(self.source) as picture:
-            depth = np.asarray(picture.resize(self.size, Image.Resampling.NEAREST))
-        return (depth.astype(np.float32) / 1000).astype(dtype or np.float32)
+            millimetres = np.asarray(picture.resize(self.size, Image.Resampling.NEAREST))
+        return (millimetres.astype(np.float32) / 1000).astype(dtype or np.float32)

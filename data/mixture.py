@@ -1,5 +1,4 @@
-"""Which rows a training run takes: sources with their shares, on the command line or in a .toml
-file.
+"""Which rows a run takes: sources with their shares, on the command line or in a .toml file.
 
     kind:path@image_root,weight=.1,cap=1000,seed=1,path=dtr,occlusion=off
 
@@ -11,7 +10,8 @@ file.
 A row is taken by the hash of (seed, its id): so the share doesn't depend on the number of ranks, a
 larger share holds a smaller one, and of an array of millions only the share stays in memory. Where
 a set has no ids of its own, an id holds the row's place in its file: then the files must stay as
-they are."""
+they are.
+"""
 
 import hashlib
 import heapq
@@ -19,96 +19,117 @@ import os
 import re
 import tomllib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal
 
-from data.rows import Row, matches
+from pydantic import Field, ValidationError
+from pydantic.dataclasses import dataclass
+
+from data.rows import BadSource, Row, matches
 from srreal import PATHS
 
-KEYS = ("weight", "cap", "seed", "path", "occlusion")
-OPTIONS = re.compile(rf"(.*?)((?:,(?:{'|'.join(KEYS)})=[^,]*)+)")
 
-
-@dataclass
+@dataclass(frozen=True)
 class Part:
-    source: str  # as open_source takes it
-    weight: float = 1.0  # the share of its rows
-    cap: int | None = None  # at most so many rows: those with the lowest hashes
+    """A source and the share of its rows that is taken; pydantic reads numbers from text."""
+
+    source: str  # as data.sources.open_source takes it
+    weight: Annotated[float, Field(gt=0, le=1)] = 1.0  # the share of its rows
+    # At most so many rows: those with the lowest hashes.
+    cap: Annotated[int, Field(ge=1)] | None = None
     seed: int = 0
-    path: str | None = None  # only its Examples on this path
-    occlusion: str = "on"  # of spar: off leaves out data/embodiedscan.py's check of depth
+    path: Literal[*PATHS] | None = None  # only its Examples on this path
+    # Of spar: off leaves out the check of depth, which tells hidden marks.
+    occlusion: Literal["on", "off"] = "on"
 
-    def __post_init__(self):
-        try:  # of a command line's text, too
-            self.weight, self.seed = float(self.weight), int(str(self.seed))
-            self.cap = None if self.cap is None else int(str(self.cap))
-            good = 0 < self.weight <= 1 and (self.cap is None or self.cap >= 1)
-        except (ValueError, TypeError):
-            good = False
-        if self.occlusion != "on" and not (
-            self.occlusion == "off" and self.source.startswith("spar:")
-        ):
-            raise ValueError(
-                f"{self.source}: occlusion={self.occlusion}: it is on, or off for a spar:PATH"
-            )
-        if not good or self.path not in (None, *PATHS):
-            raise ValueError(
-                f"{self.source}: weight={self.weight}, cap={self.cap}, seed={self.seed}, path="
-                f"{self.path}: it takes 0 < weight <= 1, whole cap >= 1 and seed, path one of "
-                f"{', '.join(PATHS)}"
-            )
+    def share(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """Yield the rows that are taken, in their order."""
+        taken = self.below_weight(rows)
+        if self.cap is not None:
+            lowest = heapq.nsmallest(self.cap, taken)
+            taken = sorted(lowest, key=lambda item: item[1])
+        for _, _, row in taken:
+            make = row.make
+            if self.occlusion == "off":
+                make = partial(row.make, occlusion=False)
+            yield replace(row, make=make, path=self.path or row.path, source=self.source)
 
-    def share(self, rows: Iterable[Row]) -> Iterable[Row]:
-        if self.occlusion == "off":
-            rows = (replace(row, make=partial(row.make, occlusion=False)) for row in rows)
-        placed = ((self.place(row), k, row) for k, row in enumerate(rows))
-        share = (item for item in placed if item[0] < self.weight)
-        share = (
-            sorted(heapq.nsmallest(self.cap, share), key=lambda item: item[1])
-            if self.cap
-            else share
-        )
-        return (row for *_, row in share)
+    def below_weight(self, rows: Iterable[Row]) -> Iterator[tuple[float, int, Row]]:
+        for index, row in enumerate(rows):
+            place = self.place(row)
+            if place < self.weight:
+                yield place, index, row
 
     def place(self, row: Row) -> float:
-        """In [0, 1); a row that stands for a whole file is always taken, as it says what is wrong
-        with it."""
+        """Return the row's place in [0, 1); those below the weight are taken.
+
+        A row that stands for a whole file is always taken, as it says what is wrong with it.
+        """
+        if row.number == 0:
+            return -1.0
         text = f"{self.seed} {row.id}".encode(errors="replace")
         digest = hashlib.blake2b(text, digest_size=8).digest()
-        return int.from_bytes(digest, "big") / 2**64 if row.number else -1.0
+        return int.from_bytes(digest, "big") / 2**64
 
 
-def parts(source: str) -> Iterator[Part]:
-    """A source with its options, or all those of a mixture file."""
-    options = None if os.path.exists(source) else OPTIONS.fullmatch(source)
-    if options:
-        source, options = options[1], dict(pair.split("=", 1) for pair in options[2][1:].split(","))
+OPTIONS = ("weight", "cap", "seed", "path", "occlusion")
+WITH_OPTIONS = re.compile(rf"(.*?)((?:,(?:{'|'.join(OPTIONS)})=[^,]*)+)")
+
+
+def parse_source(text: str) -> list[Part]:
+    """Return the part that a source with its options is, or all those of a mixture file."""
+    source = text
+    options = {}
+    # What exists as a path is not taken apart.
+    match = None if os.path.exists(text) else WITH_OPTIONS.fullmatch(text)
+    if match:
+        source = match[1]
+        options = dict(option.split("=", 1) for option in match[2][1:].split(","))
     if not source.endswith(".toml"):
-        yield Part(source, **(options or {}))
-        return
+        return [make_part(source, options)]
     if options:
-        raise ValueError(f"{source}: a mixture's shares stand in the file: {', '.join(options)}")
+        raise BadSource(f"{source}: a mixture's shares stand in the file: {', '.join(options)}")
+    return read_mixture(source)
+
+
+def make_part(source: str, options: dict) -> Part:
+    occlusion = options.get("occlusion", "on")
+    if occlusion != "on" and not (occlusion == "off" and source.startswith("spar:")):
+        raise BadSource(f"{source}: occlusion={occlusion}: it is on, or off for a spar:PATH")
     try:
-        mixture = tomllib.loads(Path(source).read_text())
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+        return Part(source, **options)
+    except ValidationError as error:
+        given = ", ".join(f"{name}={value}" for name, value in options.items())
+        raise BadSource(
+            f"{source}: {given}: it takes 0 < weight <= 1, whole cap >= 1 and seed, path one of "
+            f"{', '.join(PATHS)}"
+        ) from error
+
+
+def read_mixture(file: str) -> list[Part]:
+    """Return the parts that a .toml file lists."""
+    try:
+        mixture = tomllib.loads(Path(file).read_text())
+    except (ValueError, OSError) as error:
+        raise BadSource(f"{file}: {error}") from error
     entries = mixture.get("source")
-    if not (
-        entries
-        and matches(entries, list[dict])
-        and all(matches(e.get("data"), str) for e in entries)
-    ):
-        raise ValueError(f"{source}: a mixture is a list of [[source]] tables, each with `data`")
-    unknown = mixture.keys() - {"seed", "source"} | set().union(*entries) - {"data", *KEYS}
-    if unknown:
-        raise ValueError(f"{source}: unknown key {', '.join(sorted(unknown))}")
+    listed = entries and matches(entries, list[dict])
+    if not listed or not all(matches(entry.get("data"), str) for entry in entries):
+        raise BadSource(f"{file}: a mixture is a list of [[source]] tables, each with `data`")
+    unknown = mixture.keys() - {"seed", "source"}
     for entry in entries:
-        place = os.path.expandvars(entry["data"])
-        if "$" in place:
-            raise ValueError(
-                f"{source}: {place}: where the set lies: that environment variable is not set"
+        unknown |= entry.keys() - {"data", *OPTIONS}
+    if unknown:
+        raise BadSource(f"{file}: unknown key {', '.join(sorted(unknown))}")
+    parts = []
+    for entry in entries:
+        source = os.path.expandvars(entry.pop("data"))
+        if "$" in source:
+            raise BadSource(
+                f"{file}: {source}: where the set lies: that environment variable is not set"
             )
-        yield Part(
-            place, **{"seed": mixture.get("seed", 0)} | {k: entry[k] for k in KEYS if k in entry}
-        )
+        entry.setdefault("seed", mixture.get("seed", 0))
+        parts.append(make_part(source, entry))
+    return parts

@@ -1,10 +1,10 @@
-"""What the readers of other people's files share: raw rows in bounded memory, their types, names of
-files.
+"""What all readers share: rows in bounded memory, checks of their types, names of files.
 
 A reader is a generator: from (path, image root or None) it yields a `Row` for each row of its
-files, cheaply and without opening an image. What the row says is worked out by `make`, after the
-mixture has taken its share and the headers of all images have been read in a pool; it returns
-Examples, or raises `Bad` with what is wrong."""
+files, cheaply and without opening an image. `Row.make` works out what the row says, after a mixture
+has taken its share and the headers of all images have been read in a pool; it returns Examples, or
+raises `Bad` with what is wrong.
+"""
 
 import json
 import os
@@ -12,91 +12,136 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import NoneType, UnionType
+from types import UnionType
+from typing import Annotated, NamedTuple, Union, get_args, get_origin
 
+import ijson
 import numpy as np
+from pydantic import Field, Strict, TypeAdapter, ValidationError
 
 from data.marks import DepthMap
+from errors import UserError
 from srreal import Example
 
 
-class Bad(ValueError):
-    """A row that cannot be used: Bad(field, reason), or Bad([(field, reason), ...])."""
+class BadSource(UserError, ValueError):
+    """A source, its options or its mixture file cannot be understood."""
 
-    def __init__(self, name, reason: str = ""):
-        super().__init__([(name, reason)] if isinstance(name, str) else name)
+
+class MissingFile(UserError, FileNotFoundError):
+    """A source names a file or a folder that isn't there."""
+
+
+class Bad(ValueError):
+    """A row that cannot be used: Bad(field, reason), or Bad([(field, reason), ...]).
+
+    data.load catches it and goes on, so that all bad rows come in one list.
+    """
+
+    def __init__(self, field: str | list, reason: str = ""):
+        problems = [(field, reason)] if isinstance(field, str) else field
+        super().__init__(problems)
 
 
 class Notes(Counter):
-    """What a source counts while its rows are made, in several threads."""
+    """What a source counts while its rows are made; it may be added to from several threads."""
+
+    def __init__(self, *counts):
+        super().__init__(*counts)
+        self.lock = threading.Lock()
 
     def add(self, note: str, count: int = 1) -> None:
-        with LOCK:
+        with self.lock:
             self[note] += count
 
 
-LOCK = threading.Lock()
+class Header(NamedTuple):
+    """What the header of an image file says."""
+
+    width: int
+    height: int
+    mode: str  # Pillow's, or RELATIVE
+
+
+# Header of each file, or the text that says what is wrong with it.
+Headers = dict[str, Header | str]
 
 
 @dataclass
 class Row:
+    """One row of a set, before anything but its text was read."""
+
     file: str
     number: int  # from 1; 0: the whole file
     id: str  # its hash decides whether a mixture takes the row
-    make: Callable  # {file: (W, H, mode) or what is wrong with it} -> list of Examples; raises Bad
-    # images and depth maps whose sizes `make` and `check` want to know; or what
+    make: Callable[[Headers], list[Example]]  # raises Bad
+    # Images and depth maps whose headers `make` and the checks want to know. A function is called
+    # only for rows that are taken: on a network's disk, looking for a file takes its time.
     files: tuple | Callable = ()
-    # looks for them, and is called for the rows that are taken: a look at a network's disk takes
-    # its time only Examples on this path are taken, unless the mixture says one; None: all
-    path: str | None = None
-    notes: Notes = field(default_factory=Notes)  # a source's own; printed
+    path: str | None = None  # only Examples on this path, unless a mixture asks for another
+    notes: Notes | None = None  # None: the source's, which data.load makes
+    source: str = ""  # set by the mixture that takes the row
+
+    def list_files(self) -> tuple:
+        return self.files() if callable(self.files) else self.files
 
 
 def broken(file, number: int, error: Bad) -> Row:
-    def fail(sizes, **options):
+    """Return a Row that reports the error when it is made."""
+
+    def fail(headers, **options):
         raise error
 
     return Row(str(file), number, f"{file}#{number}", fail)
 
 
 # ---- files of rows
-# folders in a set, not its name
-GENERIC = {"data", "annotations", "json", "jsonl", "train", "val", "test"}
+
+# Folders inside a set, which don't tell sets apart.
+GENERIC_FOLDERS = {"data", "annotations", "json", "jsonl", "train", "val", "test"}
 
 
 def set_name(file: Path) -> str:
-    """What the ids of a file's rows begin with, so that two sets' train.json are told apart: its
-    name behind those of its folders, up to the first that is no generic one.
-    `RefCOCO/data/val-00000-of-00001`."""
-    folders = [folder.name for folder in file.absolute().parents]
-    last = next((k for k, name in enumerate(folders) if name not in GENERIC), 0)
-    return "/".join([*folders[last::-1], file.stem])
+    """Return the prefix of the ids of a file's rows, e.g. `RefCOCO/data/val-00000-of-00001`.
+
+    It is the file's name behind its folders', up to the first that is not generic, so that the
+    train.json of two sets are told apart.
+    """
+    names = [file.stem]
+    for folder in file.absolute().parents:
+        names.append(folder.name)
+        if folder.name not in GENERIC_FOLDERS:
+            break
+    return "/".join(reversed(names))
 
 
 def each(path: Path, suffixes: tuple, build: Callable) -> Iterator[Row]:
-    """The Rows that build(file, number, row) yields for every row of a file, or of all files in a
-    folder."""
+    """Yield the Rows that build(file, number, row) yields for every row of a file or folder."""
     for file in files_of(path, suffixes):
         for number, row in records(file):
+            if isinstance(row, Bad):
+                yield broken(file, number, row)
+                continue
             try:
-                yield from (
-                    [broken(file, number, row)]
-                    if isinstance(row, Bad)
-                    else build(file, number, row)
-                )
+                yield from build(file, number, row)
             except Bad as error:
                 yield broken(file, number, error)
 
 
 def files_of(path: Path, suffixes: tuple, notes: Notes | None = None) -> list[Path]:
-    """The file itself, or all in a folder, in order of their names; with notes, but for val and
-    test."""
-    found = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in suffixes)
+    """Return the file itself, or all such files in a folder, in order of their names.
+
+    With notes, those of val and test splits are left out and counted.
+    """
+    if path.is_file():
+        found = [path]
+    else:
+        found = sorted(file for file in path.rglob("*") if file.suffix in suffixes)
     if not found:
-        raise FileNotFoundError(f"{path}: no {' or '.join(suffixes)} in this folder")
+        raise MissingFile(f"{path}: no {' or '.join(suffixes)} in this folder")
     return found if notes is None else training(path, found, notes)
 
 
@@ -104,67 +149,83 @@ HELD_OUT = re.compile(r"(?:^|[/_-])(?:val|test[AB]?)(?=$|[/._-])")
 
 
 def training(path: Path, found: list[Path], notes: Notes) -> list[Path]:
-    """Of a folder's files those whose names below it are of no val or test split: these make
-    benchmarks. The path itself may name them."""
-    kept = [
-        file for file in found if path.is_file() or not HELD_OUT.search(str(file.relative_to(path)))
-    ]
+    """Leave out the files of val and test splits, of which benchmarks are made.
+
+    Only names below `path` count: who names such a split itself gets it.
+    """
+    if path.is_file():
+        return found
+    kept = [file for file in found if not HELD_OUT.search(str(file.relative_to(path)))]
     if not kept:
-        raise FileNotFoundError(
+        raise MissingFile(
             f"{path}: val and test splits alone: to be read, the path has to name them"
         )
-    if len(kept) < len(found):
-        notes.add(
-            "left out: of val and test splits, which the path does not name", len(found) - len(kept)
-        )
+    left_out = len(found) - len(kept)
+    if left_out:
+        notes.add("left out: of val and test splits, which the path does not name", left_out)
     return kept
 
 
 def records(file: Path) -> Iterator[tuple[int, dict | Bad]]:
-    """(number from 1, row or what is wrong with it): of JSON lines, an object, or an array of any
-    size."""
-    number, read = (
-        0,
-        elements if first_byte(file) == b"[" else one if file.suffix == ".json" else lines,
-    )
+    """Yield (number from 1, row or what is wrong with it).
+
+    The file holds JSON lines, one object, or an array of any size.
+    """
+    number = 0
     try:
-        for number, row in enumerate(read(file), 1):
-            good = isinstance(row, dict | Bad)
-            yield number, row if good else Bad("row", f"wrong type: {row!r:.60} is no JSON object")
-    except ValueError as error:  # behind it nothing can be told apart
+        for number, row in enumerate(json_values(file), 1):
+            if isinstance(row, dict | Bad):
+                yield number, row
+            else:
+                yield number, Bad("row", f"wrong type: {row!r:.60} is no JSON object")
+    except ValueError as error:
+        # A damaged array: rows behind this place can't be told apart.
         yield number + 1, Bad("row", f"unreadable: {error}")
+        return
+    if number == 0:
+        yield 0, Bad("row", "empty file")
+
+
+def json_values(file: Path) -> Iterator:
+    """Yield the elements of an array, the single object, or the value of each line."""
+    if first_byte(file) == b"[":
+        yield from elements(file)
+    elif file.suffix == ".json":
+        yield from single_object(file)
     else:
-        if not number:
-            yield 0, Bad("row", "empty file")
+        yield from json_lines(file)
 
 
 def first_byte(file: Path) -> bytes:
-    with open(file, "rb") as stream:
-        return stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+    """Return the first byte behind white space and a byte order mark; b"" of an empty file."""
+    try:
+        with open(file, "rb") as stream:
+            start = stream.read(4096)
+    except OSError as error:
+        raise BadSource(f"{file}: {error.strerror}") from error
+    return start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
 
 
-def lines(file: Path) -> Iterator:
+def json_lines(file: Path) -> Iterator:
     with open(file, "rb") as stream:
         for line in stream:
             try:
                 yield json.loads(line)
-            # no JSON, no UTF-8, or too deep
+            # No JSON, no UTF-8, a number too long, or nested too deep.
             except (ValueError, OverflowError, RecursionError) as error:
                 yield Bad("row", f"unreadable: {error}")
 
 
-def one(file: Path) -> Iterator:
-    """An object over several lines, as in unpacked WebDatasets; or lines after all."""
+def single_object(file: Path) -> Iterator:
+    """Yield an object that spans lines, as in unpacked WebDatasets; or lines after all."""
     try:
         yield json.loads(file.read_bytes())
     except (ValueError, RecursionError):
-        yield from lines(file)
+        yield from json_lines(file)
 
 
 def elements(file: Path, prefix: str = "item") -> Iterator:
-    """The elements of an array, read as they come: tens of GB pass through a few MB."""
-    import ijson  # only such files need it
-
+    """Yield the elements of an array as they come: tens of GB pass through a few MB."""
     with open(file, "rb") as stream:
         try:
             yield from ijson.items(stream, prefix, use_float=True)
@@ -173,111 +234,153 @@ def elements(file: Path, prefix: str = "item") -> Iterator:
 
 
 # ---- types
-def matches(value, hint) -> bool:
-    # half a surrogate pair can't be encoded again
-    if hint is str:
-        return type(value) is str and value != "" and not re.search("[\ud800-\udfff]", value)
-    # an int may be too large for a float
-    if hint in (int, float, bool, NoneType):
-        return type(value) is hint or hint is float and type(value) is int and abs(value) < 1e18
+
+# JSON says what it means: "1.5" is no number and true is no 1. An empty text is a missing one, and
+# pydantic refuses half a surrogate pair, which could not be written again.
+Text = Annotated[str, Field(min_length=1), Strict()]
+Number = Annotated[float, Strict()]  # an integer is one, too
+Whole = Annotated[int, Strict()]
+Truth = Annotated[bool, Strict()]
+STRICT = {str: Text, float: Number, int: Whole, bool: Truth}
+
+
+def strict(hint):
+    """Return a type whose leaves take no other type's values; a tuple is a list of JSON."""
+    if hint in STRICT:
+        return STRICT[hint]
+    inner = tuple(map(strict, get_args(hint)))
     if isinstance(hint, UnionType):
-        return any(matches(value, one) for one in hint.__args__)
-    if hint is dict:
-        return isinstance(value, dict)
-    kind, inner = hint.__origin__, hint.__args__
-    if kind is dict:
-        return isinstance(value, dict) and all(
-            matches([*pair], tuple[inner]) for pair in value.items()
-        )
-    # JSON has no tuples
-    inner = inner * len(value) if kind is list and isinstance(value, list) else inner
-    return isinstance(value, list) and len(value) == len(inner) and all(map(matches, value, inner))
+        return Union[inner]
+    return get_origin(hint)[inner] if inner else hint
+
+
+@lru_cache
+def type_adapter(hint) -> TypeAdapter:
+    # Built in a millisecond, used for every row. It depends on the type alone.
+    return TypeAdapter(strict(hint))
+
+
+def matches(value, hint) -> bool:
+    """Return whether a value from JSON is of a type such as dict[str, list[float] | None]."""
+    try:
+        type_adapter(hint).validate_python(value)
+    except ValidationError:
+        return False
+    return True
 
 
 def typed(row: dict, required: dict, optional: dict) -> dict:
-    """The row without its nulls; Bad with every field that is missing or of another type."""
+    """Return the row without its nulls; Bad names every field that is missing or of another type.
+
+    required, optional: name -> type.
+    """
     if not isinstance(row, dict):
         raise Bad("row", f"wrong type: {row!r:.60} is no JSON object")
     row = {name: value for name, value in row.items() if value is not None}
-    bad = [(name, "missing") for name in required if name not in row]
-    bad += [
-        (name, f"wrong type or value: {row[name]!r:.50} not {hint}")
-        for name, hint in (required | optional).items()
-        if name in row and not matches(row[name], hint)
-    ]
-    if bad:
-        raise Bad(bad)
+    problems = [(name, "missing") for name in required if name not in row]
+    for name, hint in (required | optional).items():
+        if name in row and not matches(row[name], hint):
+            problems.append((name, f"wrong type or value: {row[name]!r:.50} not {hint}"))
+    if problems:
+        raise Bad(problems)
     return row
 
 
-# ---- conversations, images, depth maps
+# ---- conversations
+
+
 def turns(row: dict) -> list[tuple[str, str]]:
-    """(question, answer) of every turn. Where all image tokens lead, they go: images come first
-    anyway."""
-    said = [(part.get("from"), part.get("value", "").strip()) for part in row["conversations"]]
-    human, model = said[::2], said[1::2]
-    odd = len(human) != len(model) or any(who in ("gpt", "assistant") for who, _ in human)
-    odd = odd or any(who in ("human", "user") for who, _ in model)
-    if odd or not said or not all(text for _, text in said):
+    """Return (question, answer) of every turn.
+
+    Image tokens that all stand in front are dropped: images come first anyway.
+    """
+    texts = [part.get("value", "").strip() for part in row["conversations"]]
+    speakers = [part.get("from") for part in row["conversations"]]
+    in_turn = len(texts) % 2 == 0
+    in_turn = in_turn and not {"gpt", "assistant"} & {*speakers[::2]}
+    in_turn = in_turn and not {"human", "user"} & {*speakers[1::2]}
+    if not (in_turn and texts and all(texts)):
         raise Bad("conversations", "wrong order or blank: questions and answers have to take turns")
-    bare = [re.sub(r"^(?:<image>\s*)+", "", question) for _, question in human]
-    return [
-        (question if "<image>" in plain else plain, answer)
-        for (_, question), plain, (_, answer) in zip(human, bare, model, strict=True)
-    ]
+    pairs = []
+    for question, answer in zip(texts[::2], texts[1::2], strict=True):
+        bare = re.sub(r"^(?:<image>\s*)+", "", question)
+        pairs.append((question if "<image>" in bare else bare, answer))
+    return pairs
+
+
+# ---- sizes and depth maps of images
+
+# What data.depth once wrote into PNGs of models without a unit, and Header.mode then says.
+RELATIVE = "relative"
+RELATIVE_NOTE = "depth maps left out: relative, so without a unit; point maps are metric"
+
+
+def size(file: str, headers: Headers, field: str = "image") -> tuple[int, int]:
+    """Return (width, height) from the header; Bad where there is none to be read."""
+    header = headers[file]
+    if isinstance(header, str):
+        raise Bad(field, header)
+    return header[:2]
 
 
 def estimated(image: str) -> str | None:
-    """The depth that `python -m data.depth` wrote for an image, beside it: a/b.jpg ->
-    a/b.depth.png."""
+    """Return the depth map that `python -m data.depth` wrote beside an image, if any.
+
+    a/b.jpg -> a/b.depth.png
+    """
     file = f"{os.path.splitext(image)[0]}.depth.png"
     return file if os.path.isfile(file) else None
 
 
-def size(file: str, sizes: dict, name: str = "image") -> tuple[int, int]:
-    """(width, height) from the header; Bad where there is none to be read."""
-    if isinstance(sizes[file], str):
-        raise Bad(name, sizes[file])
-    return sizes[file][:2]
-
-
 def maps_of(named: list, images: list[str]) -> list:
-    """A depth file an image: the one that is named, else the estimated one, or None."""
-    return [found or estimated(image) for found, image in zip(named, images, strict=True)]
+    """Return each image's depth file: the one that is named, else the estimated one, or None."""
+    return [file or estimated(image) for file, image in zip(named, images, strict=True)]
 
 
-def depth_map(file: str | None, image: tuple[int, int], sizes: dict):
-    """A depth file for an image of that size: its path; of another resolution and equal shape a
-    DepthMap."""
-    if file is None or isinstance(sizes[file], str) or sizes[file][:2] == image:
+def depth_map(file: str | None, image_size: tuple[int, int], headers: Headers):
+    """Return what reads a depth file at the size of its image.
+
+    That is its path, or a DepthMap for a file of another resolution but the same shape.
+    """
+    if file is None or isinstance(headers[file], str) or headers[file][:2] == image_size:
         return file
-    (width, height), stretch = sizes[file][:2], image[0] / image[1]
-    if not abs(width / height / stretch - 1) < 0.02:
-        raise Bad(
-            "depth", f"wrong shape: {width} x {height} for an image of {image[0]} x {image[1]}"
-        )
-    return DepthMap(file, image)
+    width, height = headers[file][:2]
+    stretch = width / height / (image_size[0] / image_size[1])
+    if not abs(stretch - 1) < 0.02:
+        asked = f"{image_size[0]} x {image_size[1]}"
+        raise Bad("depth", f"wrong shape: {width} x {height} for an image of {asked}")
+    return DepthMap(file, image_size)
 
 
-# what data.depth writes into a PNG by a model without unit, and data.probe finds
-RELATIVE = "relative"
+def file_of(depth):
+    """Return the file that a depth map lies in; an array or None as it is."""
+    return depth.source if isinstance(depth, DepthMap) else depth
 
 
-def metric(e: Example, sizes: dict, notes: Notes) -> Example:
-    """The Example without such depth maps."""
-    files = [depth.source if isinstance(depth, DepthMap) else depth for depth in e.depths or ()]
-    if any(lost := [isinstance(file, str) and sizes[file][2:] == (RELATIVE,) for file in files]):
-        note = (
-            "depth maps left out: relative (data.depth --kind relative), point maps are metric here"
-        )
-        notes.add(note, sum(lost))
-        e.depths = [None if gone else depth for gone, depth in zip(lost, e.depths, strict=True)]
-    return e
+def drop_relative_depth(example: Example, headers: Headers, notes: Notes) -> Example:
+    """Leave out depth maps without a unit, which would be taken for metres, and count them."""
+    if example.depths is None:
+        return example
+    kept = []
+    for depth in example.depths:
+        file = file_of(depth)
+        relative = isinstance(file, str) and headers[file][2:] == (RELATIVE,)
+        if relative:
+            notes.add(RELATIVE_NOTE)
+        kept.append(None if relative else depth)
+    example.depths = kept
+    return example
+
+
+# ---- cameras
 
 
 @lru_cache(4096)
 def matrix(file: Path) -> list | None:
-    """A 3x3 or 4x4 matrix from a text file, None where there is no such file."""
+    """Return the 3x3 or 4x4 matrix in a text file; None where there is no such file.
+
+    The rows of a scene share its files, hence the cache.
+    """
     if not file.is_file():
         return None
     try:
@@ -290,21 +393,27 @@ def matrix(file: Path) -> list | None:
 
 
 def camera(matrix) -> tuple[float, ...]:
-    """(fx, fy, cx, cy) of a 3x3 or 4x4 matrix."""
-    (fx, _, cx), (_, fy, cy) = (list(map(float, line[:3])) for line in matrix[:2])
-    return fx, fy, cx, cy
+    """Return (fx, fy, cx, cy) of a 3x3 or 4x4 matrix."""
+    fx, _, cx = matrix[0][:3]
+    _, fy, cy = matrix[1][:3]
+    return float(fx), float(fy), float(cx), float(cy)
 
 
 def pinhole(matrix, image: tuple[int, int], stated: tuple[int, int] | None) -> tuple[float, ...]:
-    """(fx, fy, cx, cy) for an image of that size, of a matrix whose file doesn't say which size it
-    is for: the image's own, or the one that the set states; then it is scaled. Twice its principal
-    point has to be that size up to a tenth, else Bad: no factor is guessed."""
+    """Return (fx, fy, cx, cy) for an image of that size.
+
+    The matrix's file doesn't say which size it is for: the image's own, or the one that the set
+    states; then it is scaled. Twice its principal point has to be that size up to a tenth, else it
+    is Bad: no factor is guessed.
+    """
     fx, fy, cx, cy = camera(matrix)
-    for width, height in filter(None, (image, stated)):
+    for size_of_matrix in (image, stated):
+        if size_of_matrix is None:
+            continue
+        width, height = size_of_matrix
         if abs(2 * cx / width - 1) < 0.1 and abs(2 * cy / height - 1) < 0.1:
-            x, y = image[0] / width, image[1] / height
+            x = image[0] / width
+            y = image[1] / height
             return fx * x, fy * y, cx * x, cy * y
-    raise Bad(
-        "intrinsics",
-        f"not of an image of {image}, nor {stated}: the principal point is ({cx}, {cy})",
-    )
+    reason = f"not of an image of {image}, nor {stated}: the principal point is ({cx}, {cy})"
+    raise Bad("intrinsics", reason)

@@ -1022,7 +1022,10 @@ def test_errors_of_spatialrgpt_s_lengths_and_directions():
     pairs = [
         (Example("x", "direct", [], "?", truth, task=task), said) for task, truth, said in cases
     ]
-    assert benchmarks.BENCHMARKS["spatialrgpt-bench"].errors(pairs) == {"direct": 0.25, "direction": 60}
+    assert benchmarks.BENCHMARKS["spatialrgpt-bench"].errors(pairs) == {
+        "direct": 0.25,
+        "direction": 60,
+    }
 
 
 def test_cv_bench_aggregates():

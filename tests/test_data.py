@@ -8,6 +8,9 @@ import pytest
 from PIL import Image
 
 import data
+from data import checks
+from data.checks import check, measure
+from data.sources import recognise
 
 
 @pytest.fixture(autouse=True)
@@ -217,7 +220,7 @@ def test_one_triple_of_several_views_lies_in_the_frame_asked_for(folder):
     # no row of our format can, a generator can
     mixed.objects["b"] = (0.0, 0.0, 1.0)
     sizes = dict.fromkeys(mixed.images, (32, 24, "RGB"))
-    assert ("objects", "some by view, some not") in data.check(mixed, sizes, set())
+    assert ("objects", "some by view, some not") in check(mixed, sizes, set())
 
 
 def test_a_question_s_rows_of_two_paths_may_share_an_id(folder):
@@ -309,17 +312,17 @@ def test_a_damaged_cache_is_ignored_and_mended(folder, tmp_path_factory, monkeyp
     for name, value in ((b"FILE", file), (b"SIZE", stat.st_size), (b"TIME", stat.st_mtime_ns)):
         text = text.replace(name, str(value).encode())
     cache.write_bytes(text)
-    assert data.measure([str(file)]) == {str(file): (32, 24, "RGB")}
+    assert measure([str(file)]) == {str(file): (32, 24, "RGB")}
     assert list(json.loads(cache.read_text())) == [str(file)]
-    monkeypatch.setattr(data, "probe", None)  # and now it is read from there
-    assert data.measure([str(file)]) == {str(file): (32, 24, "RGB")}
+    monkeypatch.setattr(checks, "read_header", None)  # and now it is read from there
+    assert measure([str(file)]) == {str(file): (32, 24, "RGB")}
 
 
 def test_beyond_the_first_files_only_headers_are_read(folder):
     files = [str(folder / name) for name in ("a.png", "cut.png")]
-    assert data.measure(files, decoded=1)[files[1]] == (32, 24, "RGB")
-    assert data.measure(files)[files[1]].startswith("corrupt file")
-    assert data.measure(files)[files[0]] == (32, 24, "RGB")
+    assert measure(files, decoded=1)[files[1]] == (32, 24, "RGB")
+    assert measure(files)[files[1]].startswith("corrupt file")
+    assert measure(files)[files[0]] == (32, 24, "RGB")
 
 
 def test_depth_beside_an_image_is_picked_up(folder):
@@ -396,7 +399,7 @@ def test_kinds_are_recognised_by_the_first_row(folder, kind, row):
     for name in ("x.jsonl", "x.json"):
         (folder / name).write_text(json.dumps(row) if name == "x.jsonl" else json.dumps([row]))
         if (kind, name) != ("scenes", "x.json"):
-            assert data.recognise(folder / name) == kind
+            assert recognise(folder / name) == kind
     # SPAR's images lie in a folder of that name
     if kind not in ("scenes", "spar"):
         assert len(data.load([folder / "x.json"])) == 1

@@ -12,8 +12,9 @@ import rooms
 from PIL import Image
 
 import data
-from data.mixture import Part, parts
+from data.mixture import Part, parse_source
 from data.rows import Row
+from data.sources import open_source
 
 ROOT = Path(__file__).parent.parent
 
@@ -158,9 +159,9 @@ def test_a_big_array_passes_in_bounded_memory(tmp_path):
     )
     assert file.stat().st_size > 1.3e6
     part = Part(f"spatialrgpt:{file}", weight=0.005)
-    list(part.share(data.open_source(f"spatialrgpt:{file}")))  # imports, caches
+    list(part.share(open_source(f"spatialrgpt:{file}")))  # imports, caches
     tracemalloc.start()
-    taken = list(part.share(data.open_source(part.source)))
+    taken = list(part.share(open_source(part.source)))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert 4 < len(taken) < 40 and peak < 400_000
@@ -175,7 +176,7 @@ def test_a_share_still_reports_a_file_that_cannot_be_read(tmp_path):
 @pytest.mark.parametrize("name", ["sft_mixture", "rl_mixture"])
 def test_the_shipped_mixtures_name_known_kinds(name, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="not set"):
-        list(parts(str(ROOT / "runs" / f"{name}.toml")))
+        parse_source(str(ROOT / "runs" / f"{name}.toml"))
     for variable in [
         "COLD",
         "OMNI3D",
@@ -191,7 +192,7 @@ def test_the_shipped_mixtures_name_known_kinds(name, monkeypatch, tmp_path):
         "SPAR",
     ]:
         monkeypatch.setenv(variable, str(tmp_path))
-    found = list(parts(str(ROOT / "runs" / f"{name}.toml")))
+    found = parse_source(str(ROOT / "runs" / f"{name}.toml"))
     assert len(found) == {"sft_mixture": 12, "rl_mixture": 2}[name]
     # the rest are benchmarks'
     train = {"omni3d": "_train.json@", "ca1m": "/train", "spar": "/train"}

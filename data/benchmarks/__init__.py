@@ -24,6 +24,7 @@ import csv
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 from data import BadRows, say
@@ -104,7 +105,7 @@ def load(name: str, root=None, path: str = "both", skip_bad_rows: bool = False) 
 
 def all_records(files: list[Path]) -> Iterator[tuple[Path, int, dict | Bad]]:
     """Yield (file, number in it, row or what is wrong with it)."""
-    readers = {".parquet": parquet_rows, ".tsv": tsv_rows}
+    readers = {".parquet": partial(parquet_rows, field="file"), ".tsv": tsv_rows}
     for file in files:
         read = readers.get(file.suffix, records)
         for number, record in read(file):

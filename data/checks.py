@@ -1,0 +1,273 @@
+"""What makes a row unusable, whatever its source: `check` finds it, with the headers of `measure`.
+
+Headers are read in a pool of threads (Pillow decodes outside of Python's lock), and what is sound
+is remembered by path, size and time of its file.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from pydantic import TypeAdapter
+
+from data.marks import DepthMap, Marked
+from data.rows import RELATIVE, Header, Headers, file_of
+from srreal import PATHS, Example
+
+# A chat template's token would end a turn, or stand for an image; boxes may be written in them.
+CONTROL = re.compile(r"<\|(?!(?:object_ref|box|quad)_)\w+\|>")
+
+Problems = Iterator[tuple[str, str]]  # (field, reason)
+
+
+def check(example: Example, headers: Headers, seen: set) -> list[tuple[str, str]]:
+    """Return (field, reason) of all that makes an Example unusable.
+
+    seen holds the (id, path) of those before it; this one's is added.
+    """
+    sizes = [size_of(image, headers) for image in example.images]
+    problems = []
+    key = (example.id, example.path)
+    if key in seen:
+        problems.append(("id", f"duplicate: {example.id} on path {example.path}"))
+    seen.add(key)
+    problems += check_texts(example)
+    problems += check_images(sizes)
+    problems += check_depths(example, sizes, headers)
+    problems += check_numbers(example)
+    problems += check_views(example)
+    for mention, truth in example.objects.items():
+        problems += check_object(mention, truth, len(sizes))
+    problems += check_regions(example, sizes)
+    return problems
+
+
+def size_of(image, headers: Headers) -> tuple[int, int] | str:
+    """Return (width, height) of an image or depth map, or what is wrong with its file."""
+    file = image.source if isinstance(image, Marked | DepthMap) else image
+    header = headers[file] if isinstance(file, str) else None
+    if isinstance(header, str):
+        return header
+    if isinstance(image, np.ndarray):
+        return image.shape[::-1]
+    if header is None or isinstance(image, DepthMap):
+        return image.size
+    return header[:2]
+
+
+def check_texts(example: Example) -> Problems:
+    if example.path not in PATHS:
+        yield "path", f"unknown path: {example.path!r}, not one of {', '.join(PATHS)}"
+    if not example.answer.strip():
+        yield "answer", f"unknown answer kind: {example.answer!r}"
+    for field in ("question", "answer", "rationale"):
+        text = getattr(example, field) or ""
+        tokens = CONTROL.findall(text)
+        if tokens:
+            yield field, f"control token: {tokens[:1]}"
+        if field != "question" and "<mask>" in text:
+            yield field, "<mask>: only a question has regions"
+    count = len(example.images)
+    places = example.question.count("<image>")
+    if places not in (0, count):
+        yield "question", f"<image> count: {places} for {count} images"
+
+
+def check_images(sizes: list) -> Problems:
+    if not sizes:
+        yield "images", "no image"
+    for size in sizes:
+        if isinstance(size, str):
+            yield "images", size
+        elif max(size) > 200 * min(size):  # the limit of Qwen-VL's processor
+            yield "images", f"too long and thin: {size}"
+
+
+def check_depths(example: Example, sizes: list, headers: Headers) -> Problems:
+    if example.depths is None:
+        return
+    if len(example.depths) != len(sizes):
+        yield "depths", f"wrong count: {len(example.depths)} for {len(sizes)} images"
+    for depth, size in zip(example.depths, sizes, strict=False):
+        if depth is None:
+            continue
+        found = size_of(depth, headers)
+        if isinstance(found, str):
+            yield "depths", found
+        elif not isinstance(size, str) and found != size:
+            yield "depths", f"wrong size: {found}, not {size}"
+    for depth in example.depths:
+        file = file_of(depth)
+        header = headers[file] if isinstance(file, str) else None
+        if isinstance(header, Header) and not header.mode.startswith("I"):
+            yield "depths", f"wrong mode: {header.mode}, not a 16-bit PNG"
+
+
+def check_numbers(example: Example) -> Problems:
+    """Check cameras, sizes of objects, and the view that is asked for."""
+    count = len(example.images)
+    if example.intrinsics is not None:
+        if len(example.intrinsics) != count:
+            yield "intrinsics", f"wrong count: {len(example.intrinsics)} for {count} images"
+        for camera in example.intrinsics:
+            if camera and not (is_finite(camera) and min(camera[:2]) > 0):
+                yield "intrinsics", f"not finite and positive: {camera}"
+    for mention, size in (example.sizes or {}).items():
+        if size and not (is_finite(size) and min(size) > 0):
+            yield "sizes", f"not finite and positive: {mention}: {size}"
+    if example.frame is not None and not 0 <= example.frame < count:
+        yield "frame", f"no such view: {example.frame} of {count}"
+
+
+def is_finite(values) -> bool:
+    return all(map(math.isfinite, values))
+
+
+def check_views(example: Example) -> Problems:
+    """Check that it is clear which view each centre is of, and that dtr has one to detect."""
+    truths = example.objects.values()
+    by_view = [truth for truth in truths if isinstance(truth, dict)]
+    has_plain = len(by_view) < len(truths)
+    count = len(example.images)
+    frame = example.frame
+    if has_plain and by_view:
+        yield "objects", "some by view, some not"
+    if example.path != "dtr":
+        return
+    if has_plain and count > 1 and frame is None:
+        yield "objects", f"in which of {count} views?"
+    if by_view and frame is not None and not any(frame in views for views in by_view):
+        yield "objects", f"none has a centre in the view asked for: {frame}"
+
+
+def check_object(mention: str, truth: tuple | dict, count: int) -> Problems:
+    views = truth if isinstance(truth, dict) else {0: truth}
+    centres = views.values()
+    if not centres or not all(len(centre) == 3 and is_finite(centre) for centre in centres):
+        yield "objects", f"not finite: {mention}: {truth}"
+    elif max(abs(value) for centre in centres for value in centre) > 1000:
+        yield "objects", f"farther than 1000 m, so in millimetres?: {mention}: {truth}"
+    if not all(view in range(count) for view in views):
+        yield "objects", f"no such view: {mention}: {truth}"
+
+
+def check_regions(example: Example, sizes: list) -> Problems:
+    masks = example.question.count("<mask>")
+    if masks != len(example.regions):
+        yield "regions", f"<mask> count: {masks} for {len(example.regions)} regions"
+    for image, region in example.regions:
+        if not 0 <= image < len(sizes):
+            yield "regions", f"no such image: {image}"
+            continue
+        size = sizes[image]
+        if isinstance(size, str):  # the image has been named
+            continue
+        if isinstance(region, np.ndarray):
+            reason = wrong_mask(region, size)
+        else:
+            reason = wrong_box(region, size)
+        if reason is not None:
+            yield "regions", reason
+
+
+def wrong_mask(mask: np.ndarray, size: tuple[int, int]) -> str | None:
+    if mask.shape != size[::-1] or not mask.any():
+        return f"empty or odd mask: {mask.shape}"
+    return None
+
+
+def wrong_box(box: tuple, size: tuple[int, int]) -> str | None:
+    x0, y0, x1, y1 = box
+    if not (x0 < x1 and y0 < y1):  # also of nan
+        return f"empty: {box}"
+    if max(box) <= 1 < min(size):
+        return f"in fractions of the image, not pixels?: {box}"
+    if min(x0, y0) >= 0 and x1 <= size[0] and y1 <= size[1]:
+        return None
+    reason = f"outside its image: {box}, of {size}"
+    if min(box) >= 0 and max(box) <= 1000:
+        reason += " (or in 1/1000 of it, not pixels?)"
+    return reason
+
+
+# ---- headers of files, read once
+
+# file -> (bytes, time of change, width, height, mode)
+KNOWN = TypeAdapter(dict[str, tuple[int, int, int, int, str]])
+
+
+def measure(files: list[str], decoded: int = 20_000) -> Headers:
+    """Return the header of each file, or what is wrong with it.
+
+    The first `decoded` files that aren't remembered as sound are decoded as well.
+    """
+    cache = cache_file()
+    known = read_cache(cache)
+    stamps = {file: stamp(file) for file in files}
+    headers = {}
+    fresh = []
+    for file in files:
+        if file in known and known[file][:2] == stamps[file]:
+            headers[file] = Header(*known[file][2:])
+        else:
+            fresh.append(file)
+    decode = [index < decoded for index in range(len(fresh))]
+    with ThreadPoolExecutor() as pool:
+        headers |= zip(fresh, pool.map(read_header, fresh, decode), strict=True)
+    for file in fresh[:decoded]:
+        if isinstance(headers[file], Header):
+            known[file] = (*stamps[file], *headers[file])
+    write_cache(cache, known)
+    return headers
+
+
+def stamp(file: str) -> tuple[int, int] | None:
+    """Return what changes with a file's content; None where there is no file."""
+    if not os.path.isfile(file):
+        return None
+    status = os.stat(file)
+    return status.st_size, status.st_mtime_ns
+
+
+def read_header(file: str, decode: bool) -> Header | str:
+    try:
+        with Image.open(file) as image:
+            if decode:
+                image.load()
+                largest = image.getextrema()[1] if image.mode.startswith("I") else 0
+                if 0 < largest < 100:
+                    return f"depth in metres, not millimetres?: {file}: at most {largest}"
+            relative = image.info.get("kind") == RELATIVE
+            return Header(*image.size, RELATIVE if relative else image.mode)
+    except FileNotFoundError:
+        return f"missing file: {file} (kind:path@image_root says where the images of a set lie)"
+    except Exception as error:  # Pillow raises all sorts on bad bytes
+        return f"corrupt file: {file}: {error}"
+
+
+def cache_file() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home, "sr-real", "images.json")
+
+
+def read_cache(cache: Path) -> dict:
+    """Return what is remembered; nothing where the file is damaged, or of another version."""
+    with suppress(OSError, ValueError):
+        return KNOWN.validate_json(cache.read_bytes(), strict=True)
+    return {}
+
+
+def write_cache(cache: Path, known: dict) -> None:
+    with suppress(OSError):  # no home to write to: no cache
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        # Whole or not at all, also where many ranks write it.
+        part = cache.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps(known))
+        os.replace(part, cache)

@@ -1,0 +1,135 @@
+"""The kinds of sets that can be read: one entry in SOURCES each, with its reader.
+
+A source is a path, `kind:path`, or `kind:path@image_root` where the images lie elsewhere. Where no
+kind is said, the names of the files or the first row's fields tell.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.rows import BadSource, MissingFile, Row, first_byte, records
+from data.schema import own_rows
+from data.sets.ca1m import ca1m_rows
+from data.sets.llava import llava_rows
+from data.sets.omni3d import omni3d_rows
+from data.sets.refcoco import refcoco_rows
+from data.sets.spar import spar_rows
+from data.sets.spar_marks import MARKS
+from data.sets.spatialrgpt import spatialrgpt_rows
+from data.sets.srreal import srreal_rows
+
+
+def has(*fields: str) -> Callable[[dict], bool]:
+    """Return a function that tells whether a row has all of these fields."""
+    return lambda row: row.keys() >= {*fields}
+
+
+is_spar = has("conversations", "type", "image")
+
+
+def is_srreal(row: dict) -> bool:
+    if "conversations" not in row:
+        return False
+    if row.keys() & {"3d_pos", "cot", "main_frame_idx"}:
+        return True
+    if "</think>" in str(row["conversations"]):
+        return True
+    # Its plainest rows have SPAR's marks, but not all of SPAR's other fields.
+    return bool(row.keys() & MARKS.keys()) and not is_spar(row)
+
+
+@dataclass(frozen=True)
+class Source:
+    """How a kind of set is read and, where its kind is not said, recognised."""
+
+    read: Callable[[Path, str | None], Iterator[Row]]  # (path, image root or None) -> rows
+    folder: tuple[str, ...] = ()  # a folder in which one of these patterns is found is of this kind
+    row: Callable[[dict], bool] | None = None  # whether a file is, by its first row
+
+
+# The first that fits counts.
+SOURCES = {
+    "scenes": Source(own_rows, folder=("rows.jsonl",)),
+    "srreal": Source(srreal_rows, row=is_srreal),
+    "spar": Source(spar_rows, folder=("qa_jsonl", "**/qa_jsonl"), row=is_spar),
+    "spatialrgpt": Source(spatialrgpt_rows, row=has("conversations", "filename")),
+    "omni3d": Source(omni3d_rows),
+    "ca1m": Source(ca1m_rows, folder=("**/*.wide",)),
+    "llava": Source(llava_rows, row=has("conversations")),
+    "refcoco": Source(refcoco_rows, folder=("**/*.parquet",), row=has("bbox", "answer")),
+}
+
+
+def open_source(source: str) -> Iterator[Row]:
+    """Return the rows of a source, which are read as they are asked for."""
+    kind, colon, path = source.partition(":")
+    # What exists as a path is not taken apart.
+    if not colon or os.path.exists(source):
+        kind = None
+        path = source
+    elif kind not in SOURCES:
+        raise BadSource(f"unknown kind {kind!r} in {source!r}: one of {', '.join(SOURCES)}")
+    root = None
+    if "@" in path and not os.path.exists(path):
+        path, _, root = path.rpartition("@")
+    if not os.path.exists(path):
+        raise MissingFile(f"no such file or folder: {path} (of source {source!r})")
+    if root is not None:
+        if not os.path.isdir(root):
+            raise MissingFile(
+                f"no such folder of images: {root} (what stands behind the @ of {source!r})"
+            )
+        root = os.path.abspath(root)
+    if kind == "srreal" and os.path.isfile(os.path.join(path, "rows.jsonl")):
+        # SR-REAL's released rows, or what data.coldstart made of them in our own format.
+        kind = "scenes"
+    if kind is None:
+        kind = recognise(Path(path))
+    return SOURCES[kind].read(Path(path), root)
+
+
+def recognise(path: Path) -> str:
+    """Return the kind of a path that says none."""
+    if path.is_dir():
+        for kind, source in SOURCES.items():
+            if any(holds(path, pattern) for pattern in source.folder):
+                return kind
+        found = (file for file in sorted(path.rglob("*.json*")) if file.is_file())
+        path = next(found, path)
+    if path.suffix == ".parquet":
+        return "refcoco"
+    if path.suffix not in (".json", ".jsonl"):
+        raise MissingFile(
+            f"{path}: neither a folder with rows.jsonl (a whole set) nor a .json or .jsonl file"
+        )
+    start = first_byte(path)
+    if not start:
+        return "llava"  # its reader names an empty file
+    if path.suffix == ".json" and start == b"{":
+        kind = recognise_object(path)
+        if kind is not None:
+            return kind
+    rows = (row for _, row in records(path) if isinstance(row, dict))
+    return recognise_row(next(rows, {}))
+
+
+def holds(folder: Path, pattern: str) -> bool:
+    return next(folder.glob(pattern), None) is not None
+
+
+def recognise_object(file: Path) -> str | None:
+    """Return the kind of a file that is one JSON object, by its start; None: a single row."""
+    with open(file, errors="replace") as stream:
+        start = stream.read(4096)
+    if '"conversations"' in start:
+        return None
+    return "spar" if '"annotation"' in start else "omni3d"
+
+
+def recognise_row(row: dict) -> str:
+    for kind, source in SOURCES.items():
+        if source.row is not None and source.row(row):
+            return kind
+    return "scenes"
