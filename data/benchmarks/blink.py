@@ -10,10 +10,10 @@ from data.benchmarks.schema import (
     Item,
     Row,
     by_sample,
-    by_task,
     equal,
     letter,
     mean,
+    means,
     only_letters,
 )
 
@@ -35,8 +35,8 @@ def read(row: Row) -> Iterator[Item]:
 
 def aggregate(pairs: list) -> dict[str, float]:
     rows = by_sample(pairs)
-    overall = mean(by_task(pairs).values())
-    return rows | {"overall": overall, "overall_samples": rows["overall"]}
+    tasks = means(pairs, lambda example: example.task)
+    return rows | {"overall": mean(tasks.values()), "overall_samples": rows["overall"]}
 
 
 BLINK = Benchmark(

@@ -251,12 +251,9 @@ def averages(table: dict[str, float], groups: dict[str, Iterable[str]]) -> dict[
     return found
 
 
-def by_task(pairs: list) -> dict[str, float]:
-    return means(pairs, lambda example: example.task or None)
-
-
 def by_sample(pairs: list) -> dict[str, float]:
-    return {"overall": mean(value for _, value in pairs)} | by_task(pairs)
+    tasks = means(pairs, lambda example: example.task or None)
+    return {"overall": mean(value for _, value in pairs)} | tasks
 
 
 def source(example: Example) -> str:

@@ -52,7 +52,7 @@ def rle(code: dict, shape: tuple[int, int]) -> np.ndarray:
     if code.get("size") == [height, width]:
         mask = decode(code.get("counts"), height, width)
     if mask is None:
-        reason = f"wrong size or counts: {code.get('size')} for an image of {width} x {height}"
+        reason = f"wrong size or counts: {code.get('size')} for an image of {height} x {width}"
         raise Bad("rle", reason)
     return mask.astype(bool)
 
