@@ -23,8 +23,10 @@ import eval as evaluation
 import trainer
 from data import BadRows, benchmarks
 from data.benchmarks.answers import mra, read_number
+from data.benchmarks.schema import Benchmark, Item, by_sample, equal
 from data.boxes import box_iou
 from data.scenes import furnish, render, scene
+from errors import UserError
 from model import tiny
 from srreal import Example
 
@@ -630,6 +632,54 @@ def test_a_bad_row_is_named(tmp_path):
         benchmarks.load("embspatial", tmp_path)
 
 
+def mine(folder: Path, monkeypatch, column: str) -> str:
+    """A forker's benchmark: one reader, one entry in the registry."""
+
+    def read(row):
+        counts = {"chairs": 2}
+        yield Item(
+            row.text("id"), row.images("image"), row.text("answer"), "", f"{counts[column]}?"
+        )
+
+    entry = Benchmark(
+        hub="me/mine",
+        rows=2,
+        files=("*.jsonl",),
+        read=read,
+        official=equal,
+        aggregate=by_sample,
+        others=("a model", "its report", {"overall": 50.0}),
+    )
+    monkeypatch.setitem(benchmarks.BENCHMARKS, "mine", entry)
+    rows = [dict(id=k, image=base64.b64encode(png(k)).decode(), answer="AB"[k]) for k in range(2)]
+    folder.mkdir(exist_ok=True)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def test_a_benchmark_is_one_reader_and_one_entry(tmp_path, monkeypatch, capsys):
+    root = mine(tmp_path / "set", monkeypatch, "chairs")
+    got = benchmarks.load("mine", root)
+    assert [(e.id, e.question, e.answer) for e in got] == [("0", "2?", "A"), ("1", "2?", "B")]
+    scores = benchmarks.score("mine", [(got[0], "A"), (got[1], "no idea at all, sorry")], "robust")
+    assert scores == {"overall": 50, "unparsed": 50}
+    stand_in(monkeypatch, lambda e: e.answer)
+    config = evaluation.Config("m", (root,), benchmark="mine", path="direct", out=str(tmp_path))
+    assert evaluation.main(config)["benchmark"]["direct"]["official"]["overall"] == 100
+    assert "a model (its report)" in capsys.readouterr().out
+
+
+def test_a_bug_in_a_reader_keeps_its_traceback(tmp_path, monkeypatch):
+    """A typo of its author is no fault of the data; a column that a row lacks is, and is named."""
+    root = mine(tmp_path / "set", monkeypatch, "chiars")
+    for skip in (False, True):
+        with pytest.raises(KeyError, match="chiars"):
+            benchmarks.load("mine", root, skip_bad_rows=skip)
+    (Path(root) / "rows.jsonl").write_text('{"id": 1, "answer": "A"}\n')
+    with pytest.raises(BadRows, match="rows.jsonl:1: image: missing; there are id, answer"):
+        benchmarks.load("mine", root)
+
+
 def test_bad_rows_can_be_left_out_and_are_counted_by_file(tmp_path, capsys):
     rows = [
         dict(
@@ -661,8 +711,9 @@ def test_bad_rows_can_be_left_out_and_are_counted_by_file(tmp_path, capsys):
 def test_where_it_was_looked_for(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"sat: no \*\*/SAT_test\*.parquet or .* in "):
         benchmarks.load("sat", tmp_path)
-    with pytest.raises(FileNotFoundError, match="nor a hub id: /no/where/at/all"):
+    with pytest.raises(FileNotFoundError, match="nor a hub id: /no/where/at/all") as error:
         benchmarks.load("sat", "/no/where/at/all")
+    assert isinstance(error.value, UserError)
     with pytest.raises(ValueError, match="unknown benchmark 'spa': one of spar-bench, "):
         benchmarks.load("spa")
 

@@ -16,9 +16,8 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-
-import numpy as np
 
 from data.benchmarks.answers import mra, read_number, read_text, robust
 from data.benchmarks.schema import TEST, Benchmark, Item, Row, averages, inside, mean, means
@@ -39,7 +38,6 @@ HIGH = [f"spatial_imagination_{kind}" for kind in KINDS]
 HIGH += ["distance_infer_center_oo", "distance_infer_center_oo_mv"]
 HIGH += [f"obj_spatial_relation_{kind}" for kind in ("oo", "oc_mv", "oo_mv")]
 LEVELS = {"Low": LOW, "Middle": MIDDLE, "High": HIGH}
-LEVEL_OF = {task: level for level, tasks in LEVELS.items() for task in tasks}
 
 # ---- Rows
 
@@ -146,17 +144,18 @@ def cameras(row: Row, images: list[Marked]) -> list | None:
     """Return (fx, fy, cx, cy) of each image, from matrices of sixteen numbers; one may do for all."""
     if not row.has("intrinsic_color"):
         return None
-    numbers = row.value("intrinsic_color")
-    if matches(numbers, list[float]):
-        numbers = [numbers] * len(images)
-    if not matches(numbers, list[list[float]]) or {len(one) for one in numbers} != {16}:
-        raise Bad("intrinsic_color", f"no matrix of sixteen numbers: {numbers!r:.50}")
-    if len(numbers) != len(images):
-        numbers = numbers[:1] * len(images)
+    matrices = row.value("intrinsic_color")
+    if matches(matrices, list[float]):
+        matrices = [matrices]
+    if not matches(matrices, list[list[float]]) or set(map(len, matrices)) != {16}:
+        raise Bad("intrinsic_color", f"no matrix of sixteen numbers: {matrices!r:.50}")
+    if len(matrices) != len(images):
+        matrices = matrices[:1] * len(images)
     stated = SCANNET if row.columns.get("source") == "scannet" else None
     found = []
-    for matrix, image in zip(numbers, images, strict=True):
-        found.append(pinhole(np.reshape(matrix, (4, 4)).tolist(), image.size, stated))
+    for matrix, image in zip(matrices, images, strict=True):
+        lines = [matrix[:4], matrix[4:8]]
+        found.append(pinhole(lines, image.size, stated))
     return found
 
 
@@ -225,13 +224,19 @@ def own(response: str, example: Example) -> float | None:
 def aggregate(pairs: list) -> dict[str, float]:
     """Average over tasks, as published; `_samples` and the splits weigh by sample, as SR-REAL."""
     tasks = means(pairs, lambda example: example.task)
-    levels = means(pairs, lambda example: LEVEL_OF[example.task])
-    samples = {f"{level}_samples": value for level, value in levels.items()}
+    levels = means(pairs, level)
+    samples = {f"{name}_samples": value for name, value in levels.items()}
     out = {"overall": mean(tasks.values())}
     out |= averages(tasks, LEVELS)
     out |= samples
     out["overall_samples"] = mean(value for _, value in pairs)
     return out | means(pairs, split) | tasks
+
+
+def level(example: Example) -> str:
+    if example.task in LOW:
+        return "Low"
+    return "Middle" if example.task in MIDDLE else "High"
 
 
 def split(example: Example) -> str:
@@ -253,14 +258,9 @@ SPAR_BENCH = Benchmark(
     others=("Qwen2.5-VL-7B", "SPAR's readme", FULL),
     beside=region_prompts,
 )
-TINY = Benchmark(
+TINY = replace(
+    SPAR_BENCH,
     hub="jasonzhango/SPAR-Bench-Tiny",
     rows=1000,
-    files=(TEST,),
-    read=read,
-    official=official,
-    robust=own,
-    aggregate=aggregate,
     others=("Qwen2.5-VL-72B", "SPAR's readme", {"overall": 39.40}),
-    beside=region_prompts,
 )

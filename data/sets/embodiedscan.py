@@ -17,7 +17,7 @@ nothing else."""
 import builtins
 import pickle
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -71,49 +71,47 @@ class Restricted(pickle.Unpickler):
         raise pickle.UnpicklingError(reason)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Scene:
-    """A scan of ScanNet: its N objects in an axis-aligned world."""
+    """A scan of ScanNet, and its N objects in an axis-aligned world."""
 
     align: np.ndarray  # (4, 4): the scan's world -> the axis-aligned world
     camera: list  # the colour camera's matrix, of 1296 x 968
     boxes: np.ndarray  # (N, 9): centre, size, angles
     labels: list[str]
-    points: np.ndarray  # (N, 9, 3) of `points_of`
+
+    @cached_property
+    def points(self) -> np.ndarray:
+        """(N, 9, 3): the corners and the centre of each box, worked out when a row asks."""
+        return points_of(self.boxes)
 
 
 # The sources of a mixture look into one file, and unpickling it takes longer than reading their rows.
 @lru_cache(2)
 def read(file: Path, changed: int) -> dict[str, Scene]:
     """Return the scenes of ScanNet by name. changed: when, in ns, so that no older copy is taken."""
-    wanted = f"{file}: not EmbodiedScan's annotations"
     try:
         with open(file, "rb") as stream:
             content = Restricted(stream).load()
-    except Exception as error:  # a damaged pickle raises all sorts
-        raise BadSource(f"{wanted}: {type(error).__name__}: {error}") from error
-    try:
-        parsed = parse(content)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise BadSource(f"{wanted}: {type(error).__name__}: {error}") from error
-    scenes = {}
-    for name, (align, camera, boxes, labels) in parsed.items():
-        scenes[name] = Scene(align, camera, boxes, labels, points_of(boxes))
-    return scenes
+        return scenes_in(content)
+    except Exception as error:  # pickle raises all sorts; scenes_in looks up, no more
+        reason = f"{type(error).__name__}: {error}"
+        raise BadSource(f"{file}: not EmbodiedScan's annotations: {reason}") from error
 
 
-def parse(content) -> dict[str, tuple]:
-    """Return name -> (align, camera, boxes, labels) of ScanNet's scenes. It looks up, no more."""
+def scenes_in(content: dict) -> dict[str, Scene]:
     names = {label: name for name, label in content["metainfo"]["categories"].items()}
     scenes = {}
     for scene in content["data_list"]:
         if not str(scene["sample_idx"]).startswith("scannet/"):
             continue
-        align = np.asarray(scene["axis_align_matrix"], float).reshape(4, 4)
-        camera = np.asarray(scene["cam2img"], float)[:3, :3].tolist()
-        boxes = np.asarray([item["bbox_3d"] for item in scene["instances"]], float)
-        labels = [names.get(item["bbox_label_3d"], "object") for item in scene["instances"]]
-        scenes[scene["sample_idx"]] = align, camera, boxes.reshape(-1, 9), labels
+        instances = scene["instances"]
+        scenes[scene["sample_idx"]] = Scene(
+            np.asarray(scene["axis_align_matrix"], float).reshape(4, 4),
+            np.asarray(scene["cam2img"], float)[:3, :3].tolist(),
+            np.asarray([item["bbox_3d"] for item in instances], float).reshape(-1, 9),
+            [names.get(item["bbox_label_3d"], "object") for item in instances],
+        )
     return scenes
 
 
@@ -128,17 +126,20 @@ def rotation(angles) -> np.ndarray:
 
     So do Open3D and PyTorch3D read EmbodiedScan's.
     """
-    a, b, c = np.transpose(angles)
-    zero = np.zeros(len(angles))
-    one = np.ones(len(angles))
+    z, x, y = np.transpose(angles)
+    return about(2, z) @ about(0, x) @ about(1, y)
 
-    def stack(*rows) -> np.ndarray:
-        return np.moveaxis(np.array(rows), -1, 0)
 
-    z = stack((np.cos(a), -np.sin(a), zero), (np.sin(a), np.cos(a), zero), (zero, zero, one))
-    x = stack((one, zero, zero), (zero, np.cos(b), -np.sin(b)), (zero, np.sin(b), np.cos(b)))
-    y = stack((np.cos(c), zero, np.sin(c)), (zero, one, zero), (-np.sin(c), zero, np.cos(c)))
-    return z @ x @ y
+def about(axis: int, angle: np.ndarray) -> np.ndarray:
+    """Return (N, 3, 3) rotations about an axis of the coordinates."""
+    i = (axis + 1) % 3
+    j = (axis + 2) % 3
+    matrix = np.zeros((len(angle), 3, 3))
+    matrix[:, axis, axis] = 1
+    matrix[:, i, i] = matrix[:, j, j] = np.cos(angle)
+    matrix[:, j, i] = np.sin(angle)
+    matrix[:, i, j] = -matrix[:, j, i]
+    return matrix
 
 
 def points_of(boxes: np.ndarray) -> np.ndarray:

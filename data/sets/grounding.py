@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from data.rows import Bad, Row, depth_map, size
+from data.rows import Bad, Headers, Row, depth_map, size
 from data.sets.regions import clip
 from srreal import Example
 
@@ -62,9 +62,9 @@ def questions(file: Path, number: int, view: View, things: list[Thing]) -> Itera
         yield Row(str(file), number, key, partial(ask, key, what, view, some), files)
 
 
-def ask(key: str, what: str, view: View, things: list[Thing], sizes: dict) -> list[Example]:
-    """Return the Example of a question. sizes: file -> (width, height, mode)."""
-    shape = size(view.image, sizes)
+def ask(key: str, what: str, view: View, things: list[Thing], headers: Headers) -> list[Example]:
+    """Return the Example of a question."""
+    shape = size(view.image, headers)
     # Of another size, neither boxes nor camera are of this file.
     if shape != view.shape:
         stated = f"the file has {shape}, the set says {view.shape}"
@@ -72,7 +72,7 @@ def ask(key: str, what: str, view: View, things: list[Thing], sizes: dict) -> li
     by_mention = {f"region {k}": thing for k, thing in enumerate(things, 1)}
     regions = ", ".join(f"{mention} <mask>" for mention in by_mention)
     answer = [line(what, mention, thing) for mention, thing in by_mention.items()]
-    depth = depth_map(view.depth, shape, sizes)
+    depth = depth_map(view.depth, shape, headers)
     return [
         Example(
             key,

@@ -15,6 +15,7 @@ from data.marks import Marked
 from data.parquet import parquet_rows
 from data.rows import (
     Bad,
+    Headers,
     Notes,
     Row,
     broken,
@@ -90,17 +91,16 @@ class Reference:
     words: str
     bbox: list  # x, y, width, height in pixels
 
-    def examples(self, sizes: dict) -> list[Example]:
-        """Return its Example. sizes: file -> (width, height, mode)."""
+    def examples(self, headers: Headers) -> list[Example]:
         image = self.source
         if isinstance(image, str):
-            shape = size(image, sizes)
+            shape = size(image, headers)
         else:
             image = Marked(image)
             shape = size_of_bytes(image)
         corners = clip(self.corners(shape), shape)
         numbers = ",".join(f"{v:.2f}" for v in corners)
-        depths = [depth_map(self.depth, shape, sizes)] if self.depth else None
+        depths = [depth_map(self.depth, shape, headers)] if self.depth else None
         return [
             Example(
                 self.key,

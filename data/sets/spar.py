@@ -16,37 +16,35 @@ Departures: boxes are in pixels of their own image, where the official code take
 size for all."""
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 from data.rows import (
     Bad,
     BadSource,
+    Headers,
     MissingFile,
     Notes,
     Row,
-    depth_map,
     each,
     files_of,
-    maps_of,
+    matches,
     matrix,
     pinhole,
-    size,
     turns,
     typed,
 )
 from data.sets.embodiedscan import SCANNET, Scenes
+from data.sets.files import Files, depths_of, files_of_row, sizes_of
 from data.sets.spar_marks import FIRST, MARKS, VIEWS, insert_masks, marked, marks_of
 from srreal import Example
 
 VIDEO = re.compile(r"_video|^(?:obj_frame_locate|appearance_order|room_size|obj_count|nav)$")
 REQUIRED = {"conversations": list[dict[str, str]], "image": list[str], "type": str}
 OPTIONAL = MARKS | VIEWS | {"id": str | int, "depth": list[str]}
-ENTRY = {"annotation": str, "root": str}
 
 
 # ---- Files
@@ -121,12 +119,10 @@ def read_index(path: Path) -> dict:
         index = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise BadSource(f"{wanted}: {error}") from error
-    if not isinstance(index, dict):
+    whole = matches(index, dict[str, dict])
+    if not whole or not all(entry.keys() >= {"annotation", "root"} for entry in index.values()):
         raise BadSource(f"{wanted}: {index!r:.60}")
-    try:
-        return {name: typed(entry, ENTRY, {}) for name, entry in index.items()}
-    except Bad as error:
-        raise BadSource(f"{wanted}: {error}") from error
+    return index
 
 
 # ---- Rows
@@ -137,13 +133,10 @@ def build(base: str, notes: Notes, scenes, file: Path, number: int, row: dict) -
     row = typed(row, REQUIRED, OPTIONAL)
     if VIDEO.search(row["type"]):
         raise Bad("type", f"a question about a video: {row['type']}")
-    images = [os.path.join(base, name) for name in row["image"]]
-    depths = [os.path.join(base, name) for name in row.get("depth", ())]
-    if depths and len(depths) != len(images):
-        raise Bad("depth", f"wrong count: {len(depths)} for {len(images)} images")
+    files = files_of_row(row, base, lacks_depths=True)
     key = f"{source_of(file)}/{row['type']}/{file.stem}/{row.get('id', '')}#{number}"
-    question = Question(key, row | {"image": images}, depths, notes, scenes)
-    yield Row(str(file), number, key, question.examples, question.files, notes=notes)
+    question = Question(key, row, files, notes, scenes)
+    yield Row(str(file), number, key, question.examples, files.all, notes=notes)
 
 
 def source_of(file: Path) -> str:
@@ -157,61 +150,45 @@ def source_of(file: Path) -> str:
 
 @dataclass
 class Question:
-    """A row that may be taken: what it says, and its files, which are looked for when it is."""
+    """A row that may be taken."""
 
     key: str
     row: dict
-    named_depths: list[str]
+    files: Files
     notes: Notes
     scenes: Scenes | None
 
-    @cached_property
-    def measured(self) -> list:
-        """The depth files that are there, or None, by image. SPAR-7M names but lacks them."""
-        if not self.named_depths:
-            return [None] * len(self.row["image"])
-        return [file if os.path.isfile(file) else None for file in self.named_depths]
-
-    @cached_property
-    def depths(self) -> list:
-        """The measured depth files, or estimated ones, or None, by image."""
-        return maps_of(self.measured, self.row["image"])
-
-    def files(self) -> tuple:
-        return (*self.row["image"], *filter(None, self.depths))
-
-    def examples(self, sizes: dict, occlusion: bool = True) -> list[Example]:
+    def examples(self, headers: Headers, occlusion: bool = True) -> list[Example]:
         """Return the question on path lor and, where its objects are known, on dtr.
 
-        sizes: file -> (width, height, mode). occlusion: whether depth has to show the objects.
+        occlusion: whether depth has to show the objects.
         """
         (question, answer), *more = turns(self.row)
         if more:
             raise Bad("conversations", f"wrong count: {1 + len(more)} turns")
-        files = self.row["image"]
-        shapes = [size(file, sizes) for file in files]
+        images = self.files.images
+        several = len(images) > 1
+        shapes = sizes_of(images, headers)
         marks = marks_of(self.row)
-        question, masks = insert_masks(question, marks, len(files) > 1)
-        depths = None
-        if any(self.depths):
-            depths = [depth_map(d, s, sizes) for d, s in zip(self.depths, shapes, strict=True)]
-        cameras = [intrinsics(f, s, self.notes) for f, s in zip(files, shapes, strict=True)]
+        question, masks = insert_masks(question, marks, several)
+        cameras = [intrinsics(*pair, self.notes) for pair in zip(images, shapes, strict=True)]
         lor = Example(
             id=self.key,
             path="lor",
-            images=marked(files, marks),
+            images=marked(images, marks),
             question=question,
             answer=answer,
             task=self.row["type"],
-            depths=depths,
+            depths=depths_of(self.files.depths, shapes, headers),
             intrinsics=cameras if any(cameras) else None,
             regions=[(mark.view, mark.pixels(shapes[mark.view])) for mark in masks],
-            frame=0 if len(files) > 1 and FIRST.search(question) else None,
+            frame=0 if several and FIRST.search(question) else None,
         )
         if not (self.scenes and marks):
             return [lor]
         # An estimated depth cannot tell what is hidden.
-        truth = self.scenes.truth(files, shapes, marks, self.measured if occlusion else None)
+        depths = self.files.measured if occlusion else None
+        truth = self.scenes.truth(images, shapes, marks, depths)
         if not truth:
             return [lor]
         return [replace(lor, path=path, **truth) for path in ("lor", "dtr")]

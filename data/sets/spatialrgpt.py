@@ -16,11 +16,12 @@ a box that runs over the edge ends there; here, too."""
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 
-from data.rows import Bad, Row, each, estimated, size, typed
+from data.rows import Bad, Headers, Row, each, size, typed
+from data.sets.files import Files
 from data.sets.llava import OPTIONAL, Turn, turns_of
 from data.sets.regions import clip
 from srreal import UNITS, Example
@@ -60,23 +61,17 @@ class OpenImages:
         return next(filter(os.path.isfile, places), places[0])
 
 
-@dataclass
-class Picture:
-    """The image of a row, which is looked for once the row is taken; as llava's Files."""
+class Picture(Files):
+    """The image of a row: where it is in OpenImages is looked for once the row is taken."""
 
-    found_in: OpenImages
-    name: str
+    def __init__(self, folder: OpenImages, name: str):
+        self.folder = folder
+        self.name = name
+        self.named_depths = [None]
 
     @cached_property
     def images(self) -> list[str]:
-        return [self.found_in.find(self.name)]
-
-    @cached_property
-    def depths(self) -> list:
-        return [estimated(self.images[0])]
-
-    def all(self) -> tuple:
-        return tuple(filter(None, (*self.images, *self.depths)))
+        return [self.folder.find(self.name)]
 
 
 def spatialrgpt_rows(path: Path, root: str | None) -> Iterator[Row]:
@@ -98,14 +93,14 @@ def build(images: OpenImages, file: Path, number: int, row: dict) -> Iterator[Ro
         yield Row(str(file), number, turn.key, make, picture.all, path="direct")
 
 
-def both_paths(turn: Turn, sizes: dict) -> list[Example]:
+def both_paths(turn: Turn, headers: Headers) -> list[Example]:
     """Return the question on path direct and, where its answer is one length, on lor."""
     if "<mask>" in turn.answer:
         raise Bad("conversations", "<mask> in an answer")
     if turn.kind == "bbox":
-        shape = size(turn.files.images[0], sizes)
+        shape = size(turn.files.images[0], headers)
         turn = replace(turn, regions=[(view, clip(box, shape)) for view, box in turn.regions])
-    (direct,) = turn.direct(sizes)
+    (direct,) = turn.direct(headers)
     length = quantity(turn.answer)
     if length is None:
         return [direct]

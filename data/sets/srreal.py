@@ -23,8 +23,9 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
-from data.rows import Bad, Notes, Row, each, estimated, matches, set_name, size, turns, typed
-from data.sets.llava import OPTIONAL, REQUIRED, Files, depths_of, files_of_row
+from data.rows import Bad, Headers, Notes, Row, each, estimated, set_name, turns, typed
+from data.sets.files import Files, depths_of, files_of_row, sizes_of
+from data.sets.llava import OPTIONAL, REQUIRED
 from data.sets.regions import REGIONS, kind_of, placed
 from data.sets.spar_marks import FIRST, MARKS, VIEWS, Mark, insert_masks, marked, marks_of
 from srreal import Example, Parsed, parse
@@ -76,11 +77,10 @@ class Question:
     def all_files(self) -> tuple:
         return (*self.files.all(), *filter(None, self.estimated_depths))
 
-    def examples(self, sizes: dict) -> list[Example]:
-        """Return its Example. sizes: file -> (width, height, mode)."""
+    def examples(self, headers: Headers) -> list[Example]:
         row = self.row
         images = self.files.images
-        shapes = [size(image, sizes) for image in images]
+        shapes = sizes_of(images, headers)
         check_size(row, shapes[0])
         question, answer = one_turn(row)
         response = parse_answer(answer)
@@ -96,7 +96,7 @@ class Question:
                 marked(images, marks, stroke=5, outside=0),
                 question,
                 response.answer.strip() if response.answer else answer,
-                depths=depths_of(self.metric_depths(sizes), shapes, sizes),
+                depths=depths_of(self.metric_depths(headers), shapes, headers),
                 regions=regions,
                 objects=objects,
                 names=names,
@@ -106,16 +106,14 @@ class Question:
             )
         ]
 
-    def metric_depths(self, sizes: dict) -> list:
+    def metric_depths(self, headers: Headers) -> list:
         """Return the depth files, those of 8 bits replaced: the official code's have no unit."""
         depths = []
-        replaced = 0
         for file, other in zip(self.files.depths, self.estimated_depths, strict=True):
-            relative = file is not None and sizes[file][2:] == ("L",)
-            replaced += 1 if relative else 0
-            depths.append(other if relative else file)
-        if replaced:
-            self.notes.add("depth maps left out: 8 bits, so relative", replaced)
+            if file and headers[file][2:] == ("L",):
+                self.notes.add("depth maps left out: 8 bits, so relative")
+                file = other
+            depths.append(file)
         return depths
 
 
@@ -216,33 +214,30 @@ def truth(row: dict, response: Parsed, views: int) -> tuple[dict, dict]:
     labels = {}
     for key, place in row["3d_pos"].items():
         mention = key.replace("_", " ")
-        objects[mention], label = centre_and_label(key, place)
+        try:
+            objects[mention], label = centre_and_label(place)
+        except Bad as error:
+            ((field, reason),) = error.args[0]
+            raise Bad("3d_pos", f"wrong type or value: {key}: {field}: {reason}") from error
         labels[mention] = names.get(mention) or label or mention
     return objects, labels
 
 
-def centre_and_label(key: str, place) -> tuple[tuple | dict, str | None]:
+def centre_and_label(place) -> tuple[tuple | dict, str | None]:
     """Return an object's (x, y, z), or {view: (x, y, z)}, and its name of an entry of 3d_pos."""
-    if not isinstance(place, dict):
-        raise Bad("3d_pos", f"wrong type or value: {key}: {place!r:.50}")
+    place = typed(place, {}, {"all_frame_3d": dict[str, dict], "current_frame_3d": dict})
+    label = (place.get("current_frame_3d") or place).get("label")
     frames = place.get("all_frame_3d")
-    current = place.get("current_frame_3d") or place
-    if frames and not matches(frames, dict[str, dict]):
-        raise Bad("3d_pos", f"wrong type or value: {key}: all_frame_3d: {frames!r:.50}")
-    if not isinstance(current, dict):
-        raise Bad("3d_pos", f"wrong type or value: {key}: current_frame_3d: {current!r:.50}")
     if not frames:
-        return centre_of(key, place), current.get("label")
+        return centre_of(place), label
     centres = {}
-    for view, at in frames.items():
+    for view, frame in frames.items():
         if not view.isdecimal():
-            raise Bad("3d_pos", f"wrong type or value: {key}: no number of an image: {view}")
-        centres[int(view)] = centre_of(key, at)
-    return centres, current.get("label")
+            raise Bad("all_frame_3d", f"no number of an image: {view}")
+        centres[int(view)] = centre_of(frame)
+    return centres, label
 
 
-def centre_of(key: str, place: dict) -> tuple[float, ...]:
-    xyz = place.get("center_cam")
-    if not matches(xyz, list[float]):
-        raise Bad("3d_pos", f"wrong type or value: {key}: center_cam: {xyz!r:.50}")
+def centre_of(place: dict) -> tuple[float, ...]:
+    xyz = typed(place, {"center_cam": list[float]}, {})["center_cam"]
     return tuple(map(float, xyz))
