@@ -30,7 +30,7 @@ there is. How a number is computed (eval_table.py):
   (no depth)  the same of --again questions, asked once more without depth
               (predictions-no-depth.jsonl).
 
-A benchmark also gets its own table, by its published scorer and by ours (data/scorers.py), in per
+A benchmark also gets its own table, by its published scorer and by ours (data/benchmarks), in per
 cent; the last column is somebody else's figure, unless --limit or one task is asked for. What each
 answer got by both stands in predictions.jsonl (`official`, `robust`). Its --data is where it was
 downloaded to.
@@ -60,8 +60,8 @@ from tqdm import tqdm
 
 import data as datasets
 from data import benchmarks
+from data.boxes import box_iou, read_boxes_3d
 from data.marks import Marked
-from data.scorers import JUDGED, box_iou, judged_errors, read_boxes_3d
 from errors import UserError
 from eval_table import COLUMNS, print_table, summarise_paths
 from model.processor import BOX_2D, object_of, truths
@@ -82,7 +82,7 @@ class Config:
     model: str  # checkpoint directory or hub id
     # data sets (path or kind:path); of a benchmark: its directory or hub id
     data: tuple[str, ...] = ()
-    # a name of data/benchmarks.py, or one task of it: blink/Relative_Depth
+    # a name of data/benchmarks, or one task of it: blink/Relative_Depth
     benchmark: str | None = None
     path: Literal[(*PATHS, "both")] = "both"  # how to ask; both: lor and dtr
     limit: int | None = None  # at most so many questions (>= 1), the same ones for every model
@@ -496,8 +496,9 @@ def score_benchmark(config: Config, pairs: list[tuple[Example, dict]]) -> dict[s
         marks[scorer] = benchmarks.score(config.benchmark, texts, scorer=scorer)
         for pair, (_, row) in zip(texts, pairs, strict=True):
             row[scorer] = benchmarks.score(config.benchmark, [pair], scorer=scorer)["overall"]
-    if config.benchmark.startswith("spatialrgpt-bench"):
-        marks["errors"] = judged_errors(texts)
+    errors = benchmarks.BENCHMARKS[config.benchmark.partition("/")[0]].errors
+    if errors:
+        marks["errors"] = errors(texts)
     return marks
 
 
@@ -519,8 +520,8 @@ def print_benchmark(config: Config, path: str, marks: dict, asked: list[Example]
     if path == "dtr":
         with_regions = [example for example in asked if example.regions]
         print(f"  ({len(with_regions)} of {len(asked)} questions had regions)")
-    if name in JUDGED:
-        print(f"  ({JUDGED[name]})")
+    if benchmarks.BENCHMARKS[name].judged:
+        print(f"  ({benchmarks.BENCHMARKS[name].judged})")
 
 
 def main(config: Config) -> dict | None:

@@ -37,8 +37,8 @@ from tqdm import tqdm
 
 import data
 from data.arithmetic import equations, unknown_numbers, wrong
+from data.benchmarks.answers import said_text
 from data.rationale import centres, compute, is_teachable
-from data.scorers import said_text
 from errors import UserError
 from srreal import UNITS, Example, answer_score, number, parse, several_views, write_detect
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from data.arithmetic import NUMBER, by_sign, half_unit, rounded
-from data.scorers import OPTION
+from data.benchmarks.answers import OPTION
 from srreal import Example, number, parse, target, write_detect
 
 

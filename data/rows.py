@@ -1,4 +1,4 @@
-"""What all readers share: rows in bounded memory, checks of their types, names of files, regions.
+"""What all readers share: rows in bounded memory, checks of their types, names of files.
 
 A reader is a generator: from (path, image root or None) it yields a `Row` for each row of its
 files, cheaply and without opening an image. `Row.make` works out what the row says, after a mixture
@@ -20,7 +20,6 @@ from typing import Annotated, NamedTuple, Union, get_args, get_origin
 
 import ijson
 import numpy as np
-from PIL import Image, ImageDraw
 from pydantic import Field, Strict, TypeAdapter, ValidationError, WrapValidator
 
 from data.marks import DepthMap
@@ -427,65 +426,3 @@ def pinhole(matrix, image: tuple[int, int], stated: tuple[int, int] | None) -> t
             return fx * x, fy * y, cx * x, cy * y
     reason = f"not of an image of {image}, nor {stated}: the principal point is ({cx}, {cy})"
     raise Bad("intrinsics", reason)
-
-
-# ---- regions, as sets write them, for an image of (width, height)
-
-
-def polygons(outlines: list, shape: tuple[int, int]) -> np.ndarray:
-    """Fill COCO's polygons [[x, y, x, y, ...], ...] -> (H, W) bool."""
-    mask = Image.new("1", shape)
-    pen = ImageDraw.Draw(mask)
-    for outline in outlines:
-        if len(outline) < 6 or len(outline) % 2:
-            raise Bad("segmentation", f"no polygon: {len(outline)} numbers")
-        pen.polygon(outline, fill=1)
-    return np.asarray(mask)
-
-
-def rle(code: dict, shape: tuple[int, int]) -> np.ndarray:
-    """Decode COCO's run lengths -> (H, W) bool.
-
-    They go down the columns and begin with a run of zeros.
-    """
-    width, height = shape
-    counts = code.get("counts")
-    if isinstance(counts, str):
-        counts = unpack_counts(counts)
-    # pycocotools decodes as well, but doesn't check: of damaged counts 2.0.11 returns memory that
-    # nobody wrote, or crashes.
-    sound = counts and min(counts) >= 0 and sum(counts) == width * height
-    if code.get("size") != [height, width] or not sound:
-        reason = f"wrong size or counts: {code.get('size')} for an image of {width} x {height}"
-        raise Bad("rle", reason)
-    inside = np.arange(len(counts)) % 2 == 1
-    return np.repeat(inside, counts).reshape(shape).T
-
-
-def unpack_counts(text: str) -> list[int]:
-    """Read the text form of COCO's run lengths.
-
-    Each character holds 5 bits + 48, the lowest first; bit 6 says that more follow, and the last
-    one's bit 5 is the sign. From the fourth number on it is the difference to the last but one.
-    """
-    counts = []
-    value = 0
-    shift = 0
-    for character in text:
-        bits = ord(character) - 48
-        value |= (bits & 31) << shift
-        shift += 5
-        if bits & 32:
-            continue
-        if bits & 16:
-            value -= 1 << shift
-        if len(counts) > 2:
-            value += counts[-2]
-        counts.append(value)
-        value = 0
-        shift = 0
-    return counts
-
-
-# In this order of preference: a box is four numbers, a mask an array that stays in memory.
-REGIONS = {"bbox": lambda box, shape: tuple(box), "rle": rle, "segmentation": polygons}

@@ -9,12 +9,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.grounding import ca1m_rows, omni3d_rows, refcoco_rows
-from data.llava import llava_rows, srreal_rows
 from data.rows import BadSource, MissingFile, Row, first_byte, records
 from data.schema import own_rows
-from data.spar import MARKS, spar_rows
-from data.spatialrgpt import spatialrgpt_rows
+from data.sets.ca1m import ca1m_rows
+from data.sets.llava import llava_rows
+from data.sets.omni3d import omni3d_rows
+from data.sets.refcoco import refcoco_rows
+from data.sets.spar import spar_rows
+from data.sets.spar_marks import MARKS
+from data.sets.spatialrgpt import spatialrgpt_rows
+from data.sets.srreal import srreal_rows
 
 
 def has(*fields: str) -> Callable[[dict], bool]:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,10 @@ from published import parquet as write
 from test_eval import stand_in
 
 import eval as evaluation
-from data import BadRows, benchmarks, scorers
+from data import BadRows, benchmarks
+from data.benchmarks.answers import mra, read_number
+from data.benchmarks.schema import Benchmark, Item, by_sample, equal
+from data.boxes import box_iou
 from data.rooms.render import render
 from data.rooms.scene import furnish, scene
 from errors import UserError
@@ -45,7 +49,7 @@ def image(k: int) -> dict:
 def small():
     """The fixtures are small, and that is said: one test looks for it."""
     with pytest.warns(UserWarning):
-        benchmarks.warnings.warn("small", stacklevel=1)
+        warnings.warn("small", stacklevel=1)
         yield
 
 
@@ -629,6 +633,54 @@ def test_a_bad_row_is_named(tmp_path):
         benchmarks.load("embspatial", tmp_path)
 
 
+def mine(folder: Path, monkeypatch, column: str) -> str:
+    """A forker's benchmark: one reader, one entry in the registry."""
+
+    def read(row):
+        counts = {"chairs": 2}
+        yield Item(
+            row.text("id"), row.images("image"), row.text("answer"), "", f"{counts[column]}?"
+        )
+
+    entry = Benchmark(
+        hub="me/mine",
+        rows=2,
+        files=("*.jsonl",),
+        read=read,
+        official=equal,
+        aggregate=by_sample,
+        others=("a model", "its report", {"overall": 50.0}),
+    )
+    monkeypatch.setitem(benchmarks.BENCHMARKS, "mine", entry)
+    rows = [dict(id=k, image=base64.b64encode(png(k)).decode(), answer="AB"[k]) for k in range(2)]
+    folder.mkdir(exist_ok=True)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def test_a_benchmark_is_one_reader_and_one_entry(tmp_path, monkeypatch, capsys):
+    root = mine(tmp_path / "set", monkeypatch, "chairs")
+    got = benchmarks.load("mine", root)
+    assert [(e.id, e.question, e.answer) for e in got] == [("0", "2?", "A"), ("1", "2?", "B")]
+    scores = benchmarks.score("mine", [(got[0], "A"), (got[1], "no idea at all, sorry")], "robust")
+    assert scores == {"overall": 50, "unparsed": 50}
+    stand_in(monkeypatch, lambda e: e.answer)
+    config = evaluation.Config("m", (root,), benchmark="mine", path="direct", out=str(tmp_path))
+    assert evaluation.main(config)["benchmark"]["direct"]["official"]["overall"] == 100
+    assert "a model (its report)" in capsys.readouterr().out
+
+
+def test_a_bug_in_a_reader_keeps_its_traceback(tmp_path, monkeypatch):
+    """A typo of its author is no fault of the data; a column that a row lacks is, and is named."""
+    root = mine(tmp_path / "set", monkeypatch, "chiars")
+    for skip in (False, True):
+        with pytest.raises(KeyError, match="chiars"):
+            benchmarks.load("mine", root, skip_bad_rows=skip)
+    (Path(root) / "rows.jsonl").write_text('{"id": 1, "answer": "A"}\n')
+    with pytest.raises(BadRows, match="rows.jsonl:1: image: missing; there are id, answer"):
+        benchmarks.load("mine", root)
+
+
 def test_bad_rows_can_be_left_out_and_are_counted_by_file(tmp_path, capsys):
     rows = [
         dict(
@@ -660,8 +712,9 @@ def test_bad_rows_can_be_left_out_and_are_counted_by_file(tmp_path, capsys):
 def test_where_it_was_looked_for(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"sat: no \*\*/SAT_test\*.parquet or .* in "):
         benchmarks.load("sat", tmp_path)
-    with pytest.raises(FileNotFoundError, match="nor a hub id: /no/where/at/all"):
+    with pytest.raises(FileNotFoundError, match="nor a hub id: /no/where/at/all") as error:
         benchmarks.load("sat", "/no/where/at/all")
+    assert isinstance(error.value, UserError)
     with pytest.raises(ValueError, match="unknown benchmark 'spa': one of spar-bench, "):
         benchmarks.load("spa")
 
@@ -729,10 +782,10 @@ def spar(scorer, response, answer, task):
     "error, value", [(0, 1), (0.1, 0.9), (0.2, 0.7), (0.25, 0.6), (0.3, 0.5), (0.5, 0.1), (0.51, 0)]
 )
 def test_mra(error, value):
-    assert scorers.mra(1 + error, 1.0, 1e-9) == pytest.approx(value)
+    assert mra(1 + error, 1.0, 1e-9) == pytest.approx(value)
     if error not in (0.1, 0.2, 0.3):  # ties of floats: below
-        assert scorers.mra(1 + error, 1.0) == pytest.approx(value)
-    assert scorers.mra(0.3, 0.0) == pytest.approx(0.5) and scorers.mra(0, 0.0) == 1  # absolute
+        assert mra(1 + error, 1.0) == pytest.approx(value)
+    assert mra(0.3, 0.0) == pytest.approx(0.5) and mra(0, 0.0) == 1  # absolute
 
 
 @pytest.mark.parametrize(
@@ -947,13 +1000,12 @@ def test_the_polarity_of_spatialrgpt_s_truths(truth, yes):
 
 
 def test_a_number_is_read_in_the_unit_that_is_asked_for():
-    read = scorers.read_number
     assert (
-        read("2.5 m", "How far, in centimeters?") == pytest.approx(250)
-        and read("250", "in cm?") == 250
+        read_number("2.5 m", "How far, in centimeters?") == pytest.approx(250)
+        and read_number("250", "in cm?") == 250
     )
-    assert read("2.5 m", "How many centimeters?") == pytest.approx(250)
-    assert read("30 inches", "How wide?") == pytest.approx(0.762)
+    assert read_number("2.5 m", "How many centimeters?") == pytest.approx(250)
+    assert read_number("30 inches", "How wide?") == pytest.approx(0.762)
     for said, asked in (
         ("250", "cm"),
         ("250 cm", "cm"),
@@ -964,9 +1016,9 @@ def test_a_number_is_read_in_the_unit_that_is_asked_for():
         question = f"How far is it, in {asked}?"
         assert one("realworldqa", "robust", said, "250 cm", question=question) == 1, (said, asked)
     assert (
-        read("It is -1.5 m.", "?") == -1.5
-        and read("1,200", "?") is None
-        and read("nan", "?") is None
+        read_number("It is -1.5 m.", "?") == -1.5
+        and read_number("1,200", "?") is None
+        and read_number("nan", "?") is None
     )
 
 
@@ -1022,7 +1074,10 @@ def test_errors_of_spatialrgpt_s_lengths_and_directions():
     pairs = [
         (Example("x", "direct", [], "?", truth, task=task), said) for task, truth, said in cases
     ]
-    assert scorers.judged_errors(pairs) == {"direct": 0.25, "direction": 60}
+    assert benchmarks.BENCHMARKS["spatialrgpt-bench"].errors(pairs) == {
+        "direct": 0.25,
+        "direction": 60,
+    }
 
 
 def test_cv_bench_aggregates():
@@ -1112,7 +1167,7 @@ def test_other_aggregates():
     ],
 )
 def test_boxes_in_every_family_s_form(said, iou):
-    assert scorers.box_iou(said, '{"bbox_2d": [10, 20, 30, 40]}') == pytest.approx(iou)
+    assert box_iou(said, '{"bbox_2d": [10, 20, 30, 40]}') == pytest.approx(iou)
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])

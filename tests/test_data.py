@@ -409,7 +409,7 @@ def test_a_marked_image_survives_pickling_and_leaves_its_source_alone():
     import pickle
 
     from data.marks import Marked
-    from data.spar import draw_marks
+    from data.sets.spar_marks import draw_marks
 
     blank = Image.new("RGB", (100, 100))
     image = Marked(blank, draw_marks, (("marks", (("red", "point", (500, 500)),)), ("radius", 5)))

@@ -15,9 +15,9 @@ from published import embodiedscan as write
 from published import instance, scan
 
 import data
-from data.embodiedscan import Restricted, Scenes, fits, points_of, project, rotation, visible
 from data.rows import Notes
-from data.spar import Mark
+from data.sets.embodiedscan import Restricted, Scenes, fits, points_of, project, rotation, visible
+from data.sets.spar_marks import Mark
 
 
 @pytest.fixture(autouse=True)
@@ -107,10 +107,10 @@ def test_why_there_is_no_truth(tmp_path, two, capsys):
     for reason, change in cases.items():
         source = spar(tmp_path, two)
         change()
-        data.embodiedscan.matrix.cache_clear()
+        data.rows.matrix.cache_clear()
         assert [e.path for e in data.load([source])] == ["lor"], reason
         assert f"1 rows {reason}" in capsys.readouterr().out
-    data.embodiedscan.matrix.cache_clear()
+    data.rows.matrix.cache_clear()
     write(file, room)
     Image.fromarray(hidden).save(
         tmp_path / "spar/scannet/images" / rooms.SCENE / "image_depth" / "0.png"

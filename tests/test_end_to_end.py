@@ -21,7 +21,7 @@ from published import IMAGE, embodiedscan, parquet, scan
 import data
 import train_rl
 import train_sft
-from data.spar import draw_marks
+from data.sets.spar_marks import draw_marks
 from model import tiny
 from srreal import score, target
 

@@ -9,8 +9,9 @@ import rooms
 from PIL import Image
 
 import data
-from data.rows import rle
-from data.spar import COLOURS
+from data.rows import Bad
+from data.sets.regions import rle
+from data.sets.spar_marks import COLOURS
 from srreal import parse, prompt, target
 
 
@@ -457,6 +458,17 @@ def test_run_lengths(two):
         assert np.array_equal(rle({"size": list(mask.shape), "counts": counts}, rooms.SIZE), mask)
     with pytest.raises(ValueError, match="wrong size or counts"):
         rle({"size": list(mask.shape[::-1]), "counts": counts}, rooms.SIZE)
+
+
+@pytest.mark.parametrize(
+    "counts",
+    ["", [], None, "33", "335", "33k", "33é", "2O", [3, 3], [3, 3, 7], [-1, 13], "o" * 40 + "0"],
+)
+def test_torn_run_lengths_are_refused(counts):
+    """Too short, too long, cut off within a number, or below zero: pycocotools takes some of them."""
+    assert rle({"size": [3, 4], "counts": "336"}, (4, 3)).sum() == 3
+    with pytest.raises(Bad, match=r"wrong size or counts: \[3, 4\] for an image of 3 x 4"):
+        rle({"size": [3, 4], "counts": counts}, (4, 3))
 
 
 def test_masks_and_polygons_in_srreal_s_rows(tmp_path, two):

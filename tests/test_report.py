@@ -204,7 +204,7 @@ def test_curves_by_path(run):
 
 
 def test_curves_skip_what_was_not_finite():
-    """trainer.Log writes null there."""
+    """run.Log writes null there."""
     losses = [1.0, None, 3.0, 2.0]
     rows = [{"step": i, "loss": loss, "kl": None} for i, loss in enumerate(losses, 1)]
     (chart,), costs = report.charts(rows)

@@ -9,8 +9,10 @@ import rooms
 from PIL import Image
 
 import data
-from data.rows import Bad, pinhole
-from data.spar import COLOURS, Mark, draw_marks, insert_masks, marks_of
+from data.rows import Bad, Row, each, pinhole, typed
+from data.sets.spar_marks import COLOURS, Mark, draw_marks, insert_masks, marks_of
+from data.sources import Source
+from srreal import Example
 
 
 @pytest.fixture(autouse=True)
@@ -170,9 +172,9 @@ def test_files_are_looked_for_of_the_rows_that_are_taken(tmp_path, three, monkey
         red_point=point(room, a, 0),
     )
     rooms.spar_file(tmp_path, "depth_prediction_oc", [row] * 50)
-    looks, look = [], data.spar.os.path.isfile
+    looks, look = [], data.sets.files.os.path.isfile
     monkeypatch.setattr(
-        data.spar.os.path, "isfile", lambda file: looks.append(str(file)) or look(file)
+        data.sets.files.os.path, "isfile", lambda file: looks.append(str(file)) or look(file)
     )
     taken = data.load([f"spar:{tmp_path}/spar,cap=3"])
     assert len(taken) == 3 and sum(file.endswith("image_depth/0.png") for file in looks) <= 4
@@ -340,7 +342,7 @@ def test_a_camera_is_scaled_by_a_size_that_is_stated_and_else_left_out(tmp_path,
     assert np.allclose(found[2:], (159.5, 119.5))
     assert "cameras left out" not in capsys.readouterr().out
     np.savetxt(file, rooms.matrix(room.cameras[0]) * 2)
-    data.spar.matrix.cache_clear()
+    data.rows.matrix.cache_clear()
     assert load_one(f"spar:{tmp_path}/spar").intrinsics is None
     assert (
         "1 cameras left out: written down for an image of another size" in capsys.readouterr().out
@@ -453,3 +455,33 @@ def test_every_bad_row_is_named(tmp_path, three):
     last = [(field, reason[:10]) for *_, field, reason in found[-2:]]
     assert last == [("row", "unreadable"), ("row", "wrong type")]
     assert len(data.load([f"spar:{file}"], skip_bad_rows=True)) == 1
+
+
+def test_a_bug_in_a_reader_keeps_its_traceback(tmp_path, three, monkeypatch):
+    """A forker's typo is no fault of the data; a field that a row lacks is, and is named."""
+    room, _ = three
+    rooms.save(room.images[0], tmp_path / "a.png")
+
+    def rows(path, root):
+        yield from each(path, (".jsonl",), build)
+
+    def build(file, number, row):
+        row = typed(row, {"question": str, "answer": str}, {})
+
+        def make(headers):
+            image = str(tmp_path / "a.png")
+            return [Example(str(number), "lor", [image], row["question"], row[column])]
+
+        yield Row(str(file), number, str(number), make, (str(tmp_path / "a.png"),))
+
+    monkeypatch.setitem(data.SOURCES, "mine", Source(rows))
+    good = {"question": "How far?", "answer": "2 m"}
+    file = rooms.jsonl(tmp_path / "rows.jsonl", [good])
+    column = "answer"
+    assert load_one(f"mine:{file}").answer == "2 m"
+    column = "anwser"
+    with pytest.raises(KeyError, match="anwser"):
+        data.load([f"mine:{file}"])
+    rooms.jsonl(file, [{"question": "How far?"}])
+    with pytest.raises(data.BadRows, match="rows.jsonl:1: answer: missing"):
+        data.load([f"mine:{file}"])

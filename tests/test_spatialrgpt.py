@@ -8,8 +8,8 @@ import pytest
 import rooms
 
 import data
-from data import spatialrgpt
-from data.spatialrgpt import quantity
+from data.sets import spatialrgpt
+from data.sets.spatialrgpt import quantity
 from srreal import answer_score
 
 
@@ -97,8 +97,10 @@ def test_the_quantity_of_a_sentence(text, short):
 def test_only_rows_that_are_taken_have_their_files_looked_for(tmp_path, one, monkeypatch):
     rooms.save(one[0].images[0], tmp_path / "0a1b2c.jpg")
     file, looked = write(tmp_path, *[row(one) for _ in range(50)]), []
-    find = spatialrgpt.find
-    monkeypatch.setattr(spatialrgpt, "find", lambda *place: looked.append(place) or find(*place))
+    find = spatialrgpt.OpenImages.find
+    monkeypatch.setattr(
+        spatialrgpt.OpenImages, "find", lambda *place: looked.append(place) or find(*place)
+    )
     taken = data.load([f"spatialrgpt:{file}@{tmp_path},cap=3"])
     assert len(taken) == 3 and 1 <= len(looked) <= 3
 

@@ -1,0 +1,51 @@
+"""BLINK's validation split: fourteen tasks of perception, each with one to four images.
+
+official  BLINK's first step: equal but for case, ( ) . and blanks.
+"""
+
+from collections.abc import Iterator
+
+from data.benchmarks.schema import (
+    Benchmark,
+    Item,
+    Row,
+    by_sample,
+    equal,
+    letter,
+    mean,
+    means,
+    only_letters,
+)
+
+IMAGES = ("image_1", "image_2", "image_3", "image_4")
+
+
+def read(row: Row) -> Iterator[Item]:
+    count = len(row.items("choices"))
+    prompt = row.text("prompt")
+    yield Item(
+        row.text("idx"),
+        row.images(*filter(row.has, IMAGES)),
+        letter(row.value("answer"), count),
+        row.text("sub_task"),
+        prompt,
+        direct=only_letters(count) + prompt,
+    )
+
+
+def aggregate(pairs: list) -> dict[str, float]:
+    rows = by_sample(pairs)
+    tasks = means(pairs, lambda example: example.task)
+    return rows | {"overall": mean(tasks.values()), "overall_samples": rows["overall"]}
+
+
+BLINK = Benchmark(
+    hub="BLINK-Benchmark/BLINK",
+    rows=1901,
+    files=("**/val*.parquet",),
+    read=read,
+    official=equal,
+    aggregate=aggregate,
+    others=("Qwen2.5-VL-7B", "Spatial-SSRL", {"overall": 55.87}),
+    judged="official is its exact match; the published one asks GPT-3.5 to match what is left",
+)

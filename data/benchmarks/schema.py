@@ -1,0 +1,261 @@
+"""What every benchmark's file uses: a row with checked fields, its questions, means of scores."""
+
+import ast
+import base64
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from data.benchmarks.answers import LETTERS, read_choice, robust
+from data.marks import Marked, opened
+from data.rows import Bad, matches
+from srreal import Example
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row as its file has it. What is wrong with a field is the file's fault, and raises Bad."""
+
+    columns: dict
+    folder: Path  # of the set
+    file: Path
+    number: int  # from 1, through all files of the set: ids and orders are made of it
+    path: str  # what is asked for: lor and direct need no region
+    beside: dict  # what the benchmark's `beside` read in the folder
+
+    def has(self, name: str) -> bool:
+        return self.columns.get(name) is not None
+
+    def raw(self, name: str):
+        if not self.has(name):
+            raise Bad(name, f"missing; there are {', '.join(self.columns)}")
+        return self.columns[name]
+
+    def text(self, name: str) -> str:
+        text = self.raw(name)
+        if not isinstance(text, str | int | float):
+            raise Bad(name, f"wrong type or value: {text!r:.50} is no text")
+        return str(text)
+
+    def value(self, name: str):
+        """Return a field, also where a converter wrote it as JSON or as Python's repr."""
+        return unpacked(self.raw(name))
+
+    def items(self, name: str, hint=None) -> list:
+        """Return a list whose items are of a type, as data.rows.matches reads it."""
+        value = self.value(name)
+        if not isinstance(value, list) or (hint and not matches(value, list[hint])):
+            raise Bad(
+                name, f"wrong type or value: {value!r:.50} is no list of {hint or 'anything'}"
+            )
+        return value
+
+    def images(self, *names: str) -> list[Marked]:
+        """Return the images of some fields, each one image or a list; unused ones are null."""
+        found = []
+        for name in names:
+            value = self.value(name)
+            for image in value if isinstance(value, list) else [value]:
+                if image is not None:
+                    found.append(self.image(image))
+        return found
+
+    def image(self, value) -> Marked:
+        """Return {bytes, path}, raw bytes, base64, or a path under the set's folder as an image."""
+        if isinstance(value, dict):
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, str):
+            value = self.file_or_base64(value)
+        if not isinstance(value, bytes):
+            raise Bad("image", f"neither bytes nor a path: {value!r:.60}")
+        try:
+            opened(value)
+        except Exception as error:  # Pillow raises all sorts on bad bytes
+            raise Bad("image", f"corrupt: {error}") from error
+        return Marked(value)
+
+    def file_or_base64(self, text: str) -> bytes:
+        for base in (self.folder, self.folder / "images", self.file.parent):
+            if os.path.isfile(base / text):
+                return (base / text).read_bytes()
+        try:
+            return base64.b64decode(text, validate=True)
+        except ValueError:
+            reason = f"missing file: {text[:80]} in {self.folder} (--data: where it is)"
+            raise Bad("image", reason) from None
+
+
+def unpacked(value):
+    if not (isinstance(value, str) and value.startswith(("[", "{"))):
+        return value
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(value)
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            continue
+    return value
+
+
+@dataclass
+class Item:
+    """A question of a row, as each path asks it; "" is as lor."""
+
+    id: str
+    images: list
+    answer: str
+    task: str
+    lor: str
+    direct: str = ""
+    dtr: str = ""
+    regions: list = field(default_factory=list)  # by <mask>: (image, (x0, y0, x1, y1))
+    depths: list | None = None  # as an Example has them
+    intrinsics: list | None = None
+
+    def examples(self, path: str) -> Iterator[Example]:
+        """Yield it on one path; or for both: lor, and dtr where that is asked in another way."""
+        paths = [path]
+        if path == "both":
+            paths = ["lor", "dtr"] if self.dtr else ["lor"]
+        for path in paths:
+            text = getattr(self, path) or self.lor
+            self.check(text)
+            yield Example(
+                self.id,
+                path,
+                self.images,
+                text,
+                self.answer,
+                task=self.task,
+                depths=self.depths,
+                intrinsics=self.intrinsics,
+                regions=self.regions if "<mask>" in text else [],
+            )
+
+    def check(self, text: str) -> None:
+        """Raise Bad where a question's places, regions and images don't belong together."""
+        masks = text.count("<mask>")
+        places = text.count("<image>")
+        if masks not in (0, len(self.regions)):
+            raise Bad("question", f"{masks} <mask> for {len(self.regions)} regions")
+        if places not in (0, len(self.images)):
+            raise Bad("question", f"{places} <image> for {len(self.images)} images")
+        if not self.images:
+            raise Bad("image", "there is none")
+        if not self.answer.strip():
+            raise Bad("answer", "there is none")
+        for image, box in self.regions if masks else ():
+            if not (0 <= image < len(self.images) and inside(box, self.images[image].size)):
+                raise Bad("regions", f"outside of image {image}: {box}")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A set as published: where it lies, how a row is read, what an answer earns."""
+
+    hub: str
+    rows: int
+    files: tuple[str, ...]  # globs of the files with rows; the first that finds any
+    read: Callable[[Row], Iterator[Item]]
+    official: Callable[[str, Example], float]  # (text of the answer, its Example) -> 0..1
+    aggregate: Callable[[list], dict[str, float]]  # of pairs (Example, per cent)
+    # somebody else's figures: (the model, who says so, {key: per cent})
+    others: tuple[str, str, dict]
+    robust: Callable[[str, Example], float | None] = robust  # of the whole response
+    judged: str = ""  # where the published rule is a language model: what `official` is instead
+    beside: Callable[[Path], dict] | None = None  # reads what a folder has beside the rows
+    # of pairs (Example, response): key -> mean error of what is read
+    errors: Callable[[list], dict[str, float]] | None = None
+
+
+# ---- Questions
+
+TEST = "**/test*.parquet"
+
+
+def lettered(options: list[str], form: str) -> str:
+    """Write a line an option: form holds {} for the letter and {} for the text."""
+    pairs = zip(LETTERS, options, strict=False)
+    return "".join("\n" + form.format(letter, option) for letter, option in pairs)
+
+
+def letter(answer, count: int) -> str:
+    """Return B of `B`, `(B)` or the index 1, where there are so many options."""
+    text = str(answer).strip("() .")
+    if isinstance(answer, int) and 0 <= answer < len(LETTERS):
+        text = LETTERS[answer]
+    if text not in tuple(LETTERS[:count]):
+        raise Bad("answer", f"no letter of {count} options: {answer!r}")
+    return text
+
+
+def only_letters(count: int) -> str:
+    """Write what lmms-eval puts before a question of so many options."""
+    letters = ", ".join(LETTERS[:count])
+    wanted = (
+        f"You only need to respond with {letters} without providing any additional information."
+    )
+    return f"Note: {wanted}\n"
+
+
+def inside(box: tuple, size: tuple[int, int]) -> bool:
+    x0, y0, x1, y1 = box
+    return 0 <= x0 < x1 <= size[0] and 0 <= y0 < y1 <= size[1]
+
+
+# ---- Official rules that several benchmarks share
+
+
+def equal(text: str, example: Example) -> float:
+    """SR-REAL's rule, and BLINK's first step: equal but for case, ( ) . and blanks."""
+    bare = str.maketrans("", "", "(). ")
+    return float(text.lower().translate(bare) == example.answer.lower().translate(bare))
+
+
+def letter_or_text(text: str, example: Example) -> float:
+    """lmms-eval's rule for RealWorldQA and ERQA: the letter that is read, or equality."""
+    truth = example.answer
+    if truth in tuple("ABCD"):
+        return float(read_choice(text, example.question) == truth)
+    return float(text.lower().strip().rstrip(".") == truth.lower().strip())
+
+
+# ---- Aggregates: pairs of (Example, score in per cent) -> key -> mean
+
+
+def means(pairs: Iterable, key: Callable[[Example], str | None]) -> dict[str, float]:
+    """Return the mean score of each key(example); None is left out."""
+    groups: dict[str, list[float]] = {}
+    for example, value in pairs:
+        groups.setdefault(key(example), []).append(value)
+    groups.pop(None, None)
+    return {name: mean(values) for name, values in groups.items()}
+
+
+def mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))
+
+
+def averages(table: dict[str, float], groups: dict[str, Iterable[str]]) -> dict[str, float]:
+    """Return the mean of each group's entries.
+
+    A group without any is left out: a part of a benchmark was asked.
+    """
+    found = {}
+    for name, keys in groups.items():
+        if values := [table[key] for key in keys if key in table]:
+            found[name] = mean(values)
+    return found
+
+
+def by_sample(pairs: list) -> dict[str, float]:
+    tasks = means(pairs, lambda example: example.task or None)
+    return {"overall": mean(value for _, value in pairs)} | tasks
+
+
+def source(example: Example) -> str:
+    """Return where an image is from: the part of its id before the first _."""
+    return example.id.partition("_")[0]

@@ -1,0 +1,54 @@
+"""Boxes that a model writes: 2D in the form of any family, 3D as data/sets/grounding.py asks."""
+
+import re
+
+from srreal import DECIMAL, split_mention
+
+# Not the 2 of "bbox_2d".
+NUMBER = re.compile(r"(?<![\w.-])[0-9]+(?:\.[0-9]+)?(?![\w.])")
+TRIPLE = f"{DECIMAL},{DECIMAL},{DECIMAL}"
+BOX_3D = re.compile(rf'<3d_box center="({TRIPLE})"(?: size="({TRIPLE})")?>([^<>]+)</3d_box>')
+
+
+def read_box(text: str | None) -> list[float] | None:
+    """Return the four numbers of a text that has just these, x0 < x1 and y0 < y1; else None."""
+    found = [float(number) for number in NUMBER.findall(text or "")]
+    if len(found) == 4 and found[0] < found[2] and found[1] < found[3]:
+        return found
+    return None
+
+
+def box_iou(answer: str | None, truth: str) -> float:
+    """Return intersection over union, 0 without a box.
+
+    Both have to be in one unit an axis, whichever it is: it cancels out.
+    """
+    a = read_box(answer)
+    b = read_box(truth)
+    if a is None or b is None:
+        return 0.0
+    width = max(min(a[2], b[2]) - max(a[0], b[0]), 0)
+    height = max(min(a[3], b[3]) - max(a[1], b[1]), 0)
+    common = width * height
+    return common / (area(a) + area(b) - common)
+
+
+def area(box: list[float]) -> float:
+    x0, y0, x1, y1 = box
+    return (x1 - x0) * (y1 - y0)
+
+
+def read_boxes_3d(text: str) -> dict[str, tuple]:
+    """Return mention, lower-cased -> (centre, size or None) in metres; the first of a mention.
+
+    The mention of `red chair (region 1)` is `region 1`; without parentheses it is the whole name.
+    """
+    boxes: dict[str, tuple] = {}
+    for centre, size, label in BOX_3D.findall(text):
+        xyz = [float(v) for v in centre.split(",")]
+        extent = [float(v) for v in size.split(",")] if size else []
+        # What no room holds is no box: its error would drown all others.
+        if max(map(abs, xyz + extent)) < 1e6:
+            mention, _ = split_mention(label.strip())
+            boxes.setdefault(mention.lower(), (tuple(xyz), tuple(extent) or None))
+    return boxes

@@ -1,0 +1,64 @@
+"""The images of a row and their depth maps, which are looked for once the row is taken.
+
+A look at a network's disk takes longer than reading a row, and of millions of rows most aren't taken.
+"""
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+
+from data.rows import Bad, depth_map, estimated, size
+
+
+@dataclass
+class Files:
+    """Paths of images, and of the depth maps that the row names, or None, by image."""
+
+    images: list[str]
+    named_depths: list
+    # Whether the set may name depth maps that its release lacks; else a missing one is an error.
+    lacks_depths: bool = False
+
+    @cached_property
+    def measured(self) -> list:
+        return [file if file and os.path.isfile(file) else None for file in self.named_depths]
+
+    @cached_property
+    def depths(self) -> list:
+        """The measured map, else an estimated one, else None (or the name of a missing one)."""
+        missing = [None] * len(self.images) if self.lacks_depths else self.named_depths
+        found = []
+        for image, measured, named in zip(self.images, self.measured, missing, strict=True):
+            found.append(measured or estimated(image) or named)
+        return found
+
+    def all(self) -> tuple:
+        return (*self.images, *filter(None, self.depths))
+
+
+def files_of_row(row: dict, base: str, lacks_depths: bool = False) -> Files:
+    """Return the files that a row names in `image` and `depth`, which lie under a folder."""
+    images = paths(row["image"], base)
+    depths = paths(row.get("depth", ()), base)
+    if not images:
+        raise Bad("image", "no image")
+    if depths and len(depths) != len(images):
+        raise Bad("depth", f"wrong count: {len(depths)} for {len(images)} images")
+    return Files(images, depths or [None] * len(images), lacks_depths)
+
+
+def paths(names: str | list, base: str) -> list[str]:
+    names = [names] if isinstance(names, str) else names
+    return [os.path.join(base, name) for name in names]
+
+
+def sizes_of(images: list[str], headers: dict) -> list[tuple[int, int]]:
+    """Return (width, height) by image; Bad where one can't be read."""
+    return [size(image, headers) for image in images]
+
+
+def depths_of(files: list, shapes: list, headers: dict) -> list | None:
+    """Return the depth map or None of each image, or None where no image has one."""
+    if not any(files):
+        return None
+    return [depth_map(file, shape, headers) for file, shape in zip(files, shapes, strict=True)]

@@ -1,0 +1,82 @@
+"""LLaVA's JSON (kind `llava`): general questions and captions, on path direct.
+
+.json (one array, of any size) or .jsonl: {"id", "image": "a.jpg" or ["a.jpg", ...],
+"conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}, ...], ...}, images relative
+to the file's folder or to @root.
+
+Every turn is an Example, without the turns before it. The k-th <mask> of the whole conversation is
+region k of `bbox` (pixels x0 y0 x1 y1), else of `rle` or `segmentation` (polygons); of several
+images, as in the `bbox` and `mask_idx` of SR-REAL's rows (srreal.py)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from data.rows import Bad, Headers, Row, each, set_name, turns, typed
+from data.sets.files import Files, depths_of, files_of_row, sizes_of
+from data.sets.regions import FIELDS, REGIONS, kind_of, placed
+from srreal import Example
+
+REQUIRED = {"conversations": list[dict[str, str]], "image": str | list[str]}
+OPTIONAL = FIELDS | {"id": str | int, "image_hw": tuple[int, int], "depth": str | list[str]}
+
+
+@dataclass
+class Turn:
+    """A question of a conversation, with its share of the row's regions."""
+
+    key: str
+    files: Files
+    question: str
+    answer: str
+    kind: str  # of the regions: a key of REGIONS
+    regions: list[tuple]  # by <mask>: (image index, region as the row has it)
+
+    def direct(self, headers: Headers) -> list[Example]:
+        """Return its Example on path direct."""
+        images = self.files.images
+        shapes = sizes_of(images, headers)
+        read = REGIONS[self.kind]
+        regions = [(view, read(region, shapes[view])) for view, region in self.regions]
+        depths = depths_of(self.files.depths, shapes, headers)
+        return [
+            Example(
+                self.key,
+                "direct",
+                images,
+                self.question,
+                self.answer,
+                depths=depths,
+                regions=regions,
+            )
+        ]
+
+
+def turns_of(file: Path, number: int, row: dict, views: int, files: Files) -> Iterator[Turn]:
+    """Yield every turn of a row, whose key ends in /k where there are several."""
+    said = turns(row)
+    kind = kind_of(row)
+    given = placed(row, kind, views)
+    count = sum(question.count("<mask>") for question, _ in said)
+    if count != len(given):
+        raise Bad(kind, f"<mask> count: {count} for {len(given)} regions")
+    key = f"{set_name(file)}/{row.get('id', '')}#{number}"
+    start = 0
+    for k, (question, answer) in enumerate(said):
+        end = start + question.count("<mask>")
+        name = f"{key}/{k}" if len(said) > 1 else key
+        yield Turn(name, files, question, answer, kind, given[start:end])
+        start = end
+
+
+def llava_rows(path: Path, root: str | None) -> Iterator[Row]:
+    """Yield a Row for each turn of the files that a path stands for. root: of the images."""
+    yield from each(path, (".json", ".jsonl"), partial(build, root))
+
+
+def build(root: str | None, file: Path, number: int, row: dict) -> Iterator[Row]:
+    row = typed(row, REQUIRED, OPTIONAL)
+    files = files_of_row(row, root or str(file.parent))
+    for turn in turns_of(file, number, row, len(files.images), files):
+        yield Row(str(file), number, turn.key, turn.direct, files.all)

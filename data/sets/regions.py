@@ -1,0 +1,132 @@
+"""Regions as sets write them: boxes, COCO's run lengths or polygons, and the <mask> of each.
+
+A box becomes four numbers in pixels; a mask becomes an array [H, W] that stays in memory, so a row
+that has both is read for its boxes."""
+
+import math
+import re
+
+import numpy as np
+from PIL import Image, ImageDraw
+from pycocotools import mask as coco
+
+from data.rows import Bad
+
+FOUR = tuple[float, float, float, float]
+FIELDS = {
+    "bbox": list[FOUR] | dict[str, list[FOUR]],
+    "rle": list[dict[str, list[int] | str]],
+    "segmentation": list[list[list[float]]],
+    "mask_idx": int | dict[str, tuple[int, int]],
+}
+
+
+# ---- One region, for an image of (width, height)
+
+
+def box(corners: list, shape: tuple[int, int]) -> tuple:
+    return tuple(corners)
+
+
+def clip(corners, shape: tuple[int, int]) -> tuple[float, ...]:
+    """Cut a box off at the edges of its image."""
+    return tuple(min(max(v, 0), side) for v, side in zip(corners, shape * 2, strict=True))
+
+
+def polygons(outlines: list, shape: tuple[int, int]) -> np.ndarray:
+    """Return (H, W) bool of COCO's polygons [[x, y, x, y, ...], ...]."""
+    mask = Image.new("1", shape)
+    for outline in outlines:
+        if len(outline) < 6 or len(outline) % 2:
+            raise Bad("segmentation", f"no polygon: {len(outline)} numbers")
+        if not all(map(math.isfinite, outline)):
+            raise Bad("segmentation", f"no polygon: not finite: {outline!r:.50}")
+        ImageDraw.Draw(mask).polygon(outline, fill=1)
+    return np.asarray(mask)
+
+
+def rle(code: dict, shape: tuple[int, int]) -> np.ndarray:
+    """Return (H, W) bool of COCO's run lengths, a list of numbers or COCO's string of them."""
+    width, height = shape
+    mask = None
+    if code.get("size") == [height, width]:
+        mask = decode(code.get("counts"), height, width)
+    if mask is None:
+        reason = f"wrong size or counts: {code.get('size')} for an image of {height} x {width}"
+        raise Bad("rle", reason)
+    return mask.astype(bool)
+
+
+def decode(counts, height: int, width: int) -> np.ndarray | None:
+    """Return the mask of run lengths, or None where these don't fill the image exactly."""
+    whole = {"size": [height, width], "counts": counts}
+    if isinstance(counts, list):
+        if not counts or min(counts) < 0 or sum(counts) != height * width:
+            return None
+        return coco.decode(coco.frPyObjects(whole, height, width))
+    # pycocotools reads past the end of a string whose last number is cut off: only 0 to O end one.
+    if not isinstance(counts, str) or not re.fullmatch("[0-o]*[0-O]", counts):
+        return None
+    # It refuses runs that are too long, but takes those that are too short: they also fit into an
+    # image that lacks a pixel.
+    if fits_in(1, height * width - 1, counts):
+        return None
+    return coco.decode(whole) if fits_in(height, width, counts) else None
+
+
+def fits_in(height: int, width: int, counts: str) -> bool:
+    try:
+        coco.decode({"size": [height, width], "counts": counts})
+    except ValueError:
+        return False
+    return True
+
+
+# Field of a row -> what reads one region of it, in order of preference.
+REGIONS = {"bbox": box, "rle": rle, "segmentation": polygons}
+
+
+# ---- The regions of a row
+
+
+def kind_of(row: dict) -> str:
+    """Return the field that a row's regions are read from."""
+    for kind in REGIONS:
+        if row.get(kind):
+            return kind
+    return "bbox"
+
+
+def placed(row: dict, kind: str, views: int) -> list[tuple]:
+    """Return (image index, region as the row has it) of the k-th <mask>.
+
+    Of several images the row has to say which a region is in; a plain list doesn't.
+    """
+    given = row.get(kind) or []
+    if isinstance(given, list):
+        if given and views > 1:
+            say_so = "Of several, {image: list} and mask_idx say it"
+            raise Bad(kind, f"in which of {views} images? {say_so}")
+        given = {"0": given}
+    regions = {}
+    for view, listed in given.items():
+        if not (view.isdecimal() and int(view) < views):
+            raise Bad(kind, f"no such image: {view} of {views}")
+        for k, region in enumerate(listed):
+            regions[int(view), k] = region
+    order = row.get("mask_idx")
+    if not isinstance(order, dict):
+        return [(view, regions[view, k]) for view, k in sorted(regions)]
+    return [(place[0], regions[place]) for place in places_of_masks(order, kind, regions)]
+
+
+def places_of_masks(order: dict, kind: str, regions: dict) -> list[tuple]:
+    """Return (image index, index there) of the k-th <mask>, from {"k": [image, index]}."""
+    if not all(k.isdecimal() for k in order):
+        wanted = "{place of a <mask>: [image, index]}"
+        raise Bad("mask_idx", f"wrong type or value: {order!r:.50} not {wanted}")
+    places = [tuple(order[k]) for k in sorted(order, key=int)]
+    for place in places:
+        if place not in regions:
+            raise Bad("mask_idx", f"no such region: {list(place)} of {kind}")
+    return places
