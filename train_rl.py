@@ -62,7 +62,7 @@ from model.lora import LORA_RANK
 from model.processor import Batch, DeviceImages, Processor
 from model.rollout import Rollout, default_slots, generate, release
 from optim import Optimizer, learning_rate
-from srreal import Example, Scores, score
+from srreal import REWARDS, Example, Scores, score
 
 
 @dataclass
@@ -132,9 +132,7 @@ COLUMNS = {
     "seconds": "6.2f",
 }
 # What is logged of each path and of all, and what the sum of it is divided by (None: by nothing).
-GRADES = dict.fromkeys(
-    ("reward", "accuracy", "format", "detect", "length", "truncated"), "completions"
-)
+GRADES = dict.fromkeys(("reward", *REWARDS, "length", "truncated"), "completions")
 GRADES |= {"kept": "groups", "groups": None, "sampled_tokens": None}
 TOKENS = {"tokens": None, "entropy": "tokens", "kl": "tokens"}
 GAPS = dict.fromkeys(("clip_low", "clip_high", "mismatch_kl", "mismatch_mean"), "trained")
@@ -262,9 +260,7 @@ def grade(groups: list[Group], paths: list[str], rules: str) -> dict[str, float]
         )
         own = sums[group.example.path]
         for r, s in zip(group.rollouts, group.scores, strict=True):
-            own.update(
-                completions=1, reward=s.total, accuracy=s.accuracy, format=s.format, detect=s.detect
-            )
+            own.update(completions=1, reward=s.total, **s.parts)
             own.update(length=len(r.tokens), sampled_tokens=len(r.tokens), truncated=not r.finished)
         own.update(groups=1, kept=group.differs)
     return means(sums, GRADES)
