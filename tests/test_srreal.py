@@ -813,6 +813,17 @@ def test_text(said, truth, expected):
     assert answer_score(said, truth) == expected
 
 
+def test_kinds_of_truth():
+    kinds = {
+        "choice": ("A", " E ", "\nB"),
+        "number": ("1.5", "-3 m", "30 degrees.", "0"),
+        "motion": ("move_right:0.4,rotate_left:30", "rotate_up:1", "move_up:x"),
+        "text": ("F", "a", "AB", "(B)", "chair", "nan", "1.5 x", "", "moved"),
+    }
+    for kind, truths in kinds.items():
+        assert [srreal.truth_kind(truth) for truth in truths] == [kind] * len(truths)
+
+
 # ---- Detection
 
 
@@ -907,6 +918,25 @@ def test_matching_in_several_views():
     assert detect(("red bbox", 0), ("blue bbox", 5), frame=0) == 0.5
     assert detect(("red bbox", 0), frame=0, asked=0) == 0.5
     assert detect(("blue bbox", 7), frame=3) == 0.5
+
+
+def test_mentions_that_differ_in_case_only_share_a_box():
+    objects = {"Sofa": (1.0, 0.0, 2.0), "chair": (0.0, 0.0, 1.0), "sofa": (1.0, 0.0, 2.5)}
+    e = one(objects=objects)
+    for z, points in (("2.0", 1 + 0.2), ("2.5", 0.2 + 1), ("9", 0)):
+        text = dtr(f'{D}<3d_box center="1.0,0.0,{z}">a (SOFA)</3d_box>')
+        assert score(text, e).detect == pytest.approx(points / 3)
+
+
+def test_weights_in_the_order_of_the_rewards():
+    e = one(objects={"red bbox": (0, 0, 2)})
+    for example in (e, dataclasses.replace(e, objects={}), dataclasses.replace(e, path="lor")):
+        weights = srreal.weights_of(example)
+        assert list(weights) == list(srreal.REWARDS)
+        scores = score(boxes(("red bbox", 0.15)), example)
+        expected = sum(weights[name] * part for name, part in scores.parts.items())
+        assert scores.total == pytest.approx(expected, abs=1e-15)
+    assert four(Scores(0, *srreal.weights_of(e).values()))[1:] == (0.8, 0.1, 0.1)
 
 
 def test_totals():
