@@ -78,7 +78,7 @@ def several_views(example: Example) -> bool:
 # ---- Paths: the prompt, and what the cold start teaches to write
 
 
-@dataclass(frozen=True)
+@dataclass
 class Path:
     """A way to answer. Its weights name entries of REWARDS and sum to 1, so that the totals of all
     paths compare."""
@@ -88,8 +88,12 @@ class Path:
     # may hold {images} and {frame}
     instruction: str
     weights: dict[str, float]
-    # of examples without known objects, whose detections can't be compared with anything
-    weights_without_objects: dict[str, float]
+    # of examples without known objects, whose detections can't be compared; None: the same
+    weights_without_objects: dict[str, float] | None = None
+
+    def __post_init__(self):
+        if self.weights_without_objects is None:
+            self.weights_without_objects = self.weights
 
 
 PATHS = {
@@ -97,7 +101,6 @@ PATHS = {
         sections=("think", "answer"),
         instruction="Study the {images}, reason step by step, and only then answer.",
         weights={"accuracy": 0.8, "format": 0.2},
-        weights_without_objects={"accuracy": 0.8, "format": 0.2},
     ),
     "dtr": Path(
         sections=("detect", "think", "answer"),
@@ -108,12 +111,7 @@ PATHS = {
         weights={"accuracy": 0.8, "format": 0.1, "detect": 0.1},
         weights_without_objects={"accuracy": 0.8, "format": 0.2},
     ),
-    "direct": Path(
-        sections=(),
-        instruction="",
-        weights={"accuracy": 1.0},
-        weights_without_objects={"accuracy": 1.0},
-    ),
+    "direct": Path(sections=(), instruction="", weights={"accuracy": 1.0}),
 }
 
 ROLE = "You answer spatial questions about what a camera sees."
@@ -582,7 +580,9 @@ def strict(response: str, example: Example) -> dict[str, float]:
 
 
 def as_official(response: str, example: Example) -> dict[str, float]:
-    return official.rewards(response, example, several_views(example), STEPS)
+    """Put the official code's accuracy, format and detect in the place of ours."""
+    theirs = official.rewards(response, example, several_views(example), STEPS)
+    return strict(response, example) | theirs
 
 
 RULES = {"strict": strict, "official": as_official}

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from training from training import optim
+from training import optim
 from training.optim import KINDS, Optimizer, learning_rate
 
 BLOCK = "decoder.layers.0.mlp.up_proj.weight"
