@@ -29,10 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.attention import prefix_attention
 from kernels.layers import add_rms_norm, qk_norm_rope
 from kernels.linear_logprob import linear_logprob
-from kernels.packed_attention import Packing, gather_rows, upload
+from kernels.packed_attention import Packing, gather_rows, prefix_attention, upload
 from model.head3d import Head3D, PointEmbedding
 from model.processor import Batch, rope_positions
 from model.region import RegionToken

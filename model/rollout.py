@@ -37,7 +37,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.attention import INTERPRET, Table, decode_attention
+from kernels import interpreted
+from kernels.decode_attention import Table, decode_attention
 from kernels.layers import add_rms_norm, qk_norm_rope_write, swiglu_joint, torch_norm
 from kernels.sample import sample, sequence_key
 from model.processor import DeviceImages
@@ -198,7 +199,7 @@ class Slots:
         self.count = slots or default_slots(model, n, max_new_tokens)
         s, self.device = model.decoder.sizes, model.device
         self.sizes, self.graph, self.weights = s, None, []
-        self.fused = self.device.type == "cuda" or INTERPRET
+        self.fused = self.device.type == "cuda" or interpreted()
         # A CPU's many small operations: without autograd's bookkeeping, too.
         self.quick = torch.inference_mode if self.device.type == "cpu" else torch.no_grad
         self.alone = n == 1 and not self.fused

@@ -140,7 +140,7 @@ def test_the_step_of_a_gpu(tiny, monkeypatch):
     model, processor, _ = tiny
     options = dict(n=2, max_new_tokens=3, slots=3, seed=2)
     ours = generate(model, processor, examples()[1:3], **options)
-    monkeypatch.setattr("model.rollout.INTERPRET", True)
+    monkeypatch.setattr("model.rollout.interpreted", lambda: True)
     monkeypatch.setattr(Slots, "_qkv", None)  # it isn't called
     theirs = generate(model, processor, examples()[1:3], **options)
     assert tokens_of(ours) == tokens_of(theirs)
