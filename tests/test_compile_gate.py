@@ -154,8 +154,9 @@ KERNELS = {  # name: kernel, signature, constants, options
     ),
     **layer_kernels(),
 }
-for kind in policy_loss.LOSSES:
-    KERNELS[f"token-{kind}"] = token_kernel(kind, extra=kind != "grpo")
+for kind, loss in policy_loss.LOSSES.items():
+    if loss.surrogate in policy_loss.FUSED_SURROGATES:
+        KERNELS[f"token-{kind}"] = token_kernel(kind, extra=kind != "grpo")
 
 
 def compiled_for_sm90(kernel, signature, constants, options):
