@@ -29,10 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from kernels.attention import prefix_attention
 from kernels.layers import add_rms_norm, qk_norm_rope
 from kernels.linear_logprob import linear_logprob
-from kernels.packed_attention import Packing, gather_rows, upload
+from kernels.packed_attention import Packing, gather_rows, prefix_attention, upload
 from model import checkpoint
 from model.batch import Batch, expanded_positions
 from model.families import DecoderSizes

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.attention import Table
+from kernels.decode_attention import Table
 from kernels.packed_attention import upload
 from model.rollout.scheduler import Sequence
 

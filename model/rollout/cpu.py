@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.attention import Table, decode_attention
+from kernels.decode_attention import Table, decode_attention
 from kernels.layers import torch_norm
 from model.qwen_vl import fused_linears
 from model.rollout.cache import Cache, Extent, Options, PromptRows

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.attention import decode_attention
+from kernels.decode_attention import decode_attention
 from kernels.layers import add_rms_norm, qk_norm_rope_write, swiglu_joint
 from model.qwen_vl import fused_linears
 from model.rollout.cache import Cache, Extent, Options

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.attention import INTERPRET
+from kernels import interpreted
 from model.batch import Prompt
 from model.images import DeviceImages
 from model.rollout.cache import Options, default_slots
@@ -150,7 +150,7 @@ class Engine:
         self.processor = processor
         self.options = Options(**options)
         on_cpu = model.device.type == "cpu"
-        self.decoder_class = decoder or (CpuDecoder if on_cpu and not INTERPRET else Decoder)
+        self.decoder_class = decoder or (CpuDecoder if on_cpu and not interpreted() else Decoder)
         self.decoder = None
 
     def sample_groups(
