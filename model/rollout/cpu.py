@@ -79,7 +79,7 @@ class CpuLayer:
         self.down = joint_linear(mlp.down_proj)
         self.eps = sizes.eps
         self.norm_weight = None
-        if attn.norms:
+        if attn.q_norm is not None:
             # Of all query and key heads, (A + K, D): one norm serves both.
             queries = attn.q_norm.weight.expand(sizes.heads, -1)
             keys = attn.k_norm.weight.expand(sizes.kv_heads, -1)

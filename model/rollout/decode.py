@@ -44,11 +44,8 @@ class FusedLayer:
         else:
             # Adapters have products of their own.
             qkv = [proj(x).unflatten(-1, (-1, attn.head_dim)) for proj in projections]
-        norms = ()
-        if attn.norms:
-            norms = (attn.q_norm.weight, attn.k_norm.weight, attn.q_norm.eps)
         keys, values = suffix
-        return qk_norm_rope_write(*qkv, cos, sin, keys, values, at, *norms)
+        return qk_norm_rope_write(*qkv, cos, sin, keys, values, at, *attn.qk_norm)
 
     def output(self, attended: Tensor) -> Tensor:
         return self.attn.o_proj(attended)
