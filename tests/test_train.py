@@ -29,7 +29,7 @@ from model.checkpoint import rename
 from model.images import Prefetcher
 from model.processor import Processor
 from model.qwen_vl import QwenVL
-from model.rollout import Rollout
+from model.rollout import Engine, Rollout
 from srreal import REWARDS, Example, Scores
 from training import batches, checkpoints, policy, ranks, run
 from training.metrics import Metrics
@@ -793,12 +793,14 @@ def test_tries_go_on_in_prompt_order_until_enough_groups_differ(home, tmp_path, 
     cfg = config(home, "rl", tmp_path, prompts=2, group=3, tries=4, slots=2)
     model, processor = QwenVL.from_pretrained(cfg.model), run.load_processor(cfg.model, cfg)
     prompts = [train_rl.Prompt(e, i) for i, e in enumerate(data.load(cfg.data)[:8])]
-    result = train_rl.roll_out(model, processor, prompts, cfg, seed=0, wanted=2)
+    train_rl.encode(prompts, processor)
+    engine = Engine(model, processor, n=3, max_new_tokens=cfg.max_new_tokens, slots=2)
+    result = train_rl.roll_out(engine, prompts, cfg, seed=0, wanted=2)
     # One slot had been refilled, or both.
     assert result.discarded_samples <= 2 and result.discarded_samples <= result.discarded_tokens
     assert [g.example.id for g in result.groups] == [prompt.example.id for prompt in prompts[:4]]
     seen.clear()
-    result = train_rl.roll_out(model, processor, prompts, cfg, seed=0, wanted=3)
+    result = train_rl.roll_out(engine, prompts, cfg, seed=0, wanted=3)
     assert len(result.groups) == 8  # there are only two that differ
     assert result.discarded_samples == result.discarded_tokens == 0
 
