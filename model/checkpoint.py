@@ -14,7 +14,6 @@ Qwen-VL) loads what we trained.
 This file knows named tensors only; qwen_vl.py puts them into a model.
 """
 
-import glob
 import json
 import os
 import re
@@ -166,6 +165,7 @@ def check_weights(
     missing = [name for name in wanted if name not in weights]
     if not spatial:
         missing = [name for name in missing if not name.startswith(SPATIAL)]
+    # All names are compared before any shape: a wrong config.json shows in the names.
     for what, names in (("lacks", missing), ("has the unknown tensor", surplus)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -198,8 +198,8 @@ def save(directory: str | Path, weights: dict[str, Tensor], origin: Origin, proc
         raise CheckpointError(
             f"{directory}: exists and holds no checkpoint; save to another directory"
         )
-    aside = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
-    remove_stale(directory, aside)
+    aside = directory.with_name(f".{directory.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)  # of a save that was killed
     try:
         write(aside, weights, origin, processor)
         if directory.exists():
@@ -225,6 +225,8 @@ def write(directory: Path, weights: dict[str, Tensor], origin: Origin, processor
         with suppress(UserError):
             rows = len(weights["decoder.embed_tokens.weight"])
             read_tokenizer(origin.directory, rows).save_pretrained(directory)
+    # Each tensor in the dtype that it had on disk; what came with adapters, or was trained in fp32,
+    # is rounded here and nowhere else.
     spatial = {}
     published = {}
     for name, tensor in lora.merge(weights).items():
@@ -299,15 +301,6 @@ def restore_retired(directory: Path) -> None:
     if retired(directory).exists() and not directory.exists():
         os.rename(retired(directory), directory)
     shutil.rmtree(retired(directory), ignore_errors=True)
-
-
-def remove_stale(directory: Path, aside: Path) -> None:
-    """Remove what saves of `directory` by processes that were killed left behind."""
-    for stale in directory.parent.glob(f".{glob.escape(directory.name)}.*.tmp"):
-        pid = stale.suffixes[-2][1:]
-        is_dead = pid.isdigit() and not Path("/proc", pid).exists()
-        if stale == aside or is_dead:
-            shutil.rmtree(stale, ignore_errors=True)
 
 
 def sync(paths: Iterable[Path]) -> None:

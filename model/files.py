@@ -35,6 +35,7 @@ def resolve(source: str) -> Path:
     directory = Path(source)
     if directory.is_dir():
         return directory
+    # A save was killed between its two renames.
     if retired(directory).is_dir():
         return retired(directory)
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
@@ -115,6 +116,7 @@ def check_files(directory: Path) -> None:
 
     Without it transformers makes an empty tokenizer, or explains itself in a paragraph.
     """
+    # Each may come in another form.
     names = {path.name for path in directory.iterdir()}
     if {"vocab.json", "merges.txt"} <= names:
         names.add("tokenizer.json")
@@ -134,6 +136,7 @@ def read_tokenizer(directory: Path, rows: int):
     """
     check_files(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)
+    # No new embedding: published checkpoints have hundreds of rows to spare.
     mask = AddedToken("<mask>", special=True, normalized=False)
     tokenizer.add_tokens([mask], special_tokens=True)
     vocab = tokenizer.get_vocab()
@@ -141,6 +144,7 @@ def read_tokenizer(directory: Path, rows: int):
         raise CheckpointError(
             f"{directory}: no row for <mask>: {len(vocab) - 1} tokens, {rows} embeddings"
         )
+    # As Qwen2.5-VL was published.
     legacy = directory / "chat_template.json"
     if tokenizer.chat_template is None and legacy.is_file():
         tokenizer.chat_template = read_json(legacy).get("chat_template")

@@ -3,7 +3,7 @@
     Source --Decoder--> View --pack (batch.py)--> Batch --DeviceImages--> the device
 
 The Decoder may run in worker processes, ahead of the step that asks for its work (Prefetcher). An
-ImageCache keeps Views: those of files while there is room, prefetched ones until the next prefetch.
+ImageCache keeps Views for as long as they are asked for again.
 
 P patches of p x p pixels; `merge` x `merge` of them become one token.
 """
@@ -33,8 +33,7 @@ from errors import UserError
 from kernels.packed_attention import upload
 from model.head3d import point_grid, read_depth
 
-FILE_BYTES = 256e6  # of files' views, for later steps
-PREFETCHED_BYTES = 4e9  # of views that are asked for again within a step
+CACHE_BYTES = 4e9  # of views, per process
 MAX_AHEAD = 256  # images that workers are at, or that are made and not asked for yet
 ASSUMED_FOV = np.pi / 3  # where depth comes without intrinsics: a horizontal view of 60 degrees
 # What Pillow raises on a file that is torn or isn't an image.
@@ -67,6 +66,7 @@ def identity(source):
     """Identify a file by path, size and time of change, an object by itself."""
     if not isinstance(source, str | Path):
         return id(source)
+    # A file that is written again is another image.
     state = os.stat(source)
     return str(source), state.st_size, state.st_mtime_ns
 
@@ -135,6 +135,7 @@ class Decoder:
             image = Image.fromarray(values.astype(np.uint8))
         if image.mode == "RGB":
             return image
+        # Palettes, greys, transparency: transformers' way, or pixels would differ from its own.
         rgb = self.settings.process_image(image, do_convert_rgb=True)  # (3, H, W)
         return Image.fromarray(np.moveaxis(rgb, 0, -1).copy())
 
@@ -150,6 +151,7 @@ class Decoder:
             raise ExampleError(str(error)) from error
         pixels = np.asarray(picture.resize((width, height), self.settings.resample))
         grid = height // patch, width // patch
+        # Channels first within a patch, as the towers' weights have them.
         cells = pixels.reshape(grid[0], patch, grid[1], patch, 3)
         cells = cells.transpose(0, 2, 4, 1, 3)  # rows, columns, 3, p, p
         return grid, in_merge_order(cells, merge).reshape(-1, 3, patch**2)
@@ -162,6 +164,7 @@ class Decoder:
         except BAD_FILE as error:
             raise ExampleError(str(error)) from error
         camera = source.camera
+        # Better a wrong focal length than no third dimension; ImageCache says so.
         if camera is None:
             focal = width / 2 / np.tan(ASSUMED_FOV / 2)
             camera = (focal, focal, (width - 1) / 2, (height - 1) / 2)
@@ -172,13 +175,15 @@ def in_merge_order(grid: np.ndarray, merge: int) -> np.ndarray:
     """Flatten a patch grid in the image processor's order, in which the patches of one token are
     neighbours: (rows, columns, ...) -> (rows * columns, ...)."""
     rows, columns, *rest = grid.shape
-    squares = grid.reshape(rows // merge, merge, columns // merge, merge, *rest).swapaxes(1, 2)
+    squares = grid.reshape(rows // merge, merge, -1, merge, *rest)
+    squares = squares.swapaxes(1, 2)
     return squares.reshape(rows * columns, *rest)
 
 
 def byte_levels(settings: Qwen2VLImageProcessorPil) -> torch.Tensor:
     """Tabulate what transformers makes of every byte of each channel: (3, 256) fp32."""
-    values = np.tile(np.arange(256, dtype=np.uint8)[:, None], (3, 1, 1))  # an image of 256 x 1
+    every_byte = np.arange(256, dtype=np.uint8)
+    values = np.tile(every_byte[:, None], (3, 1, 1))  # an image of 256 rows and one column
     values = settings.rescale(values, settings.rescale_factor)
     levels = settings.normalize(values, settings.image_mean, settings.image_std)
     return torch.from_numpy(levels[..., 0]).float()
@@ -260,6 +265,7 @@ class Prefetcher:
             self.waiting.pop(key, None)
             future = self.futures.pop(key, None)
             self._submit()
+        # cancel() succeeds where no worker has begun: then it is quicker made here.
         failure = None
         if future and not future.cancel():
             try:
@@ -320,32 +326,28 @@ def exit_with_parent() -> None:
 
 
 class ImageCache:
-    """Views by Source. From files: kept for later, while there is room. From objects, which may
-    change: made for every call that asks, unless they are prefetched."""
+    """Views by Source.
+
+    Those that are prefetched are kept until the next prefetch, which says what to keep. Without
+    one, those of files are kept while there is room; objects may change, so they are decoded for
+    every call that asks.
+    """
 
     def __init__(self, decoder: Decoder, workers: int):
         self.prefetcher = Prefetcher(decoder, workers)
-        self.files = LRUCache(FILE_BYTES, view_bytes)
-        self.prefetched = LRUCache(PREFETCHED_BYTES, view_bytes)
+        self.views = LRUCache(CACHE_BYTES, view_bytes)
         self.expected: dict[tuple, Source] = {}  # holds the sources: the id()s in keys stay theirs
         self.assumed_fov = 0  # images that were decoded with depth but without intrinsics
 
     def prefetch(self, sources: list[Source]) -> None:
-        """Let workers make these, each once, in this order; keep them until the next call, and let
-        go of all that it does not name."""
+        """Let workers make these, each once, in this order; let go of all others."""
         expected = {}
         for source in sources:
             with suppress(OSError):  # that a file isn't there is said when it is asked for
                 expected[source.key] = source
         self.expected = expected
-        self.prefetched.retain(expected)
-        missing = {}
-        for key, source in expected.items():
-            view = self.files.items.get(key)
-            if view is not None:
-                self.prefetched.get(key, lambda view=view: view)
-            elif key not in self.prefetched.items:
-                missing[key] = source
+        self.views.retain(expected)
+        missing = {key: expected[key] for key in expected if key not in self.views.items}
         self.prefetcher.prefetch(missing)
 
     def view(self, source: Source) -> View:
@@ -354,13 +356,8 @@ class ImageCache:
             key = source.key
         except OSError as error:
             raise ExampleError(str(error)) from error
-        if key in self.expected:
-            return self.prefetched.get(key, lambda: self._load(key, source))
-        return self._load(key, source)
-
-    def _load(self, key: tuple, source: Source) -> View:
-        if source.is_file:
-            return self.files.get(key, lambda: self._decode(key, source))
+        if source.is_file or key in self.expected:
+            return self.views.get(key, lambda: self._decode(key, source))
         return self._decode(key, source)
 
     def _decode(self, key: tuple, source: Source) -> View:

@@ -29,7 +29,6 @@ from model.images import (
     Decoder,
     ExampleError,
     ImageCache,
-    LRUCache,
     View,
     byte_levels,
     in_merge_order,
@@ -38,7 +37,6 @@ from model.images import (
 from model.region import read_region, region_weights
 from srreal import Example
 
-TURN_BYTES = 32e6  # of tokenized user turns
 # Never sampled, since they open or stand for an image.
 VISION_TOKENS = (
     "<|vision_start|>",
@@ -139,13 +137,11 @@ class Processor:
         self.settings = Qwen2VLImageProcessorPil.from_pretrained(files)
         self.is_resized = max_pixels is not None
         self.max_pixels = max_pixels or self.settings.size["longest_edge"]
+        # An upper bound below the lower one would be no bound.
         min_pixels = min(self.settings.size["shortest_edge"], self.max_pixels)
         self.settings.size = {"shortest_edge": min_pixels, "longest_edge": self.max_pixels}
         self.levels = byte_levels(self.settings)
         self.images = ImageCache(Decoder(self.settings, self.max_pixels), workers)
-        # The ids of a user turn, placeholders not expanded, by its text and number of images: many
-        # prompts are asked for more than once.
-        self.turns = LRUCache(TURN_BYTES, turn_bytes)
 
     def _read_special_tokens(self) -> None:
         """Find what ends a turn, what is never sampled, and what may not stand in a row."""
@@ -161,12 +157,14 @@ class Processor:
         self.end_id = eos if eos in self.end_ids else self.end_ids[0]
 
         rows = self.config.get_text_config().vocab_size
+        # The ban keeps a completion readable as a text; it doesn't enter log-probs.
         self.banned = torch.ones(rows, dtype=torch.bool)  # also the rows that no token has
         self.banned[[i for i in vocab.values() if i < rows]] = False
         never = [vocab[token] for token in VISION_TOKENS if token in vocab]
         never += [self.mask_id, self.config.image_token_id, self.config.video_token_id]
         self.banned[never] = True
 
+        # A row that held one could end its own turn, or open an image that isn't there.
         control = []
         for token in self.tokenizer.added_tokens_decoder.values():
             text = token.content
@@ -174,11 +172,6 @@ class Processor:
                 control.append(re.escape(text))
         # (?!) matches nothing.
         self.control = re.compile("|".join(sorted(control)) or "(?!)")
-
-    @property
-    def assumed_fov(self) -> int:
-        """How many images were decoded with depth but without intrinsics."""
-        return self.images.assumed_fov
 
     # ---- Text
 
@@ -252,22 +245,29 @@ class Processor:
         text = srreal.prompt(example)
         self._check_text(example, text, "question", masks=len(example.regions))
         self._check_images(example, text)
+        # Images and regions come before the text: as text, regions are written in their image's units.
         views = [self._view(example, i) for i in range(len(example.images))]
         weights = self._region_weights(example, views)
         if self.regions == "text":
             text = self._write_boxes(example, text, views)
-        turn = self.turns.get((text, len(views)), lambda: self._turn_ids(text, len(views)))
+        turn = self._turn_ids(text, len(views))
 
         # Each image's placeholder becomes as many as it has tokens.
         merge = self.settings.merge_size
-        grids = [(view.grid[0] // merge, view.grid[1] // merge) for view in views]
+        grids = []
+        for view in views:
+            rows, columns = view.grid
+            grids.append((rows // merge, columns // merge))
         slots = np.flatnonzero(turn == self.image_token_id)
         repeats = np.ones(len(turn), np.int64)
         repeats[slots] = [rows * columns for rows, columns in grids]  # fails if one got lost
         ids = np.repeat(turn, repeats)
         positions, next_position = mrope_positions(len(turn), slots, grids)
-        images_end = int(repeats[: slots[-1] + 1].sum()) if views else 0
+        images_end = 0
+        if views:
+            images_end = int(repeats[: slots[-1] + 1].sum())
 
+        # In the template's order, the k-th <mask> is the k-th region's.
         regions = []
         if self.regions == "token":
             masks = np.flatnonzero(ids == self.mask_id).tolist()
@@ -391,11 +391,6 @@ class Processor:
                 if settings.get(key):
                     settings[key] = pixels
             path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def turn_bytes(ids: np.ndarray) -> int:
-    """Estimate the memory of a turn: its ids, and as much for its text."""
-    return 2 * ids.nbytes
 
 
 def name_of(source) -> str:
