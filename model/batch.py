@@ -6,8 +6,8 @@ several share (an image under many questions, a prompt before many completions) 
     [ prompt ][ completion 1 ][ completion 2 ] ...     each completion sees the prompt and itself
     [ images, begin of the text ][ question 1, its answer ][ question 2, its answer ] ...
 
-T tokens, P patches, N distinct images, R regions, E region-patch pairs, S sequences (completions),
-L targets, B prompts.
+T tokens, P patches, N distinct images, M image tokens (placeholders), R regions, E region-patch
+pairs, S sequences (completions), L targets, B prompts.
 """
 
 from collections.abc import Iterator
@@ -33,8 +33,8 @@ class Batch:
     # Tokens. Images are config.image_token_id, once a merged token, and regions are <mask>.
     input_ids: Tensor  # (T,)
     position_ids: Tensor  # (3, T) mRoPE: time, row, column
-    # (start, end, prefix_start, prefix_end): tokens [start, end) see the prefix and, causally,
-    # themselves
+    # (start, end, prefix_start, prefix_end): tokens [start, end) see the prefix and, causally, each
+    # other.
     segments: list[Segment]
 
     # Images. A still image's frame stands for every frame of a patch.
@@ -43,7 +43,7 @@ class Batch:
     frames: int = 0  # of a patch
     image_grid_thw: Tensor | None = None  # (N, 3); stays on the host, which alone reads it
     points: Tensor | None = None  # (P, 3) metres, camera frame, NaN where unknown
-    image_at: Tensor = NO_INDEX  # (M,) where the M placeholders are in T
+    image_at: Tensor = NO_INDEX  # (M,) where the placeholders are in T
     image_rows: Tensor = NO_INDEX  # (M,) merged token that each one takes
 
     # Regions, as a sparse (R, P) matrix whose rows sum to 1, and what is known about them.
@@ -64,7 +64,7 @@ class Batch:
     last: Tensor = NO_INDEX  # (B,) where each one's last token is
     next_position: Tensor = NO_INDEX  # (B,) mRoPE position behind it
 
-    # `patches` image by image, for DeviceImages
+    # `patches` image by image, for DeviceImages.
     arrays: tuple[np.ndarray, ...] = field(default=(), compare=False)
 
     def to(self, device, images: DeviceImages | None = None) -> "Batch":
@@ -80,17 +80,15 @@ class Batch:
         return replace(self, **moved)
 
     def pixels(self, dtype: torch.dtype) -> Tensor | None:
-        """Normalise the patches where they lie: (P, 3 * frames * p * p), transformers'
-        pixel_values.
+        """Normalise the patches where they lie: transformers' pixel_values.
 
-        A byte takes its level from a table, to the bit what arithmetic in fp32 and a cast would
-        give.
+        Returns (P, 3 * frames * p * p). A byte takes its level from a table, to the bit what
+        arithmetic in fp32 and a cast would give.
         """
         if self.patches is None:
             return None
         table = self.levels.to(dtype).flatten()  # (3 * 256,)
-        # Each channel has its own 256 levels in the table. int32, since there are as many indices as
-        # pixels.
+        # Each channel has its own 256 levels in the table. int32, as there is an index a pixel.
         first = torch.arange(0, 3 * 256, 256, dtype=torch.int32, device=table.device)
         index = self.patches.int() + first[:, None]
         frame = table.index_select(0, index.flatten())
@@ -141,7 +139,8 @@ def expanded_positions(is_image: list[bool], grids: Iterator[list[int]], merge: 
     slots = []
     merged_grids = []
     token = 0
-    extra = 0  # placeholders beyond one an image, so far
+    # Placeholders beyond one an image, so far.
+    extra = 0
     while token < len(is_image):
         if not is_image[token]:
             token += 1
@@ -197,12 +196,11 @@ def pack(
     frames: int,
     levels: Tensor,
 ) -> Batch:
-    """Pack prompts alone; or with completions, per prompt a list of token-id lists (end token
-    included).
+    """Pack prompts alone, or with completions: per prompt a list of token-id lists.
 
-    One each (SFT): neighbours with the same images share the prompt up to where their texts part.
-    Several (an RL group): they share all of it. The last token of a completion is a target, never
-    an input.
+    A completion includes its end token, if it has one. One each (SFT): neighbours with the same
+    images share the prompt up to where their texts part. Several (an RL group): they share all of
+    it. The last token of a completion is a target, never an input.
     """
     if completions is None:
         completions = [[]] * len(prompts)
@@ -248,12 +246,15 @@ def join_points(views: list[View]) -> Tensor | None:
     return torch.from_numpy(np.concatenate(pieces))
 
 
-Group = list[tuple[Prompt, list[np.ndarray]]]  # prompts with their completions
+# Prompts with their completions, token ids of each.
+Group = list[tuple[Prompt, list[np.ndarray]]]
 
 
 def sharing_groups(prompts: list[Prompt], completions: list) -> list[Group]:
-    """Cut into runs that may share a prefix: neighbours with equal images and one completion each;
-    everybody else is alone."""
+    """Cut into runs that may share a prefix: neighbours with equal images and one completion each.
+
+    Any other prompt is a run of its own.
+    """
     groups = []
     images_before = None
     for prompt, several in zip(prompts, completions, strict=True):
@@ -270,8 +271,10 @@ def sharing_groups(prompts: list[Prompt], completions: list) -> list[Group]:
 
 
 def shared_length(group: Group) -> int:
-    """Count the tokens of a group's common prefix: all images or nothing, and no <mask> (regions
-    differ where ids don't)."""
+    """Count the tokens of a group's common prefix.
+
+    It has all images or is empty, and has no <mask>: regions differ where their ids don't.
+    """
     first, completions = group[0]
     if len(group) == 1:
         return len(first.ids) if len(completions) > 1 else 0
@@ -310,7 +313,8 @@ class Packer:
         self.regions = []
         self.predict_from = []
         self.targets = []
-        self.ends = [0]  # of the sequences, in targets
+        # Where the sequences end in targets.
+        self.ends = [0]
         self.last = []
         self.next_position = []
 
@@ -318,7 +322,8 @@ class Packer:
         """Append a piece of tokens that sees `prefix`; return where it starts."""
         start = self.length
         self.length += len(ids)
-        if len(ids):  # a completion of one token has no input of its own
+        # A completion of one token has no input of its own.
+        if len(ids):
             self.ids.append(ids)
             self.positions.append(positions)
             self.segments.append((start, self.length, *prefix))
@@ -330,19 +335,20 @@ class Packer:
         first, _ = group[0]
         prefix_positions = first.positions[:, :shared]
         start = self.append(first.ids[:shared], prefix_positions)
-        for prompt, completions in group:
-            if prompt is first or not shared:
+        for k, (prompt, completions) in enumerate(group):
+            # The shared prefix holds its images once; without one each prompt brings its own.
+            if k == 0 or not shared:
                 self.add_images(prompt)
             self.add_prompt(prompt, completions, (start, start + shared))
 
     def add_images(self, prompt: Prompt) -> None:
-        """Say which merged tokens the prompt's placeholders take, which are packed just now."""
+        """Note which merged tokens the prompt's placeholders, packed here, take."""
         for view, count in zip(prompt.views, prompt.view_tokens, strict=True):
             start = self.first_patch[view.key] // self.merge**2
             self.image_rows.append(np.arange(start, start + count))
 
     def add_prompt(self, prompt: Prompt, completions: list, prefix: tuple[int, int]) -> None:
-        """Append what of a prompt is behind the shared prefix, once for every completion."""
+        """Append the rest of a prompt behind its prefix, once for every completion."""
         prefix_start, prefix_end = prefix
         shared = prefix_end - prefix_start
         rest_start = self.length
@@ -376,7 +382,7 @@ class Packer:
             self.ends.append(self.ends[-1] + len(completion))
 
     def batch(self, image_token_id: int) -> Batch:
-        """Join all pieces; the images' own tensors are the caller's to add."""
+        """Join all pieces into a Batch; its images are the caller's to add."""
         input_ids = join(self.ids)
         no_positions = np.empty((3, 0), np.int64)
         positions = np.concatenate([no_positions, *self.positions], 1)

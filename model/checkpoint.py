@@ -67,8 +67,10 @@ class Origin:
 
 
 def rename(name: str) -> str:
-    """Turn a tensor's name on disk into ours; one of neither layout stays as it is (and is reported
-    as surplus)."""
+    """Turn a tensor's name on disk into ours.
+
+    A name of neither layout stays as it is, and is reported as surplus.
+    """
     for on_disk_prefix, our_prefix in PREFIXES:
         if name.startswith(on_disk_prefix):
             return our_prefix + name.removeprefix(on_disk_prefix)
@@ -190,7 +192,8 @@ def save(directory: str | Path, weights: dict[str, Tensor], origin: Origin, proc
     What an older checkpoint there holds beyond what a save writes is kept; a directory that holds
     something else is refused.
     """
-    directory = Path(directory).resolve()  # the rename would replace a link, not what it points to
+    # The rename would replace a link, not what it points to.
+    directory = Path(directory).resolve()
     restore_retired(directory)
     is_checkpoint = (directory / "config.json").is_file()
     is_empty = directory.is_dir() and not any(directory.iterdir())
@@ -199,7 +202,8 @@ def save(directory: str | Path, weights: dict[str, Tensor], origin: Origin, proc
             f"{directory}: exists and holds no checkpoint; save to another directory"
         )
     aside = directory.with_name(f".{directory.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)  # of a save that was killed
+    # What a killed save left behind.
+    shutil.rmtree(aside, ignore_errors=True)
     try:
         write(aside, weights, origin, processor)
         if directory.exists():

@@ -20,7 +20,7 @@ class Family:
     # Qwen2 has biases on q, k and v; Qwen3 an RMSNorm on every query and key head instead.
     qkv_bias: bool = False
     qk_norm: bool = False
-    # How the rotary frequencies are dealt out to time, row and column: T H W T H W ..., or in blocks.
+    # How rotary frequencies are dealt out to time, row and column: T H W T H W ..., or in blocks.
     mrope_interleaved: bool = False
     # Whether the config says how wide a head is; else it is the hidden width / heads.
     head_dim_field: bool = False

@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 from transformers import AddedToken, AutoConfig, AutoTokenizer
 
 from errors import UserError
@@ -26,8 +27,10 @@ WEIGHTS = (
 
 
 class CheckpointError(UserError, ValueError):
-    """A checkpoint that can't be loaded or saved; one line that says which file or tensor, and what
-    to do."""
+    """A checkpoint that can't be loaded or saved.
+
+    One line that says which file or tensor, and what to do.
+    """
 
 
 def resolve(source: str) -> Path:
@@ -42,11 +45,8 @@ def resolve(source: str) -> Path:
         raise CheckpointError(
             f"{source}: no such directory (nor a hub id like Qwen/Qwen2.5-VL-3B-Instruct)"
         )
-    # Here, since a local directory needs no hub.
-    from huggingface_hub import snapshot_download
-
     try:
-        snapshot = snapshot_download(
+        snapshot = huggingface_hub.snapshot_download(
             source, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]
         )
     except Exception as error:  # the hub's errors are many; a user needs one line
@@ -126,7 +126,8 @@ def check_files(directory: Path) -> None:
         if name not in names:
             raise CheckpointError(f"{directory}: no {name}; copy it from the original checkpoint")
     for path in directory.glob("tokenizer*.json"):
-        read_json(path)  # transformers' error on a torn one names no file
+        # Transformers' error on a torn one names no file.
+        read_json(path)
 
 
 def read_tokenizer(directory: Path, rows: int):

@@ -32,8 +32,10 @@ from kernels.packed_attention import upload
 from model.region import pixel_shares
 
 WAVELENGTHS = (32.0, 16.0, 8.0, 4.0, 2.0, 1.0, 0.5, 0.25)  # metres
-FEATURES = 3 * (1 + 2 * len(WAVELENGTHS))  # of a point: its coordinates, their sines and cosines
-LEAST_AREA = 1e-9  # patches: below it a patch has no valid pixel
+# The numbers that describe a point: its coordinates, their sines and cosines.
+FEATURES = 3 * (1 + 2 * len(WAVELENGTHS))
+# In patches: below it a patch has no valid pixel.
+LEAST_AREA = 1e-9
 
 
 def read_depth(depth, shape: tuple[int, int]) -> np.ndarray:
@@ -85,9 +87,9 @@ def point_grid(depth: np.ndarray, intrinsics, grid: tuple[int, int]) -> np.ndarr
 
 
 def fourier(points: Tensor) -> Tensor:
-    """Turn points (P, 3) in metres into features (P, 51): the coordinates, and a sine and a cosine
-    per wavelength, times its a.
+    """Turn points (P, 3) in metres into features (P, 51).
 
+    They are the coordinates and, per wavelength and coordinate, a sine and a cosine times its a.
     Without a the short waves, which cancel in a region's mean, drown the long ones: with it a small
     head on pooled embeddings reached a median of 0.15 m instead of 0.17 m in 600 steps.
     """
@@ -164,8 +166,10 @@ class Head3D(nn.Module):
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         inner = F.gelu(self.up(self.norm(hidden)))
-        out = self.out(inner).float()  # the loss and eval count in fp32
-        centres = out[:, :3].contiguous()  # a view would trouble FSDP2
+        # The loss and eval count in fp32.
+        out = self.out(inner).float()
+        # A view would trouble FSDP2.
+        centres = out[:, :3].contiguous()
         return centres, F.softplus(out[:, 3:])
 
 

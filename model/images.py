@@ -34,8 +34,10 @@ from kernels.packed_attention import upload
 from model.head3d import point_grid, read_depth
 
 CACHE_BYTES = 4e9  # of views, per process
-MAX_AHEAD = 256  # images that workers are at, or that are made and not asked for yet
-ASSUMED_FOV = np.pi / 3  # where depth comes without intrinsics: a horizontal view of 60 degrees
+# At most so many images are with the workers, or made and not asked for yet.
+MAX_AHEAD = 256
+# Where depth comes without intrinsics: a horizontal view of 60 degrees.
+ASSUMED_FOV = np.pi / 3
 # What Pillow raises on a file that is torn or isn't an image.
 BAD_FILE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
@@ -59,6 +61,7 @@ class Source:
 
     @property
     def is_file(self) -> bool:
+        """Whether all of it is read from files, and so can't change unnoticed."""
         return isinstance(self.image, str | Path) and isinstance(self.depth, str | Path | None)
 
 
@@ -172,8 +175,10 @@ class Decoder:
 
 
 def in_merge_order(grid: np.ndarray, merge: int) -> np.ndarray:
-    """Flatten a patch grid in the image processor's order, in which the patches of one token are
-    neighbours: (rows, columns, ...) -> (rows * columns, ...)."""
+    """Flatten a patch grid: (rows, columns, ...) -> (rows * columns, ...).
+
+    In the image processor's order, in which the patches of one token are neighbours.
+    """
     rows, columns, *rest = grid.shape
     squares = grid.reshape(rows // merge, merge, -1, merge, *rest)
     squares = squares.swapaxes(1, 2)
@@ -183,7 +188,8 @@ def in_merge_order(grid: np.ndarray, merge: int) -> np.ndarray:
 def byte_levels(settings: Qwen2VLImageProcessorPil) -> torch.Tensor:
     """Tabulate what transformers makes of every byte of each channel: (3, 256) fp32."""
     every_byte = np.arange(256, dtype=np.uint8)
-    values = np.tile(every_byte[:, None], (3, 1, 1))  # an image of 256 rows and one column
+    # An image of 256 rows and one column.
+    values = np.tile(every_byte[:, None], (3, 1, 1))
     values = settings.rescale(values, settings.rescale_factor)
     levels = settings.normalize(values, settings.image_mean, settings.image_std)
     return torch.from_numpy(levels[..., 0]).float()
@@ -228,10 +234,10 @@ class LRUCache:
 
 
 class Prefetcher:
-    """Run `make(argument)`, a pure function that can be pickled, in `workers` processes, before its
-    result is asked for; 0 workers: always in line.
+    """Run `make(argument)` in `workers` processes before its result is asked for.
 
-    Only time depends on it: what no worker has begun, or what one failed at, is made in line by
+    make is a pure function that can be pickled. With 0 workers it runs where it is asked for. Only
+    time depends on it: what no worker has begun, or what one failed at, is made in line by
     whoever asks. So any number of workers gives the same bits, and a bad file the same words.
 
     The processes are forked from a server that has imported make's module and nothing else: no
@@ -274,12 +280,14 @@ class Prefetcher:
                 pass
             except Exception as error:
                 failure = error
-        made = self.make(argument)  # a bad file fails here again, where the row is known
+        # A bad file fails here again, where the row is known.
+        made = self.make(argument)
         if failure:
             self._warn(failure)
         return made
 
     def _submit(self) -> None:
+        """Give the workers what fits into max_ahead, the next one first."""
         while self.pool and self.waiting and len(self.futures) < self.max_ahead:
             key = next(iter(self.waiting))
             argument = self.waiting.pop(key)
@@ -290,8 +298,10 @@ class Prefetcher:
                 self._warn(error)
 
     def _warn(self, error: Exception) -> None:
-        """Say once what only workers fail at: one was killed (for want of memory?), or an argument
-        can't be pickled."""
+        """Say once what only workers fail at.
+
+        One was killed (for want of memory?), or an argument can't be pickled.
+        """
         if not self.has_warned:
             message = f"workers: {error}: done in line, which takes longer"
             print(message, file=sys.stderr, flush=True)
@@ -321,6 +331,7 @@ def init_worker() -> None:
 
 
 def exit_with_parent() -> None:
+    """Wait for the parent's end, then end this process without further ado."""
     parent_process().join()
     os._exit(1)
 
@@ -336,14 +347,17 @@ class ImageCache:
     def __init__(self, decoder: Decoder, workers: int):
         self.prefetcher = Prefetcher(decoder, workers)
         self.views = LRUCache(CACHE_BYTES, view_bytes)
-        self.expected: dict[tuple, Source] = {}  # holds the sources: the id()s in keys stay theirs
-        self.assumed_fov = 0  # images that were decoded with depth but without intrinsics
+        # It holds the sources, so that the id()s in keys stay their own.
+        self.expected: dict[tuple, Source] = {}
+        # Images that were decoded with depth but without intrinsics.
+        self.assumed_fov = 0
 
     def prefetch(self, sources: list[Source]) -> None:
         """Let workers make these, each once, in this order; let go of all others."""
         expected = {}
         for source in sources:
-            with suppress(OSError):  # that a file isn't there is said when it is asked for
+            # That a file isn't there is said when it is asked for.
+            with suppress(OSError):
                 expected[source.key] = source
         self.expected = expected
         self.views.retain(expected)
@@ -361,6 +375,7 @@ class ImageCache:
         return self._decode(key, source)
 
     def _decode(self, key: tuple, source: Source) -> View:
+        """Take the View from a worker, or make it here."""
         if source.depth is not None and source.camera is None:
             if not self.assumed_fov:
                 print("Depth without intrinsics: a view of 60 degrees is assumed.", file=sys.stderr)
@@ -370,8 +385,11 @@ class ImageCache:
 
 
 class DeviceImages:
-    """A step's images on the device, each uploaded once, as bytes, whoever asks: the rollout's
-    prompts, the reference's passes, the update's. Whoever makes it drops it when the step ends."""
+    """A step's images on the device, each uploaded once, as bytes.
+
+    The rollout's prompts, the reference's passes and the update's share it. Whoever makes it drops
+    it when the step ends.
+    """
 
     def __init__(self, device: torch.device | str):
         self.device = torch.device(device)

@@ -69,12 +69,12 @@ def object_of(text: str, table: dict) -> str | None:
 
 
 def without_closing_marks(text: str) -> str:
+    """Strip a text of its case and of blanks, brackets and punctuation at its end."""
     return re.sub(r"\W+$", "", text.strip().lower())
 
 
 def ends_with_words(text: str, words: str) -> bool:
-    """Whether a text ends with words that don't begin within one of its own: not "armchair" with
-    "chair"."""
+    """Whether a text ends with words, as words: "armchair" doesn't with "chair"."""
     if not words or not text.endswith(words):
         return False
     start = len(text) - len(words)
@@ -157,8 +157,8 @@ class Processor:
         self.end_id = eos if eos in self.end_ids else self.end_ids[0]
 
         rows = self.config.get_text_config().vocab_size
-        # The ban keeps a completion readable as a text; it doesn't enter log-probs.
-        self.banned = torch.ones(rows, dtype=torch.bool)  # also the rows that no token has
+        # Rows that no token has, and what would open an image. The ban doesn't enter log-probs.
+        self.banned = torch.ones(rows, dtype=torch.bool)
         self.banned[[i for i in vocab.values() if i < rows]] = False
         never = [vocab[token] for token in VISION_TOKENS if token in vocab]
         never += [self.mask_id, self.config.image_token_id, self.config.video_token_id]
@@ -181,8 +181,10 @@ class Processor:
         return np.array(encoding.ids, np.int64)
 
     def decode(self, tokens) -> str:
-        """Return the text without the end tokens behind it; every other token stays, `<think>`
-        too."""
+        """Return the text without the end tokens behind it.
+
+        Every other token stays, `<think>` too.
+        """
         tokens = [int(token) for token in tokens]
         while tokens and tokens[-1] in self.end_ids:
             tokens.pop()
@@ -245,7 +247,7 @@ class Processor:
         text = srreal.prompt(example)
         self._check_text(example, text, "question", masks=len(example.regions))
         self._check_images(example, text)
-        # Images and regions come before the text: as text, regions are written in their image's units.
+        # Before the text, since --regions text writes boxes in units of their images.
         views = [self._view(example, i) for i in range(len(example.images))]
         weights = self._region_weights(example, views)
         if self.regions == "text":
@@ -314,8 +316,10 @@ class Processor:
         return weights
 
     def _write_boxes(self, example: Example, text: str, views: list[View]) -> str:
-        """Replace each <mask> by a 2D box in the family's convention; of several images, behind its
-        number."""
+        """Replace each <mask> by a 2D box in the family's convention.
+
+        Of several images, the box comes behind the number of its own.
+        """
         pieces = text.split("<mask>")
         for k, (index, region) in enumerate(example.regions):
             box = read_region(region, views[index].size)
@@ -344,8 +348,10 @@ class Processor:
     # ---- Batches
 
     def prefetch(self, examples: list[Example]) -> None:
-        """Let the workers decode what comes next, in this order, each image once. It is kept until
-        the next call, which lets go of all that it does not name."""
+        """Let the workers decode what comes next, in this order, each image once.
+
+        It is kept until the next call, which lets go of all that it does not name.
+        """
         sources = []
         for example in examples:
             sources += [source_of(example, index) for index in range(len(example.images))]
@@ -376,8 +382,10 @@ class Processor:
         return self.pack(prompts, completions)
 
     def save(self, directory) -> None:
-        """Write the tokenizer with <mask>, and the source's files but for weights; max_pixels where
-        it was set."""
+        """Write the tokenizer with <mask>, and the source's other files but for weights.
+
+        max_pixels goes into the image settings where it was set.
+        """
         directory = Path(directory)
         copy_files(self.files, directory)
         self.tokenizer.save_pretrained(directory)

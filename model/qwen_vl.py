@@ -187,10 +187,9 @@ def join_parameters(parameters: list[nn.Parameter]) -> None:
 
 
 def fused_linears(*layers: nn.Module) -> tuple[Tensor, Tensor | None] | None:
-    """Return (weight, bias) of all layers as one linear layer, so that one matrix product serves
-    them all; None where they lie apart.
+    """Return (weight, bias) of all layers as one; None where they lie apart.
 
-    What was moved or copied since has to be fused again.
+    One matrix product then serves them all. What was moved or copied since has to be fused again.
     """
     if any(type(layer) is not nn.Linear for layer in layers):
         return None
@@ -233,8 +232,10 @@ class Output:
 
 
 class QwenVL(nn.Module):
-    """The whole model. `config` is transformers' config object; weights come from
-    `from_pretrained`."""
+    """The whole model.
+
+    `config` is transformers' config object; weights come from `from_pretrained`.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -286,7 +287,8 @@ class QwenVL(nn.Module):
         model.load_state_dict(weights, strict=False, assign=True)
         if not spatial:
             model._init_spatial(device, dtype)
-        del weights, spatial  # so that what is fused next leaves at once
+        # So that memory is freed as soon as layers are fused.
+        del weights, spatial
         if fuse:
             model.fuse_linears()
         model.origin = origin
@@ -301,8 +303,11 @@ class QwenVL(nn.Module):
         self.head3d.init()
 
     def save_pretrained(self, directory: str, processor=None) -> None:
-        """Atomically write a checkpoint that transformers loads unchanged, and spatial.safetensors
-        beside it."""
+        """Atomically write a checkpoint that transformers loads unchanged.
+
+        spatial.safetensors beside it holds the extra weights. processor: its settings are saved,
+        too; None: the files are the source's.
+        """
         weights = {name: p.detach() for name, p in self.named_parameters()}
         checkpoint.save(directory, weights, self.origin, processor)
 
@@ -315,7 +320,8 @@ class QwenVL(nn.Module):
             fuse_linears(attention.q_proj, attention.k_proj, attention.v_proj)
             fuse_linears(layer.mlp.gate_proj, layer.mlp.up_proj)
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # of the room that they had apart
+            # The room that they had apart is free for others.
+            torch.cuda.empty_cache()
 
     def checkpoint_blocks(self) -> None:
         """Let each block keep only its input for the backward, which computes the rest again.
@@ -359,8 +365,10 @@ class QwenVL(nn.Module):
 
     @torch.no_grad()
     def prefill(self, batch: Batch) -> tuple[Tensor, list]:
-        """Return the hidden states (T, H) of a batch of prompts, and per layer the rotated keys and
-        the values, (T, K, D) each."""
+        """Return the hidden states (T, H) of a batch of prompts, and its cache.
+
+        The cache is a pair a layer: the rotated keys and the values, (T, K, D) each.
+        """
         cache = []
         return self.hidden(batch, cache=cache), cache
 
@@ -419,10 +427,10 @@ class QwenVL(nn.Module):
         pixel_values: Tensor | None = None,
         image_grid_thw: Tensor | None = None,
     ) -> Tensor:
-        """Return logits (B, T, V) from what transformers' model takes: for parity tests, and for
-        people who just want logits.
+        """Return logits (B, T, V) from what transformers' model takes.
 
-        input_ids (B, T), padded on either side where attention_mask is 0; there the logits are 0.
+        For parity tests, and for people who just want logits. input_ids (B, T), padded on either
+        side where attention_mask is 0; there the logits are 0.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from kernels.packed_attention import gather_rows
 
-LEAST = 1e-6  # cells: the length of a side that has none, so that every box has an area
+# In cells: the length of a side that has none, so that every box has an area.
+LEAST = 1e-6
 
 
 def read_region(region, size: tuple[int, int]):

@@ -112,8 +112,10 @@ def tiny_shape(family: str) -> Shape:
 
 @functools.cache
 def corpus(count: int) -> list[str]:
-    """Return the text of `count` scenes, and each number of one decimal so often that it becomes a
-    token before any word does."""
+    """Return the text of `count` scenes, and numbers.
+
+    Each number of one decimal comes so often that it becomes a token before any word does.
+    """
     texts = []
     for example in scenes(count):
         text = f"{prompt(example)}\n{target(example)}"
@@ -230,8 +232,10 @@ def write(family: str, out: Path, seed: int = 0, shape: Shape | None = None) -> 
 
 
 def write_spatial(out: Path, seed: int) -> None:
-    """Write the extra weights, with a point map that is heard from the start: a silent one is never
-    learnt here."""
+    """Write the extra weights, with a point map that is heard from the start.
+
+    A silent one is never learnt here.
+    """
     model = QwenVL.from_pretrained(out)
     model.points.init_unit_scale(seed)
     model.save_pretrained(out)

@@ -31,7 +31,8 @@ from kernels.layers import qk_norm_rope, rms_norm, swiglu
 from kernels.packed_attention import Windows, upload, window_attention
 from model.families import VisionSizes
 
-EPS = 1e-6  # of every norm in the towers
+# Every norm in the towers has it.
+EPS = 1e-6
 
 
 class RMSNorm(nn.Module):
@@ -101,9 +102,9 @@ class VisionAttention(nn.Module):
         qkv = self.qkv(x)
         qkv = qkv.view(len(x), 3, self.heads, -1)
         q, k, v = qkv.unbind(1)  # (P, heads, head_dim) each
-        # In fp32, as transformers does: these towers were trained with it.
+        # In fp32, as transformers does. On CUDA that is one kernel, with fp32 inside.
         if x.is_cuda:
-            q, k = qk_norm_rope(q, k, cos, sin)  # one kernel, fp32 inside
+            q, k = qk_norm_rope(q, k, cos, sin)
         else:
             q = rotate(q.float(), cos, sin).to(x.dtype)
             k = rotate(k.float(), cos, sin).to(x.dtype)
@@ -140,12 +141,14 @@ class VisionBlock(nn.Module):
 
 
 def make_norm(s: VisionSizes) -> nn.Module:
+    """Make the family's norm over the width of the tower."""
     if s.family.norm == "rms":
         return RMSNorm(s.width, EPS)
     return nn.LayerNorm(s.width, EPS)
 
 
 def make_mlp(s: VisionSizes) -> nn.Module:
+    """Make the family's MLP, with its names."""
     if s.family.mlp_names is None:
         return SwiGLU(s.width, s.inner, bias=True)
     return GeluMLP(s.width, s.inner, s.activation, s.family.mlp_names)
@@ -215,14 +218,15 @@ class VisionTower(nn.Module):
             self.deepstack_merger_list = nn.ModuleList(mergers)
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Encode patches: their features (P, C) after the last block, and deepstack tokens (M, H)
-        of each early block that the family takes them from.
+        """Encode patches: features (P, C), and deepstack tokens, (M, H) a block.
 
-        pixel_values (P, 3 * 2 * p * p); grid_thw (N, 3) patches along time, height, width, on the
-        host. Features come in the order of the patches.
+        Features are those after the last block, deepstack tokens come from early ones. pixel_values
+        (P, 3 * 2 * p * p); grid_thw (N, 3) patches along time, height, width, on the host. Features
+        come in the order of the patches.
         """
         s = self.sizes
-        grids = grid_thw.tolist()  # on the host: reading it makes nobody wait
+        # It lies on the host, so reading it makes nobody wait.
+        grids = grid_thw.tolist()
         proj = self.patch_embed["proj"]
         weight = proj.weight.flatten(1)  # (C, 3 * 2 * p * p)
         x = F.linear(pixel_values.to(weight.dtype), weight, proj.bias)  # (P, C)
@@ -247,8 +251,8 @@ class VisionTower(nn.Module):
             cos = cos.index_select(0, order)
             sin = sin.index_select(0, order)
 
+        # The blocks. Early features go to the decoder as they are at that depth.
         deepstack = []
-        # The blocks. Early features go out to the decoder as they are at that depth.
         for i, block in enumerate(self.blocks):
             seen = whole_images if i in s.full_blocks else windows
             x = block(x, cos, sin, seen)
@@ -256,7 +260,8 @@ class VisionTower(nn.Module):
                 merger = self.deepstack_merger_list[len(deepstack)]
                 deepstack.append(merger(x))
         if s.window is not None:
-            x = x.index_select(0, back)  # whoever pools regions counts in the image's order
+            # Back to the image's order, in which regions count.
+            x = x.index_select(0, back)
         return x, deepstack
 
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -309,8 +314,10 @@ def frame_lengths(grids: list[list[int]]) -> list[int]:
 
 
 def patch_positions(grids: list[list[int]], merge: int) -> Tensor:
-    """Return row and column of every patch (P, 2), in the image processor's order: the patches of
-    a merge x merge square behind each other."""
+    """Return row and column of every patch: (P, 2).
+
+    In the image processor's order: the patches of a merge x merge square behind each other.
+    """
     pieces = []
     for frames, rows, columns in grids:
         grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
@@ -326,14 +333,16 @@ def window_order(grids: list[list[int]], merge: int, size: int) -> tuple[Tensor,
     Returns the patches' order (P,) and the number of patches of each window. Windows at the right
     and lower border may be smaller.
     """
-    unit = merge**2  # patches of a merged token, which stay together
+    # The patches of a merged token stay together.
+    unit = merge**2
     order = []
     lengths = []
     start = 0
     for frames, rows, columns in grids:
         row = torch.arange(rows // merge)[:, None]
         column = torch.arange(columns // merge)[None]
-        # Numbered row by row. Any number that grows from window to window will do: `columns` is more than enough.
+        # Each token's window, numbered row by row. Any number that grows from window to window will
+        # do: `columns` is more than enough.
         window = (row // size * columns + column // size).flatten()
         counts = window.unique(return_counts=True)[1] * unit
         for _ in range(frames):

@@ -771,6 +771,9 @@ def test_a_prompt_is_built_once_and_packed_any_number_of_times():
             for name in ("input_ids", "position_ids", "patches", "region_weight", "predict_from"):
                 assert torch.equal(getattr(batch, name), getattr(wanted, name)), name
         assert torch.equal(p.pack(prompts, completions).targets, wanted.targets)
+    twice = p([examples[0]] * 2, [[[5]], [[6]]])
+    assert torch.equal(p.pack([prompts[0]] * 2, [[[5]], [[6]]]).image_rows, twice.image_rows)
+    assert len(twice.image_rows) == len(twice.image_at)
 
 
 def questions():
