@@ -1,9 +1,9 @@
 """Images in: each is decoded once, to patches on a grid and a point for every patch.
 
-    Source --Decoder--> View --pack (batch.py)--> Batch --DeviceImages--> the device
+    Source --ImageDecoder--> View --pack (batch.py)--> Batch --DeviceImages--> the device
 
-The Decoder may run in worker processes, ahead of the step that asks for its work (Prefetcher). An
-ImageCache keeps Views for as long as they are asked for again.
+The ImageDecoder may run in worker processes, ahead of the step that asks for its work
+(Prefetcher). An ImageCache keeps Views for as long as they are asked for again.
 
 P patches of p x p pixels; `merge` x `merge` of them become one token.
 """
@@ -104,10 +104,10 @@ def view_bytes(view: View) -> int:
 
 
 @dataclass
-class Decoder:
+class ImageDecoder:
     """Decode a Source: all that a worker process needs to know."""
 
-    settings: Qwen2VLImageProcessorPil
+    image_processor: Qwen2VLImageProcessorPil
     max_pixels: int
 
     def __call__(self, source: Source) -> View:
@@ -139,20 +139,20 @@ class Decoder:
         if image.mode == "RGB":
             return image
         # Palettes, greys, transparency: transformers' way, or pixels would differ from its own.
-        rgb = self.settings.process_image(image, do_convert_rgb=True)  # (3, H, W)
+        rgb = self.image_processor.process_image(image, do_convert_rgb=True)  # (3, H, W)
         return Image.fromarray(np.moveaxis(rgb, 0, -1).copy())
 
     def cut_into_patches(self, picture: Image.Image) -> tuple[tuple[int, int], np.ndarray]:
         """Resize an image as transformers does and cut it: its grid, and patches (P, 3, p * p)."""
-        patch = self.settings.patch_size
-        merge = self.settings.merge_size
+        patch = self.image_processor.patch_size
+        merge = self.image_processor.merge_size
         width, height = picture.size
-        min_pixels = self.settings.size["shortest_edge"]
+        min_pixels = self.image_processor.size["shortest_edge"]
         try:
             height, width = smart_resize(height, width, patch * merge, min_pixels, self.max_pixels)
         except ValueError as error:  # far too long for its height, or the other way round
             raise ExampleError(str(error)) from error
-        pixels = np.asarray(picture.resize((width, height), self.settings.resample))
+        pixels = np.asarray(picture.resize((width, height), self.image_processor.resample))
         grid = height // patch, width // patch
         # Channels first within a patch, as the towers' weights have them.
         cells = pixels.reshape(grid[0], patch, grid[1], patch, 3)
@@ -171,7 +171,7 @@ class Decoder:
         if camera is None:
             focal = width / 2 / np.tan(ASSUMED_FOV / 2)
             camera = (focal, focal, (width - 1) / 2, (height - 1) / 2)
-        return in_merge_order(point_grid(depth, camera, grid), self.settings.merge_size)
+        return in_merge_order(point_grid(depth, camera, grid), self.image_processor.merge_size)
 
 
 def in_merge_order(grid: np.ndarray, merge: int) -> np.ndarray:
@@ -344,7 +344,7 @@ class ImageCache:
     every call that asks.
     """
 
-    def __init__(self, decoder: Decoder, workers: int):
+    def __init__(self, decoder: ImageDecoder, workers: int):
         self.prefetcher = Prefetcher(decoder, workers)
         self.views = LRUCache(CACHE_BYTES, view_bytes)
         # It holds the sources, so that the id()s in keys stay their own.

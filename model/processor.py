@@ -26,9 +26,9 @@ from model.files import (
     resolve,
 )
 from model.images import (
-    Decoder,
     ExampleError,
     ImageCache,
+    ImageDecoder,
     View,
     byte_levels,
     in_merge_order,
@@ -134,14 +134,15 @@ class Processor:
         self.image_token_id = self.config.image_token_id
         self._read_special_tokens()
 
-        self.settings = Qwen2VLImageProcessorPil.from_pretrained(files)
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(files)
+        self.image_processor = image_processor
         self.is_resized = max_pixels is not None
-        self.max_pixels = max_pixels or self.settings.size["longest_edge"]
+        self.max_pixels = max_pixels or image_processor.size["longest_edge"]
         # An upper bound below the lower one would be no bound.
-        min_pixels = min(self.settings.size["shortest_edge"], self.max_pixels)
-        self.settings.size = {"shortest_edge": min_pixels, "longest_edge": self.max_pixels}
-        self.levels = byte_levels(self.settings)
-        self.images = ImageCache(Decoder(self.settings, self.max_pixels), workers)
+        min_pixels = min(image_processor.size["shortest_edge"], self.max_pixels)
+        image_processor.size = {"shortest_edge": min_pixels, "longest_edge": self.max_pixels}
+        self.levels = byte_levels(image_processor)
+        self.images = ImageCache(ImageDecoder(image_processor, self.max_pixels), workers)
 
     def _read_special_tokens(self) -> None:
         """Find what ends a turn, what is never sampled, and what may not stand in a row."""
@@ -255,7 +256,7 @@ class Processor:
         turn = self._turn_ids(text, len(views))
 
         # Each image's placeholder becomes as many as it has tokens.
-        merge = self.settings.merge_size
+        merge = self.image_processor.merge_size
         grids = []
         for view in views:
             rows, columns = view.grid
@@ -312,7 +313,7 @@ class Processor:
             except ValueError as error:
                 raise ExampleError(f"{example.id}: region {k}: {error}") from error
             grid = region_weights(region, view.size, view.grid)
-            weights.append(in_merge_order(grid, self.settings.merge_size))
+            weights.append(in_merge_order(grid, self.image_processor.merge_size))
         return weights
 
     def _write_boxes(self, example: Example, text: str, views: list[View]) -> str:
@@ -338,7 +339,7 @@ class Processor:
         box = np.clip([float(side) for side in box], 0, (width, height) * 2)
         if scale is None:
             # In pixels of the resized image.
-            patch = self.settings.patch_size
+            patch = self.image_processor.patch_size
             unit = (columns * patch / width, rows * patch / height)
         else:
             unit = (scale / width, scale / height)
@@ -365,8 +366,8 @@ class Processor:
             prompts,
             completions,
             image_token_id=self.image_token_id,
-            merge=self.settings.merge_size,
-            frames=self.settings.temporal_patch_size,
+            merge=self.image_processor.merge_size,
+            frames=self.image_processor.temporal_patch_size,
             levels=self.levels,
         )
 
@@ -391,7 +392,7 @@ class Processor:
         self.tokenizer.save_pretrained(directory)
         if not self.is_resized:
             return
-        size = dict(self.settings.size)
+        size = dict(self.image_processor.size)
         for path, content, settings in image_settings(directory):
             settings["size"] = size
             # Where the older form stands, it wins over `size`.
