@@ -142,7 +142,6 @@ def ahead_rates(config: Config, files: list[str], source: str) -> dict[str, floa
         processor = Processor.from_pretrained(source, workers=workers)
         for _ in range(2):  # the first time the processes start
             processor.prefetch([])
-            processor.images.files.retain(())
             clock, own = time.perf_counter(), time.process_time()
             processor.prefetch(examples)
             for example in examples:

@@ -6,11 +6,10 @@ several share (an image under many questions, a prompt before many completions) 
     [ prompt ][ completion 1 ][ completion 2 ] ...     each completion sees the prompt and itself
     [ images, begin of the text ][ question 1, its answer ][ question 2, its answer ] ...
 
-T tokens, P patches, N distinct images, R regions, E region-patch pairs, S sequences (completions),
-L targets, B prompts.
+T tokens, P patches, N distinct images, M image tokens (placeholders), R regions, E region-patch
+pairs, S sequences (completions), L targets, B prompts.
 """
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 
@@ -22,13 +21,9 @@ from kernels.packed_attention import Segment, upload
 from model.images import DeviceImages, View
 from srreal import Example
 
-
-def no_indices() -> Tensor:
-    return torch.zeros(0, dtype=torch.int64)
-
-
-def no_numbers(*shape: int) -> Tensor:
-    return torch.zeros(shape)
+NO_INDEX = torch.zeros(0, dtype=torch.int64)
+NO_WEIGHT = torch.zeros(0)
+NO_VECTOR = torch.zeros(0, 3)
 
 
 @dataclass
@@ -38,8 +33,8 @@ class Batch:
     # Tokens. Images are config.image_token_id, once a merged token, and regions are <mask>.
     input_ids: Tensor  # (T,)
     position_ids: Tensor  # (3, T) mRoPE: time, row, column
-    # (start, end, prefix_start, prefix_end): tokens [start, end) see the prefix and, causally,
-    # themselves
+    # (start, end, prefix_start, prefix_end): tokens [start, end) see the prefix and, causally, each
+    # other.
     segments: list[Segment]
 
     # Images. A still image's frame stands for every frame of a patch.
@@ -48,28 +43,28 @@ class Batch:
     frames: int = 0  # of a patch
     image_grid_thw: Tensor | None = None  # (N, 3); stays on the host, which alone reads it
     points: Tensor | None = None  # (P, 3) metres, camera frame, NaN where unknown
-    image_at: Tensor = field(default_factory=no_indices)  # (M,) where the M placeholders are in T
-    image_rows: Tensor = field(default_factory=no_indices)  # (M,) merged token that each one takes
+    image_at: Tensor = NO_INDEX  # (M,) where the placeholders are in T
+    image_rows: Tensor = NO_INDEX  # (M,) merged token that each one takes
 
     # Regions, as a sparse (R, P) matrix whose rows sum to 1, and what is known about them.
-    region_token: Tensor = field(default_factory=no_indices)  # (R,) where the <mask>s are in T
-    region_id: Tensor = field(default_factory=no_indices)  # (E,)
-    region_patch: Tensor = field(default_factory=no_indices)  # (E,)
-    region_weight: Tensor = field(default_factory=no_numbers)  # (E,)
+    region_token: Tensor = NO_INDEX  # (R,) where the <mask>s are in T
+    region_id: Tensor = NO_INDEX  # (E,)
+    region_patch: Tensor = NO_INDEX  # (E,)
+    region_weight: Tensor = NO_WEIGHT  # (E,)
     # Truth in the camera frame of the region's own image: x, y, z; w, h, l. NaN if unknown.
-    centres: Tensor = field(default_factory=lambda: no_numbers(0, 3))  # (R, 3) metres
-    sizes: Tensor = field(default_factory=lambda: no_numbers(0, 3))  # (R, 3) metres
+    centres: Tensor = NO_VECTOR  # (R, 3) metres
+    sizes: Tensor = NO_VECTOR  # (R, 3) metres
 
     # Targets: the tokens of the completions. Sequence s owns [cu_targets[s], cu_targets[s + 1]).
-    predict_from: Tensor = field(default_factory=no_indices)  # (L,) the token that predicts each
-    targets: Tensor = field(default_factory=no_indices)  # (L,)
-    cu_targets: Tensor = field(default_factory=no_indices)  # (S + 1,)
+    predict_from: Tensor = NO_INDEX  # (L,) the token that predicts each
+    targets: Tensor = NO_INDEX  # (L,)
+    cu_targets: Tensor = NO_INDEX  # (S + 1,)
 
     # Prompts.
-    last: Tensor = field(default_factory=no_indices)  # (B,) where each one's last token is
-    next_position: Tensor = field(default_factory=no_indices)  # (B,) mRoPE position behind it
+    last: Tensor = NO_INDEX  # (B,) where each one's last token is
+    next_position: Tensor = NO_INDEX  # (B,) mRoPE position behind it
 
-    # `patches` image by image, for DeviceImages
+    # `patches` image by image, for DeviceImages.
     arrays: tuple[np.ndarray, ...] = field(default=(), compare=False)
 
     def to(self, device, images: DeviceImages | None = None) -> "Batch":
@@ -85,20 +80,20 @@ class Batch:
         return replace(self, **moved)
 
     def pixels(self, dtype: torch.dtype) -> Tensor | None:
-        """Normalise the patches where they lie: (P, 3 * frames * p * p), transformers'
-        pixel_values.
+        """Normalise the patches where they lie: transformers' pixel_values.
 
-        A byte takes its level from a table, to the bit what arithmetic in fp32 and a cast would
-        give.
+        Returns (P, 3 * frames * p * p). A byte takes its level from a table, to the bit what
+        arithmetic in fp32 and a cast would give.
         """
         if self.patches is None:
             return None
         table = self.levels.to(dtype).flatten()  # (3 * 256,)
-        # Where each channel's levels start; int32, since there are as many indices as pixels.
-        channel = torch.arange(0, len(table), 256, dtype=torch.int32, device=table.device)
-        index = self.patches.int() + channel[:, None]
-        frame = table.index_select(0, index.flatten()).view(self.patches.shape)
-        return frame[:, :, None].expand(-1, -1, self.frames, -1).flatten(1)
+        # Each channel has its own 256 levels in the table. int32, as there is an index a pixel.
+        first = torch.arange(0, 3 * 256, 256, dtype=torch.int32, device=table.device)
+        index = self.patches.int() + first[:, None]
+        frame = table.index_select(0, index.flatten())
+        frame = frame.view(*self.patches.shape[:2], 1, -1)  # (P, 3, 1, p * p)
+        return frame.expand(-1, -1, self.frames, -1).flatten(1)
 
     @property
     def pixel_values(self) -> Tensor | None:
@@ -144,7 +139,8 @@ def expanded_positions(is_image: list[bool], grids: Iterator[list[int]], merge: 
     slots = []
     merged_grids = []
     token = 0
-    extra = 0  # placeholders beyond one an image, so far
+    # Placeholders beyond one an image, so far.
+    extra = 0
     while token < len(is_image):
         if not is_image[token]:
             token += 1
@@ -200,12 +196,11 @@ def pack(
     frames: int,
     levels: Tensor,
 ) -> Batch:
-    """Pack prompts alone; or with completions, per prompt a list of token-id lists (end token
-    included).
+    """Pack prompts alone, or with completions: per prompt a list of token-id lists.
 
-    One each (SFT): neighbours with the same images share the prompt up to where their texts part.
-    Several (an RL group): they share all of it. The last token of a completion is a target, never
-    an input.
+    A completion includes its end token, if it has one. One each (SFT): neighbours with the same
+    images share the prompt up to where their texts part. Several (an RL group): they share all of
+    it. The last token of a completion is a target, never an input.
     """
     if completions is None:
         completions = [[]] * len(prompts)
@@ -244,39 +239,48 @@ def join_points(views: list[View]) -> Tensor | None:
     pieces = []
     for view in views:
         if view.points is None:
-            pieces.append(np.full((len(view.patches), 3), np.nan, np.float32))
+            shape = len(view.patches), 3
+            pieces.append(np.full(shape, np.nan, np.float32))
         else:
             pieces.append(view.points)
     return torch.from_numpy(np.concatenate(pieces))
 
 
-Group = list[tuple[Prompt, list[np.ndarray]]]  # prompts with their completions
+# Prompts with their completions, token ids of each.
+Group = list[tuple[Prompt, list[np.ndarray]]]
 
 
 def sharing_groups(prompts: list[Prompt], completions: list) -> list[Group]:
-    """Cut into runs that may share a prefix: neighbours with equal images and one completion each;
-    everybody else is alone."""
-    keys = []
-    pairs = []
-    for i, (prompt, several) in enumerate(zip(prompts, completions, strict=True)):
-        pairs.append((prompt, [np.asarray(one, np.int64) for one in several]))
-        can_share = bool(prompt.views) and len(several) == 1
-        keys.append([view.key for view in prompt.views] if can_share else i)
+    """Cut into runs that may share a prefix: neighbours with equal images and one completion each.
+
+    Any other prompt is a run of its own.
+    """
     groups = []
-    for _, run in itertools.groupby(range(len(pairs)), keys.__getitem__):
-        groups.append([pairs[i] for i in run])
+    images_before = None
+    for prompt, several in zip(prompts, completions, strict=True):
+        pair = prompt, [np.asarray(one, np.int64) for one in several]
+        images = None
+        if prompt.views and len(several) == 1:
+            images = [view.key for view in prompt.views]
+        if images is not None and images == images_before:
+            groups[-1].append(pair)
+        else:
+            groups.append([pair])
+        images_before = images
     return groups
 
 
 def shared_length(group: Group) -> int:
-    """Count the tokens of a group's common prefix: all images or nothing, and no <mask> (regions
-    differ where ids don't)."""
+    """Count the tokens of a group's common prefix.
+
+    It has all images or is empty, and has no <mask>: regions differ where their ids don't.
+    """
     first, completions = group[0]
     if len(group) == 1:
         return len(first.ids) if len(completions) > 1 else 0
     limit = len(first.ids)
     for prompt, _ in group:
-        # A prompt's last token stays its own: it predicts the first target.
+        # A prompt's last token stays its own: it predicts that prompt's first target.
         limit = min(limit, len(prompt.ids) - 1)
         if prompt.regions:
             limit = min(limit, prompt.regions[0].index)
@@ -285,6 +289,7 @@ def shared_length(group: Group) -> int:
         differs = prompt.ids[:limit] != first.ids[:limit]
         if differs.any():
             shared = min(shared, int(differs.argmax()))
+    # A prefix that ended among the images would leave some of them to be packed twice.
     images_end = max(prompt.images_end for prompt, _ in group)
     return shared if shared >= images_end else 0
 
@@ -308,7 +313,8 @@ class Packer:
         self.regions = []
         self.predict_from = []
         self.targets = []
-        self.ends = [0]  # of the sequences, in targets
+        # Where the sequences end in targets.
+        self.ends = [0]
         self.last = []
         self.next_position = []
 
@@ -316,7 +322,8 @@ class Packer:
         """Append a piece of tokens that sees `prefix`; return where it starts."""
         start = self.length
         self.length += len(ids)
-        if len(ids):  # a completion of one token has no input of its own
+        # A completion of one token has no input of its own.
+        if len(ids):
             self.ids.append(ids)
             self.positions.append(positions)
             self.segments.append((start, self.length, *prefix))
@@ -326,24 +333,27 @@ class Packer:
         """Append prompts with a common prefix, each with its completions."""
         shared = shared_length(group)
         first, _ = group[0]
-        start = self.append(first.ids[:shared], first.positions[:, :shared])
-        for prompt, completions in group:
-            if prompt is first or not shared:
+        prefix_positions = first.positions[:, :shared]
+        start = self.append(first.ids[:shared], prefix_positions)
+        for k, (prompt, completions) in enumerate(group):
+            # The shared prefix holds its images once; without one each prompt brings its own.
+            if k == 0 or not shared:
                 self.add_images(prompt)
             self.add_prompt(prompt, completions, (start, start + shared))
 
     def add_images(self, prompt: Prompt) -> None:
-        """Say which merged tokens the prompt's placeholders take, which are packed just now."""
+        """Note which merged tokens the prompt's placeholders, packed here, take."""
         for view, count in zip(prompt.views, prompt.view_tokens, strict=True):
             start = self.first_patch[view.key] // self.merge**2
             self.image_rows.append(np.arange(start, start + count))
 
     def add_prompt(self, prompt: Prompt, completions: list, prefix: tuple[int, int]) -> None:
-        """Append what of a prompt is behind the shared prefix, once for every completion."""
+        """Append the rest of a prompt behind its prefix, once for every completion."""
         prefix_start, prefix_end = prefix
         shared = prefix_end - prefix_start
         rest_start = self.length
 
+        # Token i of the prompt is in the prefix, or in the first copy of the rest.
         def packed_index(i: int) -> int:
             return prefix_start + i if i < shared else rest_start + i - shared
 
@@ -358,19 +368,21 @@ class Packer:
         rest_positions = prompt.positions[:, shared:]
         if not completions:
             self.append(rest_ids, rest_positions, prefix)
+        # Positions restart after the prompt for each completion: they know nothing of each other.
         for completion in completions:
             inputs = completion[:-1]
             ids = np.concatenate([rest_ids, inputs])
             positions = text_positions(prompt.next_position, len(inputs))
             positions = np.concatenate([rest_positions, positions], 1)
             first_input = self.append(ids, positions, prefix) + len(rest_ids)
+            # The prompt's last token predicts the first target, each input the next one.
             sources = [last, *range(first_input, first_input + len(inputs))]
             self.predict_from.append(sources[: len(completion)])
             self.targets.append(completion)
             self.ends.append(self.ends[-1] + len(completion))
 
     def batch(self, image_token_id: int) -> Batch:
-        """Join all pieces; the images' own tensors are the caller's to add."""
+        """Join all pieces into a Batch; its images are the caller's to add."""
         input_ids = join(self.ids)
         no_positions = np.empty((3, 0), np.int64)
         positions = np.concatenate([no_positions, *self.positions], 1)
@@ -378,6 +390,7 @@ class Packer:
         region_patch = []
         region_weight = []
         for k, (_, first_patch, region) in enumerate(self.regions):
+            # Sparse: a region covers few of an image's patches.
             patches = np.flatnonzero(region.weights)
             region_id.append(np.full(len(patches), k))
             region_patch.append(first_patch + patches)
@@ -393,9 +406,9 @@ class Packer:
             region_token=join([[index for index, *_ in self.regions]]),
             region_id=join(region_id),
             region_patch=join(region_patch),
-            region_weight=join(region_weight, np.float64).float(),
-            centres=torch.tensor(centres, dtype=torch.float32).view(-1, 3),
-            sizes=torch.tensor(sizes, dtype=torch.float32).view(-1, 3),
+            region_weight=join(region_weight, np.float32),
+            centres=join(centres, np.float32).view(-1, 3),
+            sizes=join(sizes, np.float32).view(-1, 3),
             predict_from=join(self.predict_from),
             targets=join(self.targets),
             cu_targets=join([self.ends]),

@@ -14,7 +14,6 @@ Qwen-VL) loads what we trained.
 This file knows named tensors only; qwen_vl.py puts them into a model.
 """
 
-import glob
 import json
 import os
 import re
@@ -68,8 +67,10 @@ class Origin:
 
 
 def rename(name: str) -> str:
-    """Turn a tensor's name on disk into ours; one of neither layout stays as it is (and is reported
-    as surplus)."""
+    """Turn a tensor's name on disk into ours.
+
+    A name of neither layout stays as it is, and is reported as surplus.
+    """
     for on_disk_prefix, our_prefix in PREFIXES:
         if name.startswith(on_disk_prefix):
             return our_prefix + name.removeprefix(on_disk_prefix)
@@ -166,6 +167,7 @@ def check_weights(
     missing = [name for name in wanted if name not in weights]
     if not spatial:
         missing = [name for name in missing if not name.startswith(SPATIAL)]
+    # All names are compared before any shape: a wrong config.json shows in the names.
     for what, names in (("lacks", missing), ("has the unknown tensor", surplus)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -190,7 +192,8 @@ def save(directory: str | Path, weights: dict[str, Tensor], origin: Origin, proc
     What an older checkpoint there holds beyond what a save writes is kept; a directory that holds
     something else is refused.
     """
-    directory = Path(directory).resolve()  # the rename would replace a link, not what it points to
+    # The rename would replace a link, not what it points to.
+    directory = Path(directory).resolve()
     restore_retired(directory)
     is_checkpoint = (directory / "config.json").is_file()
     is_empty = directory.is_dir() and not any(directory.iterdir())
@@ -198,8 +201,9 @@ def save(directory: str | Path, weights: dict[str, Tensor], origin: Origin, proc
         raise CheckpointError(
             f"{directory}: exists and holds no checkpoint; save to another directory"
         )
-    aside = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
-    remove_stale(directory, aside)
+    aside = directory.with_name(f".{directory.name}.tmp")
+    # What a killed save left behind.
+    shutil.rmtree(aside, ignore_errors=True)
     try:
         write(aside, weights, origin, processor)
         if directory.exists():
@@ -225,6 +229,8 @@ def write(directory: Path, weights: dict[str, Tensor], origin: Origin, processor
         with suppress(UserError):
             rows = len(weights["decoder.embed_tokens.weight"])
             read_tokenizer(origin.directory, rows).save_pretrained(directory)
+    # Each tensor in the dtype that it had on disk; what came with adapters, or was trained in fp32,
+    # is rounded here and nowhere else.
     spatial = {}
     published = {}
     for name, tensor in lora.merge(weights).items():
@@ -299,15 +305,6 @@ def restore_retired(directory: Path) -> None:
     if retired(directory).exists() and not directory.exists():
         os.rename(retired(directory), directory)
     shutil.rmtree(retired(directory), ignore_errors=True)
-
-
-def remove_stale(directory: Path, aside: Path) -> None:
-    """Remove what saves of `directory` by processes that were killed left behind."""
-    for stale in directory.parent.glob(f".{glob.escape(directory.name)}.*.tmp"):
-        pid = stale.suffixes[-2][1:]
-        is_dead = pid.isdigit() and not Path("/proc", pid).exists()
-        if stale == aside or is_dead:
-            shutil.rmtree(stale, ignore_errors=True)
 
 
 def sync(paths: Iterable[Path]) -> None:

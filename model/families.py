@@ -10,42 +10,55 @@ the model that reads it.
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """What sets one family apart from the others."""
 
     name: str  # config.json's model_type
 
-    # Decoder. Qwen2 has biases on q, k and v; Qwen3 an RMSNorm on every query and key head instead.
-    qkv_bias: bool
-    qk_norm: bool
-    mrope_interleaved: bool  # which rotary frequency listens to time, row, column: T H W T H W ...
-    head_dim_field: bool  # the config says how wide a head is; else hidden width / heads
-    sliding_window_field: bool  # the config has a switch for it, which must be off
+    # ---- Decoder
+    # Qwen2 has biases on q, k and v; Qwen3 an RMSNorm on every query and key head instead.
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    # How rotary frequencies are dealt out to time, row and column: T H W T H W ..., or in blocks.
+    mrope_interleaved: bool = False
+    # Whether the config says how wide a head is; else it is the hidden width / heads.
+    head_dim_field: bool = False
+    # Whether the config has a switch for a sliding window, which must be off.
+    sliding_window_field: bool = False
 
-    # Vision tower.
-    width_field: str  # the config's name for the width of the tower
-    output_field: str  # and for the width of its merged tokens
+    # ---- Vision tower
+    # The config's names for the width of the tower, and for that of its merged tokens.
+    width_field: str
+    output_field: str
+    # Whether the config gives the inner width of the MLP as a ratio.
+    mlp_ratio_field: bool = False
     norm: str  # "layer" or "rms"
-    mlp_names: tuple[str, str] | None  # the two linear layers of its MLP; None: SwiGLU
-    mlp_ratio_field: bool  # the config gives the inner width of the MLP as a ratio
-    patch_bias: bool
-    has_windows: bool  # most blocks look at windows of the image only
-    has_learnt_positions: bool  # a table of position vectors, added to the patches
-    has_deepstack: bool  # features of early blocks go into the decoder's first layers; new merger
+    mlp_names: tuple[str, str] | None  # of the two linear layers of its MLP; None: SwiGLU
+    patch_bias: bool = False
+    # Most blocks look at windows of the image only.
+    has_windows: bool = False
+    # A table of position vectors is added to the patches.
+    has_learnt_positions: bool = False
+    # Features of early blocks go into the decoder's first layers; with it came a new merger.
+    has_deepstack: bool = False
 
-    # A 2D box in a text: x0, y0, x1, y1 in 1/box_scale of the image; None: in pixels of the resized
-    # image.
+    # ---- Text
+    # A 2D box: x0, y0, x1, y1 in 1/box_scale of the image; None: in pixels of the resized image.
     box: str
     box_scale: int | None
 
-    # What a tiny checkpoint needs to look like a published one.
-    system_prompt: str | None  # the template's, where the user gives none
-    has_think_tokens: bool
+    # ---- What a tiny checkpoint needs to look like a published one
+    # The chat template's system prompt, where the user gives none.
+    system_prompt: str | None
+    # <think> and </think> are tokens of their own.
+    has_think_tokens: bool = False
     pixel_mean: tuple[float, float, float]
     pixel_std: tuple[float, float, float]
-    tiny_sections: tuple[int, int, int]  # rotary frequencies of time, row, column: 16 in all
-    tiny_vision: dict  # the sizes of its tower, by the config's names
+    # How many rotary frequencies listen to time, row, column: 16 in all.
+    tiny_sections: tuple[int, int, int]
+    # The sizes of its tower, by the config's names.
+    tiny_vision: dict
 
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -54,23 +67,15 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 QWEN2_VL = Family(
     name="qwen2_vl",
     qkv_bias=True,
-    qk_norm=False,
-    mrope_interleaved=False,
-    head_dim_field=False,
     sliding_window_field=True,
     width_field="embed_dim",
     output_field="hidden_size",
     norm="layer",
     mlp_names=("fc1", "fc2"),
     mlp_ratio_field=True,
-    patch_bias=False,
-    has_windows=False,
-    has_learnt_positions=False,
-    has_deepstack=False,
     box="<|box_start|>({},{}),({},{})<|box_end|>",
     box_scale=1000,
     system_prompt="You are a helpful assistant.",
-    has_think_tokens=False,
     pixel_mean=CLIP_MEAN,
     pixel_std=CLIP_STD,
     tiny_sections=(4, 6, 6),
@@ -79,23 +84,15 @@ QWEN2_VL = Family(
 QWEN2_5_VL = Family(
     name="qwen2_5_vl",
     qkv_bias=True,
-    qk_norm=False,
-    mrope_interleaved=False,
-    head_dim_field=False,
     sliding_window_field=True,
     width_field="hidden_size",
     output_field="out_hidden_size",
     norm="rms",
     mlp_names=None,
-    mlp_ratio_field=False,
-    patch_bias=False,
     has_windows=True,
-    has_learnt_positions=False,
-    has_deepstack=False,
     box='{{"bbox_2d": [{}, {}, {}, {}]}}',
     box_scale=None,
     system_prompt="You are a helpful assistant.",
-    has_think_tokens=False,
     pixel_mean=CLIP_MEAN,
     pixel_std=CLIP_STD,
     tiny_sections=(4, 6, 6),
@@ -109,18 +106,14 @@ QWEN2_5_VL = Family(
 )
 QWEN3_VL = Family(
     name="qwen3_vl",
-    qkv_bias=False,
     qk_norm=True,
     mrope_interleaved=True,
     head_dim_field=True,
-    sliding_window_field=False,
     width_field="hidden_size",
     output_field="out_hidden_size",
     norm="layer",
     mlp_names=("linear_fc1", "linear_fc2"),
-    mlp_ratio_field=False,
     patch_bias=True,
-    has_windows=False,
     has_learnt_positions=True,
     has_deepstack=True,
     box='{{"bbox_2d": [{}, {}, {}, {}]}}',
@@ -155,7 +148,7 @@ class DecoderSizes:
     """The sizes and constants of a decoder."""
 
     family: Family
-    vocab: int
+    vocab: int  # rows of the embedding, spare ones included
     hidden: int
     inner: int  # width of the MLP
     layers: int

@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 from transformers import AddedToken, AutoConfig, AutoTokenizer
 
 from errors import UserError
@@ -26,8 +27,10 @@ WEIGHTS = (
 
 
 class CheckpointError(UserError, ValueError):
-    """A checkpoint that can't be loaded or saved; one line that says which file or tensor, and what
-    to do."""
+    """A checkpoint that can't be loaded or saved.
+
+    One line that says which file or tensor, and what to do.
+    """
 
 
 def resolve(source: str) -> Path:
@@ -35,17 +38,15 @@ def resolve(source: str) -> Path:
     directory = Path(source)
     if directory.is_dir():
         return directory
+    # A save was killed between its two renames.
     if retired(directory).is_dir():
         return retired(directory)
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise CheckpointError(
             f"{source}: no such directory (nor a hub id like Qwen/Qwen2.5-VL-3B-Instruct)"
         )
-    # Here, since a local directory needs no hub.
-    from huggingface_hub import snapshot_download
-
     try:
-        snapshot = snapshot_download(
+        snapshot = huggingface_hub.snapshot_download(
             source, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]
         )
     except Exception as error:  # the hub's errors are many; a user needs one line
@@ -115,6 +116,7 @@ def check_files(directory: Path) -> None:
 
     Without it transformers makes an empty tokenizer, or explains itself in a paragraph.
     """
+    # Each may come in another form.
     names = {path.name for path in directory.iterdir()}
     if {"vocab.json", "merges.txt"} <= names:
         names.add("tokenizer.json")
@@ -124,7 +126,8 @@ def check_files(directory: Path) -> None:
         if name not in names:
             raise CheckpointError(f"{directory}: no {name}; copy it from the original checkpoint")
     for path in directory.glob("tokenizer*.json"):
-        read_json(path)  # transformers' error on a torn one names no file
+        # Transformers' error on a torn one names no file.
+        read_json(path)
 
 
 def read_tokenizer(directory: Path, rows: int):
@@ -134,6 +137,7 @@ def read_tokenizer(directory: Path, rows: int):
     """
     check_files(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)
+    # No new embedding: published checkpoints have hundreds of rows to spare.
     mask = AddedToken("<mask>", special=True, normalized=False)
     tokenizer.add_tokens([mask], special_tokens=True)
     vocab = tokenizer.get_vocab()
@@ -141,6 +145,7 @@ def read_tokenizer(directory: Path, rows: int):
         raise CheckpointError(
             f"{directory}: no row for <mask>: {len(vocab) - 1} tokens, {rows} embeddings"
         )
+    # As Qwen2.5-VL was published.
     legacy = directory / "chat_template.json"
     if tokenizer.chat_template is None and legacy.is_file():
         tokenizer.chat_template = read_json(legacy).get("chat_template")

@@ -32,8 +32,10 @@ from kernels.packed_attention import upload
 from model.region import pixel_shares
 
 WAVELENGTHS = (32.0, 16.0, 8.0, 4.0, 2.0, 1.0, 0.5, 0.25)  # metres
-FEATURES = 3 * (1 + 2 * len(WAVELENGTHS))  # of a point: its coordinates, their sines and cosines
-LEAST_AREA = 1e-9  # patches: below it a patch has no valid pixel
+# The numbers that describe a point: its coordinates, their sines and cosines.
+FEATURES = 3 * (1 + 2 * len(WAVELENGTHS))
+# In patches: below it a patch has no valid pixel.
+LEAST_AREA = 1e-9
 
 
 def read_depth(depth, shape: tuple[int, int]) -> np.ndarray:
@@ -64,11 +66,14 @@ def point_grid(depth: np.ndarray, intrinsics, grid: tuple[int, int]) -> np.ndarr
     rows, columns = grid
     fx, fy, cx, cy = intrinsics
     valid = np.isfinite(depth) & (depth > 0)
+    # Unknown pixels add nothing to a sum, and nothing to the area that it is divided by.
     z = np.where(valid, depth, 0).astype(np.float64)
     x_over_z = (np.arange(width) - cx) / fx  # (W,)
     y_over_z = (np.arange(height) - cy) / fy  # (H,)
 
-    # A patch covers pixels in part where sizes don't divide, so a sum over it is two products.
+    # A patch covers pixels in part where sizes don't divide. Its sum over pixels, weighed by what
+    # it covers of each, is a product from either side; x depends on the column alone and y on the
+    # row alone, so both go into the factors.
     down = pixel_shares(height, rows).T  # (rows, H)
     across = pixel_shares(width, columns)  # (W, columns)
     strips = down @ z  # (rows, W)
@@ -82,13 +87,15 @@ def point_grid(depth: np.ndarray, intrinsics, grid: tuple[int, int]) -> np.ndarr
 
 
 def fourier(points: Tensor) -> Tensor:
-    """Turn points (P, 3) in metres into features (P, 51): the coordinates, and a sine and a cosine
-    per wavelength, times its a.
+    """Turn points (P, 3) in metres into features (P, 51).
 
+    They are the coordinates and, per wavelength and coordinate, a sine and a cosine times its a.
     Without a the short waves, which cancel in a region's mean, drown the long ones: with it a small
     head on pooled embeddings reached a median of 0.15 m instead of 0.17 m in 600 steps.
     """
-    wavelengths = upload(torch.tensor(WAVELENGTHS, dtype=points.dtype), points.device)
+    wavelengths = torch.tensor(WAVELENGTHS, dtype=points.dtype)
+    wavelengths = upload(wavelengths, points.device)
+    # 2 pi p / L. A point at 32 m has turned 128 times on the shortest wave.
     phase = points[:, :, None] * (2 * math.pi / wavelengths)  # (P, 3, 8)
     amplitude = (wavelengths / wavelengths[0]).sqrt()  # (8,)
     sines = (phase.sin() * amplitude).flatten(1)
@@ -128,6 +135,7 @@ class PointEmbedding(nn.Module):
 
     def forward(self, points: Tensor) -> Tensor:
         known = points.isfinite().all(dim=1, keepdim=True)
+        # NaN would survive a product with 0, in the gradient too: it is replaced before.
         # The phase needs fp32: at 8 m and a wavelength of 0.25 m bf16 has no digits left.
         features = fourier(torch.where(known, points.float(), 0.0))
         features = features.to(self.up.weight.dtype)
@@ -157,8 +165,11 @@ class Head3D(nn.Module):
             self.out.bias[2] = 3.0
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        out = self.out(F.gelu(self.up(self.norm(hidden)))).float()
-        centres = out[:, :3].contiguous()  # a view would trouble FSDP2
+        inner = F.gelu(self.up(self.norm(hidden)))
+        # The loss and eval count in fp32.
+        out = self.out(inner).float()
+        # A view would trouble FSDP2.
+        centres = out[:, :3].contiguous()
         return centres, F.softplus(out[:, 3:])
 
 
@@ -168,8 +179,10 @@ def head_loss(centres: Tensor, sizes: Tensor, true_centres: Tensor, true_sizes: 
     All are (R, 3) in metres; rows of the truth that are NaN are skipped. Divide it by the global
     count of labelled regions, as the token loss is by that of tokens.
     """
-    total = centres.sum() * 0.0  # so that it has a gradient where nothing is labelled
+    # A rank without labels has to take part in the backward, too: 0 with a gradient of 0.
+    total = centres.sum() * 0.0
     for predicted, truth in ((centres, true_centres), (sizes, true_sizes)):
         known = truth.isfinite().all(dim=1)
-        total = total + F.smooth_l1_loss(predicted[known], truth[known], beta=0.1, reduction="sum")
+        loss = F.smooth_l1_loss(predicted[known], truth[known], beta=0.1, reduction="sum")
+        total = total + loss
     return total

@@ -1,9 +1,9 @@
 """Images in: each is decoded once, to patches on a grid and a point for every patch.
 
-    Source --Decoder--> View --pack (batch.py)--> Batch --DeviceImages--> the device
+    Source --ImageDecoder--> View --pack (batch.py)--> Batch --DeviceImages--> the device
 
-The Decoder may run in worker processes, ahead of the step that asks for its work (Prefetcher). An
-ImageCache keeps Views: those of files while there is room, prefetched ones until the next prefetch.
+The ImageDecoder may run in worker processes, ahead of the step that asks for its work
+(Prefetcher). An ImageCache keeps Views for as long as they are asked for again.
 
 P patches of p x p pixels; `merge` x `merge` of them become one token.
 """
@@ -33,10 +33,11 @@ from errors import UserError
 from kernels.packed_attention import upload
 from model.head3d import point_grid, read_depth
 
-FILE_BYTES = 256e6  # of files' views, for later steps
-PREFETCHED_BYTES = 4e9  # of views that are asked for again within a step
-MAX_AHEAD = 256  # images that workers are at, or that are made and not asked for yet
-ASSUMED_FOV = np.pi / 3  # where depth comes without intrinsics: a horizontal view of 60 degrees
+CACHE_BYTES = 4e9  # of views, per process
+# At most so many images are with the workers, or made and not asked for yet.
+MAX_AHEAD = 256
+# Where depth comes without intrinsics: a horizontal view of 60 degrees.
+ASSUMED_FOV = np.pi / 3
 # What Pillow raises on a file that is torn or isn't an image.
 BAD_FILE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
@@ -60,6 +61,7 @@ class Source:
 
     @property
     def is_file(self) -> bool:
+        """Whether all of it is read from files, and so can't change unnoticed."""
         return isinstance(self.image, str | Path) and isinstance(self.depth, str | Path | None)
 
 
@@ -67,6 +69,7 @@ def identity(source):
     """Identify a file by path, size and time of change, an object by itself."""
     if not isinstance(source, str | Path):
         return id(source)
+    # A file that is written again is another image.
     state = os.stat(source)
     return str(source), state.st_size, state.st_mtime_ns
 
@@ -101,10 +104,10 @@ def view_bytes(view: View) -> int:
 
 
 @dataclass
-class Decoder:
+class ImageDecoder:
     """Decode a Source: all that a worker process needs to know."""
 
-    settings: Qwen2VLImageProcessorPil
+    image_processor: Qwen2VLImageProcessorPil
     max_pixels: int
 
     def __call__(self, source: Source) -> View:
@@ -135,21 +138,23 @@ class Decoder:
             image = Image.fromarray(values.astype(np.uint8))
         if image.mode == "RGB":
             return image
-        rgb = self.settings.process_image(image, do_convert_rgb=True)  # (3, H, W)
+        # Palettes, greys, transparency: transformers' way, or pixels would differ from its own.
+        rgb = self.image_processor.process_image(image, do_convert_rgb=True)  # (3, H, W)
         return Image.fromarray(np.moveaxis(rgb, 0, -1).copy())
 
     def cut_into_patches(self, picture: Image.Image) -> tuple[tuple[int, int], np.ndarray]:
         """Resize an image as transformers does and cut it: its grid, and patches (P, 3, p * p)."""
-        patch = self.settings.patch_size
-        merge = self.settings.merge_size
+        patch = self.image_processor.patch_size
+        merge = self.image_processor.merge_size
         width, height = picture.size
-        min_pixels = self.settings.size["shortest_edge"]
+        min_pixels = self.image_processor.size["shortest_edge"]
         try:
             height, width = smart_resize(height, width, patch * merge, min_pixels, self.max_pixels)
         except ValueError as error:  # far too long for its height, or the other way round
             raise ExampleError(str(error)) from error
-        pixels = np.asarray(picture.resize((width, height), self.settings.resample))
+        pixels = np.asarray(picture.resize((width, height), self.image_processor.resample))
         grid = height // patch, width // patch
+        # Channels first within a patch, as the towers' weights have them.
         cells = pixels.reshape(grid[0], patch, grid[1], patch, 3)
         cells = cells.transpose(0, 2, 4, 1, 3)  # rows, columns, 3, p, p
         return grid, in_merge_order(cells, merge).reshape(-1, 3, patch**2)
@@ -162,23 +167,29 @@ class Decoder:
         except BAD_FILE as error:
             raise ExampleError(str(error)) from error
         camera = source.camera
+        # Better a wrong focal length than no third dimension; ImageCache says so.
         if camera is None:
             focal = width / 2 / np.tan(ASSUMED_FOV / 2)
             camera = (focal, focal, (width - 1) / 2, (height - 1) / 2)
-        return in_merge_order(point_grid(depth, camera, grid), self.settings.merge_size)
+        return in_merge_order(point_grid(depth, camera, grid), self.image_processor.merge_size)
 
 
 def in_merge_order(grid: np.ndarray, merge: int) -> np.ndarray:
-    """Flatten a patch grid in the image processor's order, in which the patches of one token are
-    neighbours: (rows, columns, ...) -> (rows * columns, ...)."""
+    """Flatten a patch grid: (rows, columns, ...) -> (rows * columns, ...).
+
+    In the image processor's order, in which the patches of one token are neighbours.
+    """
     rows, columns, *rest = grid.shape
-    squares = grid.reshape(rows // merge, merge, columns // merge, merge, *rest).swapaxes(1, 2)
+    squares = grid.reshape(rows // merge, merge, -1, merge, *rest)
+    squares = squares.swapaxes(1, 2)
     return squares.reshape(rows * columns, *rest)
 
 
 def byte_levels(settings: Qwen2VLImageProcessorPil) -> torch.Tensor:
     """Tabulate what transformers makes of every byte of each channel: (3, 256) fp32."""
-    values = np.tile(np.arange(256, dtype=np.uint8)[:, None], (3, 1, 1))  # an image of 256 x 1
+    every_byte = np.arange(256, dtype=np.uint8)
+    # An image of 256 rows and one column.
+    values = np.tile(every_byte[:, None], (3, 1, 1))
     values = settings.rescale(values, settings.rescale_factor)
     levels = settings.normalize(values, settings.image_mean, settings.image_std)
     return torch.from_numpy(levels[..., 0]).float()
@@ -223,10 +234,10 @@ class LRUCache:
 
 
 class Prefetcher:
-    """Run `make(argument)`, a pure function that can be pickled, in `workers` processes, before its
-    result is asked for; 0 workers: always in line.
+    """Run `make(argument)` in `workers` processes before its result is asked for.
 
-    Only time depends on it: what no worker has begun, or what one failed at, is made in line by
+    make is a pure function that can be pickled. With 0 workers it runs where it is asked for. Only
+    time depends on it: what no worker has begun, or what one failed at, is made in line by
     whoever asks. So any number of workers gives the same bits, and a bad file the same words.
 
     The processes are forked from a server that has imported make's module and nothing else: no
@@ -260,6 +271,7 @@ class Prefetcher:
             self.waiting.pop(key, None)
             future = self.futures.pop(key, None)
             self._submit()
+        # cancel() succeeds where no worker has begun: then it is quicker made here.
         failure = None
         if future and not future.cancel():
             try:
@@ -268,12 +280,14 @@ class Prefetcher:
                 pass
             except Exception as error:
                 failure = error
-        made = self.make(argument)  # a bad file fails here again, where the row is known
+        # A bad file fails here again, where the row is known.
+        made = self.make(argument)
         if failure:
             self._warn(failure)
         return made
 
     def _submit(self) -> None:
+        """Give the workers what fits into max_ahead, the next one first."""
         while self.pool and self.waiting and len(self.futures) < self.max_ahead:
             key = next(iter(self.waiting))
             argument = self.waiting.pop(key)
@@ -284,8 +298,10 @@ class Prefetcher:
                 self._warn(error)
 
     def _warn(self, error: Exception) -> None:
-        """Say once what only workers fail at: one was killed (for want of memory?), or an argument
-        can't be pickled."""
+        """Say once what only workers fail at.
+
+        One was killed (for want of memory?), or an argument can't be pickled.
+        """
         if not self.has_warned:
             message = f"workers: {error}: done in line, which takes longer"
             print(message, file=sys.stderr, flush=True)
@@ -315,37 +331,37 @@ def init_worker() -> None:
 
 
 def exit_with_parent() -> None:
+    """Wait for the parent's end, then end this process without further ado."""
     parent_process().join()
     os._exit(1)
 
 
 class ImageCache:
-    """Views by Source. From files: kept for later, while there is room. From objects, which may
-    change: made for every call that asks, unless they are prefetched."""
+    """Views by Source.
 
-    def __init__(self, decoder: Decoder, workers: int):
+    Those that are prefetched are kept until the next prefetch, which says what to keep. Without
+    one, those of files are kept while there is room; objects may change, so they are decoded for
+    every call that asks.
+    """
+
+    def __init__(self, decoder: ImageDecoder, workers: int):
         self.prefetcher = Prefetcher(decoder, workers)
-        self.files = LRUCache(FILE_BYTES, view_bytes)
-        self.prefetched = LRUCache(PREFETCHED_BYTES, view_bytes)
-        self.expected: dict[tuple, Source] = {}  # holds the sources: the id()s in keys stay theirs
-        self.assumed_fov = 0  # images that were decoded with depth but without intrinsics
+        self.views = LRUCache(CACHE_BYTES, view_bytes)
+        # It holds the sources, so that the id()s in keys stay their own.
+        self.expected: dict[tuple, Source] = {}
+        # Images that were decoded with depth but without intrinsics.
+        self.assumed_fov = 0
 
     def prefetch(self, sources: list[Source]) -> None:
-        """Let workers make these, each once, in this order; keep them until the next call, and let
-        go of all that it does not name."""
+        """Let workers make these, each once, in this order; let go of all others."""
         expected = {}
         for source in sources:
-            with suppress(OSError):  # that a file isn't there is said when it is asked for
+            # That a file isn't there is said when it is asked for.
+            with suppress(OSError):
                 expected[source.key] = source
         self.expected = expected
-        self.prefetched.retain(expected)
-        missing = {}
-        for key, source in expected.items():
-            view = self.files.items.get(key)
-            if view is not None:
-                self.prefetched.get(key, lambda view=view: view)
-            elif key not in self.prefetched.items:
-                missing[key] = source
+        self.views.retain(expected)
+        missing = {key: expected[key] for key in expected if key not in self.views.items}
         self.prefetcher.prefetch(missing)
 
     def view(self, source: Source) -> View:
@@ -354,16 +370,12 @@ class ImageCache:
             key = source.key
         except OSError as error:
             raise ExampleError(str(error)) from error
-        if key in self.expected:
-            return self.prefetched.get(key, lambda: self._load(key, source))
-        return self._load(key, source)
-
-    def _load(self, key: tuple, source: Source) -> View:
-        if source.is_file:
-            return self.files.get(key, lambda: self._decode(key, source))
+        if source.is_file or key in self.expected:
+            return self.views.get(key, lambda: self._decode(key, source))
         return self._decode(key, source)
 
     def _decode(self, key: tuple, source: Source) -> View:
+        """Take the View from a worker, or make it here."""
         if source.depth is not None and source.camera is None:
             if not self.assumed_fov:
                 print("Depth without intrinsics: a view of 60 degrees is assumed.", file=sys.stderr)
@@ -373,8 +385,11 @@ class ImageCache:
 
 
 class DeviceImages:
-    """A step's images on the device, each uploaded once, as bytes, whoever asks: the rollout's
-    prompts, the reference's passes, the update's. Whoever makes it drops it when the step ends."""
+    """A step's images on the device, each uploaded once, as bytes.
+
+    The rollout's prompts, the reference's passes and the update's share it. Whoever makes it drops
+    it when the step ends.
+    """
 
     def __init__(self, device: torch.device | str):
         self.device = torch.device(device)

@@ -45,7 +45,8 @@ class LoRALinear(nn.Module):
         self.on = True
         out_features, in_features = self.weight.shape
         noise = torch.randn(rank, in_features, generator=generator)
-        noise = noise / in_features**0.5  # so that A x has the RMS of x
+        # So that A x has the RMS of x.
+        noise = noise / in_features**0.5
         self.lora_a = nn.Parameter(noise.to(self.weight))
         self.lora_b = nn.Parameter(self.weight.new_zeros(out_features, rank))
 

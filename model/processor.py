@@ -26,10 +26,9 @@ from model.files import (
     resolve,
 )
 from model.images import (
-    Decoder,
     ExampleError,
     ImageCache,
-    LRUCache,
+    ImageDecoder,
     View,
     byte_levels,
     in_merge_order,
@@ -38,7 +37,6 @@ from model.images import (
 from model.region import read_region, region_weights
 from srreal import Example
 
-TURN_BYTES = 32e6  # of tokenized user turns
 # Never sampled, since they open or stand for an image.
 VISION_TOKENS = (
     "<|vision_start|>",
@@ -71,12 +69,12 @@ def object_of(text: str, table: dict) -> str | None:
 
 
 def without_closing_marks(text: str) -> str:
+    """Strip a text of its case and of blanks, brackets and punctuation at its end."""
     return re.sub(r"\W+$", "", text.strip().lower())
 
 
 def ends_with_words(text: str, words: str) -> bool:
-    """Whether a text ends with words that don't begin within one of its own: not "armchair" with
-    "chair"."""
+    """Whether a text ends with words, as words: "armchair" doesn't with "chair"."""
     if not words or not text.endswith(words):
         return False
     start = len(text) - len(words)
@@ -136,16 +134,15 @@ class Processor:
         self.image_token_id = self.config.image_token_id
         self._read_special_tokens()
 
-        self.settings = Qwen2VLImageProcessorPil.from_pretrained(files)
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(files)
+        self.image_processor = image_processor
         self.is_resized = max_pixels is not None
-        self.max_pixels = max_pixels or self.settings.size["longest_edge"]
-        min_pixels = min(self.settings.size["shortest_edge"], self.max_pixels)
-        self.settings.size = {"shortest_edge": min_pixels, "longest_edge": self.max_pixels}
-        self.levels = byte_levels(self.settings)
-        self.images = ImageCache(Decoder(self.settings, self.max_pixels), workers)
-        # The ids of a user turn, placeholders not expanded, by its text and number of images: many
-        # prompts are asked for more than once.
-        self.turns = LRUCache(TURN_BYTES, turn_bytes)
+        self.max_pixels = max_pixels or image_processor.size["longest_edge"]
+        # An upper bound below the lower one would be no bound.
+        min_pixels = min(image_processor.size["shortest_edge"], self.max_pixels)
+        image_processor.size = {"shortest_edge": min_pixels, "longest_edge": self.max_pixels}
+        self.levels = byte_levels(image_processor)
+        self.images = ImageCache(ImageDecoder(image_processor, self.max_pixels), workers)
 
     def _read_special_tokens(self) -> None:
         """Find what ends a turn, what is never sampled, and what may not stand in a row."""
@@ -161,12 +158,14 @@ class Processor:
         self.end_id = eos if eos in self.end_ids else self.end_ids[0]
 
         rows = self.config.get_text_config().vocab_size
-        self.banned = torch.ones(rows, dtype=torch.bool)  # also the rows that no token has
+        # Rows that no token has, and what would open an image. The ban doesn't enter log-probs.
+        self.banned = torch.ones(rows, dtype=torch.bool)
         self.banned[[i for i in vocab.values() if i < rows]] = False
         never = [vocab[token] for token in VISION_TOKENS if token in vocab]
         never += [self.mask_id, self.config.image_token_id, self.config.video_token_id]
         self.banned[never] = True
 
+        # A row that held one could end its own turn, or open an image that isn't there.
         control = []
         for token in self.tokenizer.added_tokens_decoder.values():
             text = token.content
@@ -174,11 +173,6 @@ class Processor:
                 control.append(re.escape(text))
         # (?!) matches nothing.
         self.control = re.compile("|".join(sorted(control)) or "(?!)")
-
-    @property
-    def assumed_fov(self) -> int:
-        """How many images were decoded with depth but without intrinsics."""
-        return self.images.assumed_fov
 
     # ---- Text
 
@@ -188,8 +182,10 @@ class Processor:
         return np.array(encoding.ids, np.int64)
 
     def decode(self, tokens) -> str:
-        """Return the text without the end tokens behind it; every other token stays, `<think>`
-        too."""
+        """Return the text without the end tokens behind it.
+
+        Every other token stays, `<think>` too.
+        """
         tokens = [int(token) for token in tokens]
         while tokens and tokens[-1] in self.end_ids:
             tokens.pop()
@@ -252,22 +248,29 @@ class Processor:
         text = srreal.prompt(example)
         self._check_text(example, text, "question", masks=len(example.regions))
         self._check_images(example, text)
+        # Before the text, since --regions text writes boxes in units of their images.
         views = [self._view(example, i) for i in range(len(example.images))]
         weights = self._region_weights(example, views)
         if self.regions == "text":
             text = self._write_boxes(example, text, views)
-        turn = self.turns.get((text, len(views)), lambda: self._turn_ids(text, len(views)))
+        turn = self._turn_ids(text, len(views))
 
         # Each image's placeholder becomes as many as it has tokens.
-        merge = self.settings.merge_size
-        grids = [(view.grid[0] // merge, view.grid[1] // merge) for view in views]
+        merge = self.image_processor.merge_size
+        grids = []
+        for view in views:
+            rows, columns = view.grid
+            grids.append((rows // merge, columns // merge))
         slots = np.flatnonzero(turn == self.image_token_id)
         repeats = np.ones(len(turn), np.int64)
         repeats[slots] = [rows * columns for rows, columns in grids]  # fails if one got lost
         ids = np.repeat(turn, repeats)
         positions, next_position = mrope_positions(len(turn), slots, grids)
-        images_end = int(repeats[: slots[-1] + 1].sum()) if views else 0
+        images_end = 0
+        if views:
+            images_end = int(repeats[: slots[-1] + 1].sum())
 
+        # In the template's order, the k-th <mask> is the k-th region's.
         regions = []
         if self.regions == "token":
             masks = np.flatnonzero(ids == self.mask_id).tolist()
@@ -310,12 +313,14 @@ class Processor:
             except ValueError as error:
                 raise ExampleError(f"{example.id}: region {k}: {error}") from error
             grid = region_weights(region, view.size, view.grid)
-            weights.append(in_merge_order(grid, self.settings.merge_size))
+            weights.append(in_merge_order(grid, self.image_processor.merge_size))
         return weights
 
     def _write_boxes(self, example: Example, text: str, views: list[View]) -> str:
-        """Replace each <mask> by a 2D box in the family's convention; of several images, behind its
-        number."""
+        """Replace each <mask> by a 2D box in the family's convention.
+
+        Of several images, the box comes behind the number of its own.
+        """
         pieces = text.split("<mask>")
         for k, (index, region) in enumerate(example.regions):
             box = read_region(region, views[index].size)
@@ -334,7 +339,7 @@ class Processor:
         box = np.clip([float(side) for side in box], 0, (width, height) * 2)
         if scale is None:
             # In pixels of the resized image.
-            patch = self.settings.patch_size
+            patch = self.image_processor.patch_size
             unit = (columns * patch / width, rows * patch / height)
         else:
             unit = (scale / width, scale / height)
@@ -344,8 +349,10 @@ class Processor:
     # ---- Batches
 
     def prefetch(self, examples: list[Example]) -> None:
-        """Let the workers decode what comes next, in this order, each image once. It is kept until
-        the next call, which lets go of all that it does not name."""
+        """Let the workers decode what comes next, in this order, each image once.
+
+        It is kept until the next call, which lets go of all that it does not name.
+        """
         sources = []
         for example in examples:
             sources += [source_of(example, index) for index in range(len(example.images))]
@@ -359,8 +366,8 @@ class Processor:
             prompts,
             completions,
             image_token_id=self.image_token_id,
-            merge=self.settings.merge_size,
-            frames=self.settings.temporal_patch_size,
+            merge=self.image_processor.merge_size,
+            frames=self.image_processor.temporal_patch_size,
             levels=self.levels,
         )
 
@@ -376,14 +383,16 @@ class Processor:
         return self.pack(prompts, completions)
 
     def save(self, directory) -> None:
-        """Write the tokenizer with <mask>, and the source's files but for weights; max_pixels where
-        it was set."""
+        """Write the tokenizer with <mask>, and the source's other files but for weights.
+
+        max_pixels goes into the image settings where it was set.
+        """
         directory = Path(directory)
         copy_files(self.files, directory)
         self.tokenizer.save_pretrained(directory)
         if not self.is_resized:
             return
-        size = dict(self.settings.size)
+        size = dict(self.image_processor.size)
         for path, content, settings in image_settings(directory):
             settings["size"] = size
             # Where the older form stands, it wins over `size`.
@@ -391,11 +400,6 @@ class Processor:
                 if settings.get(key):
                     settings[key] = pixels
             path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def turn_bytes(ids: np.ndarray) -> int:
-    """Estimate the memory of a turn: its ids, and as much for its text."""
-    return 2 * ids.nbytes
 
 
 def name_of(source) -> str:

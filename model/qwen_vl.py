@@ -61,8 +61,11 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(s.hidden, kv_width, bias=bias)
         self.v_proj = nn.Linear(s.hidden, kv_width, bias=bias)
         self.o_proj = nn.Linear(query_width, s.hidden, bias=False)
-        self.q_norm = RMSNorm(s.head_dim, s.eps) if s.family.qk_norm else None
-        self.k_norm = RMSNorm(s.head_dim, s.eps) if s.family.qk_norm else None
+        self.q_norm = None
+        self.k_norm = None
+        if s.family.qk_norm:
+            self.q_norm = RMSNorm(s.head_dim, s.eps)
+            self.k_norm = RMSNorm(s.head_dim, s.eps)
 
     @property
     def qk_norm(self) -> tuple:
@@ -92,6 +95,7 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         attended = self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        # The sum and its norm in one pass over memory.
         norm = self.post_attention_layernorm
         x, normed = add_rms_norm(x, attended, norm.weight, norm.eps)
         return x + self.mlp(normed)
@@ -134,8 +138,9 @@ class Decoder(nn.Module):
         """
         s = self.sizes
         device = position_ids.device
-        exponents = torch.arange(0, s.head_dim, 2, device=device, dtype=torch.float) / s.head_dim
-        inv_freq = 1.0 / s.theta**exponents  # (D / 2,)
+        # In fp32: bf16 knows a position of 10,000 to within 64 only.
+        even = torch.arange(0, s.head_dim, 2, device=device, dtype=torch.float)
+        inv_freq = 1.0 / s.theta ** (even / s.head_dim)  # (D / 2,)
         axes = upload(rope_axes(s.sections, s.family.mrope_interleaved), device)  # (D / 2,)
         angles = position_ids[axes].T.float() * inv_freq  # (T, D / 2)
         angles = torch.cat((angles, angles), dim=-1)
@@ -174,16 +179,16 @@ def fuse_linears(*layers: nn.Linear) -> None:
 
 def join_parameters(parameters: list[nn.Parameter]) -> None:
     """Let parameters be the rows of one new tensor, one behind the other."""
-    rows = torch.cat([p.data for p in parameters]).split([len(p) for p in parameters])
+    joint = torch.cat([p.data for p in parameters])
+    rows = joint.split([len(p) for p in parameters])
     for p, own_rows in zip(parameters, rows, strict=True):
         p.data = own_rows
 
 
 def fused_linears(*layers: nn.Module) -> tuple[Tensor, Tensor | None] | None:
-    """Return (weight, bias) of all layers as one linear layer, so that one matrix product serves
-    them all; None where they lie apart.
+    """Return (weight, bias) of all layers as one; None where they lie apart.
 
-    What was moved or copied since has to be fused again.
+    One matrix product then serves them all. What was moved or copied since has to be fused again.
     """
     if any(type(layer) is not nn.Linear for layer in layers):
         return None
@@ -198,6 +203,7 @@ def fused_linears(*layers: nn.Module) -> tuple[Tensor, Tensor | None] | None:
 
 def joint_view(parameters: list[nn.Parameter]) -> Tensor | None:
     """Return one tensor over parameters that lie one behind the other; None where they don't."""
+    # Adjacent addresses alone don't do: two tensors of their own may happen to lie so.
     first = parameters[0].detach()
     storage = first.untyped_storage().data_ptr()
     end = first.data_ptr()
@@ -225,8 +231,10 @@ class Output:
 
 
 class QwenVL(nn.Module):
-    """The whole model. `config` is transformers' config object; weights come from
-    `from_pretrained`."""
+    """The whole model.
+
+    `config` is transformers' config object; weights come from `from_pretrained`.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -237,9 +245,12 @@ class QwenVL(nn.Module):
         self.decoder = Decoder(sizes)
         # A tied head is the embedding itself: no second parameter, and its gradient adds up by
         # autograd.
-        self.lm_head = None if sizes.tied else nn.Linear(sizes.hidden, sizes.vocab, bias=False)
-        self.region = RegionToken(self.vision.width, sizes.hidden)
-        self.points = PointEmbedding(self.vision.width)
+        self.lm_head = None
+        if not sizes.tied:
+            self.lm_head = nn.Linear(sizes.hidden, sizes.vocab, bias=False)
+        width = self.vision.sizes.width
+        self.region = RegionToken(width, sizes.hidden)
+        self.points = PointEmbedding(width)
         self.head3d = Head3D(sizes.hidden)
 
     # -- From disk and to it
@@ -261,19 +272,22 @@ class QwenVL(nn.Module):
         config = read_config(directory)
         with torch.device("meta"):
             model = cls(config)
+        # Everything is checked before anything is moved to a device.
         weights, origin = checkpoint.read_weights(directory, tied=model.lm_head is None)
         spatial = checkpoint.read_spatial(directory)
         weights |= spatial
         shapes = {name: p.shape for name, p in model.named_parameters()}
         checkpoint.check_weights(directory, weights, shapes, spatial=bool(spatial))
 
+        # One after the other, so that no second copy of all is in memory.
         dtype = dtype or origin.dtypes["decoder.norm.weight"]
         for name in list(weights):
             weights[name] = weights[name].to(device=device, dtype=dtype)
         model.load_state_dict(weights, strict=False, assign=True)
         if not spatial:
             model._init_spatial(device, dtype)
-        del weights, spatial  # so that what is fused next leaves at once
+        # So that memory is freed as soon as layers are fused.
+        del weights, spatial
         if fuse:
             model.fuse_linears()
         model.origin = origin
@@ -288,8 +302,11 @@ class QwenVL(nn.Module):
         self.head3d.init()
 
     def save_pretrained(self, directory: str, processor=None) -> None:
-        """Atomically write a checkpoint that transformers loads unchanged, and spatial.safetensors
-        beside it."""
+        """Atomically write a checkpoint that transformers loads unchanged.
+
+        spatial.safetensors beside it holds the extra weights. processor: its settings are saved,
+        too; None: the files are the source's.
+        """
         weights = {name: p.detach() for name, p in self.named_parameters()}
         checkpoint.save(directory, weights, self.origin, processor)
 
@@ -302,7 +319,8 @@ class QwenVL(nn.Module):
             fuse_linears(attention.q_proj, attention.k_proj, attention.v_proj)
             fuse_linears(layer.mlp.gate_proj, layer.mlp.up_proj)
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # of the room that they had apart
+            # The room that they had apart is free for others.
+            torch.cuda.empty_cache()
 
     def checkpoint_blocks(self) -> None:
         """Let each block keep only its input for the backward, which computes the rest again.
@@ -344,56 +362,51 @@ class QwenVL(nn.Module):
         centres, sizes = self.head3d(hidden[batch.region_token])  # no token twice
         return Output(hidden, logprob, entropy, centres, sizes)
 
-    def hidden(self, batch: Batch, pixel_values: Tensor | None = None) -> Tensor:
-        """Return the final hidden states (T, H) of a packed batch; pixel_values for one without
-        patches."""
-        packing = Packing(batch.segments, self.device)
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return prefix_attention(q, k, v, packing)
-
-        return self._run(batch, attend, pixel_values)
-
     @torch.no_grad()
-    def prefill(self, batch: Batch) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Return the hidden states (T, H) of a batch of prompts, and per layer the rotated keys and
-        the values, (T, K, D) each."""
-        packing = Packing(batch.segments, self.device)
+    def prefill(self, batch: Batch) -> tuple[Tensor, list]:
+        """Return the hidden states (T, H) of a batch of prompts, and its cache.
+
+        The cache is a pair a layer: the rotated keys and the values, (T, K, D) each.
+        """
         cache = []
+        return self.hidden(batch, cache=cache), cache
+
+    def hidden(
+        self, batch: Batch, pixel_values: Tensor | None = None, cache: list | None = None
+    ) -> Tensor:
+        """Return the final hidden states (T, H) of a packed batch.
+
+        pixel_values for a batch without patches; a cache is given each layer's keys and values.
+        """
+        packing = Packing(batch.segments, self.device)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            cache.append((k, v))
+            if cache is not None:
+                cache.append((k, v))
             return prefix_attention(q, k, v, packing)
 
-        return self._run(batch, attend), cache
-
-    @torch.no_grad()
-    def decode(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Return the hidden states (N, H) of one new text token per sequence: tokens, positions
-        (N,) int64."""
-        x = self.decoder.embed_tokens(tokens)
-        return self.decoder(x, positions.expand(3, -1), attend)
-
-    def _run(self, batch: Batch, attend: Attend, pixels: Tensor | None = None) -> Tensor:
-        """Embed tokens, images and regions, and run the decoder on them: (T, H)."""
         # The embedding's gradient sums in fp32, but for at most 3,072 tokens: then, on CUDA, 32 at
         # a time, rounded in between. Placeholders, the one token that comes by the thousand, hand
         # on none.
         x = self.decoder.embed_tokens(batch.input_ids)
-        if pixels is None:
-            pixels = batch.pixels(self.dtype)
-        if pixels is None:
+        if pixel_values is None:
+            pixel_values = batch.pixels(self.dtype)
+        if pixel_values is None:
             if len(batch.image_at):
                 raise ValueError(f"{len(batch.image_at)} image placeholders, but no pixel_values")
             return self.decoder(x, batch.position_ids, attend)
 
-        features, deepstack = self.vision(pixels, batch.image_grid_thw)  # (P, C)
+        # Images: the tower's patch features, with the point map's embedding added where there is
+        # depth, so that regions and image tokens know where they are.
+        features, deepstack = self.vision(pixel_values, batch.image_grid_thw)  # (P, C)
         if batch.points is not None:
             features = features + self.points(batch.points)
         # Each distinct image is merged once, and read by every prompt that shows it.
         image_tokens = gather_rows(self.vision.merger(features), batch.image_rows)  # (M, H)
         x = x.index_copy(0, batch.image_at, image_tokens.to(x.dtype))
         deepstack = tuple(gather_rows(early, batch.image_rows) for early in deepstack)
+
+        # Regions: each <mask> becomes what its patches say.
         if len(batch.region_token):
             region_tokens = self.region(
                 features,
@@ -413,10 +426,10 @@ class QwenVL(nn.Module):
         pixel_values: Tensor | None = None,
         image_grid_thw: Tensor | None = None,
     ) -> Tensor:
-        """Return logits (B, T, V) from what transformers' model takes: for parity tests, and for
-        people who just want logits.
+        """Return logits (B, T, V) from what transformers' model takes.
 
-        input_ids (B, T), padded on either side where attention_mask is 0; there the logits are 0.
+        For parity tests, and for people who just want logits. input_ids (B, T), padded on either
+        side where attention_mask is 0; there the logits are 0.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -424,6 +437,7 @@ class QwenVL(nn.Module):
         tokens = input_ids[keep]  # packed
         is_image = tokens == self.config.image_token_id
         grids = iter([] if image_grid_thw is None else image_grid_thw.tolist())
+        # The rows' tokens, packed one row behind the other.
         segments = []
         positions = []
         start = 0
@@ -431,7 +445,7 @@ class QwenVL(nn.Module):
             end = start + length
             segments.append((start, end, 0, 0))
             row = is_image[start:end].tolist()
-            positions.append(expanded_positions(row, grids, self.vision.merge))
+            positions.append(expanded_positions(row, grids, self.vision.sizes.merge))
             start = end
         batch = Batch(
             input_ids=tokens,

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from kernels.packed_attention import gather_rows
 
-LEAST = 1e-6  # cells: the length of a side that has none, so that every box has an area
+# In cells: the length of a side that has none, so that every box has an area.
+LEAST = 1e-6
 
 
 def read_region(region, size: tuple[int, int]):
@@ -43,8 +44,9 @@ def read_region(region, size: tuple[int, int]):
             )
         return region
     # Written so that NaN fails, too.
-    is_on_image = max(x0, 0) <= min(x1, width) and max(y0, 0) <= min(y1, height)
-    if not is_on_image:
+    meets_columns = max(x0, 0) <= min(x1, width)
+    meets_rows = max(y0, 0) <= min(y1, height)
+    if not (meets_columns and meets_rows):
         raise ValueError(f"region {x0, y0, x1, y1} is not on its image of {width} x {height}")
     return x0, y0, x1, y1
 
@@ -74,6 +76,7 @@ def covered_cells(low: float, high: float, pixels: int, cells: int) -> np.ndarra
 
     The side is cut off at the image.
     """
+    # From pixels to cells; a side without length gets LEAST, also at the right border.
     low = min(max(low, 0), pixels) * cells / pixels
     high = min(max(high, 0), pixels) * cells / pixels
     low = min(low, cells - LEAST)
@@ -84,9 +87,10 @@ def covered_cells(low: float, high: float, pixels: int, cells: int) -> np.ndarra
 def cell_overlap(low, high, cells: int) -> np.ndarray:
     """Return the length of [low, high] within each unit cell of a line: (..., cells)."""
     left = np.arange(cells)
-    low = np.asarray(low)[..., None]
-    high = np.asarray(high)[..., None]
-    return np.clip(np.minimum(high, left + 1) - np.maximum(low, left), 0, None)
+    right = left + 1
+    start = np.maximum(np.asarray(low)[..., None], left)
+    end = np.minimum(np.asarray(high)[..., None], right)
+    return np.clip(end - start, 0, None)
 
 
 def pixel_shares(pixels: int, cells: int) -> np.ndarray:
@@ -115,7 +119,8 @@ class RegionToken(nn.Module):
         # V may be 152,000: about 4,096 rows are enough.
         sampled = embedding[:: max(1, len(embedding) // 4096)].float()
         rms = sampled.pow(2).mean().sqrt()
-        noise = torch.randn(self.proj.weight.shape, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(self.proj.weight.shape, generator=generator)
         with torch.no_grad():
             # The input has unit RMS after the norm, so weight rows of length `rms` give outputs of
             # RMS `rms`.
@@ -134,9 +139,10 @@ class RegionToken(nn.Module):
         # Summed in fp32, one after the other, and rounded once: of 1,024 equal patches, sums in
         # bf16 lose the last 768.
         wide = torch.promote_types(features.dtype, torch.float32)
-        terms = gather_rows(features, patch).to(wide) * weight[:, None].to(wide)  # (E, C)
-        first_region = torch.arange(count + 1, device=region.device)
-        starts = torch.searchsorted(region, first_region)  # (R + 1,) where each one's terms start
+        terms = gather_rows(features, patch).to(wide)
+        terms = terms * weight[:, None].to(wide)  # (E, C)
+        # Where each region's terms start: (R + 1,).
+        starts = torch.searchsorted(region, torch.arange(count + 1, device=region.device))
         # unsafe: it doesn't look at the offsets, for which the host would wait.
         pooled = torch.segment_reduce(terms, "sum", offsets=starts, axis=0, unsafe=True)  # (R, C)
         return self.proj(self.norm(pooled.to(features.dtype)))

@@ -112,8 +112,10 @@ def tiny_shape(family: str) -> Shape:
 
 @functools.cache
 def corpus(count: int) -> list[str]:
-    """Return the text of `count` scenes, and each number of one decimal so often that it becomes a
-    token before any word does."""
+    """Return the text of `count` scenes, and numbers.
+
+    Each number of one decimal comes so often that it becomes a token before any word does.
+    """
     texts = []
     for example in scenes(count):
         text = f"{prompt(example)}\n{target(example)}"
@@ -141,6 +143,7 @@ def with_view_numbers(table: dict) -> dict:
 def tokenizer(family: str, shape: Shape | None = None) -> PreTrainedTokenizerFast:
     """Train a family's tokenizer, with its special tokens and chat template."""
     shape = shape or tiny_shape(family)
+    # As Qwen's: byte-level BPE within pieces of text.
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     pieces = pre_tokenizers.Split(Regex(PIECES), "isolated")
     model = Tokenizer(models.BPE())
@@ -177,7 +180,7 @@ def chat_template(system_prompt: str | None) -> str:
 def configuration(family: str, ids: dict[str, int], shape: Shape | None = None):
     """Return transformers' config object for a vocabulary (token -> id)."""
     shape = shape or tiny_shape(family)
-    # At least 16 rows to spare, as in every published checkpoint.
+    # A multiple of 64, with at least 16 rows to spare, as in every published checkpoint.
     rows = -(-(max(ids.values()) + 17) // 64) * 64
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": shape.sections}
     if FAMILIES[family].mrope_interleaved:
@@ -209,6 +212,7 @@ def write(family: str, out: Path, seed: int = 0, shape: Shape | None = None) -> 
     ids = tokens.get_vocab()
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(configuration(family, ids, shape))
+    # Loud embeddings and a quiet head: from transformers' own start nothing is learnt in minutes.
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=EMBEDDING_STD)
     torch.nn.init.normal_(model.get_output_embeddings().weight, std=HEAD_STD)
     pad = ids["<|endoftext|>"]
@@ -228,8 +232,10 @@ def write(family: str, out: Path, seed: int = 0, shape: Shape | None = None) -> 
 
 
 def write_spatial(out: Path, seed: int) -> None:
-    """Write the extra weights, with a point map that is heard from the start: a silent one is never
-    learnt here."""
+    """Write the extra weights, with a point map that is heard from the start.
+
+    A silent one is never learnt here.
+    """
     model = QwenVL.from_pretrained(out)
     model.points.init_unit_scale(seed)
     model.save_pretrained(out)

@@ -31,7 +31,8 @@ from kernels.layers import qk_norm_rope, rms_norm, swiglu
 from kernels.packed_attention import Windows, upload, window_attention
 from model.families import VisionSizes
 
-EPS = 1e-6  # of every norm in the towers
+# Every norm in the towers has it.
+EPS = 1e-6
 
 
 class RMSNorm(nn.Module):
@@ -91,11 +92,19 @@ class VisionAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, windows: Windows) -> Tensor:
-        qkv = self.qkv(x).view(len(x), 3, self.heads, -1)
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        windows: Windows,
+    ) -> Tensor:
+        qkv = self.qkv(x)
+        qkv = qkv.view(len(x), 3, self.heads, -1)
         q, k, v = qkv.unbind(1)  # (P, heads, head_dim) each
+        # In fp32, as transformers does. On CUDA that is one kernel, with fp32 inside.
         if x.is_cuda:
-            q, k = qk_norm_rope(q, k, cos, sin)  # one kernel, in fp32 as below
+            q, k = qk_norm_rope(q, k, cos, sin)
         else:
             q = rotate(q.float(), cos, sin).to(x.dtype)
             k = rotate(k.float(), cos, sin).to(x.dtype)
@@ -120,18 +129,26 @@ class VisionBlock(nn.Module):
         self.attn = VisionAttention(s.width, s.heads)
         self.mlp = make_mlp(s)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, windows: Windows) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        windows: Windows,
+    ) -> Tensor:
         x = x + self.attn(self.norm1(x), cos, sin, windows)
         return x + self.mlp(self.norm2(x))
 
 
 def make_norm(s: VisionSizes) -> nn.Module:
+    """Make the family's norm over the width of the tower."""
     if s.family.norm == "rms":
         return RMSNorm(s.width, EPS)
     return nn.LayerNorm(s.width, EPS)
 
 
 def make_mlp(s: VisionSizes) -> nn.Module:
+    """Make the family's MLP, with its names."""
     if s.family.mlp_names is None:
         return SwiGLU(s.width, s.inner, bias=True)
     return GeluMLP(s.width, s.inner, s.activation, s.family.mlp_names)
@@ -151,7 +168,9 @@ class Merger(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.mlp(self.ln_q(x).view(-1, self.inner))
+        # The m * m patches of a token are neighbours, so joining them is a view.
+        joined = self.ln_q(x).view(-1, self.inner)
+        return self.mlp(joined)
 
 
 class DeepstackMerger(nn.Module):
@@ -161,7 +180,8 @@ class DeepstackMerger(nn.Module):
         super().__init__()
         self.inner = s.width * s.merge**2
         self.norm_joined = norm_joined
-        self.norm = nn.LayerNorm(self.inner if norm_joined else s.width, EPS)
+        normed_width = self.inner if norm_joined else s.width
+        self.norm = nn.LayerNorm(normed_width, EPS)
         self.linear_fc1 = nn.Linear(self.inner, self.inner)
         self.linear_fc2 = nn.Linear(self.inner, s.output)
 
@@ -180,17 +200,17 @@ class VisionTower(nn.Module):
         super().__init__()
         s = VisionSizes.of(config)
         self.sizes = s
-        self.width = s.width
-        self.merge = s.merge
         kernel = (s.frames, s.patch, s.patch)
         # A convolution that is as wide as its stride: only its weights are used, as a matrix.
-        proj = nn.Conv3d(s.channels, s.width, kernel, kernel, bias=s.family.patch_bias)
+        bias = s.family.patch_bias
+        proj = nn.Conv3d(s.channels, s.width, kernel, kernel, bias=bias)
         self.patch_embed = nn.ModuleDict({"proj": proj})
         self.blocks = nn.ModuleList([VisionBlock(s) for _ in range(s.depth)])
         if s.family.has_deepstack:
             self.merger = DeepstackMerger(s, norm_joined=False)
         else:
             self.merger = Merger(s)
+        # What only some families have.
         if s.family.has_learnt_positions:
             self.pos_embed = nn.Embedding(s.positions, s.width)
         if s.family.has_deepstack:
@@ -198,25 +218,31 @@ class VisionTower(nn.Module):
             self.deepstack_merger_list = nn.ModuleList(mergers)
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Encode patches: their features (P, C) after the last block, and deepstack tokens (M, H)
-        of each early block that the family takes them from.
+        """Encode patches: features (P, C), and deepstack tokens, (M, H) a block.
 
-        pixel_values (P, 3 * 2 * p * p); grid_thw (N, 3) patches along time, height, width, on the
-        host. Features come in the order of the patches.
+        Features are those after the last block, deepstack tokens come from early ones. pixel_values
+        (P, 3 * 2 * p * p); grid_thw (N, 3) patches along time, height, width, on the host. Features
+        come in the order of the patches.
         """
-        grids = grid_thw.tolist()
         s = self.sizes
+        # It lies on the host, so reading it makes nobody wait.
+        grids = grid_thw.tolist()
         proj = self.patch_embed["proj"]
-        x = F.linear(pixel_values.to(proj.weight.dtype), proj.weight.flatten(1), proj.bias)
+        weight = proj.weight.flatten(1)  # (C, 3 * 2 * p * p)
+        x = F.linear(pixel_values.to(weight.dtype), weight, proj.bias)  # (P, C)
+
+        # Where each patch is: learnt vectors for Qwen3-VL, and angles that turn q and k for all.
         positions = upload(patch_positions(grids, s.merge), x.device)  # (P, 2)
         if s.family.has_learnt_positions:
             x = x + self._learnt_positions(positions, grids).to(x.dtype)
         cos, sin = self._angles(positions)
 
+        # Who sees whom: all patches of a frame, or those of a window (Qwen2.5-VL).
         whole_images = Windows(frame_lengths(grids), x.device)
         windows = whole_images
         if s.window is not None:
-            # The patches of a window have to be neighbours. A permutation: no gradient is a sum.
+            # The patches of a window have to be neighbours for that. The patches of a token stay
+            # together. A permutation: no row's gradient is a sum.
             order, lengths = window_order(grids, s.merge, s.window)
             windows = Windows(lengths, x.device)
             back = upload(order.argsort(), x.device)
@@ -225,13 +251,16 @@ class VisionTower(nn.Module):
             cos = cos.index_select(0, order)
             sin = sin.index_select(0, order)
 
+        # The blocks. Early features go to the decoder as they are at that depth.
         deepstack = []
         for i, block in enumerate(self.blocks):
-            x = block(x, cos, sin, whole_images if i in s.full_blocks else windows)
+            seen = whole_images if i in s.full_blocks else windows
+            x = block(x, cos, sin, seen)
             if i in s.deepstack_blocks:
                 merger = self.deepstack_merger_list[len(deepstack)]
                 deepstack.append(merger(x))
         if s.window is not None:
+            # Back to the image's order, in which regions count.
             x = x.index_select(0, back)
         return x, deepstack
 
@@ -242,9 +271,11 @@ class VisionTower(nn.Module):
         repeats the first.
         """
         half = self.sizes.width // self.sizes.heads // 2
-        exponents = torch.arange(0, half, 2, device=positions.device, dtype=torch.float) / half
-        inv_freq = 1.0 / self.sizes.theta**exponents  # (head_dim / 4,)
-        angles = (positions[:, :, None].float() * inv_freq).flatten(1)  # (P, head_dim / 2)
+        # The usual frequencies, of an embedding that is half a head wide.
+        even = torch.arange(0, half, 2, device=positions.device, dtype=torch.float)
+        inv_freq = 1.0 / self.sizes.theta ** (even / half)  # (head_dim / 4,)
+        angles = positions[:, :, None].float() * inv_freq  # (P, 2, head_dim / 4)
+        angles = angles.flatten(1)
         angles = torch.cat((angles, angles), -1)
         return angles.cos(), angles.sin()
 
@@ -254,20 +285,23 @@ class VisionTower(nn.Module):
         Bilinear, corners aligned: an image's last row and column lie on those of the table.
         """
         side = round(self.pos_embed.num_embeddings**0.5)
-        counts = torch.tensor([frames * rows * columns for frames, rows, columns in grids])
-        grid_sizes = torch.tensor(grids)[:, 1:]
-        extent = upload(grid_sizes.repeat_interleave(counts, 0), positions.device)  # (P, 2)
-        place = positions * (side - 1) / (extent - 1).clamp(min=1)  # (P, 2), in the table's units
+        grids = torch.tensor(grids)
+        extent = grids[:, 1:].repeat_interleave(grids.prod(1), 0)  # (P, 2) rows, columns
+        extent = upload(extent, positions.device)
+        # In the table's units: (P, 2). An image of one row lies on the table's first.
+        place = positions * (side - 1) / (extent - 1).clamp(min=1)
         low = place.floor().long()
         high = (low + 1).clamp(max=side - 1)
         to_high = (place - low).to(self.pos_embed.weight.dtype)
         to_low = 1 - to_high
         # The four entries around each patch. In transformers' order: a sum depends on it.
         total = 0
-        for rows, row_weight in ((low[:, 0], to_low[:, 0]), (high[:, 0], to_high[:, 0])):
-            for columns, weight in ((low[:, 1], to_low[:, 1]), (high[:, 1], to_high[:, 1])):
-                entries = self.pos_embed(rows * side + columns)
-                total = total + entries * (row_weight * weight)[:, None]
+        corners = ((low, to_low), (high, to_high))
+        for row, row_weight in corners:
+            for column, column_weight in corners:
+                entries = self.pos_embed(row[:, 0] * side + column[:, 1])
+                weight = row_weight[:, 0] * column_weight[:, 1]
+                total = total + entries * weight[:, None]
         return total
 
 
@@ -280,13 +314,15 @@ def frame_lengths(grids: list[list[int]]) -> list[int]:
 
 
 def patch_positions(grids: list[list[int]], merge: int) -> Tensor:
-    """Return row and column of every patch (P, 2), in the image processor's order: the patches of
-    a merge x merge square behind each other."""
+    """Return row and column of every patch: (P, 2).
+
+    In the image processor's order: the patches of a merge x merge square behind each other.
+    """
     pieces = []
     for frames, rows, columns in grids:
-        row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-        grid = torch.stack((row, column), -1)
-        squares = grid.view(rows // merge, merge, columns // merge, merge, 2).transpose(1, 2)
+        grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+        grid = grid.view(rows // merge, merge, columns // merge, merge, 2)
+        squares = grid.transpose(1, 2)  # rows, columns of squares; rows, columns within one
         pieces.append(squares.reshape(-1, 2).repeat(frames, 1))
     return torch.cat(pieces)
 
@@ -297,19 +333,24 @@ def window_order(grids: list[list[int]], merge: int, size: int) -> tuple[Tensor,
     Returns the patches' order (P,) and the number of patches of each window. Windows at the right
     and lower border may be smaller.
     """
-    unit = merge**2  # patches of a merged token, which stay together
+    # The patches of a merged token stay together.
+    unit = merge**2
     order = []
     lengths = []
     start = 0
     for frames, rows, columns in grids:
         row = torch.arange(rows // merge)[:, None]
         column = torch.arange(columns // merge)[None]
-        # Any number that grows from window to window will do: `columns` is more than enough.
+        # Each token's window, numbered row by row. Any number that grows from window to window will
+        # do: `columns` is more than enough.
         window = (row // size * columns + column // size).flatten()
         counts = window.unique(return_counts=True)[1] * unit
         for _ in range(frames):
+            # Stable: within a window patches keep their order.
             order.append(start + window.argsort(stable=True))
             lengths += counts.tolist()
             start += len(window)
-    patches = torch.cat(order)[:, None] * unit + torch.arange(unit)
+    # From tokens to their patches, which are neighbours.
+    first = torch.cat(order) * unit
+    patches = first[:, None] + torch.arange(unit)
     return patches.flatten(), lengths

@@ -282,8 +282,8 @@ def test_saving_replaces_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_a_failed_or_killed_save_leaves_nothing_aside(tmp_path, monkeypatch):
     make("qwen2_vl").save_pretrained(tmp_path / "a")
-    model, dead = QwenVL.from_pretrained(str(tmp_path / "a")), tmp_path / ".b.99999999.tmp"
-    kept = [tmp_path / ".b.notes.tmp", tmp_path / ".c.99999999.tmp"]
+    model, dead = QwenVL.from_pretrained(str(tmp_path / "a")), tmp_path / ".b.tmp"
+    kept = [tmp_path / ".b.notes.tmp", tmp_path / ".c.tmp"]
     for folder in (dead, *kept):
         folder.mkdir()
     with monkeypatch.context() as patch:

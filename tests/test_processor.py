@@ -209,12 +209,12 @@ def test_each_distinct_image_is_listed_once_and_the_cache_is_bounded(tmp_path):
     batch = p([example([a, b]), example([b]), example([a])])
     assert batch.image_grid_thw.tolist() == [[1, 6, 8], [1, 8, 6]] and len(batch.pixel_values) == 96
     assert batch.image_rows.tolist() == [*range(24), *range(12, 24), *range(12)]
-    p.images.files.max_bytes = 1
+    p.images.views.max_bytes = 1
     paths = [tmp_path / f"{seed}.png" for seed in range(5)]
     for seed, path in enumerate(paths):
         picture(64, 48, seed).save(path)
     assert len(p([example([path]) for path in paths]).image_grid_thw) == 5
-    assert len(p.images.files.items) == 1
+    assert len(p.images.views.items) == 1
 
 
 def test_what_has_changed_is_read_again(tmp_path):
@@ -226,7 +226,7 @@ def test_what_has_changed_is_read_again(tmp_path):
     )
     image.save(path)
     old = p([example([str(path)])]).pixel_values
-    assert p([example([path])]).pixel_values.equal(old) and len(p.images.files.items) == 1
+    assert p([example([path])]).pixel_values.equal(old) and len(p.images.views.items) == 1
     picture(64, 48, 2).save(path)
     os.utime(path, ns=(0, 1))
     assert not p([example([path])]).pixel_values.equal(old)
@@ -747,9 +747,9 @@ def test_without_depth_there_are_no_points_and_without_intrinsics_60_degrees(cap
     )
     batch = p([example([a], depths=[depth], intrinsics=[None]), example([b])])
     assert batch.points[:48].isfinite().all() and batch.points[48:].isnan().all()
-    assert p.assumed_fov == 1
+    assert p.images.assumed_fov == 1
     p([example([b], depths=[depth])])
-    assert p.assumed_fov == 2 and capsys.readouterr().err.count("60 degrees") == 1
+    assert p.images.assumed_fov == 2 and capsys.readouterr().err.count("60 degrees") == 1
     edge = 31.5 / (32 / np.tan(np.pi / 6)) * 2  # the outermost pixel's centre
     np.testing.assert_allclose(
         batch.points[:48, 0].max(), edge * 28 / 31.5, rtol=1e-5
@@ -771,6 +771,9 @@ def test_a_prompt_is_built_once_and_packed_any_number_of_times():
             for name in ("input_ids", "position_ids", "patches", "region_weight", "predict_from"):
                 assert torch.equal(getattr(batch, name), getattr(wanted, name)), name
         assert torch.equal(p.pack(prompts, completions).targets, wanted.targets)
+    twice = p([examples[0]] * 2, [[[5]], [[6]]])
+    assert torch.equal(p.pack([prompts[0]] * 2, [[[5]], [[6]]]).image_rows, twice.image_rows)
+    assert len(twice.image_rows) == len(twice.image_at)
 
 
 def questions():

@@ -321,21 +321,24 @@ def test_batches_are_the_same_with_workers_and_these_made_the_images(tiny_folder
     assert len(busy.images.prefetcher.futures) == 6
     busy.images.prefetcher.make = None  # in line nothing can be made any more
     assert same(busy(asked, completions), wanted) and same(busy(asked, completions), wanted)
-    assert busy.assumed_fov == plain.assumed_fov == 1 and not busy.images.prefetcher.futures
+    assert (
+        busy.images.assumed_fov == plain.images.assumed_fov == 1
+        and not busy.images.prefetcher.futures
+    )
     busy.prefetch([])
-    assert not busy.images.prefetched.items and busy.images.prefetched.bytes == 0
+    assert not busy.images.views.items and busy.images.views.bytes == 0
 
 
 def test_what_is_expected_is_made_once_and_then_let_go(tiny_folder, asked):
     processor, made = Processor.from_pretrained(tiny_folder), []
     make = processor.images.prefetcher.make
     processor.images.prefetcher.make = lambda *args: made.append(args) or make(*args)
-    processor.images.files.max_bytes = 0  # nothing is remembered for its own sake
+    processor.images.views.max_bytes = 0  # nothing is remembered for its own sake
     marked = asked[1:2]
     for expected, times in ((False, 3), (True, 4), (True, 4), (False, 7)):
         processor.prefetch(marked if expected else [])
         if len(made) == times:
-            assert len(processor.images.prefetched.items) == 1  # the next step asks for it again
+            assert len(processor.images.views.items) == 1  # the next step asks for it again
         processor.prompt_ids(marked[0]), processor(marked), processor(marked)
         assert len(made) == times
 
@@ -364,7 +367,6 @@ def test_a_bad_image_has_the_same_words_and_a_dead_worker_costs_time_only(
         busy.prefetch(asked)
         assert same(busy(asked), wanted)
         busy.prefetch([])
-        busy.images.files.retain(())
     assert capsys.readouterr().err.count("done in line") == 1
     odd = replace(asked[1], images=[Marked(asked[0].images[0], lambda image: image)])
     fresh = Processor.from_pretrained(tiny_folder, workers=1)
