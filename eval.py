@@ -48,6 +48,7 @@ import json
 import math
 import os
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -439,11 +440,13 @@ def answer_all(
     with bar, open(own_file, "a") as file:
         for start in range(0, len(local_examples), CHUNK):
             chunk = local_examples[start : start + CHUNK]
-            new_rows = answer_chunk(config, chunk, model, processor, constants)
+            new_rows = []
+            for row in answer_chunk(config, chunk, model, processor, constants):
+                new_rows.append(row)
+                bar.update()
             append_rows(file, new_rows)
             file.flush()
             rows += new_rows
-            bar.update(len(chunk))
 
     for row in gathered(rows):
         done[row["id"], row["path"]] = row
@@ -454,14 +457,17 @@ def answer_all(
     return rows
 
 
-def answer_chunk(config: Config, examples: list[Example], model, processor, constants) -> list:
+def answer_chunk(
+    config: Config, examples: list[Example], model, processor, constants: dict
+) -> Iterator[dict]:
+    """Ask so many questions at once; yield a row each, in their order."""
     shown = [seen(example, config) for example in examples]
     # A forward pass of prompts without regions would be wasted on the head.
     with_regions = [example for example in shown if example.regions]
     # In the order of use, for the workers that read images ahead.
     processor.expect(with_regions + shown)
     heads = iter(predict_centres(model, processor, with_regions) if with_regions else [])
-    answers = generate(
+    groups = generate(
         model,
         processor,
         shown,
@@ -470,12 +476,10 @@ def answer_chunk(config: Config, examples: list[Example], model, processor, cons
         top_p=config.top_p,
         seed=config.seed,
     )
-    rows = []
-    for example, (rollout,) in zip(examples, answers, strict=True):
+    for example, (rollout,) in zip(examples, groups, strict=True):
         head = next(heads) if example.regions else []
-        constant = constants[example.task]
-        rows.append(answer_row(example, rollout, head, constant, true_box(example, processor)))
-    return rows
+        box = true_box(example, processor)
+        yield answer_row(example, rollout, head, constants[example.task], box)
 
 
 def share(value):
