@@ -48,6 +48,7 @@ import json
 import math
 import os
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -88,7 +89,7 @@ class Config:
     limit: int | None = None  # at most so many questions (>= 1), the same ones for every model
     max_new_tokens: int = 1024  # a longer answer is cut and counted as truncated
     temperature: float = 0.0  # 0 is greedy
-    top_p: float = 1.0  # sample from the likeliest tokens with so much probability; 1: from all
+    top_p: float = 1.0  # sample among the likeliest tokens of this probability in sum; 1: all
     out: str = "out/eval"  # gets predictions.jsonl (a row an answer) and summary.json (the table)
     seed: int = 0  # of the sampling noise
     regions: Literal["token", "text"] = "token"  # how the model was trained to read a region
@@ -134,23 +135,22 @@ def benchmark_questions(config: Config) -> list[Example]:
 
 
 def question_id(example: Example) -> str:
-    """The id without its path: what a question's LOR and DTR rows have in common."""
+    """Return the id without its path: what a question's LOR and DTR rows have in common."""
     return example.id.removesuffix(f"-{example.path}")
 
 
 def asked_as(example: Example, path: str) -> Example:
-    """A copy on another path, of the same question."""
+    """Return a copy on another path, of the same question."""
     name = question_id(example)
     copy = replace(example, path=path)
-    if question_id(copy) == name:
-        return copy
-    # Its id ends in the new path's name by chance.
-    return replace(copy, id=f"{name}-{path}")
+    # A question called turn-lor, asked as lor, would be taken for the question turn.
+    if question_id(copy) != name:
+        copy.id = f"{name}-{path}"
+    return copy
 
 
 def select(examples: list[Example], path: str, limit: int | None) -> list[Example]:
-    """Return each question once on each path asked for. A limit keeps the lowest hashes: in
-    proportion of every task, and the same ones in any order of the rows."""
+    """Return each question once on each path that is asked for, at most so many questions."""
     by_question: dict[str, dict[str, Example]] = {}
     for example in examples:
         rows = by_question.setdefault(question_id(example), {})
@@ -160,6 +160,8 @@ def select(examples: list[Example], path: str, limit: int | None) -> list[Exampl
                 f"{first.id!r} and {example.id!r} are both the {example.path} row of question "
                 f"{question_id(example)!r}: their answers could not be told apart"
             )
+    # Those with the lowest hashes: the same ones in any order of the rows, and of every task its
+    # share.
     in_hash_order = sorted(by_question, key=lambda name: hashlib.sha1(name.encode()).digest())
     kept = set(in_hash_order[:limit])
     selected = []
@@ -176,9 +178,10 @@ def has_depth(example: Example) -> bool:
 
 
 def seen(example: Example, config: Config) -> Example:
-    """What the model gets to see of it."""
+    """Return what the model gets to see of a question."""
     if not config.blind:
         return example if config.depth else replace(example, depths=None)
+    # Images keep their sizes, so prompts are as long as they were.
     sizes = []
     for image in example.images:
         opened = Image.open(image) if isinstance(image, str | Path) else image
@@ -197,8 +200,10 @@ def seen(example: Example, config: Config) -> Example:
 
 
 def best_constants(examples: list[Example], candidates: int = 64) -> dict[str, tuple]:
-    """Return task -> (the common answer that earns most if given to all questions, the median true
-    centre or None)."""
+    """Return task -> its best constant answer, and its median true centre or None.
+
+    candidates: how many of the commonest truths are tried as an answer.
+    """
     by_task: dict[str, list[Example]] = {}
     for example in examples:
         by_task.setdefault(example.task, []).append(example)
@@ -206,6 +211,7 @@ def best_constants(examples: list[Example], candidates: int = 64) -> dict[str, t
 
 
 def best_constant(examples: list[Example], candidates: int) -> tuple[str, list | None]:
+    # Not the commonest truth: of numbers, one in the middle earns more.
     counts = Counter(example.answer for example in examples)
 
     def earned(guess: str) -> float:
@@ -220,8 +226,7 @@ def best_constant(examples: list[Example], candidates: int) -> tuple[str, list |
 
 
 def true_centres(example: Example, view: int | None) -> dict[str, tuple]:
-    """Return mention -> centre in the camera frame of that view, where known; of one view there is
-    just that."""
+    """Return mention -> centre in the camera frame of that view, where it is known."""
     known = {}
     for mention, centre in example.objects.items():
         if isinstance(centre, dict):
@@ -237,6 +242,7 @@ def distances(centres: dict, truth: dict) -> dict[str, float]:
 
 def written_boxes(text: str, parsed: Parsed, example: Example) -> dict[str, tuple]:
     """Return mention -> (centre, size or None) of an answer's boxes; a mention's first counts."""
+    # Only grounding data, which asks on path direct, has boxes of two forms and with sizes.
     if example.path != "direct":
         boxes = {}
         for mention, _, centre in parsed.boxes:
@@ -280,7 +286,7 @@ def true_box(example: Example, processor) -> str | None:
 
 
 def image_name(image) -> str | None:
-    """What two questions about the same image have in common: its path, or its file's hash."""
+    """Return what two questions about one image have in common: its path, or its file's hash."""
     source = image.source if isinstance(image, Marked) else image
     if isinstance(source, bytes):
         return f"sha1 {hashlib.sha1(source).hexdigest()}"
@@ -296,6 +302,7 @@ def answer_row(example: Example, rollout, head, constant: tuple, box: str | None
     parsed = parse(rollout.text, example.path)
     scores = score(rollout.text, example)
     parts = dict(scores.parts)
+    # An empty cell rather than a 0 where there is nothing to detect, or to compare it with.
     if not (example.objects and "detect" in PATHS[example.path].sections):
         parts["detect"] = None
     written = written_boxes(rollout.text, parsed, example)
@@ -341,8 +348,10 @@ def answer_row(example: Example, rollout, head, constant: tuple, box: str | None
 
 
 def begin(config: Config, asked: dict[str, list[Example]]) -> dict[str, dict]:
-    """Return file -> (id, path) -> row of what an interrupted eval with the same settings has
-    answered, and make --out ready. Called by rank 0 alone."""
+    """Make --out ready; return file -> (id, path) -> row of what is answered already.
+
+    That is where an eval with the same settings was interrupted. Called by rank 0 alone.
+    """
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     settings = settings_of(config)
@@ -350,8 +359,8 @@ def begin(config: Config, asked: dict[str, list[Example]]) -> dict[str, dict]:
     if settings == earlier_settings(out):
         done = {name: answered(out, name, examples) for name, examples in asked.items()}
         all_done = all(len(done[name]) == len(asked[name]) for name in asked)
+        # An eval that had finished is asked for anew.
         if all_done and (out / "summary.json").exists():
-            # It had finished: the user asks anew.
             done = {name: {} for name in asked}
     (out / "summary.json").unlink(missing_ok=True)
     for name in asked:
@@ -361,8 +370,8 @@ def begin(config: Config, asked: dict[str, list[Example]]) -> dict[str, dict]:
 
 
 def settings_of(config: Config) -> dict:
-    """Return what answers depend on, as JSON gives it back: the flags, the checkpoint's files, and
-    the columns, of which rows that an older version wrote lack some."""
+    """Return what the rows depend on, as JSON gives it back."""
+    # The columns, too: rows that an older version wrote lack some.
     files = []
     for file in sorted(Path(config.model).glob("*.safetensors")):
         state = file.stat()
@@ -379,7 +388,7 @@ def earlier_settings(out: Path) -> dict | None:
 
 
 def answered(out: Path, name: str, examples: list[Example]) -> dict[tuple, dict]:
-    """Return (id, path) -> row of all ranks' rows that still answer one of the examples."""
+    """Return (id, path) -> row of all ranks' rows that answer one of these examples."""
     texts = {(e.id, e.path): (e.question, e.answer) for e in examples}
     rows = {}
     for file in out.glob(f"{name}*"):
@@ -395,6 +404,7 @@ def answered(out: Path, name: str, examples: list[Example]) -> dict[tuple, dict]
 
 def write_rows(out: Path, name: str, rows) -> None:
     """Write all rows into one file, in place of the ranks' own."""
+    # Aside first, so that a crash leaves either the old rows or the new ones.
     aside = out / f"{name}.partial"
     with open(aside, "w") as file:
         append_rows(file, rows)
@@ -411,8 +421,10 @@ def append_rows(file, rows) -> None:
 def answer_all(
     config: Config, examples: list[Example], model, processor, name: str, done: dict
 ) -> list:
-    """Return the rows of all examples, in their order; [] on all ranks but 0. Each rank answers its
-    share of what rank 0 has not found done."""
+    """Return the rows of all examples, in their order; [] on all ranks but 0.
+
+    done: (id, path) -> row of what needs no answer any more; on rank 0 only.
+    """
     rank, world, _ = ranks.start_ranks()
     known = set(share(list(done)))
     constants = best_constants(examples)
@@ -420,6 +432,7 @@ def answer_all(
     local_examples = unanswered[rank::world]
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
+    # A file a rank, so that what each has written is kept if any is interrupted.
     own_file = out / (f"{name}.{rank}" if rank else name)
     bar = tqdm(
         total=len(local_examples), desc="eval", unit="answer", smoothing=0.05, disable=rank > 0
@@ -428,7 +441,10 @@ def answer_all(
     with bar, open(own_file, "a") as file:
         for start in range(0, len(local_examples), CHUNK):
             chunk = local_examples[start : start + CHUNK]
-            new_rows = answer_chunk(config, chunk, model, processor, constants, bar)
+            new_rows = []
+            for row in answer_chunk(config, chunk, model, processor, constants):
+                new_rows.append(row)
+                bar.update()
             append_rows(file, new_rows)
             file.flush()
             rows += new_rows
@@ -443,14 +459,16 @@ def answer_all(
 
 
 def answer_chunk(
-    config: Config, examples: list[Example], model, processor, constants, bar: tqdm
-) -> list[dict]:
+    config: Config, examples: list[Example], model, processor, constants: dict
+) -> Iterator[dict]:
+    """Ask so many questions at once; yield a row each, in their order."""
     shown = [seen(example, config) for example in examples]
     # A forward pass of prompts without regions would be wasted on the head.
     with_regions = [example for example in shown if example.regions]
+    # In the order of use, for the workers that read images ahead.
     processor.prefetch(with_regions + shown)
     heads = iter(predict_centres(model, processor, with_regions) if with_regions else [])
-    answers = sample_groups(
+    groups = sample_groups(
         model,
         processor,
         shown,
@@ -459,13 +477,10 @@ def answer_chunk(
         top_p=config.top_p,
         seed=config.seed,
     )
-    rows = []
-    for example, (rollout,) in zip(examples, answers, strict=True):
-        bar.update()
+    for example, (rollout,) in zip(examples, groups, strict=True):
         head = next(heads) if example.regions else []
-        constant = constants[example.task]
-        rows.append(answer_row(example, rollout, head, constant, true_box(example, processor)))
-    return rows
+        box = true_box(example, processor)
+        yield answer_row(example, rollout, head, constants[example.task], box)
 
 
 def share(value):
@@ -494,6 +509,7 @@ def score_benchmark(config: Config, pairs: list[tuple[Example, dict]]) -> dict[s
     marks = {}
     for scorer in ("official", "robust"):
         marks[scorer] = benchmarks.score(config.benchmark, texts, scorer=scorer)
+        # Of one answer alone, any aggregate's overall is that answer's own mark.
         for pair, (_, row) in zip(texts, pairs, strict=True):
             row[scorer] = benchmarks.score(config.benchmark, [pair], scorer=scorer)["overall"]
     errors = benchmarks.BENCHMARKS[config.benchmark.partition("/")[0]].errors
@@ -506,6 +522,7 @@ def print_benchmark(config: Config, path: str, marks: dict, asked: list[Example]
     """Print per cent by both scorers and, where all was asked, somebody else's figure."""
     name, _, task = config.benchmark.partition("/")
     model, source, figures = benchmarks.BENCHMARKS[name].others
+    # Somebody else's figure of the whole set says nothing about a part of it.
     is_whole = not task and config.limit is None
     heading = f"\n{config.benchmark + ' ' + path:34}{'official':>10}{'robust':>10}"
     print(f"{heading}    {model} ({source})" if is_whole else heading)
@@ -531,11 +548,13 @@ def main(config: Config) -> dict | None:
     processor = run.load_processor(config.model, config)
     model = load_model(config.model, device)
 
+    # File -> the settings that its questions are asked with, and the questions.
     runs = {PREDICTIONS: (config, examples)}
     with_depth = [example for example in examples if has_depth(example)]
     if with_depth and config.again and config.depth and not config.blind:
         asked_again = select(with_depth, config.path, config.again)
         runs[WITHOUT_DEPTH] = (replace(config, depth=False), asked_again)
+    # Rank 0 alone looks for earlier answers: others may not see its disk as it is now.
     done = {name: {} for name in runs}
     if rank == 0:
         done = begin(config, {name: asked for name, (_, asked) in runs.items()})
@@ -557,7 +576,7 @@ def main(config: Config) -> dict | None:
             marks = score_benchmark(config, pairs)
             summary["benchmark"][path] = marks
             print_benchmark(config, path, marks, [example for example, _ in pairs])
-    # Once more, with both scorers' marks.
+    # Once more: of a benchmark, rows have got both scorers' marks.
     write_rows(Path(config.out), PREDICTIONS, rows)
     (Path(config.out) / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False))
     return summary

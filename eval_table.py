@@ -51,11 +51,11 @@ def estimate(values, clusters, median: bool = False) -> dict | None:
 
 
 def summarise(rows: list[dict]) -> dict:
-    """Return metric -> estimate over rows of predictions.jsonl, None where no row has it; and the
-    counts."""
+    """Return metric -> estimate over rows of predictions.jsonl, or None; and the counts."""
     result = {"n": len(rows)}
     for name in COUNTS:
         result[name] = sum(row[name] for row in rows)
+    # chance_errors has no column of its own: `chance` is that of accuracy.
     for metric in (*COLUMNS, "chance_errors"):
         values = []
         clusters = []
@@ -75,8 +75,8 @@ def values_of(row: dict, metric: str) -> list[float]:
 
 
 def paired(before: list[dict], after: list[dict], metric: str = "accuracy") -> dict | None:
-    """Estimate the mean of after - before over the questions that both runs answered in the same
-    path."""
+    """Estimate the mean of after - before, over what both runs answered on the same path."""
+    # Much of the variance is the questions' own, and cancels in the difference.
     old = {(row["id"], row["path"]): row[metric] for row in before}
     changes = []
     clusters = []
@@ -111,6 +111,7 @@ def by_path(rows: list[dict]) -> dict[str, list[dict]]:
 
 def print_table(results: dict) -> None:
     """Print a line for each path, and then one for each of its tasks."""
+    # The paths' lines stand together at the top, to be compared.
     lines = [(path.upper(), tasks["all"]) for path, tasks in results.items()]
     for path, tasks in results.items():
         for task, summary in tasks.items():

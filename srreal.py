@@ -68,8 +68,10 @@ class Example:
 
 
 def several_views(example: Example) -> bool:
-    """Tell whether centres need a reference frame: they are known by view or, where none is known,
-    there is more than one image."""
+    """Tell whether a centre needs a reference frame.
+
+    It does where the truth is given by view or, where none is known, if there are several images.
+    """
     if not example.objects:
         return len(example.images) > 1
     return any(isinstance(centre, dict) for centre in example.objects.values())
@@ -80,8 +82,10 @@ def several_views(example: Example) -> bool:
 
 @dataclass
 class Path:
-    """A way to answer. Its weights name entries of REWARDS and sum to 1, so that the totals of all
-    paths compare."""
+    """A way to answer, and what it earns.
+
+    Weights name entries of REWARDS and sum to 1, so that the totals of all paths compare.
+    """
 
     # keys of SECTIONS, in order; none: the whole text is the answer
     sections: tuple[str, ...]
@@ -120,8 +124,7 @@ HEADER_OF_SEVERAL_VIEWS = "After aligning to the reference frame {k}, find {n} r
 
 
 def prompt(example: Example) -> str:
-    """Write the user turn: role, instruction, form of the reply, and the question with its <image>s
-    and <mask>s."""
+    """Write the user turn: role, instruction, form of the reply, and the question as it is."""
     path = lookup(PATHS, example.path)
     if not path.sections:
         return example.question
@@ -199,7 +202,8 @@ def write_answer(example: Example) -> str:
     return example.answer
 
 
-# tag -> (what the prompt shows, the function that writes it in a target)
+# tag -> (what the prompt shows, the function that writes it in a target). HEADER stands for the one
+# that fits the number of views.
 SECTIONS = {
     "detect": ('HEADER\n<3d_box center="x,y,z">name (mention)</3d_box>', write_detect),
     "think": ("your reasoning", write_think),
@@ -215,7 +219,7 @@ def lookup(table: dict, name: str):
 
 
 # ---- Parsing: the only code that sees untrusted text. It never raises, and its time is linear in
-# the length of the text: no regular expression here can backtrack over more than a few characters.
+# the length of the text, so the regular expressions have no two repeats side by side.
 
 # Not \d, which takes the digits of every script.
 COUNT = "([0-9]{1,4})"
@@ -223,7 +227,7 @@ HEADER = re.compile(
     f"(?:Find|After aligning to the reference frame {COUNT}, find) {COUNT} relevant objects:"
 )
 DECIMAL = r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
-MAX_DIGITS = 20
+MAX_CHARACTERS = 20
 BOX_OPEN = '<3d_box center="'
 BOX_CLOSE = "</3d_box>"
 BOX_TAG = re.compile("<3d_box|</3d_box>")
@@ -231,8 +235,10 @@ BOX_TAG = re.compile("<3d_box|</3d_box>")
 
 @dataclass
 class Parsed:
-    """What could be read of a response; of an ill-formed one, the first block of each tag and every
-    object line that is good."""
+    """What could be read of a response.
+
+    Of an ill-formed one these are the first block of each tag, and every object line that is good.
+    """
 
     # (mention, name, (x, y, z) in metres) of each
     boxes: list = field(default_factory=list)
@@ -253,11 +259,11 @@ def parse(response: str, path: str) -> Parsed:
         return Parsed(answer=response, well_formed=bool(response.strip()))
     blocks, in_order = split_sections(response, tags)
     parsed = Parsed(think=blocks.get("think"), answer=blocks.get("answer"), sections=blocks)
-    detected = True
+    good_lines = True
     if "detect" in blocks:
-        detected = read_detect(blocks["detect"], parsed)
+        good_lines = read_detect(blocks["detect"], parsed)
     none_blank = all(text.strip() for text in blocks.values())
-    parsed.well_formed = in_order and none_blank and detected and has_just(response, tags)
+    parsed.well_formed = in_order and none_blank and good_lines and has_just(response, tags)
     return parsed
 
 
@@ -272,8 +278,10 @@ def has_just(response: str, tags: tuple[str, ...]) -> bool:
 
 
 def split_sections(response: str, tags: tuple[str, ...]) -> tuple[dict[str, str], bool]:
-    """Return tag -> text of its first block; and whether all blocks are there, in this order, with
-    only white space around them."""
+    """Return tag -> text of its first block, and whether the response is just these, in order.
+
+    White space may stand between and around them.
+    """
     blocks = {}
     in_order = True
     # where the block before ends
@@ -294,8 +302,7 @@ def split_sections(response: str, tags: tuple[str, ...]) -> tuple[dict[str, str]
 
 
 def read_detect(text: str, parsed: Parsed) -> bool:
-    """Fill in boxes, count and frame; return True for a header and then exactly N >= 1 good object
-    lines."""
+    """Fill in boxes, count and frame; tell whether there are a header and just N good lines."""
     # Not splitlines(), which also splits at \f and U+2028.
     lines = [line.strip() for line in text.strip().split("\n")]
     header = HEADER.fullmatch(lines[0])
@@ -318,7 +325,7 @@ def read_box(line: str) -> tuple[str, str, tuple[float, float, float]] | None:
     if len(numbers) != 3 or BOX_TAG.search(label):
         return None
     for text in numbers:
-        if len(text) > MAX_DIGITS or not re.fullmatch(DECIMAL, text):
+        if len(text) > MAX_CHARACTERS or not re.fullmatch(DECIMAL, text):
             return None
     mention, name = split_mention(label.strip())
     if not mention or not name:
@@ -327,8 +334,10 @@ def read_box(line: str) -> tuple[str, str, tuple[float, float, float]] | None:
 
 
 def split_mention(text: str) -> tuple[str, str]:
-    """`chair (red bbox)` -> (`red bbox`, `chair`). Parentheses nest; where none close the text, it
-    is both."""
+    """Split `chair (red bbox)` into (`red bbox`, `chair`).
+
+    Parentheses nest. A text that doesn't end in some is both, mention and name.
+    """
     if not text.endswith(")"):
         return text, text
     depth = 0
@@ -401,8 +410,7 @@ def truth_kind(truth: str) -> str:
 
 
 def number(text: str) -> float:
-    """Read one decimal number with at most a unit behind it, lengths in metres; nan for anything
-    else."""
+    """Read one decimal number with at most a unit behind it, in metres; nan for anything else."""
     match = QUANTITY.fullmatch(text.strip())
     if not match:
         return math.nan
@@ -422,8 +430,10 @@ def closeness(x: float, true: float) -> float:
 
 
 def motion(text: str) -> list[float]:
-    """`move_right:0.4,rotate_left:30` -> five signed axes; all nan for an unknown, repeated or
-    unreadable entry."""
+    """Read `move_right:0.4,rotate_left:30` as five signed axes.
+
+    An unknown, repeated or unreadable entry makes all of them nan, which scores 0.
+    """
     axes = [0.0] * 5
     seen = set()
     for entry in text.split(","):
@@ -473,8 +483,10 @@ def well_formed(parsed: Parsed, example: Example) -> float:
 
 
 def detection(parsed: Parsed, example: Example) -> float:
-    """Sum the points of the placed objects, over max(boxes, objects); of several views, in the
-    frame that the header states."""
+    """Average the points of the objects over max(boxes, objects).
+
+    Of several views, centres are compared in the frame that the header states.
+    """
     truth = example.objects
     if several_views(example):
         if example.frame not in (None, parsed.frame):

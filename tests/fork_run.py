@@ -2,8 +2,8 @@
 
     python tests/fork_run.py HOME OUT PATH [FLAG VALUE]...
 
-One RL step on the rows of HOME/scenes, as rows on that path, and an eval that is asked for it by its
-flags. The further flags are train_rl.py's. OUT gets rl/ and eval/.
+One RL step on rows of HOME/scenes, put on that path, and an eval of them with --path PATH. The
+further flags are train_rl.py's. OUT gets rl/ and eval/.
 """
 
 import json

@@ -311,7 +311,8 @@ def test_several_views_are_measured_in_the_stated_frame():
     )
     text = (
         "<detect>After aligning to the reference frame {}, find 1 relevant objects:\n"
-        '<3d_box center="1.0,0,2.2">chair (red bbox)</3d_box></detect><think>t</think><answer>2.0</answer>'
+        '<3d_box center="1.0,0,2.2">chair (red bbox)</3d_box></detect>'
+        "<think>t</think><answer>2.0</answer>"
     )
     one = answer_row(e, rollout(text.format(1)), HEAD, CONSTANT)
     assert one["text_errors"] == {"red bbox": pytest.approx(0.2)}

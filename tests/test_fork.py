@@ -118,9 +118,7 @@ def test_a_path_is_written_trained_and_asked(tiny_home, tmp_path):
     assert re.fullmatch(r"\d\.\d{3}(±\d\.\d{3})?", cell(printed, "PLAN", "accuracy"))
 
 
-AFTER_THE_MERGE = (
-    "written against the new kernels/, data/ and model/: to be completed after the merge"
-)
+AFTER_THE_MERGE = "written against the new kernels/, data/ and model/: runs once they are merged"
 
 LOSS = """
 import pytest
@@ -164,7 +162,8 @@ from PIL import Image
 import data
 folder = Path(sys.argv[1])
 Image.new("RGB", (40, 30)).save(folder / "a.png")
-rows = [{"image": "a.png", "question": "Near?", "answer": "yes"}, {"image": "a.png", "answer": "no"}]
+good = {"image": "a.png", "question": "Near?", "answer": "yes"}
+rows = [good, {"image": "a.png", "answer": "no"}]
 (folder / "qa.jsonl").write_text("\\n".join(map(json.dumps, rows)))
 with pytest.raises(data.BadRows) as bad:
     data.load([f"qa:{folder}"])
@@ -188,7 +187,7 @@ import eval as evaluation
 import tyro
 folder, model = map(Path, sys.argv[1:])
 Image.new("RGB", (40, 30)).save(folder / "a.png")
-row = {"image": "a.png", "question": "Where is the cup?", "options": ["table", "shelf"], "room": "x"}
+row = {"image": "a.png", "question": "Where is it?", "options": ["table", "shelf"], "room": "x"}
 rows = [row | {"answer": "A"}, row | {"answer": "B"}]
 (folder / "test.jsonl").write_text("\\n".join(map(json.dumps, rows)))
 flags = ["--model", str(model), "--data", str(folder), "--benchmark", "kitchen", "--path", "lor"]
@@ -230,7 +229,8 @@ shutil.copytree(tiny, copy)
 config = json.loads((copy / "config.json").read_text())
 (copy / "config.json").write_text(json.dumps(config | {"model_type": "lab_vl"}))
 image = Image.new("RGB", (64, 48))
-example = Example("e", "lor", [image], "Is it (red bbox <mask>) near?", "B", regions=[(0, (0, 0, 64, 48))])
+regions = [(0, (0, 0, 64, 48))]
+example = Example("e", "lor", [image], "Is it (red bbox <mask>) near?", "B", regions=regions)
 texts = []
 for folder in (tiny, copy):
     processor = Processor.from_pretrained(folder, regions="text")

@@ -255,8 +255,10 @@ def test_round_trip_earns_everything(path, several):
 
 NUM = r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 SP = r"[^\S\n]*"
-LINE = rf'{SP}<3d_box center="({NUM}),({NUM}),({NUM})">((?:(?!</?3d_box)[^\n]|</3d_box(?!>))+)</3d_box>{SP}'
-HEAD = r"(?:Find|After aligning to the reference frame [0-9]{1,4}, find) ([0-9]{1,4}) relevant objects:"
+NAME = r"((?:(?!</?3d_box)[^\n]|</3d_box(?!>))+)"
+LINE = rf'{SP}<3d_box center="({NUM}),({NUM}),({NUM})">{NAME}</3d_box>{SP}'
+FRAME = "After aligning to the reference frame"
+HEAD = rf"(?:Find|{FRAME} [0-9]{{1,4}}, find) ([0-9]{{1,4}}) relevant objects:"
 TAIL = r"\s*<think>(?P<t>.*)</think>\s*<answer>(?P<a>.*)</answer>\s*"
 
 
@@ -324,7 +326,7 @@ BAD_BLOCKS = {
     "signed": f"Find +1 relevant objects:\n{BOX}",
     "arabic digit": f"Find \u0661 relevant objects:\n{BOX}",
     "full-width": f"Find \uff11 relevant objects:\n{BOX}",
-    "frame five digits": f"After aligning to the reference frame 00000, find 1 relevant objects:\n{BOX}",
+    "frame five digits": f"{FRAME} 00000, find 1 relevant objects:\n{BOX}",
     "frame negative": f"After aligning to the reference frame -1, find 1 relevant objects:\n{BOX}",
     "frame upper": f"After aligning to the reference frame 0, Find 1 relevant objects:\n{BOX}",
     "frame no comma": f"After aligning to the reference frame 0 find 1 relevant objects:\n{BOX}",
