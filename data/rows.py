@@ -439,6 +439,8 @@ def polygons(outlines: list, shape: tuple[int, int]) -> np.ndarray:
     for outline in outlines:
         if len(outline) < 6 or len(outline) % 2:
             raise Bad("segmentation", f"no polygon: {len(outline)} numbers")
+        if not all(abs(value) < 1e6 for value in outline):  # also of nan, which Pillow can't draw
+            raise Bad("segmentation", f"far outside its image: {outline!r:.50}")
         pen.polygon(outline, fill=1)
     return np.asarray(mask)
 

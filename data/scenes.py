@@ -19,8 +19,9 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from data.rooms.questions import FAMILIES, Question, ask, with_options
-from data.rooms.scene import Scene, scene
+from data.rooms.questions import FAMILIES, ask, with_options
+from data.rooms.render import middle
+from data.rooms.scene import scene
 from errors import UserError
 
 
@@ -93,7 +94,7 @@ def make(config: Config, index: int) -> str:
     return "".join(lines)
 
 
-def rows_of(made: Scene, name: str) -> list[dict]:
+def rows_of(made, name):
     """Return the rows of up to six families, a question each, written in both paths."""
     rows = []
     for task in made.rng.permutation(list(FAMILIES)).tolist():
@@ -108,7 +109,7 @@ def rows_of(made: Scene, name: str) -> list[dict]:
     return rows
 
 
-def row_of(made: Scene, name: str, task: str, view: int, question: Question) -> dict:
+def row_of(made, name, task, view, question):
     """Return what a question's rows of both paths have in common."""
     count = FAMILIES[task].views
     several = count > 1
@@ -125,7 +126,7 @@ def row_of(made: Scene, name: str, task: str, view: int, question: Question) -> 
         "frame": view if several else None,
         "images": [f"images/{file}" for file in files],
         "depths": [f"depth/{file}" for file in files],
-        "intrinsics": [(c.focal, c.focal, *c.middle) for c in made.cameras[:count]],
+        "intrinsics": [(c.focal, c.focal, *middle(c.size)) for c in made.cameras[:count]],
         "regions": [(mark.view, mark.region) for mark in marks],
         "names": {mark.mention: mark.thing.name for mark in marks},
         "objects": objects,

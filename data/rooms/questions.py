@@ -10,39 +10,21 @@ To add a family, write such a function and enter it with the number of its marks
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections import namedtuple
 from itertools import permutations
 
 from data.arithmetic import by_sign
 
+# answer is right and wrong the other option, or None where a number is asked for; lor and dtr are
+# the rationales of both paths, up to the option's letter.
+Question = namedtuple("Question", "text answer wrong lor dtr")
 
-@dataclass(frozen=True)
-class Question:
-    text: str
-    answer: str
-    wrong: str | None  # the other option; None: a number is asked for
-    lor: str  # the rationale of path lor, up to the option's letter
-    dtr: str  # that of path dtr
+# ask: (rng, view, *marks) -> Question or None; for how many marks, in how many views.
+Family = namedtuple("Family", "ask marks views", defaults=(1,))
 
-
-@dataclass(frozen=True)
-class Family:
-    ask: Callable  # (rng, view, *marks)
-    marks: int
-    views: int = 1
-
-
-@dataclass(frozen=True)
-class Way:
-    """The way between two marks, by their rounded centres."""
-
-    steps: list[float]  # along x, y, z, of one decimal
-    exact: float  # its true length
-    worked: float  # its length by the steps
-    words: str  # LOR's
-    working: str  # DTR's
-
+# The way between two marks. steps: along x, y and z by the rounded centres, of one decimal; exact:
+# its true length; worked: its length by the steps; words: LOR's; working: DTR's.
+Way = namedtuple("Way", "steps exact worked words working")
 
 SIDES = ("left", "right")
 HEIGHTS = ("up", "down")
@@ -242,7 +224,7 @@ def two_view(rng, view, a, b):
     if asked is None:
         return None
     frame = ("first", "second")[view]
-    return replace(asked, text=f"In the frame of the {frame} image: {asked.text}")
+    return asked._replace(text=f"In the frame of the {frame} image: {asked.text}")
 
 
 FAMILIES = {

@@ -3,9 +3,8 @@
 World: metres, x right, y down (the floor is y = 0), z into the room.
 """
 
-from dataclasses import dataclass
+from collections import namedtuple
 from itertools import product
-from typing import NamedTuple
 
 import numpy as np
 
@@ -25,34 +24,19 @@ SHADE = (0.64, 0.32, 0.04)
 BULGE = (0.9, 0.1, -0.6)
 
 
-class Part(NamedTuple):
-    """A part of a thing; places and sizes in half sizes of the thing."""
+# A part of a thing: its profile; its centre and half size, in half sizes of the thing; and which of
+# the thing's paints it has. Paint 0 may be patterned.
+Part = namedtuple("Part", "profile centre half paint", defaults=((0, 0, 0), (1, 1, 1), 0))
 
-    profile: tuple | None
-    centre: tuple = (0, 0, 0)
-    half: tuple = (1, 1, 1)
-    paint: int = 0  # index into the thing's paints; 0 may be patterned
+# A kind of thing: the least and the largest (w, h, l) in metres, and its parts.
+Kind = namedtuple("Kind", "smallest largest parts")
 
-
-class Kind(NamedTuple):
-    smallest: tuple  # (w, h, l) in metres
-    largest: tuple
-    parts: list[Part]
+# A thing in the world: the name of its kind; centre (3,), half size (3,) and yaw of its box; its
+# paints (3, 3), two for its parts and one for its pattern; the axes (3, 1) along which that changes.
+Thing = namedtuple("Thing", "name centre half yaw paints pattern")
 
 
-@dataclass(frozen=True)
-class Thing:
-    """A thing in the world: its box, and its looks."""
-
-    name: str
-    centre: np.ndarray  # (3,)
-    half: np.ndarray  # (3,)
-    yaw: float
-    paints: np.ndarray  # (3, 3): two of the parts, and the pattern's
-    pattern: np.ndarray  # (3, 1): the axes along which paint 0 changes
-
-
-def feet(top: float) -> list[Part]:
+def feet(top):
     """Return four legs from a height to the floor."""
     half = (0.1, 1 - top, 0.1)
     corners = product((-0.85, 0.85), repeat=2)
