@@ -67,6 +67,7 @@ def open_source(source: str) -> Iterator[Row]:
         path = source
     elif kind not in SOURCES:
         raise BadSource(f"unknown kind {kind!r} in {source!r}: one of {', '.join(SOURCES)}")
+    # The last @: folders may have one in their names.
     root = None
     if "@" in path and not os.path.exists(path):
         path, _, root = path.rpartition("@")
@@ -103,6 +104,7 @@ def recognise(path: Path) -> str:
     start = first_byte(path)
     if not start:
         return "llava"  # its reader names an empty file
+    # One object is a single row, or a table of GBs: not to be read for this.
     if path.suffix == ".json" and start == b"{":
         kind = recognise_object(path)
         if kind is not None:

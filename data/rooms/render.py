@@ -71,12 +71,15 @@ def across_floor(vector):
 def window(camera, centre, half, yaw=0.0):
     """Return the pixels that a box may touch, as slices of (3, H, W)."""
     corners = CORNERS * np.reshape(half, (3, 1))
-    _, pixels = project(camera, turn(corners, yaw).T + centre)
-    first = pixels.min(0)
-    last = pixels.max(0) + 2
-    edges = np.stack([first, last]).clip(0, camera.size)
-    (x0, y0), (x1, y1) = edges.astype(int)
-    return slice(None), slice(y0, y1), slice(x0, x1)
+    corners = turn(corners, yaw).T + centre
+    _, pixels = project(camera, corners)
+    first = pixels.min(0).clip(0, camera.size)
+    last = (pixels.max(0) + 2).clip(0, camera.size)
+    x0, y0 = first.astype(int)
+    x1, y1 = last.astype(int)
+    rows = slice(y0, y1)
+    columns = slice(x0, x1)
+    return slice(None), rows, columns
 
 
 def rays(camera):
@@ -84,12 +87,13 @@ def rays(camera):
     width, height = camera.size
     cx, cy = middle(camera.size)
     u = np.arange(width, dtype=np.float32)
-    v = np.arange(height, dtype=np.float32)
+    v = np.arange(height, dtype=np.float32)[:, None]
     x = (u - cx) / camera.focal
     y = (v - cy) / camera.focal
     axes = camera.axes.astype(np.float32)
     right, down, forward = axes[..., None, None]
-    ray = x * right + y[:, None] * down + forward
+    ray = x * right + y * down + forward
+    # A ray that is parallel to a plane meets it very far away, instead of dividing by zero.
     ray[ray == 0] = 1e-9
     return ray
 
@@ -205,7 +209,8 @@ def render(room, things, camera):
             start = turn(camera.position - centre, -yaw) / half
             start = np.float32(start)[:, None]
             half = half[:, None]
-            way = turn(ray[box], -yaw) / half[..., None]
+            way = turn(ray[box], -yaw)
+            way = way / half[..., None]
             t = hit(start[..., None], way, part.profile)
             alone[index][*at] |= t < np.inf
             front = t < depth[*at]

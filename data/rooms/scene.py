@@ -137,6 +137,7 @@ def first_camera(rng, size, width, deep):
     near = (-0.15 * width, -0.6, 0.55 * deep)
     far = (0.15 * width, -0.2, 0.7 * deep)
     target = rng.uniform(near, far)
+    # A field of view of 51 to 67 degrees.
     focal = size[0] * rng.uniform(0.75, 1.05)
     return look(size, focal, eye, target)
 
@@ -187,6 +188,7 @@ def draw(rng, things, cameras, view, drawing, colours, kind, marked):
     centres = np.array([thing.centre for thing in things])
     places = [project(camera, centres) for camera in cameras]
     middles = places[view][1].round().astype(int)
+    # Smaller things could hardly be told, and a disc must leave most of its thing to see.
     least = 0.003 * drawing.owner.size
     if kind == "point":
         least = max(least, 9 * radius_of(size) ** 2)
@@ -227,6 +229,7 @@ def is_seen(drawing, index, middle, least):
     if inside.sum() != area:
         return False
     seen = drawing.owner == index
+    # Mostly seen: nothing hides more than two fifths of it.
     if seen.sum() <= max(0.6 * area, least):
         return False
     u, v = middle
