@@ -5,8 +5,8 @@ kind is said, the names of the files or the first row's fields tell.
 """
 
 import os
+from collections import namedtuple
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from data.grounding import ca1m_rows, omni3d_rows, refcoco_rows
@@ -36,14 +36,9 @@ def is_srreal(row: dict) -> bool:
     return bool(row.keys() & MARKS.keys()) and not is_spar(row)
 
 
-@dataclass(frozen=True)
-class Source:
-    """How a kind of set is read and, where its kind is not said, recognised."""
-
-    read: Callable[[Path, str | None], Iterator[Row]]  # (path, image root or None) -> rows
-    folder: tuple[str, ...] = ()  # a folder in which one of these patterns is found is of this kind
-    row: Callable[[dict], bool] | None = None  # whether a file is, by its first row
-
+# How a kind is read: (path, image root or None) -> rows; and where its kind is not said, recognised:
+# by patterns of names in a folder, and by a function of a file's first row.
+Source = namedtuple("Source", "read folder row", defaults=((), None))
 
 # The first that fits counts.
 SOURCES = {

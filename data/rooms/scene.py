@@ -106,7 +106,8 @@ def furnish(rng, size):
     for name in rng.choice(list(KINDS), 14).tolist():
         kind = KINDS[name]
         smallest = np.array(kind.smallest)
-        half = (smallest + (kind.largest - smallest) * rng.random()) / 2
+        growth = rng.random() * (kind.largest - smallest)
+        half = (smallest + growth) / 2
         spot = spot_in_view(rng, camera, deep)
         if things and name in SMALL and things[-1].name in FLAT:
             below = things[-1]
