@@ -54,18 +54,22 @@ def load(
     parts = []
     for source in sources:
         parts += parse_source(str(source))
+    # Up to here a row is text: of sets of many GB only the share that is taken stays in memory.
     rows = []
     for part in parts:
         rows += take_rows(part)
     headers = measure(files_of(rows))
     examples = []
     bad = []
+    used = set()  # sources of which anything was taken
+    # Ids of all sources: the sampler's noise is keyed by them, so two rows may not share one.
     seen = set()
-    taken = Counter()
-    # In a pool, as some rows look things up in depth maps.
     with ThreadPoolExecutor() as pool:
+        # In a pool, as some rows look things up in depth maps.
         made = pool.map(partial(make_examples, headers=headers), rows)
         for row, (row_examples, problems) in zip(rows, made, strict=True):
+            if row_examples or problems:
+                used.add(row.source)
             for example in row_examples:
                 problems += check(example, headers, seen)
             if more is not None and not problems:
@@ -74,12 +78,11 @@ def load(
             if not problems:
                 examples += row_examples
             bad += [(row.file, row.number, *problem) for problem in dict.fromkeys(problems)]
-            taken[row.source] += len(row_examples) + len(problems)
-
     print_notes(rows)
-    untouched = dict.fromkeys(part.source for part in parts if not taken[part.source])
-    if untouched:
-        say(f"nothing was taken of {', '.join(untouched)}")
+    unused = dict.fromkeys(part.source for part in parts if part.source not in used)
+    if unused:
+        say(f"nothing was taken of {', '.join(unused)}")
+    # Nothing left to train on is as bad as a bad row.
     if bad and not (skip_bad_rows and examples):
         raise BadRows(bad)
     if bad:
@@ -88,7 +91,7 @@ def load(
 
 
 def take_rows(part: Part) -> Iterator[Row]:
-    """Yield the rows of a part, with notes to count in."""
+    """Yield the rows of a part; those without notes of their own share the source's."""
     notes = Notes()
     for row in part.share(open_source(part.source)):
         if row.notes is None:

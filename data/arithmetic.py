@@ -13,10 +13,12 @@ import re
 from collections.abc import Iterable
 from itertools import combinations, pairwise
 
+# No part of a word, of a longer number or of a percentage.
 NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?![\w%])")
 SIGN = re.compile("[=~<>]")
 # Possessive (++): no way back, so that the time stays linear.
 CHAIN = re.compile(r"(?:sqrt|[-+*/^().\d\s=~<>])++")
+# Says of a length in which whole metre it lies.
 BETWEEN = re.compile(r"\bbetween (\d+(?:\.\d+)?) ?and (\d+(?:\.\d+)?)")
 CLAUSE = re.compile(r"[.,;:](?:\s|$)|\n")
 SIGNS = {
@@ -38,6 +40,7 @@ FORMS = (
     (r"(?<=\d)\s*+(?:m|met(?:er|re)s?)\b", ""),
     (r"sqrt\s*+(\d++(?:\.\d+)?)", r"sqrt(\1)"),
 )
+# Sides are parsed as Python and walked: nothing in a text is ever run.
 OPERATORS = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -86,6 +89,7 @@ def value(side: str) -> float:
     try:
         tree = ast.parse(side.strip().replace("^", "**"), mode="eval")
         return walk(tree.body)
+    # Deep nesting ends the parser in a RecursionError or a MemoryError.
     except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
         return math.nan
 
@@ -111,6 +115,7 @@ def half_unit(number: str) -> float:
 def wrong(left: str, sign: str, right: str) -> bool:
     """Return whether an equation is off by more than the rounding of its right side explains."""
     gap = value(left) - value(right)
+    # Beside float's own error.
     slack = sum(map(half_unit, NUMBER.findall(right))) + 1e-9
     match sign:
         case "=":
@@ -134,13 +139,16 @@ def unknown_numbers(
     between = set()
     for pair in BETWEEN.findall(plain(text)):
         between |= {*pair}
+    # Small counts and the angles of turns come from nowhere else.
     known = {0.0, 1.0, 2.0, 90.0, 180.0, 360.0, *map(float, NUMBER.findall(given))}
     measures = measures_of(points)
 
     def is_known(number: str) -> bool:
         near = half_unit(number) * (2 if number in between else 1) + 1e-9
+        # Centres are rounded to 0.01 m, and so is what is measured between them.
         return is_near(number, known, near) or is_near(number, measures, near + 0.011)
 
+    # In the order of the text: a result may be used behind its equation.
     for left, _, right in equations(text):
         if all(map(is_known, NUMBER.findall(left))):
             known |= {*map(float, NUMBER.findall(right))}

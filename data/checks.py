@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -23,8 +22,6 @@ from srreal import PATHS, Example
 
 # A chat template's token would end a turn, or stand for an image; boxes may be written in them.
 CONTROL = re.compile(r"<\|(?!(?:object_ref|box|quad)_)\w+\|>")
-
-Problems = Iterator[tuple[str, str]]  # (field, reason)
 
 
 def check(example: Example, headers: Headers, seen: set) -> list[tuple[str, str]]:
@@ -49,6 +46,9 @@ def check(example: Example, headers: Headers, seen: set) -> list[tuple[str, str]
     return problems
 
 
+# ---- checks: each yields (field, reason) of what it finds
+
+
 def size_of(image, headers: Headers) -> tuple[int, int] | str:
     """Return (width, height) of an image or depth map, or what is wrong with its file."""
     file = image.source if isinstance(image, Marked | DepthMap) else image
@@ -57,12 +57,13 @@ def size_of(image, headers: Headers) -> tuple[int, int] | str:
         return header
     if isinstance(image, np.ndarray):
         return image.shape[::-1]
+    # A DepthMap has its image's size, whatever its file's.
     if header is None or isinstance(image, DepthMap):
         return image.size
     return header[:2]
 
 
-def check_texts(example: Example) -> Problems:
+def check_texts(example):
     if example.path not in PATHS:
         yield "path", f"unknown path: {example.path!r}, not one of {', '.join(PATHS)}"
     if not example.answer.strip():
@@ -80,17 +81,18 @@ def check_texts(example: Example) -> Problems:
         yield "question", f"<image> count: {places} for {count} images"
 
 
-def check_images(sizes: list) -> Problems:
+def check_images(sizes):
     if not sizes:
         yield "images", "no image"
     for size in sizes:
         if isinstance(size, str):
             yield "images", size
-        elif max(size) > 200 * min(size):  # the limit of Qwen-VL's processor
+        # The limit of Qwen-VL's processor.
+        elif max(size) > 200 * min(size):
             yield "images", f"too long and thin: {size}"
 
 
-def check_depths(example: Example, sizes: list, headers: Headers) -> Problems:
+def check_depths(example, sizes, headers):
     if example.depths is None:
         return
     if len(example.depths) != len(sizes):
@@ -110,7 +112,7 @@ def check_depths(example: Example, sizes: list, headers: Headers) -> Problems:
             yield "depths", f"wrong mode: {header.mode}, not a 16-bit PNG"
 
 
-def check_numbers(example: Example) -> Problems:
+def check_numbers(example):
     """Check cameras, sizes of objects, and the view that is asked for."""
     count = len(example.images)
     if example.intrinsics is not None:
@@ -126,11 +128,11 @@ def check_numbers(example: Example) -> Problems:
         yield "frame", f"no such view: {example.frame} of {count}"
 
 
-def is_finite(values) -> bool:
+def is_finite(values):
     return all(map(math.isfinite, values))
 
 
-def check_views(example: Example) -> Problems:
+def check_views(example):
     """Check that it is clear which view each centre is of, and that dtr has one to detect."""
     truths = example.objects.values()
     by_view = [truth for truth in truths if isinstance(truth, dict)]
@@ -147,18 +149,18 @@ def check_views(example: Example) -> Problems:
         yield "objects", f"none has a centre in the view asked for: {frame}"
 
 
-def check_object(mention: str, truth: tuple | dict, count: int) -> Problems:
+def check_object(mention, truth, count):
     views = truth if isinstance(truth, dict) else {0: truth}
-    centres = views.values()
+    centres = list(views.values())
     if not centres or not all(len(centre) == 3 and is_finite(centre) for centre in centres):
         yield "objects", f"not finite: {mention}: {truth}"
-    elif max(abs(value) for centre in centres for value in centre) > 1000:
+    elif np.abs(centres).max() > 1000:
         yield "objects", f"farther than 1000 m, so in millimetres?: {mention}: {truth}"
     if not all(view in range(count) for view in views):
         yield "objects", f"no such view: {mention}: {truth}"
 
 
-def check_regions(example: Example, sizes: list) -> Problems:
+def check_regions(example, sizes):
     masks = example.question.count("<mask>")
     if masks != len(example.regions):
         yield "regions", f"<mask> count: {masks} for {len(example.regions)} regions"
@@ -167,7 +169,8 @@ def check_regions(example: Example, sizes: list) -> Problems:
             yield "regions", f"no such image: {image}"
             continue
         size = sizes[image]
-        if isinstance(size, str):  # the image has been named
+        # An image that can't be read has been named already.
+        if isinstance(size, str):
             continue
         if isinstance(region, np.ndarray):
             reason = wrong_mask(region, size)
@@ -177,15 +180,16 @@ def check_regions(example: Example, sizes: list) -> Problems:
             yield "regions", reason
 
 
-def wrong_mask(mask: np.ndarray, size: tuple[int, int]) -> str | None:
+def wrong_mask(mask, size):
     if mask.shape != size[::-1] or not mask.any():
         return f"empty or odd mask: {mask.shape}"
     return None
 
 
-def wrong_box(box: tuple, size: tuple[int, int]) -> str | None:
+def wrong_box(box, size):
     x0, y0, x1, y1 = box
-    if not (x0 < x1 and y0 < y1):  # also of nan
+    # Not x0 >= x1: nan is neither.
+    if not (x0 < x1 and y0 < y1):
         return f"empty: {box}"
     if max(box) <= 1 < min(size):
         return f"in fractions of the image, not pixels?: {box}"
@@ -213,6 +217,7 @@ def measure(files: list[str], decoded: int = 20_000) -> Headers:
     stamps = {file: stamp(file) for file in files}
     headers = {}
     fresh = []
+    # Only what is sound is remembered: what is wrong may be mended without changing its size.
     for file in files:
         if file in known and known[file][:2] == stamps[file]:
             headers[file] = Header(*known[file][2:])
@@ -241,6 +246,7 @@ def read_header(file: str, decode: bool) -> Header | str:
         with Image.open(file) as image:
             if decode:
                 image.load()
+                # Less than 10 cm in millimetres: nobody's room.
                 largest = image.getextrema()[1] if image.mode.startswith("I") else 0
                 if 0 < largest < 100:
                     return f"depth in metres, not millimetres?: {file}: at most {largest}"
@@ -248,7 +254,8 @@ def read_header(file: str, decode: bool) -> Header | str:
             return Header(*image.size, RELATIVE if relative else image.mode)
     except FileNotFoundError:
         return f"missing file: {file} (kind:path@image_root says where the images of a set lie)"
-    except Exception as error:  # Pillow raises all sorts on bad bytes
+    # Pillow raises all sorts of exceptions on bad bytes.
+    except Exception as error:
         return f"corrupt file: {file}: {error}"
 
 
@@ -265,7 +272,8 @@ def read_cache(cache: Path) -> dict:
 
 
 def write_cache(cache: Path, known: dict) -> None:
-    with suppress(OSError):  # no home to write to: no cache
+    # No home to write to: no cache.
+    with suppress(OSError):
         cache.parent.mkdir(parents=True, exist_ok=True)
         # Whole or not at all, also where many ranks write it.
         part = cache.with_suffix(f".{os.getpid()}")

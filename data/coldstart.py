@@ -76,6 +76,7 @@ def is_wrong(parsed, e, cfg, kept):
     return not claims_truth(parsed.think, e.answer)
 
 
+# Words by which an expert gives away that it was told the answer.
 GIVEN = "(?:provided|given|supplied|stated)"
 WHAT = "(?:answer|cent|coord|3d|box)"
 LEAK = re.compile(
@@ -126,6 +127,7 @@ FILTERS = {
     "duplicate": is_duplicate,
 }
 
+# What a rationale says that the answer is.
 CLAIM = re.compile(
     r"(?i:answer is|answer:|option)[\s\"'(*]*([A-E]\b|[-+]?\d+(?:\.\d+)?"
     # A unit may follow, but not as in: 2 in the image.
@@ -149,6 +151,7 @@ def claims_truth(think: str, truth: str) -> bool:
 
 
 def is_right(answer: str | None, truth: str) -> bool:
+    # The score of a number falls with its distance: this is the truth but for a last digit.
     return answer_score(answer, truth) > 0.999
 
 
@@ -289,6 +292,7 @@ def save(item, file: Path) -> None:
     else:
         picture = item.convert("RGB")
     file.parent.mkdir(exist_ok=True)
+    # Whole or not at all: a second call takes a file that is there.
     part = file.with_name(f"{file.name}.part")
     kind = "png" if file.suffix == ".png" else "jpeg"
     picture.save(part, kind, quality=95, subsampling=0)
@@ -311,7 +315,9 @@ def begin(cfg: Config) -> list[dict]:
     config = cfg.out / "config.json"
     tried = cfg.out / "tried.jsonl"
     lines = tried.read_bytes().splitlines(keepends=True) if tried.exists() else []
-    whole = [line for line in lines if line.endswith(b"\n")]  # a torn last line goes
+    # A last line that was cut off is asked again.
+    whole = [line for line in lines if line.endswith(b"\n")]
+    # As JSON returns them: paths are texts, tuples are lists.
     settings = json.loads(json.dumps(asdict(cfg), default=str))
     old = json.loads(config.read_text()) if whole else settings
     for key in settings.keys() - {"out", "limit"}:
@@ -383,6 +389,7 @@ def try_question(e: Example, texts: list, cfg: Config, kept: set) -> dict:
     think = best(good, e)
     if think is not None:
         kept.add(normalized(think))
+    # A line for each question, also of one without a row, says what a second call needn't ask.
     return {
         "id": e.id,
         "path": e.path,
@@ -419,7 +426,8 @@ def main(cfg: Config) -> dict:
     todo = [e for e in examples if (e.id, e.path) not in done]
     kept = {normalized(line["row"]["rationale"]) for line in tried if line["row"]}
     sample = sampler(cfg) if todo else None
-    width = max(1, 128 // cfg.samples)  # questions at a time
+    # So many questions at a time: enough for the expert's batch, little to lose when it is stopped.
+    width = max(1, 128 // cfg.samples)
     bar = tqdm(total=len(todo), desc="cold start", unit="question")
     with open(cfg.out / "tried.jsonl", "a") as file, bar:
         for start in range(0, len(todo), width):

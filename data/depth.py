@@ -81,6 +81,7 @@ def missing(cfg: Config) -> list[str]:
                 held += 1
     if held:
         print(f"{held} images lie in no file of their own: no depth for them")
+    # Images of one size make a batch without padding; by name within it, so that runs are alike.
     bare = [file for file in files if estimated(file) is None]
     return sorted(bare, key=lambda file: (size(file), file))
 
@@ -120,6 +121,7 @@ def kind_of(config) -> str:
 def predict(model, processor, images: list) -> list[np.ndarray]:
     """Return the depth (H, W) of each image, at its own resolution."""
     sizes = [image.size[::-1] for image in images]
+    # The processor brings them to the model's own size.
     inputs = processor(images=images, return_tensors="pt").to(model.device)
     # ZoeDepth pads its images; knowing their sizes, it cuts the padding off.
     padded = {"source_sizes": sizes} if model.config.model_type == "zoedepth" else {}
@@ -130,6 +132,7 @@ def predict(model, processor, images: list) -> list[np.ndarray]:
 
 def millimetres(depth: np.ndarray) -> np.ndarray:
     """Turn metres (H, W) into what a 16-bit PNG holds."""
+    # 0 is unknown, in all depth maps here.
     finite = np.nan_to_num(depth, nan=0, posinf=0, neginf=0)
     return (finite * 1000).round().clip(0, 65535).astype(np.uint16)
 

@@ -48,6 +48,7 @@ class Part:
         """Yield the rows that are taken, in their order."""
         taken = self.below_weight(rows)
         if self.cap is not None:
+            # Never more than cap rows in memory, however many pass.
             lowest = heapq.nsmallest(self.cap, taken)
             taken = sorted(lowest, key=lambda item: item[1])
         for _, _, row in taken:
@@ -70,6 +71,7 @@ class Part:
         if row.number == 0:
             return -1.0
         text = f"{self.seed} {row.id}".encode(errors="replace")
+        # Python's own hash differs from run to run.
         digest = hashlib.blake2b(text, digest_size=8).digest()
         return int.from_bytes(digest, "big") / 2**64
 
@@ -95,6 +97,7 @@ def parse_source(text: str) -> list[Part]:
 
 
 def make_part(source: str, options: dict) -> Part:
+    # Only SPAR's reader takes it.
     occlusion = options.get("occlusion", "on")
     if occlusion != "on" and not (occlusion == "off" and source.startswith("spar:")):
         raise BadSource(f"{source}: occlusion={occlusion}: it is on, or off for a spar:PATH")
@@ -118,6 +121,7 @@ def read_mixture(file: str) -> list[Part]:
     listed = entries and matches(entries, list[dict])
     if not listed or not all(matches(entry.get("data"), str) for entry in entries):
         raise BadSource(f"{file}: a mixture is a list of [[source]] tables, each with `data`")
+    # A misspelt key must not leave a source whole.
     unknown = mixture.keys() - {"seed", "source"}
     for entry in entries:
         unknown |= entry.keys() - {"data", *OPTIONS}

@@ -50,12 +50,15 @@ class Hop:
 
 
 CAMERA = Thing("the camera", "camera", (0.0, 0.0, 0.0))
+# By axis: what a step in the negative and in the positive direction is called.
 WAYS = (("left", "right"), ("up", "down"), ("nearer", "farther"))
+# The same as patterns, in the words of questions and options.
 AXES = (
     ("left", "right"),
     ("above|higher", "below|lower"),
     ("front|nearer|closer", "behind|farther|further"),
 )
+# In "relative to a, where is b?" it is b that is asked for.
 REFERENCE = re.compile(
     r"\b(relative to|relation to|respect to|compared (to|with)|from)\s[\w\s]*\(?$", re.I
 )
@@ -104,6 +107,7 @@ def distance(question, a, b=None):
 def extreme(question, *things):
     """Which thing is closest to (or farthest from) one of them, or the camera?"""
     match = re.search(EXTREME, question, re.I)
+    # A task of SPAR's may be worded otherwise.
     if match is None:
         return [], "", ""
     anchor = anchor_of(question, match, things)
@@ -127,6 +131,7 @@ def extreme(question, *things):
         f"about {metres:.1f} m to {thing.text}"
         for metres, thing in zip(distances, others, strict=True)
     )
+    # An option has the whole mention, or its first word: a colour.
     return (
         [f"{re.escape(best)}|\\b{re.escape(best.split()[0])}\\b"],
         f"{'. '.join(workings)}. {order}, and {word} is {best}",
@@ -148,6 +153,7 @@ def anchor_of(question, match, things):
 
 def relation(question, a, b):
     """Where is a, seen from b, along those axes of the camera that the question names?"""
+    # The first thing that is named may be the one to look from.
     if REFERENCE.search(question[: question.find(a.mention)]):
         a, b = b, a
     hop = Hop(b, a)
@@ -215,6 +221,7 @@ RULES = (
 
 # ---- responses
 
+# Several of each, or a model would learn one sentence by heart.
 STARTS = (
     "",
     "",
@@ -235,6 +242,7 @@ def compute(e: Example, seed: str) -> str | None:
 
     None without centres, or a rule for the question.
     """
+    # By id and path, so that wordings don't depend on which other rows there are.
     rng = random.Random(f"{seed} {e.id} {e.path}")
     form = rng.choice(("the {} ({})", "the {} at the {}"))
     things = things_of(e, form)
@@ -286,7 +294,7 @@ def asked_of(e: Example, rule: Rule) -> str:
 def conclude(found: float | list[str], e: Example) -> str:
     """Return the answer that follows: the truth's own text where they agree."""
     if isinstance(found, float):
-        # The truth is rounded to its last digit.
+        # The truth is rounded to its last digit, and what is computed comes from rounded centres.
         unit = half_unit(e.answer) if NUMBER.fullmatch(e.answer) else 0
         is_true = abs(found - number(e.answer)) < max(unit + 0.01, 0.02 * found)
         return e.answer if is_true else str(found)
@@ -302,7 +310,7 @@ def centres(e: Example) -> list:
     """Return (mention, name, (x, y, z)) as its <detect> has them, in the question's order."""
     response = f"<detect>{write_detect(e)}</detect><think>-</think><answer>-</answer>"
     boxes = parse(response, "dtr").boxes
-    # -1, not in the question: last.
+    # A mention that the question lacks (-1) comes last.
     return sorted(boxes, key=lambda box: e.question.find(box[0]) % 10**9)
 
 

@@ -19,8 +19,9 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from data.rooms.questions import FAMILIES, Question, ask, with_options
-from data.rooms.scene import Scene, scene
+from data.rooms.questions import FAMILIES, ask, with_options
+from data.rooms.render import middle
+from data.rooms.scene import scene
 from errors import UserError
 
 
@@ -53,6 +54,7 @@ def main(config: Config) -> None:
     rows = config.out / "rows.jsonl"
     part = config.out / "rows.jsonl.part"
     rows.unlink(missing_ok=True)
+    # A scene depends on (seed, index) alone, and imap keeps the order: so not on the workers.
     with Pool(config.workers) as pool, open(part, "w") as file:
         made = pool.imap(partial(make, config), range(config.n), chunksize=8)
         file.writelines(tqdm(made, total=config.n, desc="scenes", unit="scene"))
@@ -80,11 +82,13 @@ def make(config: Config, index: int) -> str:
     """Write a scene's images and depth; return its rows as text."""
     made = scene(config.seed, index, config.size)
     name = f"s{config.seed}-{index:06d}"
+    # Fast rather than small: a set is written once and read a few times.
     for view, (image, metres) in enumerate(zip(made.images, made.depths, strict=True)):
         image.save(config.out / "images" / f"{name}-{view}.png", compress_level=1)
         millimetres = Image.fromarray((metres * 1000).round().astype(np.uint16))
         millimetres.save(config.out / "depth" / f"{name}-{view}.png", compress_level=1)
     asked = rows_of(made, name)
+    # The scene's last draw: the share of lor changes nothing else.
     paths = ("lor", "dtr") if made.rng.random() < config.lor else ("dtr",)
     lines = []
     for row in asked:
@@ -93,10 +97,11 @@ def make(config: Config, index: int) -> str:
     return "".join(lines)
 
 
-def rows_of(made: Scene, name: str) -> list[dict]:
+def rows_of(made, name):
     """Return the rows of up to six families, a question each, written in both paths."""
     rows = []
     for task in made.rng.permutation(list(FAMILIES)).tolist():
+        # Each family draws, also when six have asked: a set's rows don't depend on this number.
         view, question = ask(made.rng, FAMILIES[task], made.marks)
         if question is None or len(rows) == 12:
             continue
@@ -108,15 +113,17 @@ def rows_of(made: Scene, name: str) -> list[dict]:
     return rows
 
 
-def row_of(made: Scene, name: str, task: str, view: int, question: Question) -> dict:
+def row_of(made, name, task, view, question):
     """Return what a question's rows of both paths have in common."""
     count = FAMILIES[task].views
     several = count > 1
+    # In the order of the question, as its <mask>s are.
     marks = [mark for mark in made.marks if mark.text in question.text]
     marks.sort(key=lambda mark: question.text.index(mark.text))
     files = [f"{name}-{k}.png" for k in range(count)]
     objects = {}
     for mark in marks:
+        # By view only where the question names one.
         objects[mark.mention] = dict(enumerate(mark.centres)) if several else mark.centres[0]
     return {
         "task": task,
@@ -125,7 +132,7 @@ def row_of(made: Scene, name: str, task: str, view: int, question: Question) -> 
         "frame": view if several else None,
         "images": [f"images/{file}" for file in files],
         "depths": [f"depth/{file}" for file in files],
-        "intrinsics": [(c.focal, c.focal, *c.middle) for c in made.cameras[:count]],
+        "intrinsics": [(c.focal, c.focal, *middle(c.size)) for c in made.cameras[:count]],
         "regions": [(mark.view, mark.region) for mark in marks],
         "names": {mark.mention: mark.thing.name for mark in marks},
         "objects": objects,

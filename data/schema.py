@@ -71,6 +71,7 @@ def parse_row(row: dict) -> OwnRow:
     """Check a row's fields; Bad names every one that is missing, unknown or of another type."""
     row = {name: value for name, value in row.items() if value is not None}
     unknown = [name for name in row if name not in OwnRow.model_fields]
+    # Named here, as pydantic stops at a name that is no text.
     # ascii: half a surrogate pair could not be printed.
     problems = [(ascii(name)[1:-1], "unknown field") for name in unknown]
     known = {name: value for name, value in row.items() if name not in unknown}
@@ -99,6 +100,7 @@ def to_example(row: OwnRow, base: str) -> Example:
     """Return the Example of a row whose files lie in `base`."""
     images = [os.path.join(base, file) for file in row.images]
     depths = [file and os.path.join(base, file) for file in row.depths or [None] * len(images)]
+    # Depth maps of another number than images stay as they are, for the checks to name them.
     for index, image in enumerate(images[: len(depths)]):
         depths[index] = depths[index] or estimated(image)
     return Example(

@@ -5,8 +5,8 @@ kind is said, the names of the files or the first row's fields tell.
 """
 
 import os
+from collections import namedtuple
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from data.rows import BadSource, MissingFile, Row, first_byte, records
@@ -40,14 +40,9 @@ def is_srreal(row: dict) -> bool:
     return bool(row.keys() & MARKS.keys()) and not is_spar(row)
 
 
-@dataclass(frozen=True)
-class Source:
-    """How a kind of set is read and, where its kind is not said, recognised."""
-
-    read: Callable[[Path, str | None], Iterator[Row]]  # (path, image root or None) -> rows
-    folder: tuple[str, ...] = ()  # a folder in which one of these patterns is found is of this kind
-    row: Callable[[dict], bool] | None = None  # whether a file is, by its first row
-
+# How a kind is read: (path, image root or None) -> rows; and where its kind is not said, recognised:
+# by patterns of names in a folder, and by a function of a file's first row.
+Source = namedtuple("Source", "read folder row", defaults=((), None))
 
 # The first that fits counts.
 SOURCES = {
@@ -71,6 +66,7 @@ def open_source(source: str) -> Iterator[Row]:
         path = source
     elif kind not in SOURCES:
         raise BadSource(f"unknown kind {kind!r} in {source!r}: one of {', '.join(SOURCES)}")
+    # The last @: folders may have one in their names.
     root = None
     if "@" in path and not os.path.exists(path):
         path, _, root = path.rpartition("@")
@@ -107,6 +103,7 @@ def recognise(path: Path) -> str:
     start = first_byte(path)
     if not start:
         return "llava"  # its reader names an empty file
+    # One object is a single row, or a table of GBs: not to be read for this.
     if path.suffix == ".json" and start == b"{":
         kind = recognise_object(path)
         if kind is not None:

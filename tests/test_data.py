@@ -10,7 +10,9 @@ from PIL import Image
 import data
 from data import checks
 from data.checks import check, measure
-from data.sources import recognise
+from data.rows import Bad, Row, polygons
+from data.sources import Source, recognise
+from errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -263,12 +265,12 @@ def test_sources(folder, tmp_path_factory):
     with pytest.raises(data.BadRows) as error:
         data.load([folder, other])
     assert {file for file, *_ in error.value.rows} == {str(other)}
-    with pytest.raises(ValueError, match="unknown kind 'coco'.*scenes"):
+    with pytest.raises(UserError, match="unknown kind 'coco'.*scenes"):
         data.load([f"coco:{folder}"])
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UserError, match="no such file or folder: nowhere"):
         data.load(["nowhere"])
     # a set that was cut off has no rows.jsonl
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UserError, match="neither a folder with rows.jsonl"):
         data.load([elsewhere])
     with pytest.raises(data.BadRows, match="empty file"):
         data.load([write(elsewhere, [], "empty.jsonl")])
@@ -343,7 +345,7 @@ def test_a_missing_image_says_where_it_was_looked_for(folder):
     with pytest.raises(data.BadRows) as error:
         data.load([f"scenes:{folder}@{folder}/elsewhere"])
     assert f"missing file: {folder}/elsewhere/a.png (kind:path@image_root" in str(error.value)
-    with pytest.raises(FileNotFoundError, match="no such folder of images: .*nowhere"):
+    with pytest.raises(UserError, match="no such folder of images: .*nowhere"):
         data.load([f"scenes:{folder}@{folder}/nowhere"])
 
 
@@ -403,6 +405,33 @@ def test_kinds_are_recognised_by_the_first_row(folder, kind, row):
     # SPAR's images lie in a folder of that name
     if kind not in ("scenes", "spar"):
         assert len(data.load([folder / "x.json"])) == 1
+
+
+def one_row(make):
+    """A kind of one row that is made by that function."""
+    return Source(lambda path, root: iter([Row(str(path), 1, "a", make)]))
+
+
+def test_a_reader_s_bug_keeps_its_traceback(folder, monkeypatch):
+    monkeypatch.setitem(data.SOURCES, "mine", one_row(lambda headers: {}["id"]))
+    with pytest.raises(KeyError):
+        data.load([f"mine:{folder}"], skip_bad_rows=True)
+
+
+def test_what_a_reader_finds_wrong_is_a_bad_row(folder, monkeypatch):
+    def make(headers):
+        raise Bad([("id", "missing"), ("answer", "missing")])
+
+    monkeypatch.setitem(data.SOURCES, "mine", one_row(make))
+    with pytest.raises(data.BadRows) as error:
+        data.load([f"mine:{folder}"])
+    assert error.value.rows == [(str(folder), 1, field, "missing") for field in ("id", "answer")]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e300])
+def test_a_polygon_that_cannot_be_drawn_is_bad(value):
+    with pytest.raises(Bad, match="far outside its image"):
+        polygons([[1, 2, 3, 4, 5, value]], (32, 24))
 
 
 def test_a_marked_image_survives_pickling_and_leaves_its_source_alone():

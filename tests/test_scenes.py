@@ -15,9 +15,9 @@ from PIL import Image
 
 import data
 from data import scenes
-from data.rooms.questions import FAMILIES
+from data.rooms.questions import FAMILIES, Family, Question
 from data.rooms.render import Room, hit, look, render
-from data.rooms.scene import MARKS, draw, furnish
+from data.rooms.scene import MARKS, draw, furnish, scene
 from data.rooms.things import KINDS, PAINTS, Thing
 from errors import UserError
 from srreal import parse, score, target
@@ -425,6 +425,19 @@ def test_dtr_reasons_with_its_own_boxes(examples):
         assert {float(v) for v in re.findall(NUMBER, text)} <= known, (e.rationale, known)
         for left, than, right in re.findall(rf"({NUMBER}) is (less|more) than ({NUMBER})", text):
             assert (float(left) < float(right)) == (than == "less")
+
+
+def test_a_family_of_one_s_own_is_asked(monkeypatch):
+    def colour(rng, view, mark):
+        return Question(f"What colour is {mark.text}?", mark.colour, None, "It is seen", "So it is")
+
+    for name in list(FAMILIES):
+        monkeypatch.delitem(FAMILIES, name)
+    monkeypatch.setitem(FAMILIES, "colour", Family(colour, marks=1))
+    lor, dtr = scenes.rows_of(scene(0, 0, (64, 48)), "s")
+    assert (lor["path"], lor["id"], lor["task"]) == ("lor", "s-colour-lor", "colour")
+    assert lor["answer"] in MARKS and lor["rationale"] == "It is seen."
+    assert dtr == lor | {"path": "dtr", "id": "s-colour-dtr", "rationale": "So it is."}
 
 
 def test_lor_holds_no_coordinates(examples):

@@ -10,39 +10,21 @@ To add a family, write such a function and enter it with the number of its marks
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections import namedtuple
 from itertools import permutations
 
 from data.arithmetic import by_sign
 
+# answer is right and wrong the other option, or None where a number is asked for; lor and dtr are
+# the rationales of both paths, up to the option's letter.
+Question = namedtuple("Question", "text answer wrong lor dtr")
 
-@dataclass(frozen=True)
-class Question:
-    text: str
-    answer: str
-    wrong: str | None  # the other option; None: a number is asked for
-    lor: str  # the rationale of path lor, up to the option's letter
-    dtr: str  # that of path dtr
+# ask: (rng, view, *marks) -> Question or None; for how many marks, in how many views.
+Family = namedtuple("Family", "ask marks views", defaults=(1,))
 
-
-@dataclass(frozen=True)
-class Family:
-    ask: Callable  # (rng, view, *marks)
-    marks: int
-    views: int = 1
-
-
-@dataclass(frozen=True)
-class Way:
-    """The way between two marks, by their rounded centres."""
-
-    steps: list[float]  # along x, y, z, of one decimal
-    exact: float  # its true length
-    worked: float  # its length by the steps
-    words: str  # LOR's
-    working: str  # DTR's
-
+# The way between two marks. steps: along x, y and z by the rounded centres, of one decimal; exact:
+# its true length; worked: its length by the steps; words: LOR's; working: DTR's.
+Way = namedtuple("Way", "steps exact worked words working")
 
 SIDES = ("left", "right")
 HEIGHTS = ("up", "down")
@@ -71,12 +53,14 @@ def ask_number(text, exact, worked, lor, dtr):
     error = max(abs(exact - float(answer)), abs(worked - float(answer)))
     if error >= 0.044:
         return None
+    # A number has no other option.
     end = f"so the answer is {answer}"
     return Question(text, answer, None, f"{lor}, {end}", f"{dtr}, {end}")
 
 
 def ask_closer(rng, origin, a, b, p, q, lor, dtr):
     """Ask which of two marks, p and q metres away, is closer to the origin, where that is clear."""
+    # Less than that the eye does not tell, and rounding may flip it.
     if abs(p - q) <= 0.25:
         return None
     start = rng.choice(["Which is", "Tell me what is"])
@@ -151,6 +135,7 @@ def relation(rng, view, a, b):
     p = a.near(view)[axis]
     q = b.near(view)[axis]
     seen_a, seen_b = (mark.centres[view][axis] / mark.centres[view][2] for mark in (a, b))
+    # To the left in space, but not in the image, or hardly: not asked.
     if abs(p - q) <= 0.25 or (seen_a - seen_b) * (p - q) <= 0.02:
         return None
     start = rng.choice(["Seen from", "From"])
@@ -207,15 +192,19 @@ def perspective(rng, view, a, b, c):
         main = deep
         step = tz
         way = by_sign(tz, DEPTHS)
+    # Facing askew: no single word for that.
     if min(abs(fx), abs(fz)) >= 0.5 * max(abs(fx), abs(fz)):
         return None
+    # The deciding term has to be clear, and to outweigh the other.
     if abs(step) <= 0.25 or main * total <= 0:
         return None
     size = math.hypot(fx, fz) * math.hypot(tx, tz)
+    # Too close together, or nearly on the border between both options.
     if size <= 0.3 or abs(total) <= 0.3 * size:
         return None
     origin = a.thing.centre
     truth = sum(products(b.thing.centre - origin, c.thing.centre - origin, sideways))
+    # Rounded steps must not say otherwise than the exact centres.
     if total * truth <= 0:
         return None
     answer = high if total > 0 else low
@@ -242,7 +231,7 @@ def two_view(rng, view, a, b):
     if asked is None:
         return None
     frame = ("first", "second")[view]
-    return replace(asked, text=f"In the frame of the {frame} image: {asked.text}")
+    return asked._replace(text=f"In the frame of the {frame} image: {asked.text}")
 
 
 FAMILIES = {

@@ -5,45 +5,23 @@ is float32 where pixels are many.
 """
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections import namedtuple
 
 import numpy as np
 
 from data.rooms.things import CORNERS, KINDS
 
+# Size (W, H) and focal length in pixels, position (3,), axes (3, 3): rows right, down, forward.
+Camera = namedtuple("Camera", "size focal position axes")
 
-@dataclass(frozen=True)
-class Camera:
-    size: tuple[int, int]  # width, height
-    focal: float  # in pixels
-    position: np.ndarray  # (3,)
-    axes: np.ndarray  # (3, 3): rows right, down, forward
+# An empty room, in vectors (3, 1, 1) of float32: its corner on the left, at the ceiling, in front,
+# and the opposite one; colours of floor and walls, 0..255; the lamp's position. tile is the side of
+# the floor's tiles in metres.
+Room = namedtuple("Room", "low high floor wall light tile")
 
-    @property
-    def middle(self):
-        """The principal point (cx, cy)."""
-        width, height = self.size
-        return (width - 1) / 2, (height - 1) / 2
-
-
-@dataclass(frozen=True)
-class Room:
-    """An empty room; all arrays are float32 (3, 1, 1)."""
-
-    low: np.ndarray  # its corner on the left, at the ceiling, in front
-    high: np.ndarray  # its corner on the right, at the floor, at the back
-    floor: np.ndarray  # colours, 0..255
-    wall: np.ndarray
-    light: np.ndarray  # the lamp's position
-    tile: float  # side of the floor's tiles in metres
-
-
-class Drawing(NamedTuple):
-    rgb: np.ndarray  # (H, W, 3) uint8
-    depth: np.ndarray  # (H, W) metres
-    owner: np.ndarray  # (H, W): index of the thing that is seen, or -1
-    alone: np.ndarray  # (things, H, W) bool: where a thing would be seen if nothing hid it
+# rgb (H, W, 3) uint8, depth (H, W) in metres, owner (H, W): the index of the thing that is seen, or
+# -1; alone (things, H, W): whether a thing would be seen if nothing hid it.
+Drawing = namedtuple("Drawing", "rgb depth owner alone")
 
 
 # ---- cameras
@@ -53,10 +31,16 @@ def look(size, focal, position, target):
     """Return a level camera at a position that faces a target."""
     way = target - position
     forward = way / np.linalg.norm(way)
-    right = np.cross((0, 1, 0), forward)
-    right = right / np.hypot(forward[0], forward[2])
+    right = np.cross((0, 1, 0), forward) / across_floor(forward)
     down = np.cross(forward, right)
-    return Camera(size, focal, position, np.stack([right, down, forward]))
+    axes = np.stack([right, down, forward])
+    return Camera(size, focal, position, axes)
+
+
+def middle(size):
+    """Return the principal point (cx, cy)."""
+    width, height = size
+    return (width - 1) / 2, (height - 1) / 2
 
 
 def project(camera, points):
@@ -64,7 +48,8 @@ def project(camera, points):
     local = (points - camera.position) @ camera.axes.T
     xy = local[:, :2]
     z = local[:, 2:].clip(0.05)
-    return local, camera.focal * xy / z + np.array(camera.middle)
+    pixels = camera.focal * xy / z + middle(camera.size)
+    return local, pixels
 
 
 def turn(vectors, yaw):
@@ -72,31 +57,43 @@ def turn(vectors, yaw):
     cosine = np.float32(math.cos(yaw))
     sine = np.float32(math.sin(yaw))
     x, y, z = vectors
-    return np.stack([cosine * x + sine * z, y, cosine * z - sine * x])
+    across = cosine * x + sine * z
+    deep = cosine * z - sine * x
+    return np.stack([across, y, deep])
+
+
+def across_floor(vector):
+    """Return a vector's length in the plane of the floor."""
+    x, _, z = vector
+    return np.hypot(x, z)
 
 
 def window(camera, centre, half, yaw=0.0):
     """Return the pixels that a box may touch, as slices of (3, H, W)."""
     corners = CORNERS * np.reshape(half, (3, 1))
-    _, pixels = project(camera, turn(corners, yaw).T + centre)
-    first = pixels.min(0)
-    last = pixels.max(0) + 2
-    edges = np.stack([first, last]).clip(0, camera.size)
-    (x0, y0), (x1, y1) = edges.astype(int)
-    return slice(None), slice(y0, y1), slice(x0, x1)
+    corners = turn(corners, yaw).T + centre
+    _, pixels = project(camera, corners)
+    first = pixels.min(0).clip(0, camera.size)
+    last = (pixels.max(0) + 2).clip(0, camera.size)
+    x0, y0 = first.astype(int)
+    x1, y1 = last.astype(int)
+    rows = slice(y0, y1)
+    columns = slice(x0, x1)
+    return slice(None), rows, columns
 
 
 def rays(camera):
     """Return each pixel's ray (3, H, W); its z is 1 for the camera, so that t is the depth."""
     width, height = camera.size
-    cx, cy = camera.middle
+    cx, cy = middle(camera.size)
     u = np.arange(width, dtype=np.float32)
-    v = np.arange(height, dtype=np.float32)
+    v = np.arange(height, dtype=np.float32)[:, None]
     x = (u - cx) / camera.focal
     y = (v - cy) / camera.focal
     axes = camera.axes.astype(np.float32)
     right, down, forward = axes[..., None, None]
-    ray = x * right + y[:, None] * down + forward
+    ray = x * right + y * down + forward
+    # A ray that is parallel to a plane meets it very far away, instead of dividing by zero.
     ray[ray == 0] = 1e-9
     return ray
 
@@ -123,7 +120,8 @@ def hit(origin, ray, profile):
         dx, dy, dz = ray
         # > 0: no ray is as steep as a cone's side.
         square = dx * dx + dz * dz - c * dy * dy
-        linear = x * dx + z * dz - (b / 2 + c * y) * dy
+        slope = b / 2 + c * y
+        linear = x * dx + z * dz - slope * dy
         rest = x**2 + z**2 - a - b * y - c * y**2
         root = np.sqrt(linear * linear - square * rest)
         # The ends of the profile are the box's.
@@ -140,24 +138,28 @@ def shell(room, things, camera, ray, origin):
     ahead = np.where(ray > 0, room.high, room.low)
     t = (ahead - origin) / ray
     depth = t.min(0)
-    is_met = t.argmin(0) == [[[0]], [[1]], [[2]]]
-    normal = -np.sign(ray) * is_met
+    # Of three planes the nearest is met.
+    axis = np.arange(3)[:, None, None]
+    normal = -np.sign(ray) * (t.argmin(0) == axis)
     x, y, z = origin + depth * ray
     floor = normal[1] < 0
     tiles = np.floor(x / room.tile) + np.floor(z / room.tile)
+    floor_tone = 0.88 + 0.12 * (tiles % 2)
     skirting = np.float32(0.3) * (y > -0.1)
-    tone = np.where(floor, 0.88 + 0.12 * (tiles % 2), 1 - skirting)
+    tone = np.where(floor, floor_tone, 1 - skirting)
     ceiling = normal[1].clip(0)
     tone += 0.12 * ceiling - 0.06 * normal[0]
     for thing in things:
         # A soft shadow on the floor.
         across, _, deep = thing.centre.tolist()
-        reach = float(np.hypot(*thing.half[::2]))
+        reach = float(across_floor(thing.half))
+        below = (across, 0, deep)
         half = (1.6 * reach, 0.01, 1.6 * reach)
-        _, *at = window(camera, thing.centre * (1, 0, 1), half)
+        _, *at = window(camera, below, half)
         dx = x[*at] - across
         dz = z[*at] - deep
-        fading = np.exp((dx**2 + dz**2) / (-0.7 * reach**2))
+        square = dx**2 + dz**2
+        fading = np.exp(square / (-0.7 * reach**2))
         tone[*at] -= 0.45 * floor[*at] * fading
     colour = np.where(floor, room.floor, room.wall)
     return depth, normal, colour * tone
@@ -207,7 +209,8 @@ def render(room, things, camera):
             start = turn(camera.position - centre, -yaw) / half
             start = np.float32(start)[:, None]
             half = half[:, None]
-            way = turn(ray[box], -yaw) / half[..., None]
+            way = turn(ray[box], -yaw)
+            way = way / half[..., None]
             t = hit(start[..., None], way, part.profile)
             alone[index][*at] |= t < np.inf
             front = t < depth[*at]
@@ -219,7 +222,8 @@ def render(room, things, camera):
     light = room.light - origin - depth * ray
     rgb = albedo * brightness(normal, light, ray)
     rgb = rgb.clip(0, 255).astype(np.uint8)
-    return Drawing(rgb.transpose(1, 2, 0), depth, owner, alone)
+    rgb = rgb.transpose(1, 2, 0)
+    return Drawing(rgb, depth, owner, alone)
 
 
 def brightness(normal, light, ray):

@@ -3,55 +3,59 @@
 Marks are drawn once a scene, so that its questions share its images.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections import namedtuple
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from data.arithmetic import rounded
-from data.rooms.render import Camera, Room, look, project, render
+from data.rooms.render import Room, across_floor, look, project, render
 from data.rooms.things import KINDS, PAINTS, Thing
 
 # Small things may stand on flat ones.
 SMALL = ("ball", "vase")
 FLAT = ("table", "cabinet")
 # Along which axes a thing's paint changes.
-PATTERNS = np.array([(0, 0, 0), (0, 1, 0), (1, 1, 1)])
-MARKS = {"red": (255, 0, 0), "blue": (0, 0, 255), "green": (0, 255, 0), "yellow": (255, 255, 0)}
+PATTERNS = (
+    (0, 0, 0),
+    (0, 1, 0),
+    (1, 1, 1),
+)
+MARKS = {
+    "red": (255, 0, 0),
+    "blue": (0, 0, 255),
+    "green": (0, 255, 0),
+    "yellow": (255, 255, 0),
+}
+# Added to half of a paint: floors are darker than walls.
+FLOOR = (105, 92, 78)
+WALL = (112, 110, 106)
 
 
-@dataclass(frozen=True)
-class Mark:
-    """A thing that is marked in one view."""
+class Mark(namedtuple("Mark", "colour kind thing view region centres")):
+    """A thing that is marked in one view.
 
-    colour: str
-    kind: str  # point | bbox
-    thing: Thing
-    view: int
-    region: list[int]  # x0, y0, x1, y1 in pixels
-    centres: list  # by view: (x, y, z) in the camera's frame, metres
+    kind: point or bbox. region: x0, y0, x1, y1 in pixels of that view. centres: (x, y, z) in metres
+    in the camera's frame of each view.
+    """
 
     @property
-    def mention(self) -> str:
+    def mention(self):
         return f"{self.colour} {self.kind}"
 
     @property
-    def text(self) -> str:
+    def text(self):
         """How a question speaks of it."""
         return f"the {self.thing.name} ({self.mention} <mask>)"
 
-    def near(self, view: int) -> list[float]:
+    def near(self, view):
         """Return the centre as the detect block has it, rounded."""
         return [rounded(value) for value in self.centres[view]]
 
 
-class Scene(NamedTuple):
-    rng: np.random.Generator  # after the draws of the scene
-    images: list[Image.Image]  # a view each, with marks
-    depths: list[np.ndarray]  # (H, W) metres
-    cameras: list[Camera]
-    marks: list[Mark]
+# The generator after its draws; a view each: images with marks, depths (H, W) in metres, cameras;
+# the marks of all views.
+Scene = namedtuple("Scene", "rng images depths cameras marks")
 
 
 def scene(seed, index, size):
@@ -83,40 +87,38 @@ def scene(seed, index, size):
 
 def furnish(rng, size):
     """Return a room, a camera in it, and up to seven things, on the floor or on one another."""
-    width, height, deep = rng.uniform((3.5, 2.4, 4.2), (6.5, 3.2, 7))
-    floor, wall = PAINTS[rng.integers(10, size=2)] * 0.5 + [[105, 92, 78], [112, 110, 106]]
+    least = (3.5, 2.4, 4.2)
+    most = (6.5, 3.2, 7)
+    width, height, deep = rng.uniform(least, most)
+    floor, wall = PAINTS[rng.integers(10, size=2)] * 0.5
     light_x = rng.uniform(-0.4, 0.4) * width
     light_z = deep * rng.uniform(0.2, 0.5)
     room = Room(
         low=plane(-width / 2, -height, 0),
         high=plane(width / 2, 0, deep),
-        floor=plane(*floor),
-        wall=plane(*wall),
+        floor=plane(*(floor + FLOOR)),
+        wall=plane(*(wall + WALL)),
         light=plane(light_x, 0.2 - height, light_z),
         tile=rng.uniform(0.3, 0.8),
     )
-    eye = rng.uniform((-0.3 * width, -1.9, 0.1), (0.3 * width, -1.2, 0.4))
-    goal = rng.uniform((-0.15 * width, -0.6, 0.55 * deep), (0.15 * width, -0.2, 0.7 * deep))
-    camera = look(size, size[0] * rng.uniform(0.75, 1.05), eye, goal)
-    right = camera.axes[0]
-    ahead = np.cross(right, (0, 1, 0))
+    camera = first_camera(rng, size, width, deep)
     things = []
     for name in rng.choice(list(KINDS), 14).tolist():
         kind = KINDS[name]
-        growth = np.subtract(kind.largest, kind.smallest)
-        half = (np.array(kind.smallest) + growth * rng.random()) / 2
-        across = rng.uniform(-0.4, 0.4) * size[0] / camera.focal
-        spot = rng.uniform(1.6, deep) * (ahead + across * right) + eye * (1, 0, 1)
+        smallest = np.array(kind.smallest)
+        growth = rng.random() * (kind.largest - smallest)
+        half = (smallest + growth) / 2
+        spot = spot_in_view(rng, camera, deep)
         if things and name in SMALL and things[-1].name in FLAT:
             below = things[-1]
             spot = below.centre - (0, below.half[1], 0)
-        elif not is_free(spot, half, (width, deep), things):
+        elif not is_free(spot, half, width, deep, things):
             continue
         thing = Thing(
             name,
             centre=spot - (0, half[1], 0),
             half=half,
-            pattern=PATTERNS[rng.integers(3)][:, None],
+            pattern=np.array(PATTERNS[rng.integers(3)])[:, None],
             paints=PAINTS[rng.choice(10, 3, False)],
             yaw=rng.uniform(0, 6.28),
         )
@@ -128,15 +130,37 @@ def plane(*vector):
     return np.float32(vector).reshape(3, 1, 1)
 
 
-def is_free(spot, half, floor, things):
-    """Return whether a thing may stand there, however it is turned. floor: (width, depth)."""
-    reach = np.hypot(*half[::2])
-    width, deep = floor
-    if abs(spot[0]) > width / 2 - reach or spot[2] > deep - reach:
+def first_camera(rng, size, width, deep):
+    """Return a camera at eye height near the front wall that faces the middle of the room."""
+    near = (-0.3 * width, -1.9, 0.1)
+    far = (0.3 * width, -1.2, 0.4)
+    eye = rng.uniform(near, far)
+    near = (-0.15 * width, -0.6, 0.55 * deep)
+    far = (0.15 * width, -0.2, 0.7 * deep)
+    target = rng.uniform(near, far)
+    # A field of view of 51 to 67 degrees.
+    focal = size[0] * rng.uniform(0.75, 1.05)
+    return look(size, focal, eye, target)
+
+
+def spot_in_view(rng, camera, deep):
+    """Return a place on the floor that the camera sees, or that lies beyond the walls."""
+    right = camera.axes[0]
+    ahead = np.cross(right, (0, 1, 0))
+    across = rng.uniform(-0.4, 0.4) * camera.size[0] / camera.focal
+    way = rng.uniform(1.6, deep) * (ahead + across * right)
+    return way + camera.position * (1, 0, 1)
+
+
+def is_free(spot, half, width, deep, things):
+    """Return whether a thing may stand there, however it is turned."""
+    reach = across_floor(half)
+    x, _, z = spot
+    if abs(x) > width / 2 - reach or z > deep - reach:
         return False
     for thing in things:
-        away = np.hypot(*(spot - thing.centre)[::2])
-        if away - reach - np.hypot(*thing.half[::2]) < 0:
+        gap = across_floor(spot - thing.centre) - reach
+        if gap < across_floor(thing.half):
             return False
     return True
 
@@ -144,11 +168,12 @@ def is_free(spot, half, floor, things):
 def second_camera(rng, room, camera):
     """Return a camera aside of the first one that looks at the same spot."""
     right, _, forward = camera.axes
-    eye = camera.position + rng.choice((-1, 1)) * rng.uniform(0.5, 1) * right
+    step = rng.choice((-1, 1)) * rng.uniform(0.5, 1)
     low = room.low.ravel() + 0.1
     high = room.high.ravel() - 0.1
+    eye = (camera.position + step * right).clip(low, high)
     target = camera.position + 3 * forward
-    return look(camera.size, camera.focal, eye.clip(low, high), target)
+    return look(camera.size, camera.focal, eye, target)
 
 
 # ---- marks
@@ -164,6 +189,7 @@ def draw(rng, things, cameras, view, drawing, colours, kind, marked):
     centres = np.array([thing.centre for thing in things])
     places = [project(camera, centres) for camera in cameras]
     middles = places[view][1].round().astype(int)
+    # Smaller things could hardly be told, and a disc must leave most of its thing to see.
     least = 0.003 * drawing.owner.size
     if kind == "point":
         least = max(least, 9 * radius_of(size) ** 2)
@@ -180,9 +206,9 @@ def draw(rng, things, cameras, view, drawing, colours, kind, marked):
             region = draw_point(image, colour, pixels, middles[index])
         else:
             region = draw_box(image, colour, pixels)
+        region = region.ravel().tolist()
         by_view = [local[index].round(4).tolist() for local, _ in places]
-        mark = Mark(colour, kind, things[index], view, region.ravel().tolist(), by_view)
-        marks.append(mark)
+        marks.append(Mark(colour, kind, things[index], view, region, by_view))
     return image, marks
 
 
@@ -199,12 +225,16 @@ def is_seen(drawing, index, middle, least):
     """Return whether a thing is whole, mostly seen, and seen at its centre."""
     alone = drawing.alone[index]
     area = alone.sum()
+    inside = alone[1:-1, 1:-1]
     # Whole: nothing of it lies on the image's edge.
-    if area != alone[1:-1, 1:-1].sum():
+    if inside.sum() != area:
         return False
-    seen = (drawing.owner == index).sum()
+    seen = drawing.owner == index
+    # Mostly seen: nothing hides more than two fifths of it.
+    if seen.sum() <= max(0.6 * area, least):
+        return False
     u, v = middle
-    return seen > max(0.6 * area, least) and drawing.owner[v, u] == index
+    return seen[v, u]
 
 
 def draw_point(image, colour, pixels, middle):
@@ -213,8 +243,9 @@ def draw_point(image, colour, pixels, middle):
     radius = radius_of(size)
     distance = ((pixels - middle) ** 2).sum(1)
     pixel = pixels[distance.argmin()]
-    disc = np.stack([pixel - radius, pixel + radius])
-    ImageDraw.Draw(image).ellipse(disc.ravel().tolist(), fill=MARKS[colour])
+    disc = (*(pixel - radius), *(pixel + radius))
+    pen = ImageDraw.Draw(image)
+    pen.ellipse(disc, fill=MARKS[colour])
     # 50 of 1000 wide, clipped as the paper does.
     place = pixel * 1000 // size
     low = (place - 25).clip(0)
@@ -225,8 +256,8 @@ def draw_point(image, colour, pixels, middle):
 def draw_box(image, colour, pixels):
     """Draw a frame around the thing's pixels; return its region (2, 2)."""
     width = max(1, round(image.size[0] / 128))
-    box = np.stack([pixels.min(0), pixels.max(0) + 1])
-    frame = box - [(0, 0), (1, 1)]
+    first = pixels.min(0)
+    last = pixels.max(0)
     pen = ImageDraw.Draw(image)
-    pen.rectangle(frame.ravel().tolist(), outline=MARKS[colour], width=width)
-    return box
+    pen.rectangle((*first, *last), outline=MARKS[colour], width=width)
+    return np.stack([first, last + 1])

@@ -3,7 +3,6 @@
 A box becomes four numbers in pixels; a mask becomes an array [H, W] that stays in memory, so a row
 that has both is read for its boxes."""
 
-import math
 import re
 
 import numpy as np
@@ -39,8 +38,9 @@ def polygons(outlines: list, shape: tuple[int, int]) -> np.ndarray:
     for outline in outlines:
         if len(outline) < 6 or len(outline) % 2:
             raise Bad("segmentation", f"no polygon: {len(outline)} numbers")
-        if not all(map(math.isfinite, outline)):
-            raise Bad("segmentation", f"no polygon: not finite: {outline!r:.50}")
+        # Also of nan, which Pillow can't draw.
+        if not all(abs(value) < 1e6 for value in outline):
+            raise Bad("segmentation", f"far outside its image: {outline!r:.50}")
         ImageDraw.Draw(mask).polygon(outline, fill=1)
     return np.asarray(mask)
 
