@@ -43,6 +43,7 @@ from data.rows import Bad, BadSource, MissingFile, records
 from data.sets.spar_marks import PHRASE
 from srreal import Example
 
+# Everything derives from this: eval's --benchmark, both scorers, the figures beside the table.
 BENCHMARKS = {
     "spar-bench": SPAR_BENCH,
     "spar-bench-tiny": TINY,
@@ -75,6 +76,7 @@ def load(name: str, root=None, path: str = "both", skip_bad_rows: bool = False) 
     bad = []
     seen = set()
     total = 0
+    # Only what the row says wrong is caught: any other exception of a reader is a bug in it.
     for file, number, record in all_records(files):
         total += 1
         try:
@@ -87,6 +89,7 @@ def load(name: str, root=None, path: str = "both", skip_bad_rows: bool = False) 
         except Bad as error:
             bad += [(str(file), number, *problem) for problem in error.args[0]]
             continue
+        # Ids are given before a task is chosen, so that a part's are those of the whole.
         rename_known(asked, seen, total)
         examples += [example for example in asked if task in ("", example.task)]
     if bad and not (skip_bad_rows and examples):
@@ -96,6 +99,7 @@ def load(name: str, root=None, path: str = "both", skip_bad_rows: bool = False) 
     if not examples:
         missing = f"no task {task!r}" if task else "no rows"
         raise BadSource(f"{name}: {missing} in {folder}")
+    # A mirror may lack rows or hold another version: the numbers would not be comparable.
     if total != benchmark.rows:
         warn_of_count(name, folder, total, examples)
     if path == "dtr":
@@ -133,6 +137,7 @@ def find_files(name: str, root) -> tuple[Path, list[Path]]:
         if len(root.parts) != 2 or str(root).startswith((".", "/", "~")):
             raise MissingFile(f"{name}: no such directory, nor a hub id: {root}")
         root = download(str(root), benchmark)
+    # The first pattern that finds any: a folder may hold the set in two formats.
     for pattern in benchmark.files:
         if files := sorted(root.glob(pattern)):
             return root, files
@@ -142,8 +147,12 @@ def find_files(name: str, root) -> tuple[Path, list[Path]]:
 def download(hub: str, benchmark: Benchmark) -> Path:
     from huggingface_hub import snapshot_download  # a local directory needs no hub
 
+    # Only the files with rows: some sets have many GB of other splits beside them.
     patterns = [pattern.replace("**/", "*") for pattern in benchmark.files]
-    return Path(snapshot_download(hub, repo_type="dataset", allow_patterns=patterns))
+    try:
+        return Path(snapshot_download(hub, repo_type="dataset", allow_patterns=patterns))
+    except (OSError, ValueError) as error:  # no such set, no network, no access
+        raise MissingFile(f"{hub}: it can't be downloaded: {error}") from error
 
 
 def rename_known(examples: list[Example], seen: set, number: int) -> None:
@@ -197,6 +206,7 @@ def score(
     benchmark = BENCHMARKS[name]
     marked = []
     unparsed = 0
+    # `unparsed` is the robust scorer's also beside official scores, which take anything as an answer.
     for example, response in pairs:
         value = benchmark.robust(response, example)
         unparsed += 1 if value is None else 0

@@ -34,6 +34,7 @@ def read(row: Row) -> Iterator[Item]:
 
 
 def aggregate(pairs: list) -> dict[str, float]:
+    # The published mean is over tasks, whatever their number of rows.
     rows = by_sample(pairs)
     tasks = means(pairs, lambda example: example.task)
     return rows | {"overall": mean(tasks.values()), "overall_samples": rows["overall"]}

@@ -10,6 +10,7 @@ from data.benchmarks.schema import TEST, Benchmark, Item, Row, by_sample, letter
 
 
 def read(row: Row) -> Iterator[Item]:
+    # Rows have no ids, and question and options are one text, which ends in its own instruction.
     name = f"realworldqa_{row.number}"
     yield Item(name, row.images("image"), row.text("answer"), "", row.text("question"))
 

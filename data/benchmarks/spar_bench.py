@@ -61,6 +61,7 @@ def read(row: Row) -> Iterator[Item]:
         raise Bad("task", f"unknown: {task!r}")
     images = row.images("image")
     question = row.text("question")
+    # Marks are searched for in every pixel, which no other path needs.
     text = ""
     regions = []
     if row.path in ("dtr", "both"):
@@ -114,6 +115,7 @@ def found_regions(row: Row, question: str, images: list[Marked]) -> tuple[str, l
     """Return the question with <mask>s, and the regions of the marks that its images show."""
     text, marks = insert_masks(question, find_marks(images, question), len(images) > 1)
     regions = []
+    # A mark over the edge was cut when it was drawn: its true box is not known.
     for mark in marks:
         size = images[mark.view].size
         box = mark.pixels(size)
@@ -135,6 +137,7 @@ def depth_maps(row: Row, images: list[Marked]) -> list | None:
         if not picture.mode.startswith("I"):
             raise Bad("depth", f"wrong mode: {picture.mode}, not a 16-bit PNG")
         _, most = picture.getextrema()
+        # No room is less than 10 cm deep; 0 is unknown.
         if 0 < most < 100:
             raise Bad("depth", f"in metres, not millimetres?: at most {most}")
     return [DepthMap(file.source, image.size) for file, image in zip(files, images, strict=True)]
@@ -154,6 +157,7 @@ def cameras(row: Row, images: list[Marked]) -> list | None:
     stated = SCANNET if row.columns.get("source") == "scannet" else None
     found = []
     for matrix, image in zip(matrices, images, strict=True):
+        # The first two lines of four: the rest is 0, 0, 1.
         lines = [matrix[:4], matrix[4:8]]
         found.append(pinhole(lines, image.size, stated))
     return found
@@ -178,6 +182,7 @@ def official(text: str, example: Example) -> float:
 
 
 def official_number(text: str, task: str) -> float:
+    # "2^3" is no 3; signs are not read.
     found = re.findall(r"(?<!\^)\d+\.\d+|(?<!\^)\d+", text)
     if not found:
         raise ValueError("no number")
@@ -209,6 +214,7 @@ SLACK = 1e-9
 def own(response: str, example: Example) -> float | None:
     """Score numbers and motions by MRA, anything else as every benchmark."""
     if example.task == MOTION:
+        # Two axes and their units are words enough for a motion; more is prose.
         axes = motion(read_text(response, words=10) or "")
         if not all(map(math.isfinite, axes)):
             return None
@@ -223,6 +229,7 @@ def own(response: str, example: Example) -> float | None:
 
 def aggregate(pairs: list) -> dict[str, float]:
     """Average over tasks, as published; `_samples` and the splits weigh by sample, as SR-REAL."""
+    # Both ways of averaging, as both are quoted: tasks differ in size.
     tasks = means(pairs, lambda example: example.task)
     levels = means(pairs, level)
     samples = {f"{name}_samples": value for name, value in levels.items()}
@@ -241,6 +248,7 @@ def level(example: Example) -> str:
 
 def split(example: Example) -> str:
     task = example.task
+    # The tasks of the middle level all compare views, without saying so in their names.
     views = "multi" if task in MIDDLE or task.endswith("_mv") else "single"
     form = "fill" if task in LOW or task == MOTION else "select"
     return f"{views}_{form}"

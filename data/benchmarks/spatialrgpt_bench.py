@@ -61,8 +61,10 @@ def read(row: Row) -> Iterator[Item]:
     turns = row.items("conversations")
     if len(turns) < 2:
         raise Bad("conversations", "there is no answer")
+    # The set's own code cuts its masks off at the edges.
     boxes = [clip(box, image.size) for box in row.items("bbox", FOUR)]
     text = row.text("text_q")
+    # A <mask> each in the order of the text, where a region is named for the first time.
     places = {k: text.find(f"Region [{k}]") for k in range(len(boxes))}
     named = sorted((k for k in places if places[k] >= 0), key=places.get)
     if not named:
@@ -131,6 +133,7 @@ def lengths(text: str) -> list[float]:
     return [number(value + (unit or "feet")) for value, unit in LENGTH.findall(text)]
 
 
+# In the text a length needs a unit: "there are 2" is none.
 def bare_length(text: str) -> float | None:
     """Read a number alone; without unit it is in metres, as in <answer> everywhere else."""
     return number(text) if QUANTITY.fullmatch(text) else None
@@ -168,6 +171,7 @@ def reading_of(example: Example) -> Reading:
 # ---- Scores
 
 
+# The first thing that a truth says counts, as it does for the official reading of an answer.
 def score_of(said, example: Example) -> float:
     reading = reading_of(example)
     truths = reading.every(example.answer) or reading.silent
@@ -182,6 +186,7 @@ def official(text: str, example: Example) -> float:
 def robust(response: str, example: Example) -> float | None:
     reading = reading_of(example)
     text = answer_text(response).strip()
+    # "No, it is right of it." says no at once; "It isn't; yes?" says two things.
     said = reading.alone(text)
     if said is None:
         distinct = set(reading.every(text))

@@ -19,6 +19,7 @@ class Files:
     # Whether the set may name depth maps that its release lacks; else a missing one is an error.
     lacks_depths: bool = False
 
+    # Looked for once, and only of the rows that a mixture takes.
     @cached_property
     def measured(self) -> list:
         return [file if file and os.path.isfile(file) else None for file in self.named_depths]
@@ -26,6 +27,7 @@ class Files:
     @cached_property
     def depths(self) -> list:
         """The measured map, else an estimated one, else None (or the name of a missing one)."""
+        # The name of a missing file goes on, for the check of headers to report it.
         missing = [None] * len(self.images) if self.lacks_depths else self.named_depths
         found = []
         for image, measured, named in zip(self.images, self.measured, missing, strict=True):

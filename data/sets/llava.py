@@ -19,6 +19,7 @@ from data.sets.regions import FIELDS, REGIONS, kind_of, placed
 from srreal import Example
 
 REQUIRED = {"conversations": list[dict[str, str]], "image": str | list[str]}
+# Of image_hw, which SR-REAL's rows are checked by, only the type is looked at here.
 OPTIONAL = FIELDS | {"id": str | int, "image_hw": tuple[int, int], "depth": str | list[str]}
 
 
@@ -58,10 +59,12 @@ def turns_of(file: Path, number: int, row: dict, views: int, files: Files) -> It
     said = turns(row)
     kind = kind_of(row)
     given = placed(row, kind, views)
+    # Answers may not have masks: only a question's are filled in.
     count = sum(question.count("<mask>") for question, _ in said)
     if count != len(given):
         raise Bad(kind, f"<mask> count: {count} for {len(given)} regions")
     key = f"{set_name(file)}/{row.get('id', '')}#{number}"
+    # The regions are numbered through the conversation, so each turn takes the next ones.
     start = 0
     for k, (question, answer) in enumerate(said):
         end = start + question.count("<mask>")

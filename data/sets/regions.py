@@ -61,6 +61,7 @@ def decode(counts, height: int, width: int) -> np.ndarray | None:
     """Return the mask of run lengths, or None where these don't fill the image exactly."""
     whole = {"size": [height, width], "counts": counts}
     if isinstance(counts, list):
+        # frPyObjects would wrap a negative number around, and not look at the sum.
         if not counts or min(counts) < 0 or sum(counts) != height * width:
             return None
         return coco.decode(coco.frPyObjects(whole, height, width))
@@ -108,6 +109,7 @@ def placed(row: dict, kind: str, views: int) -> list[tuple]:
             say_so = "Of several, {image: list} and mask_idx say it"
             raise Bad(kind, f"in which of {views} images? {say_so}")
         given = {"0": given}
+    # (image index, index in its list) -> region
     regions = {}
     for view, listed in given.items():
         if not (view.isdecimal() and int(view) < views):
@@ -116,6 +118,7 @@ def placed(row: dict, kind: str, views: int) -> list[tuple]:
             regions[int(view), k] = region
     order = row.get("mask_idx")
     if not isinstance(order, dict):
+        # SR-REAL's rows of one image have the number of masks here. Their lists are in order.
         return [(view, regions[view, k]) for view, k in sorted(regions)]
     return [(place[0], regions[place]) for place in places_of_masks(order, kind, regions)]
 
@@ -125,6 +128,7 @@ def places_of_masks(order: dict, kind: str, regions: dict) -> list[tuple]:
     if not all(k.isdecimal() for k in order):
         wanted = "{place of a <mask>: [image, index]}"
         raise Bad("mask_idx", f"wrong type or value: {order!r:.50} not {wanted}")
+    # As numbers: as text, "10" would come before "2".
     places = [tuple(order[k]) for k in sorted(order, key=int)]
     for place in places:
         if place not in regions:

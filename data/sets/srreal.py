@@ -42,6 +42,7 @@ def srreal_rows(path: Path, root: str | None) -> Iterator[Row]:
 
 
 def build(root: str | None, notes: Notes, file: Path, number: int, row: dict) -> Iterator[Row]:
+    # WebDatasets name no image: it has the sample's own key.
     if row.get("image") is None:
         row["image"] = image_beside(file)
     row = typed(row, REQUIRED, FIELDS)
@@ -70,6 +71,7 @@ class Question:
     files: Files
     notes: Notes
 
+    # Looked for beside the named ones, as only the header says whether these have 8 bits.
     @cached_property
     def estimated_depths(self) -> list:
         return [estimated(image) for image in self.files.images]
@@ -136,6 +138,7 @@ def one_turn(row: dict) -> tuple[str, str]:
 
 def parse_answer(answer: str) -> Parsed:
     """Read a whole response, or an answer alone, which has no tags."""
+    # An answer alone, as RL's rows have it, parses as a response without any section.
     response = parse(answer, "dtr" if "<detect>" in answer else "lor")
     if not response.answer and re.search("</?(?:detect|think|answer)>", answer):
         reason = f"an answer with tags, but without <answer>...</answer>: {answer!r:.60}"
@@ -155,6 +158,8 @@ def frames_of_marks(row: dict) -> dict[str, int]:
 def frame_of(row: dict, question: str, response: Parsed, rationale: str | None) -> int | None:
     """Return the view that centres have to be in, or None where any will do."""
     frame = response.frame
+    # main_frame_idx says which view the rationale's numbers are of. Without a rationale the model
+    # may choose its view, and is scored in the one that it states.
     if frame is None and rationale:
         frame = row.get("main_frame_idx")
     if frame is None:
@@ -174,6 +179,8 @@ def regions_of(row: dict, question: str, marks: list[Mark], shapes: list) -> tup
     regions = [
         (view, read(region, shapes[view])) for view, region in placed(row, kind, len(shapes))
     ]
+    # Boxes of another image's size, or in another unit, would point at the wrong thing and nothing
+    # would fail: so each is compared with the mark that is named right before its <mask>.
     for (view, region), text in zip(regions, question.split("<mask>"), strict=False):
         for mark in marks:
             if text.rstrip().endswith(mark.mention):
@@ -184,11 +191,10 @@ def regions_of(row: dict, question: str, marks: list[Mark], shapes: list) -> tup
 
 def check_place(kind: str, view: int, region, mark: Mark, shapes: list) -> None:
     """Raise Bad where a region lies elsewhere than the mark that its question names."""
-    if view == mark.view:
-        at = mark.pixels(shapes[view])
-        if kind != "bbox" or near(region, at):
-            return
     at = mark.pixels(shapes[mark.view])
+    # A mask has no four numbers to compare.
+    if view == mark.view and (kind != "bbox" or near(region, at)):
+        return
     raise Bad(
         kind,
         f"not in pixels, or of another object?: {kind} {region} in image {view}, "
@@ -198,6 +204,7 @@ def check_place(kind: str, view: int, region, mark: Mark, shapes: list) -> None:
 
 def near(a: tuple, b: tuple) -> bool:
     """Say whether two boxes are equal up to rounding, and to the 1/1000 grid of the marks."""
+    # A step of that grid is .1 % of a side; half a per cent also forgives a side cut off at 999.
     slack = max(3, 0.005 * max(map(abs, b)))
     return all(abs(p - q) <= slack for p, q in zip(a, b, strict=True))
 
@@ -210,10 +217,12 @@ def truth(row: dict, response: Parsed, views: int) -> tuple[dict, dict]:
         if views > 1 and response.frame is not None:
             objects = {mention: {response.frame: xyz} for mention, xyz in objects.items()}
         return objects, names
+    # The response's names go first: they are what the rationale speaks of.
     objects = {}
     labels = {}
     for key, place in row["3d_pos"].items():
         mention = key.replace("_", " ")
+        # The key is the place that a user finds in the file, so the reason names it.
         try:
             objects[mention], label = centre_and_label(place)
         except Bad as error:
