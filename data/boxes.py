@@ -12,7 +12,7 @@ BOX_3D = re.compile(rf'<3d_box center="({TRIPLE})"(?: size="({TRIPLE})")?>([^<>]
 
 def read_box(text: str | None) -> list[float] | None:
     """Return the four numbers of a text that has just these, x0 < x1 and y0 < y1; else None."""
-    # Families write [x0, y0, x1, y1], (x0,y0),(x1,y1) or tags around them: the numbers are the same.
+    # [x0, y0, x1, y1], (x0,y0),(x1,y1), with tags or without: families differ in signs alone.
     found = NUMBER.findall(text or "")
     if len(found) != 4:
         return None

@@ -1,7 +1,7 @@
 """The benchmarks as published: `load(name, root)` reads one, `score(name, pairs, scorer)` marks it.
 
     python eval.py --model DIR --benchmark cv-bench --path direct --out out/cv-bench
-    python eval.py --model DIR --benchmark spar-bench --data /sets/SPAR-Bench --path both --out out/spar
+    python eval.py --model DIR --benchmark spar-bench --data /sets/SPAR-Bench --out out/spar
 
 `root` is a directory as downloaded, a file of it, or a hub id (default: the set's own). A name may
 choose one task: blink/Relative_Depth. What a row asks on each path:
@@ -12,12 +12,12 @@ choose one task: blink/Relative_Depth. What a row asks on each path:
 Each set is one file here: its reader, its published rule and its aggregate. To add one, write such
 a file and enter it in BENCHMARKS. A row's answers are marked by two scorers:
     official  the published rule, bugs included, on the first <answer> block (without one: on the
-              whole response). A rule that is a language model is replaced by one that isn't: `judged`
+              whole response). One that is a language model is replaced by one that isn't (`judged`)
     robust    reads one answer or none, and none is wrong (answers.py)
 `unparsed`: the share of responses in which the robust scorer reads no answer, given with both.
 
-Departures: a row that can't be used stops the run, as a benchmark is read whole, unless skip_bad_rows
-leaves it out. A count that differs from the published one is a warning.
+Departures: a row that can't be used stops the run, as a benchmark is read whole, unless
+skip_bad_rows leaves it out. A count that differs from the published one is a warning.
 """
 
 import csv
@@ -206,7 +206,7 @@ def score(
     benchmark = BENCHMARKS[name]
     marked = []
     unparsed = 0
-    # `unparsed` is the robust scorer's also beside official scores, which take anything as an answer.
+    # `unparsed` is always the robust scorer's: the official ones take anything as an answer.
     for example, response in pairs:
         value = benchmark.robust(response, example)
         unparsed += 1 if value is None else 0

@@ -14,7 +14,7 @@ import numpy as np
 from srreal import CHOICE, QUANTITY, UNITS, Example, answer_score, number
 
 LETTERS = "ABCDEFGH"
-# An option of a question, each in its line or all in one; data/rationale.py reads them by this, too.
+# An option of a question, each in its line or all in one. data/rationale.py reads them so, too.
 OPTION = re.compile(
     r"(?<![\w(])\(?([A-H])[.)]\s*(.+?)(?=\s+\(?[A-H][.)]|\s*$|\.?\s+(?:Please|Answer)\b)", re.M
 )
@@ -57,8 +57,8 @@ def plain(text: str) -> str:
 
 def read_choice(response: str, question: str) -> str | None:
     """Return the letter that a response chooses, or None."""
-    # An <answer> is taken at its word. Elsewhere the last "answer is X" goes first, and letters that
-    # are surely no articles may contradict each other.
+    # An <answer> is taken at its word. Elsewhere the last "answer is X" goes first, and letters
+    # that are surely no articles may contradict each other.
     text = answer_text(response).strip()
     sure = set()
     if answer_block(response) is None:

@@ -170,8 +170,8 @@ class Benchmark:
     read: Callable[[Row], Iterator[Item]]
     official: Callable[[str, Example], float]  # (text of the answer, its Example) -> 0..1
     aggregate: Callable[[list], dict[str, float]]  # of pairs (Example, per cent)
-    # Somebody else's figures: (the model, who says so, {key: per cent}). They stand beside ours where
-    # all of the set was asked.
+    # Somebody else's figures: (the model, who says so, {key: per cent}). They stand beside ours
+    # where all of the set was asked.
     others: tuple[str, str, dict]
     robust: Callable[[str, Example], float | None] = robust  # of the whole response
     judged: str = ""  # where the published rule is a language model: what `official` is instead

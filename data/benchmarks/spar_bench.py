@@ -1,15 +1,15 @@
-"""SPAR-Bench, its tiny and its RGBD variants: twenty tasks of depth, distance, views and relations.
+"""SPAR-Bench, its tiny and its RGBD variants: twenty tasks of depth, distance, views, relations.
 
-official  SPAR's and lmms-eval's rule. Numbers: MRA of the first (single view) or the last (several),
-          unsigned. Options: equal, or a substring of the truth (so the empty answer is right), or the
-          first character. Camera motion: mean MRA over five axes with truth and answer swapped: the
-          error is divided by the answer. All as they are, not stripped.
+official  SPAR's and lmms-eval's rule. Numbers: MRA of the first (single view) or the last
+          (several), unsigned. Options: equal, or a substring of the truth (so the empty answer is
+          right), or the first character. Camera motion: mean MRA over five axes with truth and
+          answer swapped: the error is divided by the answer. All as they are, not stripped.
 robust    MRA of signed numbers with units, with exact ties, and truth and answer in their places.
 
 Path dtr asks with regions from SR-REAL's sparbench_region_prompts.json where that lies under the
-folder, else where all marks are found in the images (found_marks.py). A row without regions is asked
-with the DTR prompt all the same, where SR-REAL's DTR column has it on LOR: eval.py says how many had
-regions. The RGBD variants come with depth and cameras, which the model gets to see.
+folder, else where all marks are found in the images (found_marks.py). A row without regions is
+asked with the DTR prompt all the same, where SR-REAL's DTR column has it on LOR: eval.py says how
+many had regions. The RGBD variants come with depth and cameras, which the model gets to see.
 """
 
 import json
@@ -45,8 +45,8 @@ LEVELS = {"Low": LOW, "Middle": MIDDLE, "High": HIGH}
 NUMBER_WORDS = "Please answer the question using a single word or phrase."
 OPTION_WORDS = "\nAnswer with the option's letter from the given choices directly."
 BOX_WORDS = (
-    "The values represent the bounding box coordinates normalized to a 0-1000 scale, with the top-left "
-    "corner as the origin of the image."
+    "The values represent the bounding box coordinates normalized to a 0-1000 scale, "
+    "with the top-left corner as the origin of the image."
 )
 WORDS = dict.fromkeys(LOW, NUMBER_WORDS)
 WORDS |= dict.fromkeys(MIDDLE, BOX_WORDS + OPTION_WORDS)
@@ -144,7 +144,7 @@ def depth_maps(row: Row, images: list[Marked]) -> list | None:
 
 
 def cameras(row: Row, images: list[Marked]) -> list | None:
-    """Return (fx, fy, cx, cy) of each image, from matrices of sixteen numbers; one may do for all."""
+    """Return (fx, fy, cx, cy) of each image, from a matrix of sixteen numbers for each or all."""
     if not row.has("intrinsic_color"):
         return None
     matrices = row.value("intrinsic_color")
@@ -199,7 +199,7 @@ AXES = [
 
 
 def official_axes(text: str) -> list[float]:
-    """Read five signed axes. Unknown keys count for nothing, of a repeated one the last is taken."""
+    """Read five signed axes; unknown keys count for nothing, the last of a repeated one counts."""
     moves = {}
     for entry in text.split(","):
         key, value = entry.split(":")

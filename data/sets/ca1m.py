@@ -1,8 +1,8 @@
 """CA-1M (kind `ca1m`): captures as unpacked (`tar -xf`).
 
-VIDEO/TIME.wide/{image.png, image/K.json, instances.json}, with the laser's depth (TIME.gt/depth.png)
-where it is, else the device's. Of a folder, captures named *-val-* are left out. Questions:
-grounding.py."""
+VIDEO/TIME.wide/{image.png, image/K.json, instances.json}, with the laser's depth
+(TIME.gt/depth.png) where it is, else the device's. Of a folder, captures named *-val-* are left
+out. Questions: grounding.py."""
 
 import json
 from collections.abc import Iterator

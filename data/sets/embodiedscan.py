@@ -92,10 +92,10 @@ SCENE = {"axis_align_matrix": object, "cam2img": object, "instances": list[dict]
 INSTANCE = {"bbox_3d": object, "bbox_label_3d": object}
 
 
-# The sources of a mixture look into one file, and unpickling it takes longer than reading their rows.
+# The sources of a mixture look into one file, which takes longer to unpickle than rows to read.
 @lru_cache(2)
 def read(file: Path, changed: int) -> dict[str, Scene]:
-    """Return the scenes of ScanNet by name. changed: when, in ns, so that no older copy is taken."""
+    """Return the scenes of ScanNet by name. changed: when, in ns: no older copy is taken."""
     wanted = f"{file}: not EmbodiedScan's annotations"
     try:
         with open(file, "rb") as stream:
@@ -167,8 +167,8 @@ def points_of(boxes: np.ndarray) -> np.ndarray:
 def project(points: np.ndarray, world_to_camera: np.ndarray, camera: tuple, image: tuple[int, int]):
     """Project (N, 9, 3) points of boxes into an image of (width, height).
 
-    Returns centres (N, 3) in the camera's frame, rectangles (N, 4) in 1/1000 of the image, nan where
-    none is seen, and the least and largest z (N, 2) of the corners.
+    Returns centres (N, 3) in the camera's frame, rectangles (N, 4) in 1/1000 of the image, nan
+    where none is seen, and the least and largest z (N, 2) of the corners.
     """
     points = points @ world_to_camera[:3, :3].T + world_to_camera[:3, 3]
     corners = points[:, :8]
@@ -206,7 +206,7 @@ def fits(mark: Mark, rectangles: np.ndarray, several: bool) -> np.ndarray:
 
 
 def visible(depth: str, box: tuple, near: float, far: float) -> bool:
-    """Say whether enough of the depth map within a mark (1/1000) lies at the depth of its object."""
+    """Say whether enough of the depth map within a mark (1/1000) lies at its object's depth."""
     try:
         with Image.open(depth) as picture:
             # Of the depth map's own size, which may be another than the image's.
@@ -245,7 +245,7 @@ class Scenes:
     ) -> dict | None:
         """Return `objects`, `names` and `sizes` of an Example, or None: why is in the notes.
 
-        shapes: (width, height) by image. depths: measured maps or None, by image; None: don't check.
+        shapes: (width, height) by image. depths: measured map or None, by image; None: don't check.
         """
         try:
             found = self.find(images, shapes, marks, depths)
@@ -262,7 +262,7 @@ class Scenes:
         if scene is None:
             raise NoTruth("without their scene in EmbodiedScan")
         views = self.project_all(scene, images, shapes)
-        # One mark without its object, and the row has no truth: half of it would teach a wrong count.
+        # One mark without its object, and the row has no truth: half would teach a wrong count.
         objects = {}
         names = {}
         sizes = {}

@@ -1,6 +1,7 @@
 """The images of a row and their depth maps, which are looked for once the row is taken.
 
-A look at a network's disk takes longer than reading a row, and of millions of rows most aren't taken.
+A look at a network's disk takes longer than reading a row, and of millions of rows most aren't
+taken.
 """
 
 import os

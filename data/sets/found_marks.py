@@ -1,9 +1,9 @@
 """Where the marks are that SPAR-Bench's images come with: drawn in, and without coordinates.
 
 A mark that the question mentions is looked for by its colour, and believed where drawing it again,
-as the set's own tool does (spar_marks.draw_marks), covers the pixels of that colour: an intersection
-over union of AGREED. So images with another stroke, and rooms with other things so red, give no
-mark rather than a wrong one.
+as the set's own tool does (spar_marks.draw_marks), covers the pixels of that colour: an
+intersection over union of AGREED. So images with another stroke, and rooms with other things so
+red, give no mark rather than a wrong one.
 """
 
 import numpy as np

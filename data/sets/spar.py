@@ -61,7 +61,7 @@ def spar_rows(path: Path, root: str | None) -> Iterator[Row]:
 
 def annotations_near(path: Path) -> list[Path]:
     """Return EmbodiedScan's files, in the path or the nearest folder above it that has any."""
-    # Seven folders up from .../spar/scannet/qa_jsonl/train/<task>/<format>/*.jsonl is beside `spar`.
+    # Beside `spar` is seven folders up from spar/scannet/qa_jsonl/train/<task>/<format>/*.jsonl.
     for folder in (path, *path.absolute().parents[:7]):
         if pickles := sorted(folder.glob("embodiedscan_infos_*.pkl")):
             return pickles
@@ -200,7 +200,7 @@ class Question:
 
 
 def intrinsics(image: str, shape: tuple[int, int], notes: Notes) -> tuple | None:
-    """Return (fx, fy, cx, cy) of the image's scene, or None where none fits an image of that size."""
+    """Return (fx, fy, cx, cy) of the image's scene, or None where none fits its size."""
     scene = Path(image).absolute().parent.parent
     camera = matrix(scene / "intrinsic" / "intrinsic_color.txt")
     if camera is None:

@@ -106,8 +106,8 @@ def check_coordinates(name: str, kind: str, at: list[float]) -> None:
 def view_of(row: dict, name: str, colours: list[str], stated: int | None) -> int:
     """Return the index of the image that a colour is marked in.
 
-    colours: the row's, of the same kind. stated: the view that the row gives elsewhere, which counts
-    where the task is none of ORDERS. The order of the row's keys says nothing.
+    colours: the row's, of the same kind. stated: the view that the row gives elsewhere, which
+    counts where the task is none of ORDERS. The order of the row's keys says nothing.
     """
     colour, kind = name.split("_")
     task = row.get("type")

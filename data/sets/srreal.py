@@ -1,11 +1,12 @@
 """SR-REAL's own rows (kind `srreal`): one question each, in .json or .jsonl as LLaVA's (llava.py).
 
 A row is on path dtr if it has `3d_pos` or its answer a <detect> block, else on lor.
-    conversations   the question, raw or in the official template; the answer, or <detect> <think> <answer>
+    conversations   the question, raw or in the official template; the answer, or all of
+                    <detect> <think> <answer>
     cot             the text of <think>, where the answer has none
-    red_bbox ...    marks in 1/1000 of the image, drawn as the official code does (disc of 20 pixels, stroke
-                    of 5); bbox_img_idx or point_img_idx: their views, in the order that `type`, the
-                    SPAR task, tells; of no such task, the `current_frame` in `3d_pos`
+    red_bbox ...    marks in 1/1000 of the image, drawn as the official code does (disc of 20
+                    pixels, stroke of 5); bbox_img_idx or point_img_idx: their views, in the order
+                    that `type`, the SPAR task, tells; of no such task, `current_frame` in `3d_pos`
     bbox, mask_idx  regions in pixels: a list, or of several images {image: list} with the place of
                     the k-th <mask>, {k: [image, index]} (without: in the order of the images); else
                     rle or segmentation, as in llava. Without <mask>s the marks are the regions
