@@ -46,9 +46,10 @@ import torch
 import tyro
 from transformers import AutoConfig
 
-from model.checkpoint import read_config
+from model.families import DecoderSizes, VisionSizes
+from model.files import read_config
 from model.lora import LORA_RANK, learn
-from model.qwen_vl import QwenVL, Sizes
+from model.qwen_vl import QwenVL
 
 RESERVE = 1.5, 0.05  # GB of CUDA, its libraries and NCCL; share of the rest that lies in gaps
 # live samples that keep a GPU busy; above SLOTS the matrix products gain nothing more
@@ -113,20 +114,20 @@ def tally(model) -> dict[str, int]:
 
 def estimate(config, cfg: Config, s: Settings, n: dict[str, int]) -> dict[str, float]:
     """GB a GPU of each part, of the peak, and of that with the cache kept."""
-    z, vision, b = Sizes.of(config), config.vision_config, {"bf16": 2, "fp32": 4}[cfg.dtype]
+    z, vision, b = DecoderSizes.of(config), config.vision_config, {"bf16": 2, "fp32": 4}[cfg.dtype]
     parts, query, kv = cfg.gpus if s.shard else 1, z.heads * z.head_dim, z.kv_heads * z.head_dim
     masters = 4 if b == 2 or s.shard else 0  # whole fp32 weights are their own masters
     # reduced in fp32
     gathered = (2 * n["layer"] + n["outside"]) * b + (n["layer"] + n["outside"]) * 4
     transient = n["largest"] * b if b == 2 else 0  # until its fp32 master has it
-    qk_norm = (query + kv) * z.qwen3
+    qk_norm = (query + kv) * z.family.qk_norm
     layer = (4 * z.hidden + 2 * (query + kv) + qk_norm + 3 * z.inner) * b  # bytes a token
     layer += (3 * query + z.inner) * b if b == 4 else 0  # a CPU's rotations and SwiGLU aren't fused
     kept = z.layers * (z.hidden * b if s.checkpointing else layer) + layer * s.checkpointing
     # At most: prompts that are all image, as many as go into a pass.
     patches = s.micro_tokens * cfg.prompt_tokens / (cfg.prompt_tokens + cfg.group * cfg.new_tokens)
     patches *= vision.spatial_merge_size**2
-    width = vision.embed_dim if config.model_type == "qwen2_vl" else vision.hidden_size
+    width = VisionSizes.of(config).width
     block = (1 if s.checkpointing else 24) * width * b  # an MLP of 4 C
     pixels = 12 * vision.temporal_patch_size * vision.patch_size**2 + block * vision.depth * (
         n["vision"] > 0

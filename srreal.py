@@ -1,35 +1,39 @@
-"""SR-REAL in one file, no torch: what the model reads, what it is taught to write, what its answers
-earn.
+"""SR-REAL in one file, no torch: what the model reads, what it learns to write, what answers earn.
 
 The paper (arXiv 2606.17539) lets one vision language model answer a spatial question on two paths.
 Nothing routes between them: the prompt alone selects the path.
     lor     language-only reasoning    <think>T</think> <answer>A</answer>
     dtr     detect, then reason        <detect>D</detect> <think>T</think> <answer>A</answer>
     direct  no reasoning               A        (grounding, captions, base models)
-D is a header and a line an object, with its centre in metres (camera frame: x right, y down, z
-forward):
+D is a header and then a line for each object, with its centre in metres (camera frame: x right,
+y down, z forward):
     Find 1 relevant objects:
     <3d_box center="0.3,-0.81,3.32">chair (red bbox)</3d_box>
 
-To fork: a reward is a function and an entry in REWARDS (Scores gets its field), weighted in a Path;
-a path is an entry in PATHS; a new tag is an entry in SECTIONS.
+Three tables hold what a fork adds to, and everything else derives from them (docs/fork.md):
+    REWARDS   name -> function; logged for each path, a column of eval's table and of the kernel
+    PATHS     name -> prompt, sections and weights; a value of --path
+    SECTIONS  tag -> what the prompt shows of it, and how a target writes it
 
-Departures from the official code's reward (rules="official" has its numbers; tests/test_hacks.py
-shows both):
- 1. Frames are read as integers: frame 10 is not 1, and frame 0 of a "first image" question is right.
+Departures from the official code's reward (rules="official" has its numbers: official.py;
+tests/test_hacks.py shows both):
+ 1. Frames are read as integers: frame 10 is not 1, and frame 0 of a "first image" question counts.
  2. Detection divides by max(boxes, objects): neither silence nor spam pays. Mentions match whole.
- 3. A centre is exactly three plain numbers. A repeated mention is a false positive, not another try.
+ 3. A centre is exactly three plain numbers. A repeated mention is a false positive, no second try.
  4. Camera motion is scored on signed axes: answering both directions of an axis nets zero.
- 5. The numeric score has its floor subtracted (a constant 0 earned .14); nan is no number; units are read.
- 6. Well-formed = each tag once, no blank section, as many boxes as stated. Nothing else earns anything:
-    where accuracy alone still paid, the policy dropped <detect>.
-Kept as in the paper: steps in absolute metres, and nobody checks that T makes use of D.
+ 5. The numeric score has its floor subtracted (a constant 0 earned .14); nan is no number; units
+    are read.
+ 6. Well-formed = each tag once, no blank section, as many boxes as stated. Nothing else earns
+    anything: where accuracy alone still paid, the policy dropped <detect>.
+Kept as in the paper: steps in absolute metres, and no check that T makes use of D.
 """
 
 import math
 import re
-from collections import namedtuple
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+
+import official
 
 
 @dataclass
@@ -37,150 +41,204 @@ class Example:
     """A question about one or more images, and all that is known about its answer."""
 
     id: str
-    path: str  # a key of PATHS
-    images: list  # file paths, PIL images, or anything with .size and .convert("RGB")
+    # a key of PATHS
+    path: str
+    # file paths, PIL images, or anything with .size and .convert("RGB")
+    images: list
     # <mask> follows a region's mention; the k-th <image>, if any, is the k-th image's place
     question: str
     answer: str
-    # by image: path, float32 [H, W] in metres (0, nan, inf: unknown), or None
+    # by image: a path, float32 [H, W] in metres (0, nan, inf: unknown), or None
     depths: list | None = None
-    intrinsics: list | None = None  # by image: (fx, fy, cx, cy) in pixels, or None
-    # by <mask>: (image, (x0, y0, x1, y1) px | bool [H, W])
+    # by image: (fx, fy, cx, cy) in pixels, or None
+    intrinsics: list | None = None
+    # by <mask>: (image index, (x0, y0, x1, y1) in pixels, or bool [H, W])
     regions: list = field(default_factory=list)
-    # mention -> (x, y, z) metres, or -> {view: (x, y, z)}
+    # mention -> (x, y, z) in metres; where there are several views, mention -> {view: (x, y, z)}
     objects: dict = field(default_factory=dict)
-    frame: int | None = None  # the view that the question wants centres in; None: any
+    # the view that the question wants centres in; None: any
+    frame: int | None = None
     task: str = ""
-    rationale: str | None = None  # the text of <think>, for SFT
-    names: dict = field(default_factory=dict)  # mention -> the object's name
-    sizes: dict | None = None  # mention -> (w, h, l) metres
+    # the text of <think>, for SFT
+    rationale: str | None = None
+    # mention -> the object's name
+    names: dict = field(default_factory=dict)
+    # mention -> (w, h, l) in metres
+    sizes: dict | None = None
 
 
 def several_views(example: Example) -> bool:
-    """Whether centres need a reference frame: truth by view or, without truth, more than one
-    image."""
-    by_view = [isinstance(centre, dict) for centre in example.objects.values()]
-    return any(by_view) if by_view else len(example.images) > 1
+    """Tell whether centres need a reference frame: they are known by view or, where none is known,
+    there is more than one image."""
+    if not example.objects:
+        return len(example.images) > 1
+    return any(isinstance(centre, dict) for centre in example.objects.values())
 
 
 # ---- Paths: the prompt, and what the cold start teaches to write
-@dataclass(frozen=True)
-class Path:
-    """A way to answer. Weights name entries of REWARDS and sum to 1, so that totals of all paths
-    compare."""
 
-    sections: tuple[str, ...]  # keys of SECTIONS, in order; none: the whole text is the answer
-    instruction: str  # may hold {images} and {frame}
+
+@dataclass
+class Path:
+    """A way to answer. Its weights name entries of REWARDS and sum to 1, so that the totals of all
+    paths compare."""
+
+    # keys of SECTIONS, in order; none: the whole text is the answer
+    sections: tuple[str, ...]
+    # may hold {images} and {frame}
+    instruction: str
     weights: dict[str, float]
-    # where nothing is known that detection could be compared with
-    weights_without_objects: dict[str, float]
+    # of examples without known objects, whose detections can't be compared; None: the same
+    weights_without_objects: dict[str, float] | None = None
+
+    def __post_init__(self):
+        if self.weights_without_objects is None:
+            self.weights_without_objects = self.weights
 
 
 PATHS = {
     "lor": Path(
-        ("think", "answer"),
-        "Study the {images}, reason step by step, and only then answer.",
-        {"accuracy": 0.8, "format": 0.2},
-        {"accuracy": 0.8, "format": 0.2},
+        sections=("think", "answer"),
+        instruction="Study the {images}, reason step by step, and only then answer.",
+        weights={"accuracy": 0.8, "format": 0.2},
     ),
     "dtr": Path(
-        ("detect", "think", "answer"),
-        "Locate the relevant objects of the {images} in 3D, reason with them, then answer. "
-        "Centers are metres, x right, y down, z forward{frame}.",
-        {"accuracy": 0.8, "format": 0.1, "detect": 0.1},
-        {"accuracy": 0.8, "format": 0.2},
+        sections=("detect", "think", "answer"),
+        instruction=(
+            "Locate the relevant objects of the {images} in 3D, reason with them, then answer. "
+            "Centers are metres, x right, y down, z forward{frame}."
+        ),
+        weights={"accuracy": 0.8, "format": 0.1, "detect": 0.1},
+        weights_without_objects={"accuracy": 0.8, "format": 0.2},
     ),
-    "direct": Path((), "", {"accuracy": 1.0}, {"accuracy": 1.0}),
+    "direct": Path(sections=(), instruction="", weights={"accuracy": 1.0}),
 }
+
 ROLE = "You answer spatial questions about what a camera sees."
-HEADERS = {
-    False: "Find {n} relevant objects:",  # one view
-    True: "After aligning to the reference frame {k}, find {n} relevant objects:",
-}  # several
-
-
-def pick(table: dict, name: str):
-    if name not in table:
-        raise ValueError(f"{name!r} is none of: {', '.join(table)}")
-    return table[name]
+HEADER_OF_ONE_VIEW = "Find {n} relevant objects:"
+HEADER_OF_SEVERAL_VIEWS = "After aligning to the reference frame {k}, find {n} relevant objects:"
 
 
 def prompt(example: Example) -> str:
-    """The user turn: role, instruction, form of the reply, question (with its <image>s and
-    <mask>s)."""
-    path, several = pick(PATHS, example.path), several_views(example)
+    """Write the user turn: role, instruction, form of the reply, and the question with its <image>s
+    and <mask>s."""
+    path = lookup(PATHS, example.path)
     if not path.sections:
         return example.question
+    several = several_views(example)
     instruction = path.instruction.format(
         images="images" if len(example.images) > 1 else "image",
         frame=", seen from image K (0-based)" if several else "",
     )
     form = "\n".join(f"<{tag}>{SECTIONS[tag][0]}</{tag}>" for tag in path.sections)
-    form = form.replace("HEADER", HEADERS[several].format(n="N", k="K"))
+    header = HEADER_OF_SEVERAL_VIEWS if several else HEADER_OF_ONE_VIEW
+    form = form.replace("HEADER", header.format(n="N", k="K"))
     return f"{ROLE}\n\n{instruction} Reply as\n{form}\n\n Question: {example.question}"
 
 
 def target(example: Example) -> str:
-    """What SFT teaches to write: a section a line. ValueError where parse would not read it back:
-    without a rationale, on dtr without objects or a view of them all, for a tag in a text, for a
-    centre of nan."""
-    path = pick(PATHS, example.path)
+    """Write what SFT teaches for this example: a section a line.
+
+    Raises ValueError where `parse` would not read it back: without a rationale; on path dtr without
+    objects, or a view that has them all; for a tag inside of a text; for a centre of nan.
+    """
+    path = lookup(PATHS, example.path)
     if not path.sections:
         return example.answer
-    text = "\n".join(f"<{tag}>{SECTIONS[tag][1](example)}</{tag}>" for tag in path.sections)
-    parsed, mentions = (
-        parse(text, example.path),
-        example.objects if "detect" in path.sections else (),
-    )
-    if not parsed.well_formed or [mention for mention, _, _ in parsed.boxes] != list(mentions):
+    blocks = []
+    for tag in path.sections:
+        _, write = SECTIONS[tag]
+        blocks.append(f"<{tag}>{write(example)}</{tag}>")
+    text = "\n".join(blocks)
+
+    parsed = parse(text, example.path)
+    read_back = [mention for mention, _, _ in parsed.boxes]
+    written = list(example.objects) if "detect" in path.sections else []
+    if not parsed.well_formed or read_back != written:
         raise ValueError(f"{example.id}: no valid target on path {example.path}: {text[:300]!r}")
     return text
 
 
 def write_detect(example: Example) -> str:
-    """Header and object lines, in the order of `objects`; frame: that asked for, else the lowest
-    with all."""
-    several, k = bool(example.objects) and several_views(example), example.frame
-    if several:
-        common = set.intersection(*map(set, example.objects.values()))
-        k = min(common, default=None) if k is None else k
-        if k not in common:
-            raise ValueError(
-                f"{example.id}: no view, or not the one asked for, has a centre of every object"
-            )
-    lines = [HEADERS[several].format(n=len(example.objects), k=k)]
+    """Write the header and the object lines, in the order of `objects`."""
+    frame = None
+    header = HEADER_OF_ONE_VIEW
+    if example.objects and several_views(example):
+        frame = frame_to_write(example)
+        header = HEADER_OF_SEVERAL_VIEWS
+    lines = [header.format(n=len(example.objects), k=frame)]
     for mention, centre in example.objects.items():
-        xyz = [round(v, 2) for v in (centre[k] if several else centre)]
-        xyz = ",".join(str(v if v else abs(v)) for v in xyz)  # abs: no -0.0
-        name = f"{example.names[mention]} ({mention})" if example.names.get(mention) else mention
-        lines.append(f'<3d_box center="{xyz}">{name}</3d_box>')
+        if frame is not None:
+            centre = centre[frame]
+        rounded = [round(v, 2) for v in centre]
+        # abs: 0.0, not -0.0
+        xyz = ",".join(str(v or abs(v)) for v in rounded)
+        name = example.names.get(mention)
+        label = f"{name} ({mention})" if name else mention
+        lines.append(f'<3d_box center="{xyz}">{label}</3d_box>')
     return "\n".join(lines)
 
 
-SECTIONS = {  # tag -> (what the prompt shows, the function that writes it in a target)
+def frame_to_write(example: Example) -> int:
+    """Return the view that the question asks for, else the lowest that has every object's truth."""
+    views = [set(centres) for centres in example.objects.values()]
+    common = set.intersection(*views)
+    frame = min(common, default=None) if example.frame is None else example.frame
+    if frame not in common:
+        raise ValueError(
+            f"{example.id}: no view, or not the one asked for, has a centre of every object"
+        )
+    return frame
+
+
+def write_think(example: Example) -> str:
+    return example.rationale or ""
+
+
+def write_answer(example: Example) -> str:
+    return example.answer
+
+
+# tag -> (what the prompt shows, the function that writes it in a target)
+SECTIONS = {
     "detect": ('HEADER\n<3d_box center="x,y,z">name (mention)</3d_box>', write_detect),
-    "think": ("your reasoning", lambda example: example.rationale or ""),
-    "answer": ("the answer alone", lambda example: example.answer),
+    "think": ("your reasoning", write_think),
+    "answer": ("the answer alone", write_answer),
 }
 
+
+def lookup(table: dict, name: str):
+    """Return an entry of a registry; ValueError for a name that it lacks."""
+    if name not in table:
+        raise ValueError(f"{name!r} is none of: {', '.join(table)}")
+    return table[name]
+
+
 # ---- Parsing: the only code that sees untrusted text. It never raises, and its time is linear in
-# the text.
-N = "([0-9]{1,4})"  # not \d, which takes the digits of every script
+# the length of the text: no regular expression here can backtrack over more than a few characters.
+
+# Not \d, which takes the digits of every script.
+COUNT = "([0-9]{1,4})"
 HEADER = re.compile(
-    f"(?:Find|After aligning to the reference frame {N}, find) {N} relevant objects:"
+    f"(?:Find|After aligning to the reference frame {COUNT}, find) {COUNT} relevant objects:"
 )
 DECIMAL = r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
-BOX_OPEN, BOX_CLOSE, BOX = '<3d_box center="', "</3d_box>", re.compile("<3d_box|</3d_box>")
+MAX_DIGITS = 20
+BOX_OPEN = '<3d_box center="'
+BOX_CLOSE = "</3d_box>"
+BOX_TAG = re.compile("<3d_box|</3d_box>")
 
 
 @dataclass
 class Parsed:
-    """A response, read; of an ill-formed one what could be: each tag's first block, each good
-    object line."""
+    """What could be read of a response; of an ill-formed one, the first block of each tag and every
+    object line that is good."""
 
-    boxes: list = field(default_factory=list)  # of (mention, name, (x, y, z) metres)
-    count: int | None = None  # the header's N
-    frame: int | None = None  # the header's K
+    # (mention, name, (x, y, z) in metres) of each
+    boxes: list = field(default_factory=list)
+    # the header's N and K
+    count: int | None = None
+    frame: int | None = None
     think: str | None = None
     answer: str | None = None
     well_formed: bool = False
@@ -189,279 +247,342 @@ class Parsed:
 
 
 def parse(response: str, path: str) -> Parsed:
-    """Read a response of that path, whatever its text (ValueError only for an unknown path)."""
-    tags = pick(PATHS, path).sections
+    """Read a response on that path, whatever its text (ValueError only for an unknown path)."""
+    tags = lookup(PATHS, path).sections
     if not tags:
         return Parsed(answer=response, well_formed=bool(response.strip()))
-    found, in_order = split_sections(response, tags)
-    parsed = Parsed(think=found.get("think"), answer=found.get("answer"), sections=found)
-    detected = read_detect(found["detect"], parsed) if "detect" in found else True
-    parsed.well_formed = in_order and detected and all(text.strip() for text in found.values())
+    blocks, in_order = split_sections(response, tags)
+    parsed = Parsed(think=blocks.get("think"), answer=blocks.get("answer"), sections=blocks)
+    detected = True
+    if "detect" in blocks:
+        detected = read_detect(blocks["detect"], parsed)
+    none_blank = all(text.strip() for text in blocks.values())
+    parsed.well_formed = in_order and none_blank and detected and has_just(response, tags)
     return parsed
 
 
+def has_just(response: str, tags: tuple[str, ...]) -> bool:
+    """Tell whether each of these tags opens and closes once, and no other of SECTIONS occurs."""
+    for tag in SECTIONS:
+        expected = 1 if tag in tags else 0
+        for mark in (f"<{tag}>", f"</{tag}>"):
+            if response.count(mark) != expected:
+                return False
+    return True
+
+
 def split_sections(response: str, tags: tuple[str, ...]) -> tuple[dict[str, str], bool]:
-    """Tag -> text of its first block; and whether the response is just these, in order, each tag
-    once."""
-    known = {tag for path in PATHS.values() for tag in path.sections}
-    good = all(
-        response.count(mark) == (tag in tags) for tag in known for mark in (f"<{tag}>", f"</{tag}>")
-    )
-    found, end = {}, 0
+    """Return tag -> text of its first block; and whether all blocks are there, in this order, with
+    only white space around them."""
+    blocks = {}
+    in_order = True
+    # where the block before ends
+    end = 0
     for tag in tags:
         start = response.find(f"<{tag}>")
         stop = response.find(f"</{tag}>", max(start, 0))
-        good = good and end <= start < stop and not response[end:start].strip()
-        if 0 <= start < stop:
-            found[tag], end = response[start + len(tag) + 2 : stop], stop + len(tag) + 3
-    return found, good and not response[end:].strip()
+        if not 0 <= start < stop:
+            in_order = False
+            continue
+        if start < end or response[end:start].strip():
+            in_order = False
+        blocks[tag] = response[start + len(f"<{tag}>") : stop]
+        end = stop + len(f"</{tag}>")
+    if response[end:].strip():
+        in_order = False
+    return blocks, in_order
 
 
 def read_detect(text: str, parsed: Parsed) -> bool:
-    """Fill in boxes, count and frame; True for a header and then exactly N >= 1 object lines."""
-    # splitlines() also splits at \f and U+2028
+    """Fill in boxes, count and frame; return True for a header and then exactly N >= 1 good object
+    lines."""
+    # Not splitlines(), which also splits at \f and U+2028.
     lines = [line.strip() for line in text.strip().split("\n")]
     header = HEADER.fullmatch(lines[0])
     if header:
-        parsed.frame, parsed.count = header[1] and int(header[1]), int(header[2])
-    boxes = [read_box(line) for line in lines[bool(header) :]]
+        frame, count = header.groups()
+        parsed.frame = None if frame is None else int(frame)
+        parsed.count = int(count)
+        del lines[0]
+    boxes = [read_box(line) for line in lines]
     parsed.boxes = [box for box in boxes if box]
-    return bool(header) and 1 <= parsed.count == len(boxes) == len(parsed.boxes)
+    return header is not None and 1 <= parsed.count == len(lines) == len(parsed.boxes)
 
 
 def read_box(line: str) -> tuple[str, str, tuple[float, float, float]] | None:
+    """Return (mention, name, (x, y, z)) of a good object line, else None."""
     if not (line.startswith(BOX_OPEN) and line.endswith(BOX_CLOSE)):
         return None
-    centre, _, text = line[len(BOX_OPEN) : -len(BOX_CLOSE)].partition('">')
-    xyz = centre.split(",")
-    if (
-        len(xyz) != 3
-        or BOX.search(text)
-        or not all(len(v) <= 20 and re.fullmatch(DECIMAL, v) for v in xyz)
-    ):
+    centre, _, label = line[len(BOX_OPEN) : -len(BOX_CLOSE)].partition('">')
+    numbers = centre.split(",")
+    if len(numbers) != 3 or BOX_TAG.search(label):
         return None
-    mention, name = split_mention(text.strip())
-    return (mention, name, tuple(map(float, xyz))) if mention and name else None
+    for text in numbers:
+        if len(text) > MAX_DIGITS or not re.fullmatch(DECIMAL, text):
+            return None
+    mention, name = split_mention(label.strip())
+    if not mention or not name:
+        return None
+    return mention, name, tuple(float(text) for text in numbers)
 
 
 def split_mention(text: str) -> tuple[str, str]:
-    """`chair (red bbox)` -> (`red bbox`, `chair`). Parentheses nest; with none at the end, text is
-    both."""
+    """`chair (red bbox)` -> (`red bbox`, `chair`). Parentheses nest; where none close the text, it
+    is both."""
+    if not text.endswith(")"):
+        return text, text
     depth = 0
-    for i in reversed(range(len(text) if text.endswith(")") else 0)):
-        depth += (text[i] == ")") - (text[i] == "(")
+    for i in reversed(range(len(text))):
+        if text[i] == ")":
+            depth += 1
+        elif text[i] == "(":
+            depth -= 1
         if depth == 0:
             return text[i + 1 : -1].strip(), text[:i].strip()
     return text, text
 
 
 # ---- Comparing an answer with the truth (eval.py uses the same function)
-CHOICE = r"L[.):]?|\(L\)|\[L\]|\{L\}|(?:L[.)]|\(L\))\s.*"  # L: the letter
-# two factors: 57 / 100 is 0.57, 57 * 0.01 is not
+
+LETTERS = ("A", "B", "C", "D", "E")
+# `B`, `B.`, `(B)`, `[B]`, `{B}`, `B. some text`, ...; L stands for the letter.
+CHOICE = r"L[.):]?|\(L\)|\[L\]|\{L\}|(?:L[.)]|\(L\))\s.*"
+# unit -> a factor and a divisor to metres, since 57 / 100 is 0.57 and 57 * 0.01 is not
 UNITS = {
-    unit: (up, down)
-    for up, down, units in (
-        (1, 1, "m meter meters metre metres degree degrees"),
-        (0.3048, 1, "ft feet"),
-        (0.0254, 1, "in inch inches"),
-        (1, 100, "cm centimeter centimeters centimetre centimetres"),
-        (1, 1000, "mm"),
-        (1000, 1, "km"),
-    )
-    for unit in units.split()
+    **dict.fromkeys(("m", "meter", "meters", "metre", "metres"), (1, 1)),
+    **dict.fromkeys(("degree", "degrees"), (1, 1)),
+    **dict.fromkeys(("ft", "feet"), (0.3048, 1)),
+    **dict.fromkeys(("in", "inch", "inches"), (0.0254, 1)),
+    **dict.fromkeys(("cm", "centimeter", "centimeters", "centimetre", "centimetres"), (1, 100)),
+    "mm": (1, 1000),
+    "km": (1000, 1),
 }
-# `5.` but not `5..`
+# `5`, `5 m`, `5.` and `5 m.`, but not `5..`
 QUANTITY = re.compile(rf"({DECIMAL})(?:\s*((?ai:{'|'.join(UNITS)})))?(?:(?<!\.)\.)?")
-AXES = [
-    ("move_right", "move_left"),
-    ("move_up", "move_down"),
-    ("move_forward", "move_backward"),
-    ("rotate_right", "rotate_left"),
-    ("rotate_up", "rotate_down"),
-]
+# direction of a camera motion -> (axis, sign)
+DIRECTIONS = {
+    "move_right": (0, 1),
+    "move_left": (0, -1),
+    "move_up": (1, 1),
+    "move_down": (1, -1),
+    "move_forward": (2, 1),
+    "move_backward": (2, -1),
+    "rotate_right": (3, 1),
+    "rotate_left": (3, -1),
+    "rotate_up": (4, 1),
+    "rotate_down": (4, -1),
+}
 
 
 def answer_score(answer: str | None, truth: str) -> float:
-    """How right an answer is, in [0, 1], by the truth's kind: choice A-E, camera motion, number, or
-    text."""
+    """Score an answer in [0, 1], by the truth's kind."""
     if answer is None:
         return 0.0
-    if truth.strip() in tuple("ABCDE"):
-        return float(
-            bool(re.fullmatch(CHOICE.replace("L", truth.strip()), answer.strip(), re.I | re.S))
-        )
-    if "move_" in truth or "rotate_" in truth:
+    kind = truth_kind(truth)
+    if kind == "choice":
+        forms = CHOICE.replace("L", truth.strip())
+        return 1.0 if re.fullmatch(forms, answer.strip(), re.I | re.S) else 0.0
+    if kind == "number":
+        return closeness(number(answer), number(truth))
+    if kind == "motion":
         return motion_score(motion(answer), motion(truth))
+    return 1.0 if normalised(answer) == normalised(truth) else 0.0
+
+
+def truth_kind(truth: str) -> str:
+    """Return choice (one letter A-E), motion (of the camera), number, or text (anything else)."""
+    if truth.strip() in LETTERS:
+        return "choice"
+    if "move_" in truth or "rotate_" in truth:
+        return "motion"
     if math.isfinite(number(truth)):
-        return number_score(number(answer), number(truth))
-    said, true = (" ".join(text.lower().split()).removesuffix(".") for text in (answer, truth))
-    return float(said == true)
+        return "number"
+    return "text"
 
 
 def number(text: str) -> float:
-    """One decimal number with at most a unit behind it, lengths in metres; nan for anything
+    """Read one decimal number with at most a unit behind it, lengths in metres; nan for anything
     else."""
     match = QUANTITY.fullmatch(text.strip())
     if not match:
         return math.nan
-    up, down = UNITS[(match[2] or "m").lower()]
-    return float(match[1]) * up / down
+    decimal, unit = match.groups()
+    factor, divisor = UNITS[(unit or "m").lower()]
+    return float(decimal) * factor / divisor
 
 
-def number_score(x: float, true: float) -> float:
-    """(e^-2r - e^-2) / (1 - e^-2) of the relative error r; 0 from r = 1 on, which constant guesses
-    reach."""
+def closeness(x: float, true: float) -> float:
+    """Score a number: (e^-2r - e^-2) / (1 - e^-2) of the relative error r, and 0 from r = 1 on."""
+    # The official code's e^-2r, less its floor: r = 1 is what a constant guess of 0 reaches.
     r = abs(x - true) / (abs(true) + 0.01)
-    # nan and inf: 0
-    return (math.exp(-2 * r) - math.exp(-2)) / (1 - math.exp(-2)) if r < 1 else 0.0
+    # Not `r >= 1`, which is False for nan.
+    if not r < 1:
+        return 0.0
+    return (math.exp(-2 * r) - math.exp(-2)) / (1 - math.exp(-2))
 
 
 def motion(text: str) -> list[float]:
-    """`move_right:0.4,rotate_left:30` -> five signed axes; nan for an unknown, repeated or bad
-    entry."""
-    entries = [entry.partition(":") for entry in text.split(",")]
-    moves = {key.strip(): number(value) for key, _, value in entries}
-    finite, unknown = all(map(math.isfinite, moves.values())), moves.keys() - set(sum(AXES, ()))
-    if len(moves) < len(entries) or not finite or unknown:
-        return [math.nan] * len(AXES)
-    return [moves.get(plus, 0.0) - moves.get(minus, 0.0) for plus, minus in AXES]
+    """`move_right:0.4,rotate_left:30` -> five signed axes; all nan for an unknown, repeated or
+    unreadable entry."""
+    axes = [0.0] * 5
+    seen = set()
+    for entry in text.split(","):
+        direction, _, amount = entry.partition(":")
+        direction = direction.strip()
+        value = number(amount)
+        if direction not in DIRECTIONS or direction in seen or not math.isfinite(value):
+            return [math.nan] * 5
+        seen.add(direction)
+        axis, sign = DIRECTIONS[direction]
+        axes[axis] += sign * value
+    return axes
 
 
 def motion_score(axes: list[float], true: list[float]) -> float:
-    """Mean number score over the axes on which answer or truth moves; 1 where both stand still."""
-    scores = [number_score(a, b) for a, b in zip(axes, true, strict=True) if a or b]
+    """Average the closeness over the axes on which answer or truth moves; 1 where neither does."""
+    scores = [closeness(a, b) for a, b in zip(axes, true, strict=True) if a or b]
     return sum(scores) / len(scores) if scores else 1.0
 
 
-# ---- Rewards: (Parsed, Example) -> [0, 1], of well-formed responses only. The others earn 0
-# throughout. nearer than (metres): score
-STEPS = (0.1, 1.0), (0.2, 0.8), (0.3, 0.6), (0.4, 0.4), (0.6, 0.2), (1.0, 0.1)
+def normalised(text: str) -> str:
+    return " ".join(text.lower().split()).removesuffix(".")
+
+
+# ---- Rewards: (Parsed, Example) -> [0, 1]. They see well-formed responses only; others earn 0.
+
+# (nearer than, in metres; points). Absolute, as in the paper: the same at 1 m and at 8 m of depth.
+STEPS = (
+    (0.1, 1.0),
+    (0.2, 0.8),
+    (0.3, 0.6),
+    (0.4, 0.4),
+    (0.6, 0.2),
+    (1.0, 0.1),
+)
+# Centres lie on a 0.01 m grid, so a distance of exactly 0.1 m happens; it has to fall on the same
+# side on every machine.
+TIE_SLACK = 1e-6
+
+
+def accuracy(parsed: Parsed, example: Example) -> float:
+    return answer_score(parsed.answer, example.answer)
+
+
+def well_formed(parsed: Parsed, example: Example) -> float:
+    return 1.0
 
 
 def detection(parsed: Parsed, example: Example) -> float:
-    """Points by distance over max(boxes, objects); of several views, in the frame that the header
-    states."""
+    """Sum the points of the placed objects, over max(boxes, objects); of several views, in the
+    frame that the header states."""
     truth = example.objects
-    if several_views(example):  # an object that this frame lacks still counts below
-        k = parsed.frame if example.frame in (None, parsed.frame) else None
-        truth = {mention: views[k] for mention, views in truth.items() if k in views}
-    first = {mention.lower(): centre for mention, _, centre in reversed(parsed.boxes)}
-    pairs = [
-        (xyz, first[mention.lower()]) for mention, xyz in truth.items() if mention.lower() in first
-    ]
-    # The slack decides ties alike on every machine: centres lie on a 0.01 m grid, so exactly 0.1 m
-    # happens.
-    total = sum(points(math.dist(a, b), slack=1e-6) for a, b in pairs)
+    if several_views(example):
+        if example.frame not in (None, parsed.frame):
+            return 0.0
+        # An object without truth in this frame is left out here and still counts below.
+        views = truth.items()
+        truth = {
+            mention: by_view[parsed.frame] for mention, by_view in views if parsed.frame in by_view
+        }
+    said = {}
+    for mention, _, centre in parsed.boxes:
+        # The first box of a mention counts; the others only lengthen `boxes` below.
+        said.setdefault(mention.lower(), centre)
+    total = 0.0
+    for mention, centre in truth.items():
+        if mention.lower() in said:
+            total += points(math.dist(centre, said[mention.lower()]))
     return total / max(len(parsed.boxes), len(example.objects), 1)
 
 
-def points(distance: float, slack: float) -> float:
-    return next((value for limit, value in STEPS if distance < limit - slack), 0.0)
+def points(distance: float) -> float:
+    for limit, value in STEPS:
+        if distance < limit - TIE_SLACK:
+            return value
+    return 0.0
 
 
 REWARDS = {
-    "accuracy": lambda parsed, example: answer_score(parsed.answer, example.answer),
-    "format": lambda parsed, example: 1.0,
+    "accuracy": accuracy,
+    "format": well_formed,
     "detect": detection,
 }
-Scores = namedtuple("Scores", ("total", *REWARDS))
+
+
+class Scores:
+    """What a response earns: `total`, and `parts`, each reward's by its name.
+
+    It is built, unpacked and compared like the tuple (total, accuracy, format, detect), which goes
+    on with a fork's own rewards, in the order of REWARDS. Parts that are not given are 0.
+    """
+
+    def __init__(self, total: float, *parts: float):
+        self.total = total
+        self.parts = dict.fromkeys(REWARDS, 0.0)
+        self.parts |= zip(list(REWARDS)[: len(parts)], parts, strict=True)
+
+    @property
+    def accuracy(self) -> float:
+        return self.parts["accuracy"]
+
+    @property
+    def format(self) -> float:
+        return self.parts["format"]
+
+    @property
+    def detect(self) -> float:
+        return self.parts["detect"]
+
+    def __iter__(self) -> Iterator[float]:
+        yield self.total
+        yield from self.parts.values()
+
+    def __len__(self) -> int:
+        return 1 + len(self.parts)
+
+    def __eq__(self, other) -> bool:
+        if not isinstance(other, Scores | tuple):
+            return NotImplemented
+        return tuple(self) == tuple(other)
+
+    def __repr__(self) -> str:
+        return f"Scores(total={self.total}, parts={self.parts})"
 
 
 def score(response: str, example: Example, rules: str = "strict") -> Scores:
-    """What a response earns: the total by its path's weights, and every part; finite, in [0, 1].
-    rules: strict, or official, which has that code's bugs (detect above 1, accuracy nan); else
-    ValueError."""
-    path, rewarded = pick(PATHS, example.path), pick(RULES, rules)
-    parts = dict.fromkeys(REWARDS, 0.0) | (rewarded if path.sections else strict)(response, example)
+    """Score a response: the total by its path's weights, and every part; finite and in [0, 1].
+
+    rules: strict; or official, which has that code's bugs (detect above 1, accuracy nan); else
+    ValueError.
+    """
+    rewards = lookup(RULES, rules)
+    if not lookup(PATHS, example.path).sections:
+        # The official code has no such path.
+        rewards = strict
+    parts = dict.fromkeys(REWARDS, 0.0) | rewards(response, example)
+    total = sum(weight * parts[name] for name, weight in weights_of(example).items())
+    return Scores(total, *parts.values())
+
+
+def weights_of(example: Example) -> dict[str, float]:
+    """Return the weight of every reward in this example's total, in the order of REWARDS."""
+    path = lookup(PATHS, example.path)
     weights = path.weights if example.objects else path.weights_without_objects
-    return Scores(sum(weight * parts[name] for name, weight in weights.items()), **parts)
+    return dict.fromkeys(REWARDS, 0.0) | weights
 
 
 def strict(response: str, example: Example) -> dict[str, float]:
+    """Apply every entry of REWARDS; an empty dict where the response is ill-formed."""
     parsed = parse(response, example.path)
-    return (
-        {name: reward(parsed, example) for name, reward in REWARDS.items()}
-        if parsed.well_formed
-        else {}
-    )
+    if not parsed.well_formed:
+        return {}
+    return {name: reward(parsed, example) for name, reward in REWARDS.items()}
 
 
-# ---- The official code's numbers, bugs included, for comparison. It has no path without sections.
-# (?>): no way back, so the time stays linear
-FORMS = {
-    "lor": "<think>(?>.*?</think><answer>).*</answer>",
-    "dtr": "<detect>(?>.*?</detect><think>)(?>.*?</think><answer>).*</answer>",
-}
-PAIR = re.compile(r"(?<!\w)(\w+):([+-]?(?:\d+\.?\d*|\.\d+))")  # so does the look-behind
-ITEM = re.compile(r'<3d_box center="([^"]*)">([^<]*)</3d_box>')
+def as_official(response: str, example: Example) -> dict[str, float]:
+    """Put the official code's accuracy, format and detect in the place of ours."""
+    theirs = official.rewards(response, example, several_views(example), STEPS)
+    return strict(response, example) | theirs
 
 
-def official(response: str, example: Example) -> dict[str, float]:
-    for mark in "<>/":  # white space around these goes, also in `a / b`
-        response = mark.join(part.strip() for part in response.split(mark))
-    answer, ordered = (
-        block(response, "answer"),
-        re.fullmatch(pick(FORMS, example.path), response, re.S),
-    )
-    once = all(response.count(tag) == 1 for tag in ("<think>", "</think>", "<answer>", "</answer>"))
-    return {
-        "accuracy": official_accuracy(answer, example.answer)
-        if once and "\n" not in answer
-        else 0.0,
-        "format": float(bool(ordered) and (once or example.path == "dtr")),  # dtr counts no tags
-        "detect": official_detect(block(response, "detect"), example)
-        if example.path == "dtr"
-        else 0.0,
-    }
-
-
-def block(text: str, tag: str) -> str:
-    inside, closed, _ = text.partition(f"<{tag}>")[2].partition(f"</{tag}>")
-    return inside if closed else ""
-
-
-def official_accuracy(answer: str, truth: str) -> float:
-    """0 earns e^-2, "nan" is a number, extra motions are free."""
-
-    def decay(x: str, true: str) -> float:
-        return math.exp(-2 * abs(float(x) - float(true)) / (abs(float(true)) + 0.01))
-
-    if truth in tuple("ABCDE"):
-        return float(
-            answer.upper() in [f % truth for f in ("%s", "(%s)", "[%s]", "{%s}", r"\TEXT{%s}")]
-        )
-    try:
-        if "move_" not in truth:
-            return round(decay(answer, truth), 2)
-        said, true = dict(PAIR.findall(answer)), dict(PAIR.findall(truth))
-        return round(sum(decay(said[key], true[key]) for key in true if key in said) / len(true), 2)
-    except (ValueError, ZeroDivisionError):
-        return 0.0
-
-
-def official_detect(text: str, example: Example) -> float:
-    """Last box of a name, first name with the mention in it, over the number of names; any failure
-    is 0."""
-    truth, total = example.objects, 0.0
-    try:
-        found = {name: [float(v) for v in xyz.split(",")] for xyz, name in ITEM.findall(text)}
-        if several_views(example):  # one character at a fixed place: 10 reads as 1
-            if "first image" in example.question:
-                return 0.0  # there that character is compared with the number 0
-            k = text[len("After aligning to the reference frame ")]
-            truth = {
-                key: {str(view): xyz for view, xyz in views.items()}[k]
-                for key, views in truth.items()
-            }
-        for mention, true in truth.items():
-            for near in [xyz for name, xyz in found.items() if mention.replace("_", " ") in name][
-                :1
-            ]:
-                # one number: on x alone
-                total += points(math.dist(near[:3], true[: len(near)]), slack=0.0)
-        return total / len(found)
-    except (ValueError, KeyError, IndexError, ZeroDivisionError):
-        return 0.0
-
-
-RULES = {"strict": strict, "official": official}
+RULES = {"strict": strict, "official": as_official}

@@ -1,53 +1,62 @@
 """GRPO on both paths, top to bottom: roll out, score, advantage, filter, loss, step, log.
 
     1 GPU    python train_rl.py --model out/sft/step-002000 --data scenes:out/train --out out/rl
-    8 GPUs   torchrun --nproc_per_node 8 train_rl.py (the same flags; --prompts stays the global number)
+    8 GPUs   torchrun --nproc_per_node 8 train_rl.py (the same flags; --prompts stays the global
+             number)
 
 A step takes --prompts prompts, as many of each path that the data have (each path walks its own
 shuffled order: the rows of one question in two paths are not kept together), and --group
 completions of each.
 
     r = srreal.score(text, example).total          A = (r - mean) / (std + 1e-6) in the group
-    loss = policy loss(log p, A) + kl * k3(ref)    over the completion tokens of the groups that are kept
+    loss = policy loss(log p, A) + kl * k3(ref)    over completion tokens of the groups that are kept
 
 A group is kept if the accuracies in it differ (--filter accuracy): where all are right or all
 wrong, only noise in the smaller parts would be learnt. Three policies stand beside the one that
 learns:
-    old      itself before the step: its log-prob, detached. With --updates 1 that takes no extra forward
-    rollout  the sampler: same weights, other numerics; a token weighs min(p_old / p_rollout, rollout_cap)
-    ref      --model, also after --resume; its log-probs are taken once a rollout, and only if --kl > 0. It is
-             no second model: what learns changes places with what it was (trainer.Reference)
 
-Metrics of a step: loss; reward, the mean total of all completions; groups, how many were sampled,
-and kept, their share that is trained on; discarded and discarded_tokens, samples (also begun ones)
-behind the last group that --tries wanted; truncated, of completions without an end token; of each
-path P: P_reward, P_accuracy, P_format, P_detect, P_length (tokens), P_truncated, P_kept, P_entropy
-(nats), P_kl. Over the trained tokens: entropy, kl (k3 to ref), clip_low, clip_high (shares whose
-loss the clip binds), ratio_max, mismatch_kl, and mismatch_mean and mismatch_max of |log p_old - log
-p_rollout|. grad_norm is before the clip; times are without validation and saving. With --eval-data:
-val_P_accuracy and so on, greedy, after the row's update; val0_* in the first row, before any.
+    old      itself before the step: its log-prob, detached. With --updates 1 that takes no extra
+             forward, and no ratio can leave 1: the clips can't act
+    rollout  the sampler: same weights, other numerics; a token weighs
+             min(p_old / p_rollout, rollout_cap)
+    ref      --model, also after --resume; its log-probs are taken once a rollout, and only if
+             --kl > 0. It is no second model: what learns changes places with what it was
+             (training/policy.py)
+
+Metrics of a step: loss; reward, the mean total of all completions; a column for each entry of
+srreal.REWARDS; groups, how many were sampled, and kept, their share that is trained on; discarded
+and discarded_tokens, samples (also begun ones) behind the last group that --tries wanted;
+truncated, the share of completions without an end token; length in tokens. Each of these for each
+path P as well: P_reward, P_accuracy and so on. Over the trained tokens: entropy (nats), kl (k3 to
+ref), both by path, too; clip_low, clip_high (shares whose loss the clip binds), ratio_max,
+mismatch_kl, and mismatch_mean and mismatch_max of |log p_old - log p_rollout|. grad_norm is before
+the clip; times are without validation and saving. With --eval-data: val_P_accuracy and so on,
+greedy, after the row's update; val0_* in the first row, before any.
 
 Departures from the paper and the official code:
+
  1. Rewards are strict (srreal.py says how); --rules official gives the official numbers.
- 2. Groups are filtered on accuracy, not on .2 < mean total < .99, which keeps all-right groups whose boxes
-    differ. Filtered groups are not replaced unless --tries says so (DAPO's dynamic sampling, in the
-    order of the prompts: in that of finishing, short answers would be preferred; each rank wants
-    its share).
- 3. The loss is divided by the global number of trained tokens, not by micro-batch. 4. Sampling is
- not cut (top_p 1; theirs .99), and the sampler's own log-probs correct the loss. Completions
-    that were cut at --max-new-tokens are trained on as they are: ill-formed, they earn nothing.
+
+ 2. Groups are filtered on accuracy, not on .2 < mean total < .99, which keeps all-right groups
+    whose boxes differ. Filtered groups are not replaced unless --tries says so (DAPO's dynamic
+    sampling, in the order of the prompts: in that of finishing, short answers would be preferred;
+    each rank wants its share).
+
+ 3. The loss is divided by the global number of trained tokens, not by micro-batch.
+
+ 4. Sampling is not cut (top_p 1; theirs .99), and the sampler's own log-probs correct the loss.
+    Completions that were cut at --max-new-tokens are trained on as they are: ill-formed, they earn
+    nothing.
+
  5. One set of weights samples and trains; theirs keeps the prompts' embeddings from a frozen copy.
+
  6. The paths have equal shares of each step; theirs is one shuffled list.
 """
 
-import json
 import math
 import time
-from collections import Counter
-from contextlib import nullcontext
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
-from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
@@ -55,14 +64,28 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import trainer
-from kernels.policy_loss import policy_loss
-from kernels.rewards import group_advantages
+from errors import UserError
+from kernels.policy_loss import LOSSES, policy_loss
+from kernels.rewards import rewards_and_advantages
+from model.batch import Batch
+from model.batch import Prompt as EncodedPrompt
+from model.images import DeviceImages
 from model.lora import LORA_RANK
-from model.processor import Batch, DeviceImages, Processor
-from model.rollout import Rollout, default_slots, generate, release
-from optim import Optimizer, learning_rate
-from srreal import Example, Scores, score
+from model.processor import Processor
+from model.qwen_vl import QwenVL
+from model.rollout import Engine, Rollout, default_slots
+from srreal import PATHS, REWARDS, Example, Scores, score
+from training import checkpoints, ranks, run
+from training.batches import (
+    Order,
+    dummy_example,
+    equalize_passes,
+    needs_dummy,
+    pack_by_tokens,
+)
+from training.metrics import Metrics, sums_by_path
+from training.optim import Optimizer, learning_rate
+from training.policy import Reference, load_policy, synced_passes
 
 
 @dataclass
@@ -80,12 +103,19 @@ class Config:
     updates: int = 1  # optimiser steps a rollout, each on its own share of the prompts
     max_new_tokens: int = 1024  # a longer completion is cut, and so is not well-formed
     temperature: float = 1.0  # of sampling; the trainer's log-probs are at the same
+    top_p: float = 1.0  # sample from the likeliest tokens that have so much probability together
     rules: Literal["strict", "official"] = "strict"  # of scoring
     filter: Literal["accuracy", "none"] = "accuracy"  # which groups are trained on
-    loss: Literal["dapo", "grpo", "dr_grpo", "gspo", "cispo"] = "dapo"  # see kernels/policy_loss.py
+    loss: str = (
+        "dapo"  # a name of LOSSES in kernels/policy_loss.py: dapo, grpo, dr_grpo, gspo, cispo
+    )
+    fused_loss: bool = (
+        True  # the loss's Triton kernel on CUDA; --no-fused-loss: its PyTorch reference
+    )
     kl: float = 0.01  # weight of the k3 KL to the reference policy
-    clip_low: float = 0.2  # the ratio is clipped to 1 - clip_low ...
-    clip_high: float = 0.3  # ... 1 + clip_high
+    # the ratio is clipped to 1 - clip_low ...; None: what the loss's paper has (LOSSES)
+    clip_low: float | None = None
+    clip_high: float | None = None  # ... 1 + clip_high
     dual_clip: float = 3.0  # cap of the loss where A < 0, in units of |A|
     rollout_cap: float = 2.0  # cap of the weight p_old / p_rollout
     lr: float = 1e-6  # peak learning rate
@@ -117,9 +147,13 @@ class Config:
     skip_bad_rows: bool = False  # go on without the unusable rows, and count them
 
     def __post_init__(self):
-        self.lora = self.lora or LORA_RANK * (self.train == "lora")
+        if self.train == "lora" and not self.lora:
+            self.lora = LORA_RANK
+        if self.loss not in LOSSES:
+            raise UserError(f"--loss {self.loss}: it is one of {', '.join(LOSSES)}")
 
 
+# What a printed line shows of a step: name -> format.
 COLUMNS = {
     "step": "5d",
     "reward": "6.3f",
@@ -131,410 +165,556 @@ COLUMNS = {
     "rollout_tokens_per_second": "6.0f",
     "seconds": "6.2f",
 }
-# What is logged of each path and of all, and what the sum of it is divided by (None: by nothing).
-GRADES = dict.fromkeys(
-    ("reward", "accuracy", "format", "detect", "length", "truncated"), "completions"
-)
-GRADES |= {"kept": "groups", "groups": None, "sampled_tokens": None}
-TOKENS = {"tokens": None, "entropy": "tokens", "kl": "tokens"}
-GAPS = dict.fromkeys(("clip_low", "clip_high", "mismatch_kl", "mismatch_mean"), "trained")
+# Columns that a validation has.
+VALIDATED = ["reward", *REWARDS, "length", "truncated", "groups", "sampled_tokens"]
 
 
-class Prompts:
-    """An endless row of prompts: number i is of path i mod k, and each path has its own shuffled
-    order."""
+# ---- Prompts and groups
+
+
+@dataclass
+class Prompt:
+    """An example, the turn that it came in, and what the processor made of it for this step."""
+
+    example: Example
+    turn: int  # a turn has one prompt of each path
+    encoded: EncodedPrompt | None = None
+
+
+class PromptOrder:
+    """An endless row of prompts. Number i is of path i mod k; each path has its own shuffled order."""
 
     def __init__(self, examples: list[Example], seed):
-        self.paths = sorted({e.path for e in examples})
-        self.rows = {path: [e for e in examples if e.path == path] for path in self.paths}
-        self.orders = {
-            p: trainer.Order(range(len(rows)), f"{seed} {p}") for p, rows in self.rows.items()
-        }
+        self.paths = sorted({example.path for example in examples})
+        self.examples = {}
+        self.orders = {}
+        for path in self.paths:
+            own = [example for example in examples if example.path == path]
+            self.examples[path] = own
+            self.orders[path] = Order(range(len(own)), f"{seed} {path}")
 
-    def __getitem__(self, i: int) -> tuple[int, Example]:
-        """(turn, example): a turn has one prompt of each path."""
-        turn, path = i // len(self.paths), self.paths[i % len(self.paths)]
-        return turn, self.rows[path][self.orders[path].rows(turn, 1)[0]]
+    def __getitem__(self, i: int) -> Prompt:
+        turn, which = divmod(i, len(self.paths))
+        path = self.paths[which]
+        (row,) = self.orders[path].rows(turn, 1)
+        return Prompt(self.examples[path][row], turn)
 
 
 @dataclass
 class Group:
     """The completions of one prompt, and what they earned."""
 
-    example: Example
-    turn: int
+    prompt: Prompt
     rollouts: list[Rollout]
     scores: list[Scores] = field(default_factory=list)
     advantages: list[float] = field(default_factory=list)
     differs: bool = False  # in accuracy
 
-
-def choose_slots(cfg: Config, model, planned: int, earlier: int) -> Config:
-    """--slots, else those of the run that goes on, else what every rank has memory for; in
-    config.json."""
-    own = default_slots(model, cfg.group, cfg.max_new_tokens)
-    own = min(own, planned or own) if model.device.type == "cuda" else own
-    earlier, most = trainer.reduce([earlier, -own], "MAX")
-    cfg = replace(cfg, slots=cfg.slots or int(earlier or -most))
-    if trainer.FIRST:
-        config = json.loads((Path(cfg.out) / "config.json").read_text())
-        trainer.write_config(Path(cfg.out), config | {"slots": cfg.slots})
-    return cfg
+    @property
+    def example(self) -> Example:
+        return self.prompt.example
 
 
-def roll_out(
-    model,
-    processor: Processor,
-    prompts,
-    cfg: Config,
-    seed: int,
-    wanted=0,
-    greedy=False,
-    images: DeviceImages | None = None,
-):
-    """Groups of the prompts in their order, and how many samples and tokens were in vain: with
-    `wanted`, groups end with the one that is so many's last to differ."""
-    n, temperature = (1, 0.0) if greedy else (cfg.group, cfg.temperature)
-    quiet, examples, heard, in_vain = (
-        None if trainer.FIRST else True,
-        [e for _, e in prompts],
-        [],
-        [],
-    )
-
-    def enough(rollouts: list[Rollout]) -> bool:
-        accuracies = [score(r.text, examples[len(heard)], cfg.rules).accuracy for r in rollouts]
-        heard.append(max(accuracies) - min(accuracies) > 1e-6)
-        return sum(heard) >= wanted
-
-    with tqdm(total=len(prompts) * n, desc="rollout", leave=False, disable=quiet) as bar:
-        rollouts = trainer.mendable(
-            generate,
-            model,
-            processor,
-            examples,
-            n=n,
-            max_new_tokens=cfg.max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            progress=bar.update,
-            slots=None if greedy else cfg.slots,  # prompts of one sample each take more memory
-            enough=enough if wanted else None,
-            wasted=lambda *counts: in_vain.extend(counts),
-            images=images,
-        )
-    groups = [
-        Group(example, turn, own) for (turn, example), own in zip(prompts, rollouts, strict=False)
-    ]
-    return groups, in_vain or [0, 0]
+def encode(prompts: list[Prompt], processor: Processor) -> None:
+    """Build each prompt once: ids, positions, regions, images. Its group carries it from here."""
+    for prompt in prompts:
+        prompt.encoded = processor.prompt(prompt.example)
 
 
-def means(sums: dict[str, Counter], names: dict[str, str | None]) -> dict[str, float]:
-    """Sums by path on each rank -> path_name of each path, and name of all paths together, over all
-    ranks."""
-    columns = sorted({*names, *filter(None, names.values())})
-    flat = iter(trainer.reduce([float(sums[path][column]) for path in sums for column in columns]))
-    rows = {path: {column: next(flat) for column in columns} for path in sums}
-    rows[""] = {column: sum(row[column] for row in rows.values()) for column in columns}
-    return {
-        f"{path}_{name}".lstrip("_"): row[name] / (max(row[by], 1.0) if by else 1.0)
-        for path, row in rows.items()
-        for name, by in names.items()
-    }
+def local_share(prompts: list[Prompt], rank: int, world: int) -> list[Prompt]:
+    """Return this rank's prompts, by expected length: path dtr writes a box for each region."""
+    lengths = []
+    for prompt in prompts:
+        boxes = len(prompt.example.regions) if prompt.example.path == "dtr" else 0
+        lengths.append(1.0 + boxes)
+    return [prompts[i] for i in ranks.shard_by_length(lengths, rank, world)]
 
 
-def grade(groups: list[Group], paths: list[str], rules: str) -> dict[str, float]:
-    """Scores the groups, fills in their advantages, and says how they did."""
-    sums = {path: Counter() for path in paths}
-    for group in groups:
-        scores = [score(r.text, group.example, rules) for r in group.rollouts]
-        # The official rules take "nan" for a number.
-        group.scores = [s if math.isfinite(s.total) else s._make([0.0] * len(s)) for s in scores]
-    parts = torch.tensor(
-        [(s.total, s.accuracy) for g in groups for s in g.scores], dtype=torch.float64
-    )
-    starts = torch.tensor([0, *(len(g.scores) for g in groups)]).cumsum(0)
-    advantages, differs = group_advantages(*parts.view(-1, 2).T, starts)
-    for i, group in enumerate(groups):
-        group.advantages, group.differs = (
-            advantages[starts[i] : starts[i + 1]].tolist(),
-            bool(differs[i]),
-        )
-        own = sums[group.example.path]
-        for r, s in zip(group.rollouts, group.scores, strict=True):
-            own.update(
-                completions=1, reward=s.total, accuracy=s.accuracy, format=s.format, detect=s.detect
-            )
-            own.update(length=len(r.tokens), sampled_tokens=len(r.tokens), truncated=not r.finished)
-        own.update(groups=1, kept=group.differs)
-    return means(sums, GRADES)
+# ---- Roll out, score, advantage
 
 
 @dataclass
-class Micro:
-    """One forward pass: a packed batch, and what the loss needs of its S sequences and L target
-    tokens. Behind them a filler may stand in the batch, for other ranks' sake."""
+class RollOut:
+    groups: list[Group]
+    discarded_samples: int = 0
+    discarded_tokens: int = 0
 
-    batch: Batch
-    owner: Tensor  # (L,) index of each token's path
+
+def roll_out(
+    engine: Engine,
+    prompts: list[Prompt],
+    cfg: Config,
+    seed: int,
+    images: DeviceImages | None = None,
+    wanted: int = 0,
+) -> RollOut:
+    """Sample completions of each prompt, and score them.
+
+    wanted: stop behind the group that is so many's last to differ in accuracy, in the order of the
+    prompts; 0: never. What runs behind it is discarded.
+    """
+    stream = engine.sample_groups([prompt.encoded for prompt in prompts], seed, images)
+    groups = []
+    informative = 0
+    for group in with_progress(prompts, stream, engine.options.n):
+        group.scores = [finite_score(r.text, group.example, cfg.rules) for r in group.rollouts]
+        accuracies = [s.accuracy for s in group.scores]
+        informative += max(accuracies) - min(accuracies) > 1e-6
+        groups.append(group)
+        if wanted and informative >= wanted:
+            break
+    stream.close()
+    return RollOut(groups, stream.discarded_samples, stream.discarded_tokens)
+
+
+def with_progress(
+    prompts: list[Prompt], stream: Iterator[list[Rollout]], n: int
+) -> Iterator[Group]:
+    """Yield the groups of the prompts as they come, below a progress bar of their samples."""
+    hidden = None if ranks.is_first() else True
+    with tqdm(total=len(prompts) * n, desc="rollout", leave=False, disable=hidden) as bar:
+        for prompt, rollouts in zip(prompts, stream, strict=False):
+            bar.update(n)
+            yield Group(prompt, rollouts)
+
+
+def finite_score(text: str, example: Example, rules: str) -> Scores:
+    """Score a completion. The official rules take "nan" for a number: then it earns nothing."""
+    scores = score(text, example, rules)
+    if math.isfinite(scores.total):
+        return scores
+    return Scores(0.0, *[0.0] * len(REWARDS))
+
+
+def add_advantages(groups: list[Group], device: torch.device) -> None:
+    """Fill in advantages, and whether the accuracies of a group differ: one launch on CUDA."""
+    if not groups:
+        return
+    parts = []
+    weights = []
+    starts = [0]
+    for group in groups:
+        path = PATHS[group.example.path]
+        own = path.weights if group.example.objects else path.weights_without_objects
+        weights.append([own.get(name, 0.0) for name in REWARDS])
+        for scores in group.scores:
+            parts.append([scores.parts[name] for name in REWARDS])
+        starts.append(len(parts))
+    _, advantages, keep = rewards_and_advantages(
+        torch.tensor(parts, dtype=torch.float64, device=device),
+        torch.tensor(weights, dtype=torch.float64, device=device),
+        torch.tensor(starts, device=device),
+        accuracy_column=list(REWARDS).index("accuracy"),
+    )
+    advantages = advantages.tolist()
+    for group, differs, start, end in zip(groups, keep.tolist(), starts, starts[1:], strict=False):
+        group.advantages = advantages[start:end]
+        group.differs = differs
+
+
+def add_scores(metrics: Metrics, groups: list[Group], is_kept) -> None:
+    """Add what the groups earned to the metrics, every entry of REWARDS by its name."""
+    for group in groups:
+        metrics.add_group(
+            group.example.path,
+            rewards=[{"reward": s.total, **s.parts} for s in group.scores],
+            lengths=[len(r.tokens) for r in group.rollouts],
+            cut=[not r.finished for r in group.rollouts],
+            kept=is_kept(group),
+        )
+
+
+def validate(
+    model: QwenVL, processor: Processor, prompts: list[Prompt], paths: list[str], cfg: Config
+) -> dict[str, float]:
+    """Return the columns of a greedy validation, by the rules of training."""
+    processor.prefetch([prompt.example for prompt in prompts])
+    encode(prompts, processor)
+    # Prompts of one sample each take more memory than groups: as many slots as there is room for.
+    greedy = Engine(model, processor, n=1, max_new_tokens=cfg.max_new_tokens, temperature=0.0)
+    groups = roll_out(greedy, prompts, cfg, seed=0).groups
+    for prompt in prompts:
+        prompt.encoded = None  # its images needn't stay
+    metrics = Metrics(paths, list(REWARDS))
+    add_scores(metrics, groups, is_kept=lambda group: False)
+    return metrics.row(VALIDATED)
+
+
+# ---- Forward passes
+
+
+@dataclass
+class MicroBatch:
+    """One forward pass: a packed batch, and what the loss needs of its S sequences and L tokens.
+
+    Behind the sequences the dummy may stand in the batch, for other ranks' sake.
+    """
+
+    batch: Batch  # on the host
+    owner: Tensor  # (L,) int64, index of each token's path
     advantage: Tensor  # (S,)
-    cu: Tensor  # (S+1,)
-    rollout: Tensor  # (L,) the sampler's log-probs
-    old: Tensor | None = None  # (L,)
-    ref: Tensor | None = None  # (L,)
+    cu_seqlens: Tensor  # (S + 1,)
+    rollout_logprob: Tensor  # (L,)
+    old_logprob: Tensor | None = None  # (L,)
+    ref_logprob: Tensor | None = None  # (L,)
+
+
+@dataclass
+class Piece:
+    """Some completions of a group: a group that is longer than a pass is split, its prompt repeated."""
+
+    prompt: Prompt
+    rollouts: list[Rollout]
+    advantages: list[float]
 
 
 def pack(
-    groups: list[Group], processor: Processor, paths: list[str], cfg: Config, world: int, device
-):
-    """Groups in forward passes of about micro_tokens; a longer group is split, its prompt
-    repeated."""
-    pieces, lengths = [], []
+    groups: list[Group],
+    processor: Processor,
+    paths: list[str],
+    micro_tokens: int,
+    world: int,
+    device: torch.device,
+) -> list[MicroBatch]:
+    """Pack groups into forward passes of about `micro_tokens`, equally many on every rank."""
+    pieces = []
+    lengths = []
     for group in groups:
-        prompt, own = (
-            len(processor.prompt_ids(group.example)),
-            [len(r.tokens) for r in group.rollouts],
-        )
-        for part in trainer.cut(own, cfg.micro_tokens - prompt):
-            pieces.append((group.example, group.rollouts[part], group.advantages[part]))
-            lengths.append(prompt + sum(own[part]))
-    parts = [pieces[part] for part in trainer.cut(lengths, cfg.micro_tokens)]
-    return trainer.even(
-        [micro(part, processor, paths, world, device) for part in parts],
-        lambda: micro([], processor, paths, world, device),
+        prompt_tokens = len(group.prompt.encoded.ids)
+        completions = [len(r.tokens) for r in group.rollouts]
+        for part in pack_by_tokens(completions, micro_tokens - prompt_tokens):
+            pieces.append(Piece(group.prompt, group.rollouts[part], group.advantages[part]))
+            lengths.append(prompt_tokens + sum(completions[part]))
+    microbatches = []
+    for part in pack_by_tokens(lengths, micro_tokens):
+        microbatches.append(make_microbatch(pieces[part], processor, paths, world, device))
+    return equalize_passes(
+        microbatches, lambda: make_microbatch([], processor, paths, world, device)
     )
 
 
-def micro(pieces: list, processor: Processor, paths: list[str], world: int, device) -> Micro:
-    """pieces: (example, rollouts, their advantages)."""
-    examples = trainer.pad([example for example, _, _ in pieces], world)
-    completions = [[r.tokens for r in rollouts] for _, rollouts, _ in pieces]
-    completions += [[[processor.end_ids[0]]]] * (len(examples) - len(pieces))
-    batch = processor(examples, completions)
-    owner = [paths.index(e.path) for e, rollouts, _ in pieces for r in rollouts for _ in r.tokens]
-    advantage = [a for _, _, advantages in pieces for a in advantages]
-    sampled = [logprob for _, rollouts, _ in pieces for r in rollouts for logprob in r.logprobs]
-    owner, advantage, sampled = (
-        torch.tensor(x, device=device) for x in (owner, advantage, sampled)
-    )
-    return Micro(
-        batch, owner, advantage, batch.cu_targets[: len(advantage) + 1].to(device), sampled
+def make_microbatch(
+    pieces: list[Piece],
+    processor: Processor,
+    paths: list[str],
+    world: int,
+    device: torch.device,
+) -> MicroBatch:
+    owner, advantage, rollout_logprob, completions = [], [], [], []
+    for piece in pieces:
+        path = paths.index(piece.prompt.example.path)
+        advantage.extend(piece.advantages)
+        completions.append([r.tokens for r in piece.rollouts])
+        for r in piece.rollouts:
+            owner.extend([path] * len(r.tokens))
+            rollout_logprob.extend(r.logprobs)
+    prompts = [piece.prompt.encoded for piece in pieces]
+    if needs_dummy([piece.prompt.example for piece in pieces], world):
+        prompts.append(processor.prompt(dummy_example()))
+        completions.append([[processor.end_ids[0]]])
+    batch = processor.pack(prompts, completions)
+    return MicroBatch(
+        batch,
+        torch.tensor(owner, dtype=torch.int64, device=device),
+        torch.tensor(advantage, dtype=torch.float32, device=device),
+        batch.cu_targets[: len(advantage) + 1].to(device),
+        torch.tensor(rollout_logprob, dtype=torch.float32, device=device),
     )
 
 
 def forward(
-    model, one: Micro, temperature: float, images: DeviceImages | None = None
+    model: QwenVL, mb: MicroBatch, temperature: float, images: DeviceImages | None
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies (L,). The batch is on the host; a step's images are uploaded once."""
-    output = model(one.batch.to(one.cu.device, images), temperature)
-    return output.logprob[: len(one.rollout)], output.entropy[: len(one.rollout)]
+    """Return log-probs and entropies (L,). A step's images are uploaded once."""
+    output = model(mb.batch.to(model.device, images), temperature)
+    tokens = len(mb.rollout_logprob)
+    return output.logprob[:tokens], output.entropy[:tokens]
 
 
 @torch.no_grad()
-def token_stats(
-    one: Micro, sums: dict[str, Counter], logprob: Tensor, entropy: Tensor, metrics: dict
-):
-    """Adds the pass to `sums` (by path, in their order; "" is of all); returns its maxima."""
-    gaps = torch.cat((logprob.new_zeros(1), (one.old - one.rollout).abs()))
-    d = torch.zeros_like(logprob) if one.ref is None else one.ref - logprob
-    each = torch.stack((torch.ones_like(d), entropy, torch.expm1(d) - d), 1).double()
-    paths, names = (
-        [path for path in sums if path],
-        ("clip_low", "clip_high", "mismatch_kl", "ratio_max"),
+def add_tokens(
+    metrics: Metrics, mb: MicroBatch, logprob: Tensor, entropy: Tensor, loss_metrics: dict
+) -> None:
+    """Add a pass to the metrics. The one wait for the device."""
+    gap = (mb.old_logprob - mb.rollout_logprob).abs()
+    gap = torch.cat((gap, gap.new_zeros(1)))  # a pass may have no token
+    k3 = torch.zeros_like(logprob)
+    if mb.ref_logprob is not None:
+        d = mb.ref_logprob - logprob
+        k3 = torch.expm1(d) - d
+    by_path = sums_by_path(
+        torch.stack((torch.ones_like(k3), entropy, k3), 1), mb.owner, len(metrics.paths)
     )
-    own = each.new_zeros(len(paths), 3).index_add_(0, one.owner.long(), each)
-    values = [*(metrics[name] for name in names), gaps.sum(), gaps.max()]
-    # the one wait for the device
-    values = torch.cat((own.flatten(), torch.stack(values).double())).tolist()
-    *own, low, high, mismatch, ratio, gap, most = values
-    for i, path in enumerate(paths):
-        tokens, nats, kl = own[3 * i : 3 * i + 3]
-        sums[path].update(tokens=tokens, entropy=nats, kl=kl)
-    shares = {
-        "clip_low": low * len(d),
-        "clip_high": high * len(d),
-        "mismatch_kl": mismatch * len(d),
+    names = ("clip_low", "clip_high", "mismatch_kl", "ratio_max")
+    of_all = torch.stack([*(loss_metrics[name] for name in names), gap.sum(), gap.max()])
+    values = torch.cat((by_path.flatten(), of_all.double())).tolist()
+
+    for i, path in enumerate(metrics.paths):
+        tokens, nats, kl = values[3 * i : 3 * i + 3]
+        metrics.add(path, tokens=tokens, entropy=nats, kl=kl)
+    clip_low, clip_high, mismatch_kl, ratio_max, gap_sum, gap_max = values[-6:]
+    count = len(logprob)
+    metrics.add(
+        metrics.paths[0],  # what is not logged by path may count as any path's
+        trained_tokens=count,
+        clip_low=clip_low * count,
+        clip_high=clip_high * count,
+        mismatch_kl=mismatch_kl * count,
+        mismatch_mean=gap_sum,
+    )
+    metrics.add_maximum("ratio_max", ratio_max)
+    metrics.add_maximum("mismatch_max", gap_max)
+
+
+# ---- The update
+
+
+def update(
+    model: QwenVL,
+    optimizer: Optimizer,
+    microbatches: list[MicroBatch],
+    images: DeviceImages,
+    metrics: Metrics,
+    cfg: Config,
+    step: int,
+) -> tuple[float, float] | None:
+    """Take one optimiser step; return (loss, gradient norm), None where no rank has a token."""
+    tokens = sum(len(mb.rollout_logprob) for mb in microbatches)
+    sequences = sum(len(mb.advantage) for mb in microbatches)
+    tokens, sequences = ranks.all_reduce([tokens, sequences])
+    if tokens == 0:
+        return None
+    per_token = LOSSES[cfg.loss].divided_by == "tokens"
+    loss_sum = 0.0
+    for mb in synced_passes(model, microbatches):
+        logprob, entropy = forward(model, mb, cfg.temperature, images)
+        if mb.old_logprob is None:
+            mb.old_logprob = logprob.detach()
+        loss, loss_metrics = policy_loss(
+            logprob,
+            mb.old_logprob,
+            mb.advantage,
+            mb.cu_seqlens,
+            kind=cfg.loss,
+            clip_low=cfg.clip_low,
+            clip_high=cfg.clip_high,
+            dual_clip=cfg.dual_clip,
+            ref_logprob=mb.ref_logprob,
+            kl=cfg.kl,
+            rollout_logprob=mb.rollout_logprob,
+            rollout_cap=cfg.rollout_cap,
+            max_tokens=cfg.max_new_tokens,
+            denominator=tokens if per_token else sequences,
+            fused=cfg.fused_loss,
+        )
+        loss.backward()
+        loss_sum += loss.item()
+        add_tokens(metrics, mb, logprob, entropy, loss_metrics)
+    (loss_sum,) = ranks.all_reduce([loss_sum])
+    lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup, cfg.schedule)
+    grad_norm = optimizer.step(lr, cfg.clip_norm, loss_sum, name=f"step {step + 1}")
+    return loss_sum, grad_norm
+
+
+@torch.no_grad()
+def add_logprobs(
+    rollout_model: QwenVL,
+    reference: Reference | None,
+    microbatches: list[MicroBatch],
+    images: DeviceImages,
+    cfg: Config,
+) -> None:
+    """Fill in the reference's log-probs and, before several updates, the policy's own."""
+    if reference:
+        with reference:
+            for mb in microbatches:
+                mb.ref_logprob, _ = forward(rollout_model, mb, cfg.temperature, images)
+    if cfg.updates > 1:
+        for mb in microbatches:
+            mb.old_logprob, _ = forward(rollout_model, mb, cfg.temperature, images)
+
+
+# ---- Set up
+
+
+def plan_sizes(cfg: Config, processor: Processor, examples: list[Example]) -> dict:
+    """Return what plan.py has to know; the longest prompt is that of 64 examples or so."""
+    some = examples[:: len(examples) // 64 + 1]
+    processor.prefetch(some)
+    longest = max(len(processor.prompt_ids(example)) for example in some)
+    return {
+        "prompts": cfg.prompts,
+        "group": cfg.group,
+        "new_tokens": cfg.max_new_tokens,
+        "kl": cfg.kl,
+        "prompt_tokens": longest,
     }
-    sums[""].update(shares, trained=len(d), mismatch_mean=gap)
-    return Counter(ratio_max=ratio, mismatch_max=most)
+
+
+def choose_slots(cfg: Config, model: QwenVL, planned: int, before: int) -> Config:
+    """Fill in --slots: those of the run that goes on (`before`, on rank 0), else what every rank
+    has memory for."""
+    slots = default_slots(model, cfg.group, cfg.max_new_tokens)
+    if model.device.type == "cuda" and planned:
+        slots = min(slots, planned)
+    before, least = ranks.all_reduce([before, -slots], "MAX")
+    return replace(cfg, slots=cfg.slots or int(before or -least))
+
+
+# ---- The loop
 
 
 def main(cfg: Config) -> None:
-    rank, world, device = trainer.setup()
-    # of the run that --resume goes on with; `begin` writes a new one
-    old = Path(cfg.out) / "config.json"
-    old = json.loads(old.read_text()) if trainer.FIRST and cfg.resume and old.exists() else {}
-    checkpoint, done = trainer.begin(cfg)
-    examples, held_out = trainer.load_data(cfg)
-    prompts, exam = Prompts(examples, cfg.seed), Prompts(held_out, "exam")
-    questions = min([cfg.eval_limit, *(len(exam.paths) * len(rows) for rows in exam.rows.values())])
+    rank, world, device = ranks.start_ranks()
+    checkpoint, done = checkpoints.find_start(cfg)
+    torch.manual_seed(cfg.seed)  # nothing here draws from it; a fork's dropout would
+    examples, held_out = run.load_data(cfg)
+    order = PromptOrder(examples, cfg.seed)
+    paths = order.paths
+    exam = validation_prompts(held_out, cfg.eval_limit)
+    exam_paths = sorted({example.path for example in held_out})
 
-    processor = trainer.load_processor(str(checkpoint or cfg.model), cfg)
-    some = examples[:: len(examples) // 64 + 1]
-    processor.expect(some)
-    sizes = dict(
-        prompts=cfg.prompts,
-        group=cfg.group,
-        new_tokens=cfg.max_new_tokens,
-        kl=cfg.kl,
-        prompt_tokens=max(len(trainer.mendable(processor.prompt_ids, e)) for e in some),
-    )
-    settings = trainer.settle(cfg, processor.config, device, world, **sizes)
-    policy = trainer.load_policy(cfg.model, cfg, device, world, settings, samples=True)
-    model, rollout_model = policy.model, policy.rollout_model  # what has learnt comes by `restore`
+    processor = run.load_processor(str(checkpoint or cfg.model), cfg)
+    sizes = plan_sizes(cfg, processor, examples)
+    settings = run.resolve_auto_settings(cfg, processor.config, device, world, **sizes)
+    policy = load_policy(cfg.model, cfg, device, world, settings, samples=True)
+    model = policy.model
+    rollout_model = policy.rollout_model
     optimizer = Optimizer(
         model.named_parameters(),
         policy.images,
-        cfg.weight_decay,
-        (0.9, cfg.beta2),
+        weight_decay=cfg.weight_decay,
+        betas=(0.9, cfg.beta2),
         vector_lr_scale=cfg.vector_rate,
     )
-    reference = trainer.Reference(rollout_model, optimizer) if cfg.kl > 0 else None
-    same = {"data": trainer.fingerprint(examples), "--train": cfg.train, "--lora": cfg.lora}
-    trainer.restore(checkpoint, optimizer, **same)
-    cfg = choose_slots(cfg, rollout_model, settings.slots, old.get("slots") or 0)
+    reference = Reference(rollout_model, optimizer) if cfg.kl > 0 else None
+    same = {
+        "data": checkpoints.fingerprint(examples),
+        "--train": cfg.train,
+        "--lora": cfg.lora,
+    }
+    checkpoints.restore(checkpoint, optimizer, **same)  # what has learnt comes from here
+    before = run.read_config(cfg.out) if cfg.resume and ranks.is_first() else {}
+    cfg = choose_slots(cfg, rollout_model, settings.slots, before.get("slots") or 0)
+    run.write_config(cfg)
 
-    def own_share(rows: list[tuple[int, Example]]) -> list[tuple[int, Example]]:
-        """This rank's prompts, by expected length: path dtr writes a box, and reasons, per
-        region."""
-        weights = [1.0 + len(e.regions) * (e.path == "dtr") for _, e in rows]
-        return [rows[i] for i in trainer.deal(weights, rank, world)]
+    def local_prompts(step: int) -> list[Prompt]:
+        """This rank's prompts of a step; none behind the last."""
+        count = cfg.prompts * cfg.tries if step < cfg.steps else 0
+        prompts = [order[step * count + i] for i in range(count)]
+        return local_share(prompts, rank, world)
 
-    def validate(prefix: str) -> dict[str, float]:
-        chosen = own_share([exam[i] for i in range(questions)])
-        processor.expect([example for _, example in chosen])
-        groups, _ = roll_out(rollout_model, processor, chosen, cfg, seed=0, greedy=True)
-        values = grade(groups, exam.paths, cfg.rules).items()
-        return {prefix + name: value for name, value in values if not name.endswith("kept")}
+    def is_kept(group: Group) -> bool:
+        return group.differs or cfg.filter == "none"
 
-    def offered(step: int) -> list[tuple[int, Example]]:
-        """This rank's share of the prompts."""
-        offer = cfg.prompts * cfg.tries if step < cfg.steps else 0
-        return own_share([prompts[step * offer + i] for i in range(offer)])
+    def validation() -> dict[str, float]:
+        own = local_share(exam, rank, world)
+        return validate(rollout_model, processor, own, exam_paths, cfg)
 
-    log, paths = trainer.Log(cfg, done, COLUMNS), prompts.paths
-    before = validate("val0_") if held_out and done == 0 else {}
+    engine = Engine(
+        rollout_model,
+        processor,
+        n=cfg.group,
+        max_new_tokens=cfg.max_new_tokens,
+        temperature=cfg.temperature,
+        top_p=cfg.top_p,
+        slots=cfg.slots,
+    )
+    log = run.Log(cfg, done, COLUMNS)
+    first_columns = {}
+    if held_out and done == 0:
+        first_columns = {f"val0_{name}": value for name, value in validation().items()}
+
     for step in range(done, cfg.steps):
-        # Roll out, while the workers read the next step's images. Score; keep the groups that
-        # teach.
-        trainer.phase(f"step {step + 1}, rollout")
+        # Roll out and score, while the workers read the next step's images.
+        ranks.phase(f"step {step + 1}, rollout")
         clock = [time.perf_counter()]
-        own, noise = offered(step), cfg.seed * 1_000_003 + step
-        processor.expect([example for _, example in own + offered(step + 1)])
-        wanted = -(-len(own) // cfg.tries) if cfg.tries > 1 else 0
+        metrics = Metrics(paths, list(REWARDS))
         images = DeviceImages(device)
-        groups, in_vain = roll_out(rollout_model, processor, own, cfg, noise, wanted, images=images)
+        prompts = local_prompts(step)
+        upcoming = [prompt.example for prompt in prompts + local_prompts(step + 1)]
+        processor.prefetch(upcoming)
+        wanted = math.ceil(len(prompts) / cfg.tries) if cfg.tries > 1 else 0
+        seed = cfg.seed * 1_000_003 + step
+        encode(prompts, processor)
+        rolled_out = roll_out(engine, prompts, cfg, seed, images, wanted)
         if not settings.keep or cfg.slots > settings.slots:
-            release()  # the update needs the cache's room: the next step records the graph again
-        in_vain = trainer.reduce(in_vain)  # the wait for the slowest rank is the rollout's
-        clock.append(time.perf_counter())
-        row = grade(groups, paths, cfg.rules)
-        kept = [group for group in groups if group.differs or cfg.filter == "none"]
+            engine.release()  # the update needs the cache's room; the graph is recorded again
+        discarded = [rolled_out.discarded_samples, rolled_out.discarded_tokens]
+        discarded = ranks.all_reduce(discarded)  # the wait for the slowest rank is the rollout's
         clock.append(time.perf_counter())
 
-        # Pack. Log-probs of the reference, and, if there are several updates, of the policy before
-        # the first.
-        shares = [[g for g in kept if g.turn % cfg.updates == u] for u in range(cfg.updates)]
-        shares = [
-            trainer.mendable(pack, share, processor, paths, cfg, world, device) for share in shares
-        ]
-        trainer.phase(f"step {step + 1}, log-probs")
-        with torch.no_grad():
-            with reference or nullcontext():
-                for one in (one for share in shares for one in share):
-                    one.ref = (
-                        forward(rollout_model, one, cfg.temperature, images)[0]
-                        if reference
-                        else None
-                    )
-            for one in (one for share in shares for one in share):
-                one.old = (
-                    forward(rollout_model, one, cfg.temperature, images)[0]
-                    if cfg.updates > 1
-                    else None
-                )
+        # Advantages; the groups that teach; forward passes.
+        add_advantages(rolled_out.groups, device)
+        add_scores(metrics, rolled_out.groups, is_kept)
+        kept = [group for group in rolled_out.groups if is_kept(group)]
+        clock.append(time.perf_counter())
+        minibatches = []
+        for u in range(cfg.updates):
+            share = [group for group in kept if group.prompt.turn % cfg.updates == u]
+            minibatches.append(pack(share, processor, paths, cfg.micro_tokens, world, device))
+
+        # Log-probs of the reference and, before several updates, of the policy itself.
+        ranks.phase(f"step {step + 1}, log-probs")
+        for microbatches in minibatches:
+            add_logprobs(rollout_model, reference, microbatches, images, cfg)
+        clock.append(time.perf_counter())
 
         # Update.
-        clock.append(time.perf_counter())
-        trainer.phase(f"step {step + 1}, update")
-        lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup, cfg.schedule)
-        sums, peaks, losses, norms = {path: Counter() for path in (*paths, "")}, Counter(), [], []
-        for share in shares:
-            counts = [
-                sum(len(one.rollout) for one in share),
-                sum(len(one.advantage) for one in share),
-            ]
-            tokens, sequences = trainer.reduce(counts)
-            if tokens == 0:
-                continue
-            losses.append(0.0)
-            for one in trainer.passes(model, share):
-                logprob, entropy = forward(model, one, cfg.temperature, images)
-                one.old = logprob.detach() if one.old is None else one.old
-                loss, metrics = policy_loss(
-                    logprob,
-                    one.old,
-                    one.advantage,
-                    one.cu,
-                    kind=cfg.loss,
-                    clip_low=cfg.clip_low,
-                    clip_high=cfg.clip_high,
-                    dual_clip=cfg.dual_clip,
-                    ref_logprob=one.ref,
-                    kl=cfg.kl,
-                    rollout_logprob=one.rollout,
-                    rollout_cap=cfg.rollout_cap,
-                    max_tokens=cfg.max_new_tokens,
-                    denominator=tokens if cfg.loss in ("dapo", "cispo") else sequences,
-                )
-                loss.backward()
-                losses[-1] += loss.item()
-                peaks |= token_stats(one, sums, logprob, entropy, metrics)
-            losses[-1] = trainer.reduce(losses[-1:])[0]
-            norms.append(optimizer.step(lr, cfg.clip_norm, losses[-1], name=f"step {step + 1}"))
-        shares = share = one = images = None  # no pixels stay behind
+        ranks.phase(f"step {step + 1}, update")
+        updates = []
+        for microbatches in minibatches:
+            done_update = update(model, optimizer, microbatches, images, metrics, cfg, step)
+            if done_update:
+                updates.append(done_update)
+        minibatches = images = prompts = rolled_out = kept = None  # no pixels stay behind
         clock.append(time.perf_counter())
 
         # Log, validate, save.
-        rollout, scoring, logprobs, update = (b - a for a, b in pairwise(clock))
-        last = step + 1 == cfg.steps
-        row |= means({"": sums.pop("")}, GAPS) | means(sums, TOKENS) | before
-        names = ("ratio_max", "mismatch_max")
-        row |= zip(
-            names, trainer.reduce([float(peaks[name]) for name in names], "MAX"), strict=True
+        ranks.phase(f"step {step + 1}, validation and saving")
+        rollout, scoring, logprobs, updating = (
+            b - a for a, b in zip(clock, clock[1:], strict=False)
         )
-        if not norms:
-            trainer.say(f"step {step + 1}: in no group do the accuracies differ: no update")
+        row = {
+            "step": step + 1,
+            "seconds": clock[-1] - clock[0],
+            "loss": fmean([loss for loss, _ in updates]) if updates else 0.0,
+            "grad_norm": fmean([norm for _, norm in updates]) if updates else 0.0,
+            "lr": learning_rate(step, cfg.steps, cfg.lr, cfg.warmup, cfg.schedule),
+            **metrics.row(),
+            **first_columns,
+            "rollout_seconds": rollout,
+            "discarded": discarded[0],
+            "discarded_tokens": discarded[1],
+            "score_seconds": scoring,
+            "logprob_seconds": logprobs,
+            "update_seconds": updating,
+            "peak_memory_mib": run.peak_memory(device),
+        }
+        row["rollout_tokens_per_second"] = row["sampled_tokens"] / rollout
+        row["update_tokens_per_second"] = row["tokens"] / updating
+        first_columns = {}
+        if not updates:
+            ranks.say(f"step {step + 1}: in no group do the accuracies differ: no update")
         if row["truncated"] > 0.5:
-            trainer.say(
-                f"step {step + 1}: {row['truncated']:.0%} were cut: is --max-new-tokens too low?"
-            )
-        before = {}
-        trainer.phase(f"step {step + 1}, validation and saving")
-        if held_out and (last or (cfg.eval_every and (step + 1) % cfg.eval_every == 0)):
-            row |= validate("val_")
-        log(
-            {
-                "step": step + 1,
-                "seconds": clock[-1] - clock[0],
-                "loss": fmean(losses or [0.0]),
-                "grad_norm": fmean(norms or [0.0]),
-                "lr": lr,
-                **row,
-                "rollout_seconds": rollout,
-                "discarded": in_vain[0],
-                "discarded_tokens": in_vain[1],
-                "score_seconds": scoring,
-                "logprob_seconds": logprobs,
-                "update_seconds": update,
-                "peak_memory_mib": trainer.peak_memory(device),
-                "rollout_tokens_per_second": row["sampled_tokens"] / rollout,
-                "update_tokens_per_second": row["tokens"] / update,
-            }
-        )
-        if last or (step + 1) % cfg.save_every == 0:
-            trainer.save(cfg, step + 1, model, processor, optimizer, **same)
+            share = f"{row['truncated']:.0%}"
+            ranks.say(f"step {step + 1}: {share} were cut: is --max-new-tokens too low?")
+        is_last = step + 1 == cfg.steps
+        if held_out and (is_last or (cfg.eval_every and (step + 1) % cfg.eval_every == 0)):
+            row |= {f"val_{name}": value for name, value in validation().items()}
+        log(row)
+        if is_last or (step + 1) % cfg.save_every == 0:
+            checkpoints.save(cfg, step + 1, model, processor, optimizer, **same)
+
+
+def validation_prompts(examples: list[Example], limit: int) -> list[Prompt]:
+    """Return at most `limit` prompts, equally many of each path that --eval-data has."""
+    if not examples:
+        return []
+    order = PromptOrder(examples, "exam")
+    counts = [len(order.paths) * len(own) for own in order.examples.values()]
+    return [order[i] for i in range(min([limit, *counts]))]
 
 
 if __name__ == "__main__":
-    trainer.launch(main, Config)
+    run.launch(main, Config)

@@ -35,13 +35,24 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-import trainer
+from model.batch import Batch
 from model.head3d import head_loss
 from model.lora import LORA_RANK
-from model.processor import Batch, Processor
-from model.qwen_vl import Output
-from optim import Optimizer, learning_rate
+from model.processor import Processor
+from model.qwen_vl import Output, QwenVL
 from srreal import Example, target
+from training import checkpoints, ranks, run
+from training.batches import (
+    Order,
+    dummy_example,
+    equalize_passes,
+    images_key,
+    pack_by_tokens,
+    prefetched,
+    with_dummy,
+)
+from training.optim import Optimizer, learning_rate
+from training.policy import load_policy, synced_passes
 
 
 @dataclass
@@ -84,18 +95,11 @@ class Config:
     skip_bad_rows: bool = False  # go on without the unusable rows, and count them
 
     def __post_init__(self):
-        self.lora = self.lora or LORA_RANK * (self.train == "lora")
+        if self.train == "lora" and not self.lora:
+            self.lora = LORA_RANK
 
 
-def untaught(example: Example) -> list[tuple[str, str]]:
-    """(field, reason) where there is no target to teach."""
-    try:
-        target(example)
-    except ValueError as error:
-        return [("target", str(error))]
-    return []
-
-
+# What a printed line shows of a step: name -> format.
 COLUMNS = {
     "step": "6d",
     "loss": "7.4f",
@@ -106,159 +110,256 @@ COLUMNS = {
     "tokens_per_second": "6.0f",
     "seconds": "6.2f",
 }
+# What a question costs beside its target, in characters of the target: the prompt's share of a pass.
+PROMPT_COST = 200
 
 
-WHOLE = 200  # what a question costs beside its target, in the target's characters
+# ---- Data
+
+
+def why_not_trainable(example: Example) -> list[tuple[str, str]]:
+    """Return (field, reason) where there is no target to learn, for the list of bad rows."""
+    try:
+        target(example)
+    except ValueError as error:
+        return [("target", str(error))]
+    return []
 
 
 def drop_depths(examples: list[Example], probability: float, seed: str) -> list[Example]:
-    """Questions of one image lose their depth together: drawn from (seed, image)."""
-    drops = {}
+    """Take the depth from a share of the images. Drawn from (seed, place of the image).
+
+    Questions of one image lose it together, so that they can still share its encoding.
+    """
+    places: dict[tuple, int] = {}
     for example in examples:
-        drops.setdefault(trainer.images_key(example), len(drops))
-    drops = {key: random.Random(f"{seed} {i}").random() < probability for key, i in drops.items()}
-    return [replace(e, depths=None) if drops[trainer.images_key(e)] else e for e in examples]
+        places.setdefault(images_key(example), len(places))
+    dropped = set()
+    for key, place in places.items():
+        if random.Random(f"{seed} {place}").random() < probability:
+            dropped.add(key)
+    return [replace(e, depths=None) if images_key(e) in dropped else e for e in examples]
 
 
-def micro_batches(examples: list[Example], processor: Processor, budget: int, world: int) -> list:
-    """(batch, how many of its sequences count) each; behind those a filler may stand, for other
-    ranks."""
-    answers = [processor.target_ids(e) for e in examples]
-    prompts, keys = (
-        [processor.prompt_ids(e) for e in examples],
-        [trainer.images_key(e) for e in examples],
-    )
-    lengths = [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)]
-    shared = [
-        key == before and p.count(processor.image_token_id)  # what it has from its neighbour
-        for p, key, before in zip(prompts, keys, [None, *keys], strict=False)
-    ]
+class Sampler:
+    """Which examples this rank takes at a step: a pure function of the step, so it can look ahead."""
+
+    def __init__(self, examples: list[Example], cfg: Config, rank: int, world: int):
+        # One path a run: answers of like length.
+        keys = [(images_key(example), example.path) for example in examples]
+        self.order = Order(keys, cfg.seed, cfg.questions_per_image)
+        self.examples = examples
+        self.cfg = cfg
+        self.rank = rank
+        self.world = world
+
+    def at_step(self, step: int) -> list[Example]:
+        batch = self.cfg.batch
+        rows = [self.examples[row] for row in self.order.rows(step * batch, batch)]
+        return self.local(drop_depths(rows, self.cfg.drop_depth, f"{self.cfg.seed} {step}"))
+
+    def local(self, examples: list[Example]) -> list[Example]:
+        """Return this rank's share of a global batch."""
+        lengths = [PROMPT_COST + len(target(example)) for example in examples]
+        return examples[ranks.shard_contiguous(lengths, self.rank, self.world)]
+
+
+@dataclass
+class MicroBatch:
+    """One forward pass. Behind its sequences the dummy may stand, for other ranks' sake."""
+
+    batch: Batch
+    sequences: int  # that count
+
+    @property
+    def target_tokens(self) -> int:
+        return int(self.batch.cu_targets[self.sequences])
+
+    @property
+    def labelled_regions(self) -> int:
+        return int(torch.isfinite(self.batch.centres).all(1).sum())
+
+
+def make_microbatches(
+    examples: list[Example], processor: Processor, budget: int, world: int
+) -> list[MicroBatch]:
+    """Pack examples into forward passes of at most `budget` tokens.
+
+    Neighbours with the same images share one copy of them, which counts once.
+    """
+    targets = [processor.target_ids(example) for example in examples]
+    prompts = [processor.prompt_ids(example) for example in examples]
+    keys = [images_key(example) for example in examples]
+    lengths = []
+    shared = []
+    for i, (prompt, answer) in enumerate(zip(prompts, targets, strict=True)):
+        lengths.append(len(prompt) + len(answer))
+        same_images = i > 0 and keys[i] == keys[i - 1]
+        shared.append(prompt.count(processor.image_token_id) if same_images else 0)
     out = []
-    for part in trainer.cut(lengths, budget, shared):
-        padded = trainer.pad(examples[part], world)
-        completions = answers[part] + [
-            processor.target_ids(e) for e in padded[len(answers[part]) :]
-        ]
-        out.append((processor(padded, [[c] for c in completions]), len(answers[part])))
+    for run_of_rows in pack_by_tokens(lengths, budget, shared):
+        answers = targets[run_of_rows]
+        padded = with_dummy(examples[run_of_rows], world)
+        dummies = [processor.target_ids(example) for example in padded[len(answers) :]]
+        completions = [[answer] for answer in answers + dummies]
+        out.append(MicroBatch(processor(padded, completions), len(answers)))
     return out
 
 
-def losses(output: Output, batch: Batch, sequences: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums: negative log-prob of the target tokens, head loss, the head's distance in metres."""
-    text = -output.logprob[: int(batch.cu_targets[sequences])].sum()
-    head = head_loss(output.centres, output.sizes, batch.centres, batch.sizes)
-    error = (output.centres - batch.centres).detach().norm(dim=1).nansum()
-    return text, head, error
+def make_dummy(processor: Processor) -> MicroBatch:
+    """Return a pass without weight, which a rank runs while another still has work."""
+    return MicroBatch(processor([dummy_example()], [[[0]]]), 0)
+
+
+def prefetched_microbatches(
+    examples_of: Callable[[int], list[Example]], places: range, processor: Processor, cfg, world
+) -> Iterator[list[MicroBatch]]:
+    """Yield the micro-batches of each place, packed while the step before runs.
+
+    Worker processes read their images earlier yet: those of this place and of the next.
+    """
+
+    def make(place: int) -> list[MicroBatch]:
+        examples = examples_of(place)
+        is_last = place == places[-1]
+        processor.prefetch(examples if is_last else examples + examples_of(place + places.step))
+        return make_microbatches(examples, processor, cfg.micro_tokens, world)
+
+    return prefetched(make, places)
+
+
+# ---- Loss
+
+
+def losses(output: Output, mb: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Return sums: -log p of the target tokens, the head's loss, its centres' distances in metres."""
+    text = -output.logprob[: mb.target_tokens].sum()
+    head = head_loss(output.centres, output.sizes, mb.batch.centres, mb.batch.sizes)
+    distances = (output.centres - mb.batch.centres).detach().norm(dim=1)
+    return text, head, distances.nansum()
+
+
+@dataclass
+class Sums:
+    """What a global batch adds up to, over all ranks."""
+
+    text: float
+    head: float
+    head_error: float
+    tokens: float
+    regions: float  # with a known centre
+
+
+def run_batch(
+    model: QwenVL, microbatches: list[MicroBatch], processor: Processor, cfg, learn: bool
+) -> Sums:
+    """Run forward, and backward if it is to learn, over this rank's part of a global batch."""
+    tokens = sum(mb.target_tokens for mb in microbatches)
+    regions = sum(mb.labelled_regions for mb in microbatches)
+    tokens, regions = ranks.all_reduce([tokens, regions])
+    tokens = max(1.0, tokens)
+    regions = max(1.0, regions)
+
+    sums = torch.zeros(3, dtype=torch.float64, device=model.device)
+    microbatches = equalize_passes(microbatches, lambda: make_dummy(processor))
+    for mb in synced_passes(model, microbatches):
+        mb = MicroBatch(mb.batch.to(model.device), mb.sequences)
+        with torch.set_grad_enabled(learn):
+            text, head, error = losses(model(mb.batch), mb)
+        if learn:
+            (text / tokens + cfg.head_weight * head / regions).backward()
+        sums += torch.stack((text, head, error)).detach()
+    return Sums(*ranks.all_reduce(sums.tolist()), tokens, regions)
+
+
+def validate(
+    model: QwenVL, examples: list[Example], sampler: Sampler, processor: Processor, cfg, world
+) -> dict[str, float]:
+    """Return val_loss, in nats a target token, on all of --eval-data; {} without any."""
+    if not examples:
+        return {}
+
+    def local_examples(start: int) -> list[Example]:
+        return sampler.local(examples[start : start + cfg.batch])
+
+    text = tokens = 0.0
+    places = range(0, len(examples), cfg.batch)
+    for microbatches in prefetched_microbatches(local_examples, places, processor, cfg, world):
+        sums = run_batch(model, microbatches, processor, cfg, learn=False)
+        text += sums.text
+        tokens += sums.tokens
+    return {"val_loss": text / tokens}
+
+
+# ---- The loop
 
 
 def main(cfg: Config) -> None:
-    rank, world, device = trainer.setup()
-    checkpoint, done = trainer.begin(cfg)
-    examples, held_out = trainer.load_data(cfg, untaught)
-    # one path a run: answers of like length
-    keys = ((trainer.images_key(e), e.path) for e in examples)
-    order = trainer.Order(keys, cfg.seed, cfg.questions_per_image)
+    rank, world, device = ranks.start_ranks()
+    checkpoint, done = checkpoints.find_start(cfg)
+    torch.manual_seed(cfg.seed)  # nothing here draws from it; a fork's dropout would
+    examples, held_out = run.load_data(cfg, why_not_trainable)
+    sampler = Sampler(examples, cfg, rank, world)
 
-    processor = trainer.load_processor(str(checkpoint or cfg.model), cfg)
-    # a checkpoint's adapters are merged
-    source = cfg.model if cfg.lora else str(checkpoint or cfg.model)
-    settings = trainer.settle(
+    processor = run.load_processor(str(checkpoint or cfg.model), cfg)
+    settings = run.resolve_auto_settings(
         cfg, processor.config, device, world, prompts=0, group=1, new_tokens=256, kl=0.0
     )
-    policy = trainer.load_policy(source, cfg, device, world, settings, samples=False)
+    # A checkpoint's adapters are merged: with --lora a run goes on from its base.
+    source = cfg.model if cfg.lora else str(checkpoint or cfg.model)
+    policy = load_policy(source, cfg, device, world, settings, samples=False)
     model = policy.model
     optimizer = Optimizer(
         model.named_parameters(),
         policy.images,
-        cfg.weight_decay,
-        (0.9, cfg.beta2),
+        weight_decay=cfg.weight_decay,
+        betas=(0.9, cfg.beta2),
         muon=cfg.optimizer == "muon",
     )
     same = {
-        "data": trainer.fingerprint(examples),
+        "data": checkpoints.fingerprint(examples),
         "--train": cfg.train,
         "--optimizer": cfg.optimizer,
         "--lora": cfg.lora,
     }
-    trainer.restore(checkpoint, optimizer, **same)
+    checkpoints.restore(checkpoint, optimizer, **same)
+    run.write_config(cfg)
 
-    def own(rows: list[Example]) -> list[Example]:
-        return rows[trainer.evenly([WHOLE + len(target(e)) for e in rows], rank, world)]
-
-    def taught(step: int) -> list[Example]:
-        """This rank's rows: a pure function of the step, so that it may be asked ahead."""
-        rows = [examples[i] for i in order.rows(step * cfg.batch, cfg.batch)]
-        return own(drop_depths(rows, cfg.drop_depth, f"{cfg.seed} {step}"))
-
-    def tested(start: int) -> list[Example]:
-        return own(held_out[start : start + cfg.batch])
-
-    def batches(rows_of: Callable, places: range) -> Iterator[list[tuple[Batch, int]]]:
-        """Of each place the rows in forward passes, made during the one before, their images yet
-        earlier."""
-
-        def make(place: int) -> list[tuple[Batch, int]]:
-            rows = rows_of(place)
-            processor.expect(rows + (rows_of(place + places.step) if place != places[-1] else []))
-            return trainer.mendable(micro_batches, rows, processor, cfg.micro_tokens, world)
-
-        return trainer.ahead(make, places)
-
-    def sweep(passes: list[tuple[Batch, int]], learn: bool) -> tuple[list[float], tuple]:
-        """Forward (and backward) over a global batch: sums of losses(), target tokens, regions with
-        truth."""
-        tokens = sum(int(batch.cu_targets[n]) for batch, n in passes)
-        regions = sum(int(torch.isfinite(batch.centres).all(1).sum()) for batch, _ in passes)
-        tokens, regions = (max(1.0, count) for count in trainer.reduce([tokens, regions]))
-        sums = torch.zeros(3, dtype=torch.float64, device=device)
-        passes = trainer.even(passes, lambda: (processor([trainer.filler()], [[[0]]]), 0))
-        for batch, sequences in trainer.passes(model, passes):
-            batch = batch.to(device)
-            with torch.set_grad_enabled(learn):
-                text, head, error = losses(model(batch), batch, sequences)
-            if learn:
-                (text / tokens + cfg.head_weight * head / regions).backward()
-            sums += torch.stack((text, head, error)).detach()
-        return trainer.reduce(sums.tolist()), (tokens, regions)
-
-    def validate() -> dict[str, float]:
-        places = range(0, len(held_out), cfg.batch)
-        parts = [sweep(passes, learn=False) for passes in batches(tested, places)]
-        text, tokens = (sum(part[k][0] for part in parts) for k in (0, 1))
-        return {"val_loss": text / tokens} if parts else {}
-
-    log = trainer.Log(cfg, done, COLUMNS)
-    coming = batches(taught, range(done, cfg.steps))
-    for step in range(done, cfg.steps):
+    log = run.Log(cfg, done, COLUMNS)
+    steps = range(done, cfg.steps)
+    upcoming = prefetched_microbatches(sampler.at_step, steps, processor, cfg, world)
+    for step in steps:
         started = time.perf_counter()
-        trainer.phase(f"step {step + 1}")
-        (text, head, error), (tokens, regions) = sweep(next(coming), learn=True)
-        loss = text / tokens + cfg.head_weight * head / regions
+        ranks.phase(f"step {step + 1}")
+        sums = run_batch(model, next(upcoming), processor, cfg, learn=True)
+        loss_text = sums.text / sums.tokens
+        loss_head = sums.head / sums.regions
+        loss = loss_text + cfg.head_weight * loss_head
         lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup, cfg.schedule)
-        norm = optimizer.step(lr, cfg.clip_norm, loss, name=f"step {step + 1}")
-        last = step + 1 == cfg.steps
+        grad_norm = optimizer.step(lr, cfg.clip_norm, loss, name=f"step {step + 1}")
         seconds = time.perf_counter() - started
-        val = validate() if last or (cfg.eval_every and (step + 1) % cfg.eval_every == 0) else {}
-        log(
-            {
-                "step": step + 1,
-                "seconds": seconds,
-                "loss": loss,
-                "loss_text": text / tokens,
-                "loss_head": head / regions,
-                "head_error_metres": error / regions,
-                "grad_norm": norm,
-                "lr": lr,
-                "tokens": tokens,
-                "tokens_per_second": tokens / seconds,
-                "epoch": (step + 1) * cfg.batch / len(examples),
-                "peak_memory_mib": trainer.peak_memory(device),
-                **val,
-            }
-        )
-        if last or (step + 1) % cfg.save_every == 0:
-            trainer.save(cfg, step + 1, model, processor, optimizer, **same)
+
+        is_last = step + 1 == cfg.steps
+        row = {
+            "step": step + 1,
+            "seconds": seconds,
+            "loss": loss,
+            "loss_text": loss_text,
+            "loss_head": loss_head,
+            "head_error_metres": sums.head_error / sums.regions,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "tokens": sums.tokens,
+            "tokens_per_second": sums.tokens / seconds,
+            "epoch": (step + 1) * cfg.batch / len(examples),
+            "peak_memory_mib": run.peak_memory(device),
+        }
+        if is_last or (cfg.eval_every and (step + 1) % cfg.eval_every == 0):
+            row |= validate(model, held_out, sampler, processor, cfg, world)
+        log(row)
+        if is_last or (step + 1) % cfg.save_every == 0:
+            checkpoints.save(cfg, step + 1, model, processor, optimizer, **same)
 
 
 if __name__ == "__main__":
-    trainer.launch(main, Config)
+    run.launch(main, Config)

@@ -35,7 +35,7 @@ from PIL import Image
 
 import data
 from data import benchmarks
-from data.scenes import scene
+from data.rooms.scene import scene
 from model import tiny
 from model.processor import Processor
 from srreal import Example
@@ -141,10 +141,10 @@ def ahead_rates(config: Config, files: list[str], source: str) -> dict[str, floa
     for workers in dict.fromkeys((0, config.workers)):
         processor = Processor.from_pretrained(source, workers=workers)
         for _ in range(2):  # the first time the processes start
-            processor.expect([])
-            processor.views.keep(())
+            processor.prefetch([])
+            processor.images.files.retain(())
             clock, own = time.perf_counter(), time.process_time()
-            processor.expect(examples)
+            processor.prefetch(examples)
             for example in examples:
                 processor([example])
             seconds, own = time.perf_counter() - clock, time.process_time() - own

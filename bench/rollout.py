@@ -35,13 +35,14 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-import trainer
 from bench import train
-from model import rollout, tiny
+from model import tiny
 from model.processor import Processor
 from model.qwen_vl import QwenVL
-from model.rollout import Slots, generate
+from model.rollout import Engine, generate
+from model.rollout.cache import token_bytes
 from srreal import Example
+from training.ranks import start_ranks
 
 RESULTS = Path(__file__).parent / "results"
 MEDIUM = {  # what the bench changes of tiny's sizes: about 30 M parameters, images of 256 tokens
@@ -66,11 +67,12 @@ TOWER = dict(hidden_size=256, out_hidden_size=512, intermediate_size=1024)
 
 def medium(folder: Path) -> None:
     """Writes the random checkpoint of about 30 M parameters."""
-    tiny.SIZES.update(MEDIUM)
-    tiny.FAMILIES["qwen3_vl"][0]["head_dim"] = 64
-    tiny.FAMILIES["qwen3_vl"][1]["mrope_section"] = [12, 10, 10]
-    tiny.FAMILIES["qwen3_vl"][2].update(TOWER)
-    tiny.write("qwen3_vl", folder)
+    shape = tiny.tiny_shape("qwen3_vl")
+    shape.images |= MEDIUM["images"]
+    shape.text |= MEDIUM["text"] | {"head_dim": 64}
+    shape.vision |= MEDIUM["vision"] | TOWER
+    shape.sections = [12, 10, 10]
+    tiny.write("qwen3_vl", folder, shape=shape)
 
 
 def prompts(folder: Path, count: int) -> list[Example]:
@@ -208,14 +210,13 @@ def long_prompts(processor: Processor, count: int, tokens: int) -> list[Example]
     return [Example(str(i), "direct", [], f"{i:03d} {question}", "A") for i in range(count)]
 
 
-def bound(model, engine: Slots, own: float, bandwidth: float, rate: float) -> float:
-    """Seconds that a step of the full engine takes at least, with `own` tokens a slot."""
-    s, prompts = model.decoder.sizes, -(-engine.count // engine.n)
+def bound(model, slots: int, keys: float, bandwidth: float, rate: float) -> float:
+    """Return the seconds that a step of all slots takes at least; it reads so many keys."""
+    s = model.decoder.sizes
     weights = sum(p.numel() for p in model.decoder.layers.parameters()) + s.vocab * s.hidden
-    keys = sum(engine.lengths[:prompts]) + engine.count * own
-    cached = 2 * s.layers * s.kv_heads * s.head_dim * keys * model.dtype.itemsize
-    compute = 2 * weights * engine.count / rate
-    return max(weights * model.dtype.itemsize / bandwidth, compute) + cached / bandwidth
+    compute = 2 * weights * slots / rate
+    read = keys * token_bytes(model) / bandwidth
+    return max(weights * model.dtype.itemsize / bandwidth, compute) + read
 
 
 class Waited:
@@ -237,53 +238,53 @@ def decode(model, processor, count: int, bandwidth: float, rate: float, tokens: 
     examples = long_prompts(processor, count // g, 896)
     torch.cuda.reset_peak_memory_stats()
     weights = torch.cuda.memory_allocated()
-    engine = rollout.kept(model, g, tokens, 1.0, 1.0, count)  # the one that `generate` takes below
-    engine.begin(processor, count)
-    rows = []
-    while len(rows) < len(examples):
-        rows += engine.prefill(processor, examples[len(rows) :])
-    engine.load([(slot, slot, rows[slot // g], slot + 1) for slot in range(count)])
-    warm, start, end = 8, *(torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for _ in range(warm):  # records the graph
-        engine.step()
-        engine.collect()
+    engine = Engine(model, processor, n=g, max_new_tokens=tokens, slots=count)
+    stream = engine.sample_groups(examples)
+    warm = 8
+    start = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
+    for _ in range(warm):  # encodes the prompts, fills all slots, records the graph
+        stream.advance()
     torch.cuda.synchronize()
-    engine.copied = Waited(engine.copied)
+    state = engine.decoder.host_state
+    state.copied = Waited(state.copied)
     start.record()
     clock = time.perf_counter()
     for _ in range(tokens - warm):
-        engine.step()
-        engine.collect()
-    host = (time.perf_counter() - clock - engine.copied.seconds) / (tokens - warm)
+        stream.advance()
+    host = (time.perf_counter() - clock - state.copied.seconds) / (tokens - warm)
     end.record()
     end.synchronize()
-    engine.copied = engine.copied.event
+    state.copied = state.copied.event
+    stream.close()
     step = start.elapsed_time(end) / 1e3 / (tokens - warm)
-    least, graph = bound(model, engine, (warm + tokens) / 2, bandwidth, rate), engine.graph
-    whole = []
+    prompt_tokens = [len(processor.prompt_ids(example)) for example in examples]
+    keys = sum(prompt_tokens) + count * (warm + tokens) / 2
+    least = bound(model, count, keys, bandwidth, rate)
+    graph = engine.decoder.graph
+    rates = []
     for seed in range(3):
         clock = time.perf_counter()
-        generate(model, processor, examples, n=g, max_new_tokens=tokens, seed=seed, slots=count)
-        whole.append(count * tokens / (time.perf_counter() - clock))
-    cache = sum(t.numel() * t.element_size() for t in (*engine.prefix, *engine.suffix))
+        list(engine.sample_groups(examples, seed))
+        rates.append(count * tokens / (time.perf_counter() - clock))
     return {
         "slots": count,
-        "prompt_tokens": engine.lengths[0],
+        "prompt_tokens": prompt_tokens[0],
         "new_tokens": tokens,
         "step_ms": step * 1e3,
         "bound_ms": least * 1e3,
         "share": least / step,
         "tokens_per_second": count / step,
-        "generate_tokens_per_second": statistics.median(whole),
+        "generate_tokens_per_second": statistics.median(rates),
         "host_share": host / step,
         "peak_gb_beyond_weights": (torch.cuda.max_memory_allocated() - weights) / 1e9,
-        "cache_gb": cache / 1e9,
-        "same_graph": engine.graph is graph,
+        "cache_gb": engine.decoder.cache.nbytes / 1e9,
+        "same_graph": engine.decoder.graph is graph,
     }
 
 
 def gpu() -> dict:
-    _, _, device = trainer.setup()
+    _, _, device = start_ranks()
     bandwidth, rate = ceilings()
     out = {"copy_gb_per_s": bandwidth / 1e9, "matmul_tflop_per_s": rate / 1e12}
     for shape, slots in (
@@ -298,7 +299,6 @@ def gpu() -> dict:
         processor.banned = torch.nn.functional.pad(processor.banned, (0, more), value=True)
         for count in slots:
             out[f"{shape} B={count}"] = decode(model, processor, count, bandwidth, rate)
-            rollout.release()
             print(shape, json.dumps(out[f"{shape} B={count}"]), flush=True)
         del model
         gc.collect()

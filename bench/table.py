@@ -85,7 +85,7 @@ def main() -> None:
     ]
     # of kernels; others have their own form
     reports = [report for report in reports if "rows" in report]
-    readme = ROOT / "README.md"
+    readme = ROOT / "docs" / "speed.md"
     before, found, rest = readme.read_text().partition(START)
     if not found or END not in rest:
         raise SystemExit(f"{readme}: no lines {START.strip()} and {END} to write between")

@@ -14,7 +14,7 @@ and no part of `step`. Full training of 7B and 8B takes several GPUs: there trai
 metrics.jsonl has the same times.
 
     ours      model.rollout.generate; a group packed as P + G R tokens; linear_logprob, policy_loss,
-              optim.AdamW
+              training.optim
     trl       TRL's GRPOTrainer, where TRL is installed, on the same checkpoint, prompts and images: its loop,
               its loss (dapo), its fused head, torch's AdamW; a micro-batch is a group, no
               checkpointing, fp32
@@ -52,14 +52,16 @@ from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 import plan
 import srreal
 import train_rl
-import trainer
 from kernels.policy_loss import policy_loss
 from model import lora, tiny
+from model.families import FAMILIES
 from model.processor import Processor
 from model.qwen_vl import QwenVL
-from model.rollout import default_slots, generate, release
-from optim import AdamW
+from model.rollout import default_slots, generate
 from srreal import Example
+from training.optim import Optimizer
+from training.policy import load_model
+from training.ranks import start_ranks
 
 # Decoder: width, inner, layers, heads, key-value heads, vocabulary (0: the tiny tokenizer's);
 # tower: width, inner, layers, heads, patch. From the published config.json files.
@@ -87,18 +89,18 @@ class Config:
     micro_tokens: int = 16384  # tokens of a forward pass
     checkpointing: bool = False  # as the training scripts'
     lora: int = 0  # likewise
-    rounding: bool = False  # likewise
     steps: int = 2  # timed steps of each, after one of ours on one prompt to warm up
     baseline: bool = True  # and the peer: TRL, else the baseline; a CPU's only
     tflops: float = 989.0  # of the device in bf16, for MFU
     out: Path = Path("bench/results")
 
 
-def shape_tiny(name: str) -> str:
-    """Makes model.tiny write this shape; its family."""
+def shape_of(name: str) -> tiny.Shape:
+    """Return the sizes of a row of SHAPES, as model.tiny writes them."""
     family, text, vision = SHAPES[name]
     width, inner, layers, heads, kv, vocabulary = text
-    tiny.SIZES["text"] |= dict(
+    shape = tiny.tiny_shape(family)
+    shape.text |= dict(
         hidden_size=width,
         intermediate_size=inner,
         num_hidden_layers=layers,
@@ -106,36 +108,46 @@ def shape_tiny(name: str) -> str:
         num_key_value_heads=kv,
         max_position_embeddings=32768,
     )
-    extra, sections, tower = tiny.FAMILIES[family]
     head_dim = 128 if vocabulary else width // heads
-    extra |= {"head_dim": head_dim} if family == "qwen3_vl" else {}
+    if FAMILIES[family].head_dim_field:
+        shape.text["head_dim"] = head_dim
     side = 5 * head_dim // 32
-    sections["mrope_section"] = [head_dim // 2 - 2 * side, side, side]
-    tower |= dict(hidden_size=vision[0], intermediate_size=vision[1], out_hidden_size=width)
-    tiny.SIZES["vision"] |= dict(depth=vision[2], num_heads=vision[3], patch_size=vision[4])
-    tiny.SIZES["images"] |= dict(
-        patch_size=vision[4], size={"shortest_edge": 32 * 32, "longest_edge": 4096 * 4096}
+    shape.sections = [head_dim // 2 - 2 * side, side, side]
+    tower_width, tower_inner, depth, tower_heads, patch = vision
+    shape.vision |= dict(
+        hidden_size=tower_width,
+        intermediate_size=tower_inner,
+        out_hidden_size=width,
+        depth=depth,
+        num_heads=tower_heads,
+        patch_size=patch,
     )
-    return family
+    shape.images |= dict(
+        patch_size=patch, size={"shortest_edge": 32 * 32, "longest_edge": 4096 * 4096}
+    )
+    return shape
 
 
 def load(cfg: Config, folder: str, device: torch.device) -> tuple[QwenVL, Processor]:
     """A random model that never ends a completion, and its processor."""
-    family, vocabulary = shape_tiny(cfg.shape), SHAPES[cfg.shape][1][-1]
+    family, text, vision = SHAPES[cfg.shape]
+    shape = shape_of(cfg.shape)
+    vocabulary = text[-1]
     if vocabulary:  # of true size: not by way of a file
         tokens = tiny.tokenizer(family)
-        config = tiny.configuration(family, tokens.get_vocab())
+        config = tiny.configuration(family, tokens.get_vocab(), shape)
         config.text_config.vocab_size = vocabulary
         with torch.device(device):
             model = QwenVL(config).to(torch.bfloat16).eval()
-        model.adjoin()  # as a model from a file is: the sampler's products are the product's
-        shape_tiny("tiny")  # a small checkpoint of the family, for the processor
-        tiny.SIZES["images"]["patch_size"] = SHAPES[cfg.shape][2][-1]
-        tiny.SIZES["vision"]["patch_size"] = SHAPES[cfg.shape][2][-1]
-        tiny.write(family, folder)
+        model.fuse_linears()  # as a model from a file is: the sampler's products are the product's
+        # A small checkpoint of the family, for the processor.
+        small = tiny.tiny_shape(family)
+        small.images |= shape.images
+        small.vision["patch_size"] = vision[-1]
+        tiny.write(family, folder, shape=small)
     else:
-        tiny.write(family, folder)
-        model = trainer.load(folder, device)
+        tiny.write(family, folder, shape=shape)
+        model = load_model(folder, device)
     lora.learn(model, "lm", cfg.lora)
     processor = Processor.from_pretrained(folder)
     processor.end_ids = [model.config.image_token_id]  # never sampled
@@ -165,19 +177,26 @@ def clocked(device: torch.device, work, *args) -> tuple[float, object]:
 
 def groups_of(examples: list[Example], rollouts: list) -> list[train_rl.Group]:
     """Made-up advantages: half of a group is good."""
-    return [
-        train_rl.Group(e, i, own, advantages=[1.0 if k % 2 else -1.0 for k in range(len(own))])
-        for i, (e, own) in enumerate(zip(examples, rollouts, strict=True))
-    ]
+    groups = []
+    for i, (example, own) in enumerate(zip(examples, rollouts, strict=True)):
+        advantages = [1.0 if k % 2 else -1.0 for k in range(len(own))]
+        groups.append(
+            train_rl.Group(train_rl.Prompt(example, i), own, advantages=advantages, differs=True)
+        )
+    return groups
 
 
 def update(model, optimizer, micros: list, tokens: int) -> float:
     """Forward, backward and step of train_rl; the gradient's norm."""
     for one in micros:
-        logprob, _ = train_rl.forward(model, one, 1.0)
-        old = logprob.detach()
+        logprob, _ = train_rl.forward(model, one, 1.0, None)
         loss, _ = policy_loss(
-            logprob, old, one.advantage, one.cu, rollout_logprob=one.rollout, denominator=tokens
+            logprob,
+            logprob.detach(),
+            one.advantage,
+            one.cu_seqlens,
+            rollout_logprob=one.rollout_logprob,
+            denominator=tokens,
         )
         loss.backward()
     return optimizer.step(1e-6, 1.0, 0.0, "step")
@@ -189,13 +208,11 @@ def ours(cfg: Config, model, processor, optimizer, examples, seed: int) -> dict[
     rollout, rollouts = clocked(
         model.device, lambda: generate(model, processor, examples, **options)
     )
-    release()
     peaks.append(peak(model.device))
-    settings = train_rl.Config("", (), "", micro_tokens=cfg.micro_tokens)
 
     def pack():
         return train_rl.pack(
-            groups_of(examples, rollouts), processor, ["lor"], settings, 1, model.device
+            groups_of(examples, rollouts), processor, ["lor"], cfg.micro_tokens, 1, model.device
         )
 
     def learn():
@@ -207,7 +224,7 @@ def ours(cfg: Config, model, processor, optimizer, examples, seed: int) -> dict[
     with torch.no_grad():
         micros = pack()
         logprobs, _ = clocked(
-            model.device, lambda: [train_rl.forward(model, one, 1.0) for one in micros]
+            model.device, lambda: [train_rl.forward(model, one, 1.0, None) for one in micros]
         )
     return {
         "rollout": rollout,
@@ -242,9 +259,7 @@ def planned(cfg: Config, model, prompt: int) -> dict[str, float]:
         dtype="bf16" if model.device.type == "cuda" else "fp32",
     )
     slots = min(default_slots(model, cfg.group, cfg.new_tokens), cfg.prompts * cfg.group)
-    settings = plan.Settings(
-        False, cfg.checkpointing, not cfg.rounding, cfg.lora, cfg.micro_tokens, slots
-    )
+    settings = plan.Settings(False, cfg.checkpointing, cfg.lora, cfg.micro_tokens, slots)
     return plan.estimate(model.config, wanted, settings, plan.tally(model))
 
 
@@ -448,7 +463,7 @@ def compare_updates(cfg: Config, model, processor, optimizer) -> dict[str, float
     def run(examples, completions):
         batch = processor(examples, completions).to(model.device)
         zero = torch.zeros(len(owner), device=model.device)
-        one = train_rl.Micro(batch, owner, advantage, batch.cu_targets, zero)
+        one = train_rl.MicroBatch(batch, owner, advantage, batch.cu_targets, zero)
         return update(model, optimizer, [one], len(owner)), len(batch.input_ids)
 
     kinds = {"shared": ([example], [ids]), "unshared": (copies, [[row] for row in ids])}
@@ -472,7 +487,7 @@ def compare_updates(cfg: Config, model, processor, optimizer) -> dict[str, float
 
 
 def main(cfg: Config) -> dict:
-    _, _, device = trainer.setup()
+    _, _, device = start_ranks()
     cuda = device.type == "cuda"
     peers = {"trl": run_trl, "baseline": run_baseline}
     peer = ("trl" if util.find_spec("trl") else "baseline") if cfg.baseline and not cuda else None
@@ -482,7 +497,7 @@ def main(cfg: Config) -> dict:
         if cfg.checkpointing:
             model.checkpoint_blocks()
         examples = examples_of(cfg.prompts, cfg.image)
-        optimizer = AdamW(model.named_parameters(), rounding=cfg.rounding)
+        optimizer = Optimizer(model.named_parameters())
         ours(cfg, model, processor, optimizer, examples[:1], 0)
 
         def turn(row: dict[str, float] | None = None) -> None:

@@ -1,5 +1,4 @@
-"""Checks a text's numbers: its equations are computed again, its numbers traced to where they come
-from.
+"""Checks a text's numbers: computes its equations again, and traces each number to its source.
 
 An equation is a chain of sides of digits, + - * / ^ ( ) and sqrt, joined by = ~ < >; units, TeX and
 signs such as ≈ are brought to these. All else is prose, and so is a side longer than LONGEST:
@@ -15,12 +14,22 @@ from collections.abc import Iterable
 from itertools import combinations, pairwise
 
 NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?![\w%])")
-SIGN, CHAIN = re.compile("[=~<>]"), re.compile(r"(?:sqrt|[-+*/^().\d\s=~<>])++")
+SIGN = re.compile("[=~<>]")
+# Possessive (++): no way back, so that the time stays linear.
+CHAIN = re.compile(r"(?:sqrt|[-+*/^().\d\s=~<>])++")
 BETWEEN = re.compile(r"\bbetween (\d+(?:\.\d+)?) ?and (\d+(?:\.\d+)?)")
 CLAUSE = re.compile(r"[.,;:](?:\s|$)|\n")
-PLAIN = str.maketrans(
-    dict(zip("×·−≈≤≥²√", ["*", "*", "-", "~", "<", ">", "^2", "sqrt"], strict=True))
-)
+SIGNS = {
+    "×": "*",
+    "·": "*",
+    "−": "-",
+    "≈": "~",
+    "≤": "<",
+    "≥": ">",
+    "²": "^2",
+    "√": "sqrt",
+}
+PLAIN = str.maketrans(SIGNS)
 FORMS = (
     (r"\\sqrt\{([^{}]*)\}", r"sqrt(\1)"),
     (r"\\approx", "~"),
@@ -39,8 +48,18 @@ OPERATORS = {
 LONGEST = 200  # characters of a side
 
 
+def rounded(value: float) -> float:
+    """Round as the detect block writes a number: two decimals, and never -0.0."""
+    return round(value, 2) + 0.0
+
+
+def by_sign(value: float, names: tuple[str, str]) -> str:
+    """Return the second name of a positive value, else the first."""
+    return names[1] if value > 0 else names[0]
+
+
 def plain(text: str) -> str:
-    """Without units and TeX."""
+    """Return the text without units and TeX."""
     text = text.translate(PLAIN)
     for form, instead in FORMS:
         text = re.sub(form, instead, text)
@@ -61,56 +80,87 @@ def walk(node) -> float:
 
 
 def value(side: str) -> float:
-    """Of one side of an equation; nan where it is none."""
+    """Compute one side of an equation; nan where the text is none."""
+    if len(side) > LONGEST:
+        return math.nan
     try:
-        side = side.strip().replace("^", "**") if len(side) <= LONGEST else ""
-        return walk(ast.parse(side, mode="eval").body)
+        tree = ast.parse(side.strip().replace("^", "**"), mode="eval")
+        return walk(tree.body)
     except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
         return math.nan
 
 
 def equations(text: str) -> list[tuple[str, str, str]]:
-    """(left, sign, right) of all that can be computed again."""
+    """Return (left, sign, right) of all that can be computed again."""
     found = []
-    for chain in (chain for clause in CLAUSE.split(plain(text)) for chain in CHAIN.findall(clause)):
-        pairs = zip(pairwise(SIGN.split(chain)), SIGN.findall(chain), strict=True)
-        found += [(a, sign, b) for (a, b), sign in pairs if math.isfinite(value(a) - value(b))]
+    for clause in CLAUSE.split(plain(text)):
+        for chain in CHAIN.findall(clause):
+            sides = pairwise(SIGN.split(chain))
+            for (left, right), sign in zip(sides, SIGN.findall(chain), strict=True):
+                if math.isfinite(value(left) - value(right)):
+                    found.append((left, sign, right))
     return found
 
 
 def half_unit(number: str) -> float:
-    return 0.5 * 10.0 ** -len(number.partition(".")[2])  # of its last digit
+    """Return half a unit of the number's last digit, which rounding may have changed."""
+    decimals = len(number.partition(".")[2])
+    return 0.5 * 10.0**-decimals
 
 
 def wrong(left: str, sign: str, right: str) -> bool:
-    """Beyond what the rounding of the right side explains."""
-    gap, slack = value(left) - value(right), sum(map(half_unit, NUMBER.findall(right))) + 1e-9
-    return {"=": abs(gap) > slack, "~": abs(gap) > 2 * slack, "<": gap >= 0, ">": gap <= 0}[sign]
+    """Return whether an equation is off by more than the rounding of its right side explains."""
+    gap = value(left) - value(right)
+    slack = sum(map(half_unit, NUMBER.findall(right))) + 1e-9
+    match sign:
+        case "=":
+            return abs(gap) > slack
+        case "~":
+            return abs(gap) > 2 * slack
+        case "<":
+            return gap >= 0
+    return gap <= 0
 
 
 def unknown_numbers(
     text: str, given: str, points: Iterable[tuple[float, float, float]]
 ) -> list[str]:
-    """Numbers that `given` lacks and that don't follow from points (x, y, z) in metres: neither
-    steps between two (or the origin), nor distances, nor squares of these, nor an equation's result
-    from known numbers. All up to half a unit of the last digit; a unit, where they stand in
-    "between 3 and 4 m"."""
-    pairs = combinations([(0.0, 0.0, 0.0), *points], 2)
-    steps = [[abs(q - p) for p, q in zip(a, b, strict=True)] for a, b in pairs]
-    measured = {
-        v for s in steps for v in (*s, *(x * x for x in s), math.hypot(*s), math.hypot(*s) ** 2)
-    }
-    measured |= {math.hypot(*(round(x, 1) for x in s)) for s in steps}  # some work with one decimal
-    between = {n for pair in BETWEEN.findall(plain(text)) for n in pair}
-    known = {0.0, 1.0, 2.0, 90.0, 180.0, 360.0, *map(float, NUMBER.findall(given))}
+    """Return the text's numbers that neither `given` nor points (x, y, z) in metres explain.
 
-    def fits(number: str) -> bool:
-        n, near = float(number), half_unit(number) * (2 if number in between else 1) + 1e-9
-        return any(abs(n - v) <= near for v in known) or any(
-            abs(n - v) <= near + 0.011 for v in measured
-        )
+    From points follow steps between two (or the origin), distances, squares of these; then the
+    result of each equation from known numbers. All up to half a unit of the last digit; a whole
+    one, where a number stands in "between 3 and 4 m".
+    """
+    between = set()
+    for pair in BETWEEN.findall(plain(text)):
+        between |= {*pair}
+    known = {0.0, 1.0, 2.0, 90.0, 180.0, 360.0, *map(float, NUMBER.findall(given))}
+    measures = measures_of(points)
+
+    def is_known(number: str) -> bool:
+        near = half_unit(number) * (2 if number in between else 1) + 1e-9
+        return is_near(number, known, near) or is_near(number, measures, near + 0.011)
 
     for left, _, right in equations(text):
-        if all(map(fits, NUMBER.findall(left))):
+        if all(map(is_known, NUMBER.findall(left))):
             known |= {*map(float, NUMBER.findall(right))}
-    return [number for number in dict.fromkeys(NUMBER.findall(plain(text))) if not fits(number)]
+    numbers = dict.fromkeys(NUMBER.findall(plain(text)))
+    return [number for number in numbers if not is_known(number)]
+
+
+def is_near(number: str, values: set[float], distance: float) -> bool:
+    return any(abs(float(number) - value) <= distance for value in values)
+
+
+def measures_of(points: Iterable) -> set[float]:
+    """Return all steps, distances and their squares between two points, or one and the origin."""
+    measures = set()
+    for a, b in combinations([(0.0, 0.0, 0.0), *points], 2):
+        steps = [abs(q - p) for p, q in zip(a, b, strict=True)]
+        distance = math.hypot(*steps)
+        measures |= {*steps, distance}
+        measures |= {x * x for x in steps}
+        measures.add(distance**2)
+        # Some work with steps of one decimal.
+        measures.add(math.hypot(*(round(x, 1) for x in steps)))
+    return measures

@@ -1,12 +1,12 @@
-"""Cold start: from rows with truth to rows with a rationale, computed from the truth or written by
-an expert.
+"""Cold start: gives rows with truth a rationale, computed from the truth or written by an expert.
 
-    python -m data.coldstart --data out/train --out out/cold python -m data.coldstart --data
-    out/train --out out/cold --expert Qwen/Qwen2.5-VL-7B-Instruct --samples 8
+    python -m data.coldstart --data out/train --out out/cold
+    python -m data.coldstart --data out/train --out out/cold \\
+        --expert Qwen/Qwen2.5-VL-7B-Instruct --samples 8
 
 computed   by the rules of data/rationale.py, where the row's objects answer the question.
-expert     any Qwen-VL checkpoint, our own included, samples whole responses through model.rollout.generate.
-           It is told the right answer and, on path dtr, the scene graph.
+expert     any Qwen-VL checkpoint, our own included, samples whole responses. It is told the right
+           answer and, on path dtr, the scene graph.
 
 Of the samples of a question FILTERS throw out what a model should not learn to write; of the rest
 that is kept which names most objects, then with most checked equations, then the first. A kept row
@@ -38,7 +38,8 @@ from tqdm import tqdm
 import data
 from data.arithmetic import equations, unknown_numbers, wrong
 from data.benchmarks.answers import said_text
-from data.rationale import centres, compute, taught
+from data.rationale import centres, compute, is_teachable
+from errors import UserError
 from srreal import UNITS, Example, answer_score, number, parse, several_views, write_detect
 
 
@@ -61,175 +62,261 @@ class Config:
     skip_bad_rows: bool = False  # go on without the unusable rows, and count them
 
 
-# ---- filters: (parsed, example, config, rationales kept so far) -> True: throw it out. The first
-# is counted.
-GIVEN, WHAT = "(?:provided|given|supplied|stated)", "(?:answer|cent|coord|3d|box)"
+# ---- filters: (parsed, example, config, rationales kept so far) -> True: throw it out
+
+
+def breaks_grammar(parsed, e, cfg, kept):
+    return not (parsed.well_formed and is_teachable(e, e.path, parsed.think))
+
+
+def is_wrong(parsed, e, cfg, kept):
+    """Whether <answer>, or what <think> says last, is another answer than the true one."""
+    if not is_right(parsed.answer, e.answer):
+        return True
+    return not claims_truth(parsed.think, e.answer)
+
+
+GIVEN = "(?:provided|given|supplied|stated)"
+WHAT = "(?:answer|cent|coord|3d|box)"
 LEAK = re.compile(
     r"scene[ _-]?graph|detect section|ground[ _-]?truth|annotat|metadata|center_?3d|bbox_?2d"
-    rf"|the (?:\w+ )?hint|reference answer|{GIVEN} {WHAT}|{GIVEN} (?:that )?(?:the )?(?:\w+ )?answer"
+    rf"|the (?:\w+ )?hint|reference answer|{GIVEN} {WHAT}"
+    rf"|{GIVEN} (?:that )?(?:the )?(?:\w+ )?answer"
     rf"|\b{WHAT}\w* (?:(?:is|are|was|were) )?{GIVEN}|(?:was|were|been|am) (?:given|told|provided)",
     re.I,
 )
-CLAIM = re.compile(
-    r"(?i:answer is|answer:|option)[\s\"'(*]*([A-E]\b|[-+]?\d+(?:\.\d+)?"
-    rf"(?:\s*(?ai:{'|'.join(UNITS)})\b(?<!in(?= \w)))?)"
-)  # not: 2 in the image
 
 
-def claimed(think: str, truth: str) -> bool:
-    """Whether the answer that <think> says last, where it says one, is the true one."""
-    if truth in tuple("ABCDE") or math.isfinite(number(truth)):
-        return all(answer_score(said, truth) > 0.999 for said in CLAIM.findall(think)[-1:])
-    said = said_text(think)  # "yes, as it is red" says yes
-    return said is None or any(
-        answer_score(said[: end.start()].strip("\"'"), truth) > 0.999
-        for end in re.finditer(r"[,;] (?!move_|rotate_)|$", said)
-    )
+def leaks(parsed, e, cfg, kept):
+    """Whether it speaks of what the expert was told."""
+    return LEAK.search(parsed.think) is not None
 
 
+def is_too_short_or_long(parsed, e, cfg, kept):
+    least, most = cfg.words
+    count = len(parsed.think.split())
+    return not least <= count <= most or len(parsed.think) > 10 * most
+
+
+def has_unknown_numbers(parsed, e, cfg, kept):
+    # On path lor nothing is detected that numbers could come from: it may estimate.
+    if e.path != "dtr":
+        return False
+    points = [xyz for *_, xyz in centres(e)]
+    return bool(unknown_numbers(parsed.think, f"{e.question} {e.answer}", points))
+
+
+def miscalculates(parsed, e, cfg, kept):
+    return any(wrong(*equation) for equation in equations(parsed.think))
+
+
+def is_duplicate(parsed, e, cfg, kept):
+    return normalized(parsed.think) in kept
+
+
+# The first that throws a response out is counted. Numbers and arithmetic take a time that the
+# length bounds, so they stand behind it.
 FILTERS = {
-    "grammar": lambda p, e, cfg, kept: not (p.well_formed and taught(e, e.path, p.think)),
-    "answer": lambda p, e, cfg, kept: (
-        not (  # <answer>, and what <think> says last
-            answer_score(p.answer, e.answer) > 0.999 and claimed(p.think, e.answer)
-        )
-    ),
-    "leak": lambda p, e, cfg, kept: LEAK.search(p.think),
-    "length": lambda p, e, cfg, kept: (
-        not (  # the two behind it take bounded time by that
-            cfg.words[0] <= len(p.think.split()) <= cfg.words[1]
-            and len(p.think) <= 10 * cfg.words[1]
-        )
-    ),
-    "numbers": lambda p, e, cfg, kept: (
-        e.path == "dtr"
-        and unknown_numbers(  # LOR detects nothing
-            p.think, f"{e.question} {e.answer}", [xyz for *_, xyz in centres(e)]
-        )
-    ),
-    "arithmetic": lambda p, e, cfg, kept: any(wrong(*equation) for equation in equations(p.think)),
-    "duplicate": lambda p, e, cfg, kept: same(p.think) in kept,
+    "grammar": breaks_grammar,
+    "answer": is_wrong,
+    "leak": leaks,
+    "length": is_too_short_or_long,
+    "numbers": has_unknown_numbers,
+    "arithmetic": miscalculates,
+    "duplicate": is_duplicate,
 }
 
+CLAIM = re.compile(
+    r"(?i:answer is|answer:|option)[\s\"'(*]*([A-E]\b|[-+]?\d+(?:\.\d+)?"
+    # A unit may follow, but not as in: 2 in the image.
+    rf"(?:\s*(?ai:{'|'.join(UNITS)})\b(?<!in(?= \w)))?)"
+)
 
-def same(think: str) -> str:
+
+def claims_truth(think: str, truth: str) -> bool:
+    """Return whether the answer that <think> says last, where it says one, is the true one."""
+    if truth in tuple("ABCDE") or math.isfinite(number(truth)):
+        claims = CLAIM.findall(think)
+        return not claims or is_right(claims[-1], truth)
+    text = said_text(think)
+    if text is None:
+        return True
+    # "yes, as it is red" says yes: any beginning up to a comma may be it.
+    for end in re.finditer(r"[,;] (?!move_|rotate_)|$", text):
+        if is_right(text[: end.start()].strip("\"'"), truth):
+            return True
+    return False
+
+
+def is_right(answer: str | None, truth: str) -> bool:
+    return answer_score(answer, truth) > 0.999
+
+
+def normalized(think: str) -> str:
     return " ".join(think.lower().split())
 
 
 def judge(text: str | None, e: Example, cfg: Config, kept: set) -> str | None:
-    """The name of the filter that throws a response out; None keeps it."""
+    """Return the name of the filter that throws a response out; None keeps it."""
     if text is None:
         return "no rule"
     parsed = parse(text, e.path)
-    return next((name for name, out in FILTERS.items() if out(parsed, e, cfg, kept)), None)
+    for name, throws_out in FILTERS.items():
+        if throws_out(parsed, e, cfg, kept):
+            return name
+    return None
 
 
 def best(thoughts: list[str], e: Example) -> str | None:
-    named = lambda think: sum(mention.lower() in think.lower() for mention in e.objects)  # noqa: E731
-    return max(thoughts, key=lambda think: (named(think), len(equations(think))), default=None)
+    """Return the one that names most objects, then has most equations, then comes first."""
+
+    def merit(think):
+        named = [mention for mention in e.objects if mention.lower() in think.lower()]
+        return len(named), len(equations(think))
+
+    return max(thoughts, key=merit, default=None)
 
 
 # ---- the expert
-HINT = """
 
-The right answer is {answer}.{graph} Write the reply for a textbook: {low} to {high} words of reasoning that
-lead from what the image shows to this answer{use}, as one who was told nothing. End with: So the answer is
-{answer}."""
+HINT = (
+    "\n\nThe right answer is {answer}.{graph} Write the reply for a textbook: {low} to {high} words "
+    "of reasoning that\nlead from what the image shows to this answer{use}, as one who was told "
+    "nothing. End with: So the answer is\n{answer}."
+)
 
 
-def told(e: Example, cfg: Config) -> Example:
-    """The question with the right answer and, on path dtr, the scene graph."""
-    graph, use = "", ""
+def with_hint(e: Example, cfg: Config) -> Example:
+    """Add the right answer to the question and, on path dtr, the scene graph."""
+    graph = ""
+    use = ""
     if e.path == "dtr":
         graph = f" The detect section is:\n{write_detect(e)}\n"
         use = " and, of numbers, use these centres' alone"
-    hint = HINT.format(answer=e.answer, graph=graph, use=use, low=cfg.words[0], high=cfg.words[1])
+    low, high = cfg.words
+    hint = HINT.format(answer=e.answer, graph=graph, use=use, low=low, high=high)
     return replace(e, question=e.question + hint)
 
 
 def sampler(cfg: Config):
-    """A function: Examples -> the texts (or None) of their samples."""
-    if cfg.expert is None:
-        seeds = [f"{cfg.seed} {k}" for k in range(cfg.samples)]
-        return lambda examples: [[compute(e, seed) for seed in seeds] for e in examples]
-    import torch  # only here a model is needed
+    """Return a function: Examples -> the texts (or None) of their samples."""
+    return computed(cfg) if cfg.expert is None else written(cfg)
+
+
+def computed(cfg):
+    seeds = [f"{cfg.seed} {k}" for k in range(cfg.samples)]
+
+    def sample(examples):
+        texts = []
+        for e in examples:
+            texts.append([compute(e, seed) for seed in seeds])
+        return texts
+
+    return sample
+
+
+def written(cfg):
+    # Here alone a model is needed.
+    import torch
 
     from model import Processor, QwenVL, generate
 
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans for every new shape
-    model = QwenVL.from_pretrained(cfg.expert, "cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = QwenVL.from_pretrained(cfg.expert, device)
     processor = Processor.from_pretrained(
         cfg.expert, max_pixels=cfg.max_pixels, regions=cfg.regions
     )
-    return lambda examples: [
-        [rollout.text for rollout in group]
-        for group in generate(
+
+    def sample(examples):
+        groups = generate(
             model,
             processor,
-            [told(e, cfg) for e in examples],
+            [with_hint(e, cfg) for e in examples],
             n=cfg.samples,
             temperature=cfg.temperature,
             max_new_tokens=cfg.max_new_tokens,
             seed=cfg.seed,
         )
-    ]
+        texts = []
+        for group in groups:
+            texts.append([rollout.text for rollout in group])
+        return texts
+
+    return sample
 
 
-# ---- rows out
+# ---- rows
+
+
 def as_row(e: Example, think: str, out: Path) -> dict:
-    """A row of our own format, files relative to `out`. Images and depths that are no files are
-    saved, once for both paths; a region that is a mask becomes its box, as the format holds no
-    masks."""
-    stem, ends = hashlib.sha1(e.id.encode()).hexdigest()[:16], {"images": "jpg", "depths": "png"}
-    row = {key: v for key, v in vars(e).items() if v not in (None, "", [], {})} | {
-        "rationale": think
-    }
-    for folder in {"images", "depths"} & row.keys():
-        files = (f"{folder}/{stem}-{k}.{ends[folder]}" for k in range(len(row[folder])))
-        row[folder] = [
-            item and os.path.relpath(item, out)
-            if isinstance(item, str | Path | None)
-            else saved(item, out, file)
-            for item, file in zip(row[folder], files, strict=True)
+    """Return a row of our own format with that rationale, files relative to `out`.
+
+    Images and depths that are no files are saved, once for both paths; a region that is a mask
+    becomes its box, as the format holds no masks.
+    """
+    row = {key: value for key, value in vars(e).items() if value not in (None, "", [], {})}
+    row["rationale"] = think
+    stem = hashlib.sha1(e.id.encode()).hexdigest()[:16]
+    row["images"] = [
+        as_file(image, out, f"images/{stem}-{k}.jpg") for k, image in enumerate(e.images)
+    ]
+    if e.depths:
+        row["depths"] = [
+            as_file(depth, out, f"depths/{stem}-{k}.png") for k, depth in enumerate(e.depths)
         ]
-    return row | {"regions": [(view, box_of(region)) for view, region in e.regions]}
+    row["regions"] = [(view, box_of(region)) for view, region in e.regions]
+    return row
 
 
-def saved(item, out: Path, file: str) -> str:
-    """An image as a JPEG (photographs as PNGs fill the disk), a depth map in metres as
-    millimetres."""
-    part = out / f"{file}.part"
-    if (out / file).is_file():
-        return file
-    if file.startswith("depths/"):
+def as_file(item, out: Path, file: str) -> str | None:
+    """Return the path of an image or depth map relative to `out`, in `file` if it is in none."""
+    if item is None:
+        return None
+    if isinstance(item, str | Path):
+        return os.path.relpath(item, out)
+    if not (out / file).is_file():
+        save(item, out / file)
+    return file
+
+
+def save(item, file: Path) -> None:
+    """Save an image as a JPEG (photographs as PNGs fill the disk), depth in metres as a PNG."""
+    if file.suffix == ".png":
         metres = np.nan_to_num(np.asarray(item), posinf=0)
-        picture = Image.fromarray((metres * 1000).round().clip(0, 65535).astype(np.uint16))
+        millimetres = (metres * 1000).round().clip(0, 65535)
+        picture = Image.fromarray(millimetres.astype(np.uint16))
     else:
         picture = item.convert("RGB")
-    part.parent.mkdir(exist_ok=True)
-    picture.save(part, file[-3:].replace("jpg", "jpeg"), quality=95, subsampling=0)
-    os.replace(part, out / file)
-    return file
+    file.parent.mkdir(exist_ok=True)
+    part = file.with_name(f"{file.name}.part")
+    kind = "png" if file.suffix == ".png" else "jpeg"
+    picture.save(part, kind, quality=95, subsampling=0)
+    os.replace(part, file)
 
 
 def box_of(region) -> list:
     if np.ndim(region) == 2:
         v, u = np.nonzero(region)
-        region = u.min(), v.min(), u.max() + 1, v.max() + 1
-    return [float(x) for x in region]
+        region = (u.min(), v.min(), u.max() + 1, v.max() + 1)
+    return [float(value) for value in region]
+
+
+# ---- a run, and a run that goes on
 
 
 def begin(cfg: Config) -> list[dict]:
-    """The lines of tried.jsonl of a call before; ValueError if that had other settings."""
+    """Return the lines of tried.jsonl of a call before; UserError if that had other settings."""
     cfg.out.mkdir(parents=True, exist_ok=True)
-    config, tried = cfg.out / "config.json", cfg.out / "tried.jsonl"
+    config = cfg.out / "config.json"
+    tried = cfg.out / "tried.jsonl"
     lines = tried.read_bytes().splitlines(keepends=True) if tried.exists() else []
     whole = [line for line in lines if line.endswith(b"\n")]  # a torn last line goes
     settings = json.loads(json.dumps(asdict(cfg), default=str))
     old = json.loads(config.read_text()) if whole else settings
     for key in settings.keys() - {"out", "limit"}:
         if settings[key] != old.get(key):
-            raise ValueError(
+            raise UserError(
                 f"{cfg.out} was begun with --{key.replace('_', '-')} {old.get(key)}, "
                 f"now it is {settings[key]}: choose another --out"
             )
@@ -239,62 +326,90 @@ def begin(cfg: Config) -> list[dict]:
     return [json.loads(line) for line in whole]
 
 
-def finish(tried: list[dict], out: Path) -> dict:
-    """Writes rows.jsonl and summary.json: by path questions, kept, samples, what each filter threw
-    out."""
-    summary: dict = {}
-    for line in tried:
-        zeros = dict.fromkeys(("questions", "kept", "samples", "no rule", *FILTERS), 0)
-        counts, thrown_out = summary.setdefault(line["path"], Counter(zeros)), line["thrown_out"]
-        counts.update(
-            questions=1, kept=bool(line["row"]), samples=line["good"] + sum(thrown_out.values())
+def questions(cfg: Config) -> list[Example]:
+    """Return those that can be taught: on path dtr, with objects and a view of them all."""
+    least, most = cfg.words
+    if not (cfg.samples >= 1 and 1 <= least <= most):
+        raise UserError(
+            f"--samples {cfg.samples} --words {least} {most}: at least 1, and least <= most"
         )
-        counts.update(thrown_out)
-    (out / "rows.part").write_text(
-        "".join(json.dumps(line["row"]) + "\n" for line in tried if line["row"])
-    )
-    os.replace(out / "rows.part", out / "rows.jsonl")
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    return summary
+    loaded = data.load(cfg.data, cfg.skip_bad_rows)
+    asked = [with_frame(e) for e in loaded if e.path in ("lor", "dtr")]
+    examples = [e for e in asked if is_teachable(e, e.path)]
+    left_out = len(asked) - len(examples)
+    if not examples:
+        what = "no row on path lor or dtr"
+        if asked:
+            what += " has objects in a view of them all"
+        raise UserError(f"{' '.join(cfg.data)}: {what}")
+    if left_out:
+        print(f"{left_out} dtr rows without objects, or a view of them all, are left out")
+    return examples[: cfg.limit]
 
 
-NAMED = (
+# The k-th pattern names view k.
+VIEWS = (
     r"\bfirst\b",
-    *(rf"\b{nth} (?:image|frame|view|picture|photo)\b" for nth in ("second", "third")),
+    r"\bsecond (?:image|frame|view|picture|photo)\b",
+    r"\bthird (?:image|frame|view|picture|photo)\b",
 )
 
 
-def framed(e: Example) -> Example:
-    """With the view that a rationale speaks of, as in the paper: the question's, else its first
-    mark's."""
+def with_frame(e: Example) -> Example:
+    """Set the view that a rationale speaks of, as in the paper.
+
+    It is the question's, else its first mark's, where all objects have a centre in it.
+    """
     if e.frame is not None or not several_views(e):
         return e
-    named = (k for k, words in enumerate(NAMED) if re.search(words, e.question, re.I))
-    k = next(named, e.regions[0][0] if e.regions else None)
-    return (
-        replace(e, frame=k) if e.objects and all(k in views for views in e.objects.values()) else e
-    )
+    named = [k for k, words in enumerate(VIEWS) if re.search(words, e.question, re.I)]
+    marked = [view for view, _ in e.regions]
+    frame = next(iter(named + marked), None)
+    if e.objects and all(frame in views for views in e.objects.values()):
+        return replace(e, frame=frame)
+    return e
 
 
-def questions(cfg: Config) -> list[Example]:
-    """Those that can be taught: on path dtr, with objects and a view of them all."""
-    if not (cfg.samples >= 1 and 1 <= cfg.words[0] <= cfg.words[1]):
-        raise ValueError(
-            f"--samples {cfg.samples} --words {cfg.words[0]} {cfg.words[1]}: "
-            "at least 1, and least <= most"
-        )
-    asked = [framed(e) for e in data.load(cfg.data, cfg.skip_bad_rows) if e.path in ("lor", "dtr")]
-    examples = [e for e in asked if taught(e, e.path)]
-    if not examples:
-        raise ValueError(
-            f"{' '.join(cfg.data)}: no row on path lor or dtr"
-            + " has objects in a view of them all" * bool(asked)
-        )
-    if len(examples) < len(asked):
-        print(
-            f"{len(asked) - len(examples)} dtr rows without objects, or a view of them all, are left out"
-        )
-    return examples[: cfg.limit]
+def try_question(e: Example, texts: list, cfg: Config, kept: set) -> dict:
+    """Judge the samples of a question; return its line of tried.jsonl. kept grows by the best."""
+    good = []
+    thrown_out = Counter()
+    for text in texts:
+        verdict = judge(text, e, cfg, kept)
+        if verdict is None:
+            good.append(parse(text, e.path).think.strip())
+        else:
+            thrown_out[verdict] += 1
+    think = best(good, e)
+    if think is not None:
+        kept.add(normalized(think))
+    return {
+        "id": e.id,
+        "path": e.path,
+        "good": len(good),
+        "thrown_out": thrown_out,
+        "row": None if think is None else as_row(e, think, cfg.out),
+    }
+
+
+def finish(tried: list[dict], out: Path) -> dict:
+    """Write rows.jsonl and summary.json.
+
+    By path: questions, kept, samples, and what each filter threw out.
+    """
+    summary: dict = {}
+    columns = ("questions", "kept", "samples", "no rule", *FILTERS)
+    for line in tried:
+        counts = summary.setdefault(line["path"], Counter(dict.fromkeys(columns, 0)))
+        counts["questions"] += 1
+        counts["kept"] += 1 if line["row"] else 0
+        counts["samples"] += line["good"] + sum(line["thrown_out"].values())
+        counts.update(line["thrown_out"])
+    rows = [json.dumps(line["row"]) + "\n" for line in tried if line["row"]]
+    (out / "rows.part").write_text("".join(rows))
+    os.replace(out / "rows.part", out / "rows.jsonl")
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    return summary
 
 
 def main(cfg: Config) -> dict:
@@ -302,42 +417,29 @@ def main(cfg: Config) -> dict:
     tried = begin(cfg)
     done = {(line["id"], line["path"]) for line in tried}
     todo = [e for e in examples if (e.id, e.path) not in done]
-    kept = {same(line["row"]["rationale"]) for line in tried if line["row"]}
-    sample, width = sampler(cfg) if todo else None, max(1, 128 // cfg.samples)
-    with (
-        open(cfg.out / "tried.jsonl", "a") as file,
-        tqdm(total=len(todo), desc="cold start", unit="question") as bar,
-    ):
-        for asked in (todo[i : i + width] for i in range(0, len(todo), width)):
+    kept = {normalized(line["row"]["rationale"]) for line in tried if line["row"]}
+    sample = sampler(cfg) if todo else None
+    width = max(1, 128 // cfg.samples)  # questions at a time
+    bar = tqdm(total=len(todo), desc="cold start", unit="question")
+    with open(cfg.out / "tried.jsonl", "a") as file, bar:
+        for start in range(0, len(todo), width):
+            asked = todo[start : start + width]
             for e, texts in zip(asked, sample(asked), strict=True):
-                verdicts = [judge(text, e, cfg, kept) for text in texts]
-                good = [
-                    text for text, verdict in zip(texts, verdicts, strict=True) if verdict is None
-                ]
-                think = best([parse(text, e.path).think.strip() for text in good], e)
-                kept |= {same(think)} if think else set()
-                tried.append(
-                    {
-                        "id": e.id,
-                        "path": e.path,
-                        "good": len(good),
-                        "thrown_out": Counter(filter(None, verdicts)),
-                        "row": as_row(e, think, cfg.out) if think else None,
-                    }
-                )
-                file.write(json.dumps(tried[-1]) + "\n")
+                line = try_question(e, texts, cfg, kept)
+                tried.append(line)
+                file.write(json.dumps(line) + "\n")
             file.flush()
             bar.update(len(asked))
     summary = finish(tried, cfg.out)
     for path, counts in summary.items():
-        print(f"{path}: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
+        columns = ", ".join(f"{name} {count}" for name, count in counts.items())
+        print(f"{path}: {columns}")
     return summary
 
 
 if __name__ == "__main__":
     try:
         main(tyro.cli(Config, description=__doc__.split("\n\n")[0]))
-    # rows, files, checkpoint, settings: what a user can mend
-    except (ValueError, OSError) as error:
+    except UserError as error:
         print(f"coldstart: {error}", file=sys.stderr)
         sys.exit(2)

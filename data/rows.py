@@ -20,7 +20,7 @@ from typing import Annotated, NamedTuple, Union, get_args, get_origin
 
 import ijson
 import numpy as np
-from pydantic import Field, Strict, TypeAdapter, ValidationError
+from pydantic import Field, Strict, TypeAdapter, ValidationError, WrapValidator
 
 from data.marks import DepthMap
 from errors import UserError
@@ -235,10 +235,17 @@ def elements(file: Path, prefix: str = "item") -> Iterator:
 
 # ---- types
 
+
+def unchanged(value, check):
+    """Check a value, and return it as it is: an integer that stands for a number stays one."""
+    check(value)
+    return value
+
+
 # JSON says what it means: "1.5" is no number and true is no 1. An empty text is a missing one, and
 # pydantic refuses half a surrogate pair, which could not be written again.
 Text = Annotated[str, Field(min_length=1), Strict()]
-Number = Annotated[float, Strict()]  # an integer is one, too
+Number = Annotated[float, Strict(), WrapValidator(unchanged)]
 Whole = Annotated[int, Strict()]
 Truth = Annotated[bool, Strict()]
 STRICT = {str: Text, float: Number, int: Whole, bool: Truth}
@@ -323,12 +330,14 @@ def size(file: str, headers: Headers, field: str = "image") -> tuple[int, int]:
     return header[:2]
 
 
-def estimated(image: str) -> str | None:
-    """Return the depth map that `python -m data.depth` wrote beside an image, if any.
+def estimated_name(image: str) -> str:
+    """Return where `python -m data.depth` writes an image's depth: a/b.jpg -> a/b.depth.png."""
+    return f"{os.path.splitext(image)[0]}.depth.png"
 
-    a/b.jpg -> a/b.depth.png
-    """
-    file = f"{os.path.splitext(image)[0]}.depth.png"
+
+def estimated(image: str) -> str | None:
+    """Return that file where it is there."""
+    file = estimated_name(image)
     return file if os.path.isfile(file) else None
 
 

@@ -1,2 +1,15 @@
-"""One file a kernel: formula, PyTorch reference (the specification), Triton, autograd, the public
-call."""
+"""The kernels. Each call runs Triton where `on_triton` says so, else its PyTorch reference."""
+
+import os
+
+from torch import Tensor
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on the CPU (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def on_triton(tensor: Tensor) -> bool:
+    """Whether calls with this tensor go to Triton: on CUDA, or interpreted."""
+    return tensor.is_cuda or interpreted()

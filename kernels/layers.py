@@ -1,12 +1,11 @@
-"""What stands between a decoder's matrix products: RMSNorm (with the residual), SwiGLU, QK-norm and
-mRoPE.
+"""What stands between a decoder's matrix products: RMSNorm, SwiGLU, QK-norm and mRoPE.
 
     rms_norm              y = x / sqrt(mean(x^2) + eps) * weight, over the last axis
     add_rms_norm          h = x + delta,  y = rms_norm(h)
     swiglu                gate * sigmoid(gate) * up
     swiglu_joint          the same of (gate, up) side by side, for decoding
-    qk_norm_rope          n = rms_norm of a head (Qwen3), or the head itself (Qwen2, 2.5); with its halves,
-                          (n_1 cos - n_2 sin, n_2 cos + n_1 sin)
+    qk_norm_rope          n = rms_norm of a head (Qwen3), or the head itself (Qwen2, 2.5);
+                          with its halves, (n_1 cos - n_2 sin, n_2 cos + n_1 sin)
     qk_norm_rope_write    the same for decoding: the new keys and values go straight into the cache
 
 cos and sin hold mRoPE already: the model makes them once a forward for all layers, from the axis
@@ -29,9 +28,6 @@ Shapes: T tokens; H width; A query heads, K key-value heads, D head width; a row
 head.
 """
 
-import functools
-import os
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -39,23 +35,30 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-# elements of a tile, or one row: the interpreter pays by the operation
-TILE = 1 << 14 if INTERPRET else 2048
-# at most so many sum up a weight's gradient: a guess, four to an H100's multiprocessor
+from kernels import interpreted, on_triton
+
+# Elements of a tile (at least a row): the interpreter pays by the operation.
+TILE = 2048
+INTERPRETED_TILE = 1 << 14
+# At most so many sum up a weight's gradient: a guess, four to an H100's multiprocessor.
 PROGRAMS = 4 * 132
 
 
+# ---- The references
+
+
 def reference_rms_norm(x, weight, eps=1e-6):
-    """In 16 bits as transformers does: rounded before the product with the weight, and after it."""
+    """Norm as transformers does: 16 bits are rounded before the product with the weight, too."""
     if x.dtype in (torch.float32, torch.float64):
         return F.rms_norm(x, weight.shape, weight, eps)
     wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * (wide * scale).to(x.dtype)
 
 
 def reference_add_rms_norm(x, delta, weight, eps=1e-6):
-    return x + delta, reference_rms_norm(x + delta, weight, eps)
+    h = x + delta
+    return h, reference_rms_norm(h, weight, eps)
 
 
 def reference_swiglu(gate, up):
@@ -68,7 +71,8 @@ def reference_swiglu_joint(gate_up):
 
 def reference_qk_norm_rope(q, k, cos, sin, q_weight=None, k_weight=None, eps=1e-6):
     def rotate(x, weight):
-        x = x if weight is None else reference_rms_norm(x, weight, eps)
+        if weight is not None:
+            x = reference_rms_norm(x, weight, eps)
         first, second = x.chunk(2, -1)
         turned = x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
         return turned.to(x.dtype)  # cos and sin may be wider
@@ -81,45 +85,46 @@ def reference_qk_norm_rope_write(
 ):
     q, k = reference_qk_norm_rope(q, k, cos, sin, q_weight, k_weight, eps)
     row = torch.arange(len(at), device=at.device)
-    cache_k[row, :, at], cache_v[row, :, at] = k, v
+    cache_k[row, :, at] = k
+    cache_v[row, :, at] = v
     return q
 
 
-@triton.jit
-def _load(pointer, at, mask):
-    return tl.load(pointer + at, mask=mask, other=0.0).to(tl.float32)
-
-
-# ---- RMSNorm
-
-
-scalar = functools.lru_cache(torch.tensor)
+# ---- RMSNorm on a CPU
 
 
 def torch_norm(x, delta, weight, eps):
-    """(h, y), of any weights that can be multiplied with x. Rounded as the reference is, in half as
-    many operations as F.rms_norm has on a CPU."""
-    h, wide = x if delta is None else x + delta, torch.promote_types(x.dtype, torch.float32)
+    """Return the residual stream h, and y, for any weights that can be multiplied with x.
+
+    Rounded as the reference is, in half as many operations as F.rms_norm has on a CPU.
+    """
+    h = x if delta is None else x + delta
+    wide = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(h, dim=-1, keepdim=True, dtype=wide)
-    square = torch.addcmul(
-        scalar(eps, dtype=wide, device=x.device), norm, norm, value=1 / x.shape[-1]
-    )
+    square = torch.addcmul(norm.new_full((), eps), norm, norm, value=1 / x.shape[-1])
     return h, (h * square.rsqrt_()).to(x.dtype).mul_(weight)
 
 
 def _norm_grad_torch(h, weight, d_out, d_summed, eps):
-    """Autograd's chain of small operators takes 2.9 times as long (one core, T = 3000, H = 128, 4.6
-    ms)."""
+    """Return d_h and d_weight in closed form, as `_norm_grad_kernel` has it.
+
+    Autograd's chain of small operators takes 2.9 times as long (one core, T = 3000, H = 128, 4.6
+    ms). d_summed: the gradient that h gets as the residual stream, or None.
+    """
     n = h.to(torch.promote_types(h.dtype, torch.float32))
     scale = (n.square().mean(-1, keepdim=True) + eps).rsqrt_()
-    n, g = n * scale, d_out * weight.to(n.dtype)
+    n = n * scale
+    g = d_out * weight.to(n.dtype)
     mean = (g * n).mean(-1, keepdim=True)
-    d_h, d_weight = (g - n * mean).mul_(scale), (d_out * n).flatten(0, -2).sum(0)
-    return (d_h if d_summed is None else d_h.add_(d_summed)).to(h.dtype), d_weight
+    d_h = (g - n * mean).mul_(scale)
+    d_weight = (d_out * n).flatten(0, -2).sum(0)
+    if d_summed is not None:
+        d_h.add_(d_summed)
+    return d_h.to(h.dtype), d_weight
 
 
 class _Norm(torch.autograd.Function):
-    """RMSNorm on a CPU: (h, y); without delta y alone."""
+    """RMSNorm on a CPU: h and y; without delta y alone."""
 
     @staticmethod
     def forward(ctx, x, delta, weight, eps):
@@ -139,6 +144,11 @@ class _Norm(torch.autograd.Function):
 
 
 # ---- QK-norm and mRoPE: a row is a head of a token, half is D / 2
+
+
+@triton.jit
+def _load(pointer, at, mask):
+    return tl.load(pointer + at, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -166,25 +176,32 @@ def _rotate(
     HALF: tl.constexpr,
     BACK: tl.constexpr,
 ):
-    """Without cos a copy; BACK: by the opposite angle. x_token, out_*: strides (a token of x is
-    contiguous); at: its place in a cache."""
-    r, c, rows = (
-        tl.program_id(0) * ROWS + tl.arange(0, ROWS),
-        tl.arange(0, HALF)[None, :],
-        tokens * heads,
-    )
-    token, head, mask = (r // heads).to(tl.int64), r % heads, (r < rows)[:, None] & (c < half)
+    """Norm, rotate and store ROWS heads; a and b are the halves of each.
+
+    Without weight no norm, without cos no rotation; BACK: by the opposite angle. x_token, out_*:
+    strides (a token of x is contiguous); at: a token's place in a cache.
+    """
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    c = tl.arange(0, HALF)[None, :]
+    rows = tokens * heads
+    token = (r // heads).to(tl.int64)
+    head = r % heads
+    mask = (r < rows)[:, None] & (c < half)
     a, b = _pair(x, (token * x_token + head * 2 * half)[:, None] + c, half, mask)
     if weight is not None:
-        w1, w2 = _pair(weight, c, half, c < half)
+        w_a, w_b = _pair(weight, c, half, c < half)
         scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * half) + eps)[:, None]
-        a, b = a * scale * w1, b * scale * w2
+        a = a * scale * w_a
+        b = b * scale * w_b
     if cos is not None:
         angle = (token * 2 * half)[:, None] + c
-        co, si = _load(cos, angle, mask), _load(sin, angle, mask)
+        cosine = _load(cos, angle, mask)
+        sine = _load(sin, angle, mask)
         if BACK:
-            si = -si
-        a, b = a * co - b * si, b * co + a * si
+            sine = -sine
+        turned_a = a * cosine - b * sine
+        b = b * cosine + a * sine
+        a = turned_a
     place = token * out_token + head * out_head
     if at is not None:
         place += tl.load(at + token, mask=r < rows, other=0) * out_place
@@ -192,11 +209,15 @@ def _rotate(
     tl.store(out + place[:, None] + c + half, b, mask=mask)
 
 
+def _tile() -> int:
+    return INTERPRETED_TILE if interpreted() else TILE
+
+
 @triton.jit
 def _norm_grad_kernel(
     h, weight, d_out, d_h, partial, rows, width, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The norm's gradient, of heads. With n = h scale, g = d_out weight:
+    """Take the norm's gradient, of heads. With n = h scale, g = d_out weight:
 
         d_h = scale (g - n mean(g n)),  d_weight = sum d_out n
 
@@ -222,11 +243,11 @@ def _norm_grad_kernel(
 
 
 def _norm_grad_triton(h, weight, d_out, eps):
-    """(d_h, d_weight) of heads h (T, heads, D) and their gradient, contiguous both."""
+    """Return d_h and d_weight of heads h (T, heads, D) and their gradient, contiguous both."""
     width = len(weight)
     rows = h.numel() // width
     block = triton.next_power_of_2(width)
-    tile = max(TILE // block, 1)
+    tile = max(_tile() // block, 1)
     programs = min(triton.cdiv(rows, tile), PROGRAMS)
     d_h = torch.empty_like(h)
     partial = h.new_empty(programs, width, dtype=torch.float32)
@@ -264,7 +285,7 @@ def _rope_kernel(
     HALF: tl.constexpr,
     BACK: tl.constexpr,
 ):
-    """Programs (i, 0) take queries, (i, 1) keys, (i, 2) values."""
+    """Rotate queries in programs (i, 0) and keys in (i, 1); copy values in (i, 2)."""
     if tl.program_id(1) == 0:
         _rotate(
             q,
@@ -327,18 +348,27 @@ def _rope_kernel(
         )
 
 
+def _with_adjacent_heads(x: Tensor) -> Tensor:
+    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
+
+
 def _rope_triton(
     q, k, cos, sin, q_weight, k_weight, eps, k_out, v=None, v_out=None, at=None, back=False
 ):
-    """Returns the queries, writes keys and values to k_out and v_out (T, K, [places,] D). Of q, k
-    and v the heads of a token lie together, as in parts of a joint projection; tokens may lie
-    anywhere."""
-    (tokens, heads, width), k_heads, q_out = q.shape, k.shape[1], q.new_empty(q.shape)
-    half, places = triton.next_power_of_2(width // 2), 0 if at is None else k_out.stride(2)
-    blocks = triton.cdiv(tokens * max(heads, k_heads), TILE // half)
-    q, k, v = (
-        x if x is None or x.stride()[1:] == (width, 1) else x.contiguous() for x in (q, k, v)
-    )
+    """Return the queries; write keys and values to k_out and v_out (T, K, [places,] D).
+
+    Of q, k and v the heads of a token lie together, as in parts of a joint projection; tokens may
+    lie anywhere.
+    """
+    tokens, heads, width = q.shape
+    k_heads = k.shape[1]
+    q = _with_adjacent_heads(q)
+    k = _with_adjacent_heads(k)
+    v = None if v is None else _with_adjacent_heads(v)
+    q_out = q.new_empty(q.shape)
+    half = triton.next_power_of_2(width // 2)
+    rows = _tile() // half
+    blocks = triton.cdiv(tokens * max(heads, k_heads), rows)
     _rope_kernel[blocks, 2 if v is None else 3](
         q,
         k,
@@ -358,10 +388,10 @@ def _rope_triton(
         k.stride(0),
         0 if v is None else v.stride(0),
         *k_out.stride()[:2],
-        places,
+        0 if at is None else k_out.stride(2),
         width // 2,
         eps,
-        ROWS=TILE // half,
+        ROWS=rows,
         HALF=half,
         BACK=back,
         num_warps=8,
@@ -370,12 +400,12 @@ def _rope_triton(
 
 
 class _Rope(torch.autograd.Function):
-    """Backward: the rotation's inverse is that by the opposite angle; then the norm's own
-    backward."""
+    """Backward: the rotation by the opposite angle, which is its inverse; then the norm's own."""
 
     @staticmethod
     def forward(ctx, q, k, cos, sin, q_weight, k_weight, eps):
-        cos, sin = cos.contiguous(), sin.contiguous()
+        cos = cos.contiguous()
+        sin = sin.contiguous()
         normed = () if q_weight is None else (q, k, q_weight, k_weight)
         ctx.save_for_backward(cos, sin, *normed)
         ctx.eps = eps
@@ -400,34 +430,34 @@ class _Rope(torch.autograd.Function):
 # ---- The public calls
 
 
-@functools.cache
 def _liger():
-    """Liger's operations; imported when the first CUDA tensor comes, as macOS has no such
-    package."""
+    """Return Liger's operations, imported for the first CUDA tensor: macOS has no such package."""
     from liger_kernel import ops
 
     return ops
 
 
 def _on_triton(x):
-    return (x.is_cuda or INTERPRET) and x.dtype != torch.float64 and x.numel() > 0
+    return on_triton(x) and x.dtype != torch.float64 and x.numel() > 0
 
 
 def _on_liger(x):
     return x.is_cuda and x.dtype != torch.float64 and x.numel() > 0
 
 
-def _agree(*shapes):
-    if len(set(shapes)) > 1:  # a kernel would read past the smaller one
-        raise ValueError(f"shapes must agree: {' and '.join(str(list(shape)) for shape in shapes)}")
+def _check_equal(*shapes):
+    # A kernel would read past the smaller one.
+    if len(set(shapes)) > 1:
+        listed = " and ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(f"shapes must agree: {listed}")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-    """x (..., H), weight (H,) -> (..., H), differentiable in both."""
-    _agree(x.shape[-1:], weight.shape)
+    """Norm x (..., H) with weight (H,); return (..., H), differentiable in both."""
+    _check_equal(x.shape[-1:], weight.shape)
     if _on_liger(x):
         # "llama": rounded where transformers' Llama, and Qwen, round. False: not in place, which
-        # would write over the gradient of y; that may be somebody else's, too.
+        # would write over the gradient of y; another operation may hold that, too.
         return _liger().LigerRMSNormFunction.apply(x, weight, eps, 0.0, "llama", False)
     if torch.is_grad_enabled():
         return _Norm.apply(x, None, weight, eps)
@@ -437,9 +467,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 def add_rms_norm(
     x: Tensor, delta: Tensor, weight: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """x, delta (..., H) -> the residual stream h = x + delta, and rms_norm(h), both (..., H)."""
-    _agree(x.shape, delta.shape)
-    _agree(x.shape[-1:], weight.shape)
+    """Return the residual stream h = x + delta, and rms_norm(h), all (..., H)."""
+    _check_equal(x.shape, delta.shape)
+    _check_equal(x.shape[-1:], weight.shape)
     if _on_liger(x):
         return _add_norm_liger(x, delta, weight, eps)
     if torch.is_grad_enabled():
@@ -448,7 +478,7 @@ def add_rms_norm(
 
 
 def _add_norm_liger(x, delta, weight, eps):
-    """One launch where nobody learns; an addition and a norm where somebody does.
+    """Take one launch without gradients; an addition and a norm with them.
 
     The backward of Liger 0.8.5's fused call takes ceil(tokens / 132) as a constant: it would
     compile anew for nearly every batch. Apart, they pass over the stream four times more: about 0.5
@@ -462,20 +492,22 @@ def _add_norm_liger(x, delta, weight, eps):
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up of one shape. On CUDA the backward writes the gradients over gate and up.
+    """Return silu(gate) * up, of one shape. On CUDA the backward writes over gate and up.
 
-    That is safe for outputs of linear layers, with or without adapters, as nobody keeps those for a
-    backward, and for one backward of a graph. It isn't for leaves, nor for one tensor as both.
+    That is safe for outputs of linear layers, with or without adapters, as those are kept for no
+    other backward, and for one backward of a graph. It isn't for leaves, nor for one tensor as both.
     """
-    _agree(gate.shape, up.shape)
+    _check_equal(gate.shape, up.shape)
     if _on_liger(gate):
         return _liger().LigerSiLUMulFunction.apply(gate, up)
     return reference_swiglu(gate, up)
 
 
 def swiglu_joint(gate_up: Tensor) -> Tensor:
-    """The same for both side by side, as one product makes them: (..., 2 I) -> (..., I). Nothing in
-    place."""
+    """Return the same, (..., I), of both side by side, (..., 2 I), as one product makes them.
+
+    Nothing is written in place.
+    """
     if _on_liger(gate_up):
         return _liger().LigerFusedGateUpSiLUMulFunction.apply(gate_up)
     return reference_swiglu_joint(gate_up)
@@ -490,16 +522,20 @@ def qk_norm_rope(
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """q (T, A, D), k (T, K, D): normed where both weights (D,) are given, rotated by cos, sin (T,
-    D), whose two halves are equal and which may be wider than q and k: fp32 beside bf16. q and k
-    may be parts of a joint projection; they aren't copied. Differentiable in q, k and the
-    weights."""
-    _agree(q.shape[::2], k.shape[::2], cos.shape, sin.shape)
-    _agree(q.shape[2:], *(weight.shape for weight in (q_weight, k_weight) if weight is not None))
+    """Norm q (T, A, D) and k (T, K, D), where both weights (D,) are given, and rotate them.
+
+    cos, sin (T, D): two equal halves; they may be wider than q and k: fp32 beside bf16. q and k may
+    be parts of a joint projection; they aren't copied. Differentiable in q, k and the weights.
+    """
+    _check_equal(q.shape[::2], k.shape[::2], cos.shape, sin.shape)
+    for weight in (q_weight, k_weight):
+        if weight is not None:
+            _check_equal(q.shape[2:], weight.shape)
     if _on_triton(q):
         return _Rope.apply(q, k, cos, sin, q_weight, k_weight, eps)
     if q_weight is not None:
-        q, k = rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)
+        q = rms_norm(q, q_weight, eps)
+        k = rms_norm(k, k_weight, eps)
     return reference_qk_norm_rope(q, k, cos, sin)
 
 
@@ -517,9 +553,11 @@ def qk_norm_rope_write(
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    """One new token of each of T sequences: returns the rotated queries (T, A, D), writes the
-    rotated keys and the values to cache_k and cache_v (T, K, places, D) at [t, :, at[t]], at (T,)
-    int64. No gradient."""
+    """Do the same for one new token of each of T sequences; return the queries (T, A, D).
+
+    The rotated keys and the values are written to cache_k and cache_v (T, K, places, D), at
+    [t, :, at[t]]; at (T,) int64. No gradient.
+    """
     if not _on_triton(q):
         return reference_qk_norm_rope_write(
             q, k, v, cos, sin, cache_k, cache_v, at, q_weight, k_weight, eps
@@ -528,5 +566,6 @@ def qk_norm_rope_write(
         raise ValueError(
             f"caches need equal strides, the last 1: {cache_k.stride()} and {cache_v.stride()}"
         )
-    cos, sin = cos.contiguous(), sin.contiguous()
+    cos = cos.contiguous()
+    sin = sin.contiguous()
     return _rope_triton(q, k, cos, sin, q_weight, k_weight, eps, cache_k, v, cache_v, at)

@@ -1,17 +1,18 @@
-"""Sampling: temperature, banned ids, top-p, Gumbel-max with counter noise, the log-prob of the
-choice.
+"""Sampling: temperature, banned ids, top-p, Gumbel-max with counter noise, the choice's log-prob.
 
-    token = argmax over allowed v of  z_v - log E_v    z = logits / temperature, E = -log(1 - u)
-    logprob = z_token - logsumexp over ALL v of z      the trainer's definition: neither ban nor top-p enters
+    z = logits / temperature, E = -log(1 - u)
+    token = argmax over allowed v of z_v - log E_v
+    logprob = z_token - logsumexp over ALL v of z: the trainer's; neither ban nor top-p enters
     temperature 0: token = argmax over allowed logits, log-prob at temperature 1
 
-u is a hash of (key, position, token id) only: a sequence's noise does not depend on slot, batch or
-rank. It mixes 32-bit integers: Philox in torch costs seconds a batch at V = 151,936 on a CPU, this
-some 1-3 ms a row. u = (31 bits + 0.5) * UNIT: near 0, where the winners are, it keeps full
-precision, so that a token of probability 1e-9 is still drawn as often as it should be; it never
-reaches 1, where E would be infinite. top_p keeps the smallest set of tokens, by falling probability
-(ties: lower id first), with at least top_p of the allowed tokens' mass; it needs a sort, which is
-left to torch, also on a GPU.
+-log E of an exponential E is Gumbel noise, so the argmax is a draw from the softmax. u is a hash of
+(key, position, token id) only: a sequence's noise does not depend on slot, batch or rank. It mixes
+32-bit integers: Philox in torch costs seconds a batch at V = 151,936 on a CPU, this some 1-3 ms a
+row. u = (31 bits + 0.5) * UNIT: near 0, where the winners are, it keeps full precision, so that a
+token of probability 1e-9 is still drawn as often as it should be; it never reaches 1, where E would
+be infinite. top_p keeps the smallest set of tokens, by falling probability (ties: lower id first),
+with at least top_p of the allowed tokens' mass; it needs a sort, which is left to torch, also on a
+GPU.
 
 Why fuse: eager PyTorch reads or writes B x V about thirty times, this reads it once (256 x 151,936
 in fp32: 156 MB) and keeps a max, a sum and a best token for each part of a row. Counted in sm_90's
@@ -22,119 +23,152 @@ bench.kernels --only sample`).
 Shapes: B sequences, V vocabulary.
 """
 
-import functools
 import hashlib
 import math
-import os
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-MIX32 = 0x21F0AAAD, 0xD35A2D97  # multipliers of a 32-bit mixer with low bias
-MIX64 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-GOLDEN = 0x9E3779B9
-# the float below 2^-31: fp32 rounds the largest 31-bit integers up to 2^31
+from kernels import interpreted, on_triton
+
+
+def _signed(constant: int, bits: int) -> int:
+    """Return an unsigned constant as the signed integer of the same bits: torch has no others."""
+    return constant - (1 << bits) if constant >> (bits - 1) else constant
+
+
+# Multipliers of a 32-bit mixer with low bias (github.com/skeeto/hash-prospector), and of two steps
+# of a 64-bit one (splitmix64, whose additive constant is the golden ratio's).
+MIX32_A = 0x21F0AAAD
+MIX32_B = _signed(0xD35A2D97, 32)
+GOLDEN32 = _signed(0x9E3779B9, 32)
+GOLDEN64 = _signed(0x9E3779B97F4A7C15, 64)
+MIX64_A = _signed(0xBF58476D1CE4E5B9, 64)
+MIX64_B = _signed(0x94D049BB133111EB, 64)
+# The float below 2^-31: fp32 rounds the largest 31-bit integers up to 2^31.
 UNIT = 2.0**-31 - 2.0**-55
-# tokens of a part, a warp's 64 a lane: not by B, as the sums' order, so log-probs, would change
+# Tokens of a part, a warp's 64 a lane. Not by B: the order of the sums, so the log-probs, would
+# depend on it.
 BLOCK = 2048
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def sequence_key(seed: int, example_id: str, path: str, sample_index: int) -> int:
-    """The stable 64-bit key of one sampled completion: never of its place in a list, slot or
-    rank."""
+    """Return the stable 64-bit key of one sampled completion.
+
+    It never depends on the completion's place in a list, slot or rank.
+    """
     text = f"{seed}\0{example_id}\0{path}\0{sample_index}".encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
+    digest = hashlib.blake2b(text, digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
-def _signed(c, bits):
-    return c - (1 << bits) if c >> (bits - 1) else c
+# ---- The reference
 
 
-A32, B32, GOLDEN_, UNIT_, LOG2E_, INTERPRET_ = (
-    tl.constexpr(c) for c in (*MIX32, GOLDEN, UNIT, math.log2(math.e), INTERPRET)
-)
-A64, B64, C64 = (tl.constexpr(_signed(c, 64)) for c in MIX64)
-
-
-def _xorshift_(x, k, scratch):
+def _xorshift_(x: Tensor, k: int, scratch: Tensor) -> Tensor:
     """x ^= x >>> k on int32, in place: torch's shift is arithmetic, the mask makes it logical."""
     torch.bitwise_right_shift(x, k, out=scratch)
-    return x.bitwise_xor_(scratch.bitwise_and_((1 << (32 - k)) - 1))
+    scratch.bitwise_and_((1 << (32 - k)) - 1)
+    return x.bitwise_xor_(scratch)
 
 
-def _row_words(keys, positions):
-    """(key, position) -> two 32-bit words, as int32 [B, 1]. Integers wrap; the shifts are
-    arithmetic."""
-    x = (keys ^ (positions.long() * _signed(MIX64[0], 64))) * _signed(MIX64[1], 64)
-    x = (x ^ (x >> 32)) * _signed(MIX64[2], 64)
+def _row_words(keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Hash (key, position) to two 32-bit words, int32 [B, 1].
+
+    Integers wrap; the shifts are arithmetic.
+    """
+    x = (keys ^ (positions.long() * GOLDEN64)) * MIX64_A
+    x = (x ^ (x >> 32)) * MIX64_B
     x = (x ^ (x >> 29))[:, None]
     return x.to(torch.int32), (x >> 32).to(torch.int32)
 
 
-@functools.lru_cache(maxsize=4)
-def _token_words(vocab, device):
-    return torch.arange(vocab, dtype=torch.int32, device=device) * _signed(GOLDEN, 32)
+def race_times(keys: Tensor, positions: Tensor, vocab: int) -> Tensor:
+    """Return E[B, V], exponentials that depend on (key, position, token id) only.
 
-
-def race_times(keys: torch.Tensor, positions: torch.Tensor, vocab: int) -> torch.Tensor:
-    """E[B, V], exponentials of (key, position, token id) only: argmax z - log E is a draw from
-    softmax(z)."""
+    argmax z - log E is a draw from softmax(z).
+    """
     first, second = _row_words(keys, positions)
-    x = _token_words(vocab, keys.device) + first
+    token = torch.arange(vocab, dtype=torch.int32, device=keys.device)
+    x = token * GOLDEN32 + first
     scratch = torch.empty_like(x)
-    _xorshift_(x, 16, scratch).mul_(MIX32[0]).bitwise_xor_(second)
-    _xorshift_(x, 15, scratch).mul_(_signed(MIX32[1], 32))
-    _xorshift_(x, 15, scratch).bitwise_and_(0x7FFFFFFF)
+    _xorshift_(x, 16, scratch).mul_(MIX32_A)
+    x.bitwise_xor_(second)
+    _xorshift_(x, 15, scratch).mul_(MIX32_B)
+    _xorshift_(x, 15, scratch)
+    x.bitwise_and_(0x7FFFFFFF)
     return x.to(torch.float32).add_(0.5).mul_(-UNIT).log1p_().neg_()
 
 
-def _nucleus(z, top_p):
-    """z with every token outside of the nucleus at -inf."""
+def _nucleus(z: Tensor, top_p: float) -> Tensor:
+    """Return z with every token outside of the nucleus at -inf."""
     ordered = z.sort(dim=-1, descending=True, stable=True)
     p = ordered.values.softmax(-1)
-    drop = p.cumsum(-1) - p >= top_p
-    return z.masked_fill(torch.zeros_like(drop).scatter(-1, ordered.indices, drop), -torch.inf)
+    drop_ordered = p.cumsum(-1) - p >= top_p  # the mass before a token is enough
+    drop = torch.zeros_like(drop_ordered).scatter(-1, ordered.indices, drop_ordered)
+    return z.masked_fill(drop, -torch.inf)
 
 
 def reference_sample(logits, keys, positions, temperature=1.0, top_p=1.0, banned=None):
-    """The specification."""
+    """Specify `sample`, in plain PyTorch."""
     z = logits.float() / (temperature or 1.0)
     peak = z.amax(-1, keepdim=True)
     logsumexp = peak[:, 0] + (z - peak).exp_().sum(-1).log_()
-    allowed = z if banned is None else torch.where(banned, -torch.inf, z)
-    allowed = allowed if top_p == 1 else _nucleus(allowed, top_p)
+
+    allowed = z
+    if banned is not None:
+        allowed = torch.where(banned, -torch.inf, allowed)
+    if top_p < 1:
+        allowed = _nucleus(allowed, top_p)
     if temperature > 0:
         # p / E may underflow, this can't
         allowed = allowed - race_times(keys, positions, z.shape[1]).log_()
     token = allowed.argmax(-1)
-    return token, (z.gather(1, token[:, None])[:, 0] - logsumexp).clamp_(max=0)
+    logprob = z.gather(1, token[:, None])[:, 0] - logsumexp
+    return token, logprob.clamp_(max=0)
+
+
+# ---- The kernels. Globals that they read have to be constexprs.
+
+MIX32_A_ = tl.constexpr(MIX32_A)
+MIX32_B_ = tl.constexpr(MIX32_B % 2**32)
+GOLDEN32_ = tl.constexpr(GOLDEN32 % 2**32)
+GOLDEN64_ = tl.constexpr(GOLDEN64)
+MIX64_A_ = tl.constexpr(MIX64_A)
+MIX64_B_ = tl.constexpr(MIX64_B)
+UNIT_ = tl.constexpr(UNIT)
+LOG2E_ = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
-def _log2(x):
-    """One instruction, off by 2^-22 at most for x in (1/2, 2), relatively elsewhere; tl.log2 is
-    twenty."""
-    return (
-        tl.log2(x)
-        if INTERPRET_
-        else tl.inline_asm_elementwise(
+def _log2(x, INTERPRETED: tl.constexpr):
+    """Take one instruction, where tl.log2 takes twenty.
+
+    It is off by 2^-22 at most for x in (1/2, 2), relatively elsewhere.
+    """
+    if INTERPRETED:
+        return tl.log2(x)
+    else:
+        return tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
-    )
 
 
 @triton.jit
-def _race_times(first, second, token):
-    """race_times / ln 2, of the same bits; log(1 - u) by its series near 0, where 1 - u loses its
-    digits."""
-    x = token.to(tl.uint32) * GOLDEN_ + first
-    x = (x ^ (x >> 16)) * A32
-    x = (x ^ (x >> 15) ^ (second ^ (second >> 15))) * B32  # the same for a row, so shifted once
-    u = tl.fma(((x ^ (x >> 15)) & 0x7FFFFFFF).to(tl.float32), UNIT_, UNIT_ / 2)
-    near = u * tl.fma(u, tl.fma(u, tl.fma(u, LOG2E_ / 4, LOG2E_ / 3), LOG2E_ / 2), LOG2E_)
-    return tl.where(u < 0.015625, near, -_log2(1 - u))
+def _race_times(first, second, token, INTERPRETED: tl.constexpr):
+    """Return race_times / ln 2, of the same bits."""
+    x = token.to(tl.uint32) * GOLDEN32_ + first
+    x = (x ^ (x >> 16)) * MIX32_A_
+    x = (x ^ (x >> 15) ^ (second ^ (second >> 15))) * MIX32_B_  # second: shifted once a row
+    bits = (x ^ (x >> 15)) & 0x7FFFFFFF
+    u = tl.fma(bits.to(tl.float32), UNIT_, UNIT_ / 2)
+    # -log2(1 - u), near 0 by its series: there 1 - u loses its digits.
+    series = tl.fma(u, LOG2E_ / 4, LOG2E_ / 3)
+    series = tl.fma(u, series, LOG2E_ / 2)
+    series = tl.fma(u, series, LOG2E_)
+    return tl.where(u < 0.015625, u * series, -_log2(1 - u, INTERPRETED))
 
 
 @triton.jit
@@ -149,25 +183,35 @@ def _part_kernel(
     stride,
     inv_temperature,
     GREEDY: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program a part of a row: max, sum of exponentials, and the best token of the race, in base
-    2."""
-    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    x = (tl.load(keys + row) ^ (tl.load(positions + row).to(tl.int64) * A64)) * B64
-    x = (x ^ (x >> 32)) * C64
-    x = x ^ (x >> 29)
-    i, scale = part * BLOCK + tl.arange(0, BLOCK), inv_temperature * LOG2E_
+    """Take one part of a row a program: max, sum of exponentials, best score; and its token.
+
+    In base 2, where exponentials and logarithms are one instruction.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    i = part * BLOCK + tl.arange(0, BLOCK)
     z = tl.load(logits + row * stride + i, mask=i < vocab, other=-float("inf")).to(tl.float32)
+    scale = inv_temperature * LOG2E_
     peak = tl.maximum(tl.max(z, 0), -1e38)
     total = tl.sum(tl.exp2((z - peak) * scale), 0)
-    first, second = x.to(tl.uint32), (x >> 32).to(tl.uint32)
-    score = z if GREEDY else tl.fma(z, scale, -_log2(_race_times(first, second, i)))
+
+    score = z
+    if not GREEDY:
+        x = (tl.load(keys + row) ^ (tl.load(positions + row).to(tl.int64) * GOLDEN64_)) * MIX64_A_
+        x = (x ^ (x >> 32)) * MIX64_B_
+        x = x ^ (x >> 29)
+        times = _race_times(x.to(tl.uint32), (x >> 32).to(tl.uint32), i, INTERPRETED)
+        score = tl.fma(z, scale, -_log2(times, INTERPRETED))
     if banned is not None:
         score = tl.where(tl.load(banned + i, mask=i < vocab) != 0, -float("inf"), score)
+    # Sampled scores don't tie; not having to look for the leftmost is cheaper.
     best, token = tl.max(
-        score, 0, return_indices=True, return_indices_tie_break_left=GREEDY or INTERPRET_
+        score, 0, return_indices=True, return_indices_tie_break_left=GREEDY or INTERPRETED
     )
+
     out = row * tl.num_programs(1) + part
     tl.store(floats + 3 * out, peak)
     tl.store(floats + 3 * out + 1, total)
@@ -179,43 +223,51 @@ def _part_kernel(
 def _row_kernel(
     logits, floats, ids, tokens, logprobs, parts, stride, inv_temperature, PARTS: tl.constexpr
 ):
-    """A program a row: its parts to the token and its log-prob."""
-    row, part = tl.program_id(0).to(tl.int64), tl.arange(0, PARTS)
-    at, mask = row * parts + part, part < parts
-    peak = tl.load(floats + 3 * at, mask=mask, other=-1e38)
-    higher = tl.max(peak, 0)
-    sums = tl.load(floats + 3 * at + 1, mask=mask, other=0.0)
-    total = tl.sum(sums * tl.exp2((peak - higher) * (inv_temperature * LOG2E_)), 0)
-    where = tl.argmax(tl.load(floats + 3 * at + 2, mask=mask, other=-float("inf")), 0)
-    token = tl.load(ids + row * parts + where)
+    """Take one row a program: its parts to the token and its log-prob."""
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.arange(0, PARTS)
+    mask = part < parts
+    part_floats = floats + 3 * (row * parts + part)
+    part_peak = tl.load(part_floats, mask=mask, other=-1e38)
+    part_total = tl.load(part_floats + 1, mask=mask, other=0.0)
+    part_best = tl.load(part_floats + 2, mask=mask, other=-float("inf"))
+
+    peak = tl.max(part_peak, 0)
+    total = tl.sum(part_total * tl.exp2((part_peak - peak) * (inv_temperature * LOG2E_)), 0)
+    token = tl.load(ids + row * parts + tl.argmax(part_best, 0))
     z = tl.load(logits + row * stride + token).to(tl.float32)
+    logprob = (z - peak) * inv_temperature - tl.log(total)
     tl.store(tokens + row, token.to(tl.int64))
-    tl.store(logprobs + row, tl.minimum((z - higher) * inv_temperature - tl.log(total), 0.0))
+    tl.store(logprobs + row, tl.minimum(logprob, 0.0))
 
 
 def _sample_triton(logits, keys, positions, temperature, banned):
-    (b, v), block = logits.shape, 512 if INTERPRET else BLOCK
-    parts, scale = triton.cdiv(v, block), 1 / (temperature or 1.0)
-    floats, logprobs = (
-        logits.new_empty(shape, dtype=torch.float32) for shape in ((b, parts, 3), (b,))
-    )
-    ids, tokens = keys.new_empty(b, parts, dtype=torch.int32), torch.empty_like(keys)
-    logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    _part_kernel[(b, parts)](
+    rows, vocab = logits.shape
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    inv_temperature = 1 / (temperature or 1.0)
+    block = 512 if interpreted() else BLOCK
+    parts = triton.cdiv(vocab, block)
+    floats = logits.new_empty(rows, parts, 3, dtype=torch.float32)
+    ids = keys.new_empty(rows, parts, dtype=torch.int32)
+    _part_kernel[(rows, parts)](
         logits,
         keys,
         positions,
         banned,
         floats,
         ids,
-        v,
+        vocab,
         logits.stride(0),
-        scale,
+        inv_temperature,
         GREEDY=temperature == 0,
+        INTERPRETED=interpreted(),
         BLOCK=block,
         num_warps=1,
     )
-    _row_kernel[(b,)](
+    tokens = torch.empty_like(keys)
+    logprobs = logits.new_empty(rows, dtype=torch.float32)
+    _row_kernel[(rows,)](
         logits,
         floats,
         ids,
@@ -223,52 +275,56 @@ def _sample_triton(logits, keys, positions, temperature, banned):
         logprobs,
         parts,
         logits.stride(0),
-        scale,
+        inv_temperature,
         PARTS=triton.next_power_of_2(parts),
         num_warps=1,
     )
     return tokens, logprobs
 
 
-def sample(
-    logits: torch.Tensor,
-    keys: torch.Tensor,
-    positions: torch.Tensor,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    banned: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(tokens[B] int64, logprobs[B] fp32) of logits[B, V]. keys[B]: int64, of `sequence_key`;
-    positions[B]: the places in the completions; banned[V]: bool, ids that are never sampled (not
-    all of them)."""
-    b, v = logits.shape
-    if (
-        keys.shape != (b,)
-        or positions.shape != (b,)
-        or (banned is not None and banned.shape != (v,))
-    ):
+# ---- The public call
+
+
+def _check(logits, keys, positions, temperature, top_p, banned):
+    rows, vocab = logits.shape
+    wrong_ban = banned is not None and banned.shape != (vocab,)
+    if keys.shape != (rows,) or positions.shape != (rows,) or wrong_ban:
         raise ValueError(
-            f"logits {list(logits.shape)} need keys and positions [{b}] and banned [{v}]"
+            f"logits {list(logits.shape)} need keys and positions [{rows}] and banned [{vocab}]"
         )
     if temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(
             f"temperature must be >= 0 and top_p in (0, 1]: got {temperature} and {top_p}"
         )
-    if (logits.is_cuda or INTERPRET) and top_p == 1 and b:
-        return _sample_triton(
-            logits, keys.contiguous(), positions.contiguous(), temperature, banned
+
+
+def sample(
+    logits: Tensor,
+    keys: Tensor,
+    positions: Tensor,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    banned: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return tokens[B] int64 and logprobs[B] fp32, drawn from logits[B, V].
+
+    keys[B]: int64, of `sequence_key`; positions[B]: the places in the completions; banned[V]: bool,
+    ids that are never sampled (not all of them).
+    """
+    _check(logits, keys, positions, temperature, top_p, banned)
+    rows, vocab = logits.shape
+    if on_triton(logits) and top_p == 1 and rows:
+        keys = keys.contiguous()
+        return _sample_triton(logits, keys, positions.contiguous(), temperature, banned)
+    # A CPU takes 1 MB at a time, so that the hash stays in its cache.
+    chunk = max(rows, 1) if logits.is_cuda else max((1 << 18) // vocab, 1)
+    tokens = []
+    logprobs = []
+    for i in range(0, max(rows, 1), chunk):
+        own = slice(i, i + chunk)
+        token, logprob = reference_sample(
+            logits[own], keys[own], positions[own], temperature, top_p, banned
         )
-    # CPU: 1 MB a chunk, the hash stays in the cache
-    rows = max(b if logits.is_cuda else (1 << 18) // v, 1)
-    parts = [
-        reference_sample(
-            logits[i : i + rows],
-            keys[i : i + rows],
-            positions[i : i + rows],
-            temperature,
-            top_p,
-            banned,
-        )
-        for i in range(0, max(b, 1), rows)
-    ]
-    return torch.cat([token for token, _ in parts]), torch.cat([logprob for _, logprob in parts])
+        tokens.append(token)
+        logprobs.append(logprob)
+    return torch.cat(tokens), torch.cat(logprobs)

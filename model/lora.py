@@ -1,7 +1,8 @@
-"""What learns, and low-rank adapters (LoRA, Hu et al. 2021): small to train, merged where it is
-saved.
+"""What learns, and low-rank adapters (LoRA, Hu et al. 2021): small to train, merged on saving.
 
-    y = W x + b + s B (A x),    A (rank, in), B (out, rank), s = 2;    B = 0 at the start: the base model
+    y = W x + b + s B (A x),    A (rank, in), B (out, rank), s = 2
+
+B = 0 at the start, so that it begins as the base model.
 
 A wrapped projection of the decoder keeps the names of its weight and bias; the adapters are
 parameters like others, `...lora_a` and `...lora_b`, and lie in trainer/ by their full names. `with
@@ -16,6 +17,8 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from errors import UserError
 
 # --train: prefixes of the parameters that learn. RL's default is lm (the paper froze the rest),
 # SFT's is all. With --lora RANK the decoder's projections have adapters, and of the language model
@@ -33,25 +36,28 @@ SCALE = 2.0  # alpha / rank
 
 
 class LoRALinear(nn.Module):
-    """Takes over a Linear's own parameters; x (..., in) -> (..., out)."""
+    """A Linear with an adapter, x (..., in) -> (..., out); its weight and bias are the Linear's."""
 
     def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator):
         super().__init__()
-        self.weight, self.bias, self.on = linear.weight, linear.bias, True
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.on = True
         out_features, in_features = self.weight.shape
-        # A x has x's RMS
-        noise = torch.randn(rank, in_features, generator=generator) / in_features**0.5
+        noise = torch.randn(rank, in_features, generator=generator)
+        noise = noise / in_features**0.5  # so that A x has the RMS of x
         self.lora_a = nn.Parameter(noise.to(self.weight))
         self.lora_b = nn.Parameter(self.weight.new_zeros(out_features, rank))
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
-        return y + SCALE * F.linear(F.linear(x, self.lora_a), self.lora_b) if self.on else y
+        if not self.on:
+            return y
+        return y + SCALE * F.linear(F.linear(x, self.lora_a), self.lora_b)
 
 
 def learn(model, train: str | None, rank: int = 0) -> None:
-    """Lets learn what the row `train` of TRAIN says (None: nothing), with adapters where rank >
-    0."""
+    """Let learn what the row `train` of TRAIN says (None: nothing), with adapters if rank > 0."""
     for name, p in model.named_parameters():
         p.requires_grad_(train is not None and name.startswith(TRAIN[train]))
     if rank:
@@ -59,41 +65,49 @@ def learn(model, train: str | None, rank: int = 0) -> None:
 
 
 def attach(model, rank: int, seed: int = 0) -> None:
-    """Wraps the decoder's projections; of the language model only the adapters learn. Whether the
-    other parts do (vision, region, points, head3d) stays as it is."""
-    if rank < 1 or adapters(model):
-        raise ValueError(f"--lora {rank}: the rank is at least 1, and a model is wrapped once")
+    """Wrap the decoder's projections; of the language model only the adapters learn.
+
+    Whether the other parts do (vision, region, points, head3d) stays as it is.
+    """
+    if rank < 1:
+        raise UserError(f"--lora {rank}: the rank is at least 1")
+    if adapters(model):
+        raise ValueError("a model is wrapped once")
     for name, p in model.named_parameters():
-        p.requires_grad_(p.requires_grad and not name.startswith(("decoder.", "lm_head.")))
-    # on the host: the same on every rank and device
+        if name.startswith(("decoder.", "lm_head.")):
+            p.requires_grad_(False)
+    # On the host: the same on every rank and device.
     generator = torch.Generator().manual_seed(seed)
     for layer in model.decoder.layers:
         for block in (layer.self_attn, layer.mlp):
-            for name in [name for name, _ in block.named_children() if name in PROJECTIONS]:
-                setattr(block, name, LoRALinear(block.get_submodule(name), rank, generator))
+            projections = [name for name, _ in block.named_children() if name in PROJECTIONS]
+            for name in projections:
+                linear = block.get_submodule(name)
+                setattr(block, name, LoRALinear(linear, rank, generator))
 
 
 def adapters(model) -> list[LoRALinear]:
+    """List the wrapped projections of a model."""
     return [module for module in model.modules() if isinstance(module, LoRALinear)]
 
 
 @contextmanager
 def off(model) -> Iterator[None]:
-    was_on = [one for one in adapters(model) if one.on]
-    for one in was_on:
-        one.on = False
+    """Let the model be its base model for a while: the reference policy of a run with adapters."""
+    switched_off = [adapter for adapter in adapters(model) if adapter.on]
+    for adapter in switched_off:
+        adapter.on = False
     try:
         yield
     finally:
-        for one in was_on:
-            one.on = True
+        for adapter in switched_off:
+            adapter.on = True
 
 
 def merge(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights by name with each adapted one merged, W + s B A rounded to W's dtype, and
-    no adapters.
+    """Return the weights by name with each adapted one merged, W + s B A, and no adapters.
 
-    All are whole (not sharded). What to save; a dict without adapters comes back as it is.
+    All are whole (not sharded). A dict without adapters comes back as it is.
     """
     merged = {}
     for name, weight in weights.items():
@@ -107,6 +121,6 @@ def merge(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def add_adapter(weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
-    """W + s B A, summed in fp32, in W's dtype."""
+    """Return W + s B A, summed in fp32 and rounded to W's dtype."""
     delta = lora_b.float() @ lora_a.float()
     return (weight.float() + SCALE * delta).to(weight.dtype)

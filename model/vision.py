@@ -2,17 +2,21 @@
 tokens out.
 
 One skeleton, three sets of parts. An image is cut into patches of p x p pixels (repeated over two
-frames, as the towers were built for video), each becomes a vector by one matrix product, the
+frames, as the towers were built for video). Each patch becomes a vector by one matrix product, the
 vectors pass through pre-norm ViT blocks with 2D rotary positions, and each m x m square of patches
 (m = 2) is merged into one token of the language model.
 
-             patch bias  learnt positions  norm       MLP             attention            merger
-             deepstack
-Qwen2-VL     no          no                LayerNorm  quick GELU      whole image          ln_q, mlp   no
-Qwen2.5-VL   no          no                RMSNorm    SwiGLU          windows, some whole  ln_q, mlp   no
-Qwen3-VL     yes         yes, bilinear     LayerNorm  GELU (tanh)     whole image          norm, fc    yes
+                         Qwen2-VL       Qwen2.5-VL            Qwen3-VL
+    patch bias           no             no                    yes
+    learnt positions     no             no                    yes, resampled to the image's grid
+    norm                 LayerNorm      RMSNorm               LayerNorm
+    MLP                  quick GELU     SwiGLU                GELU (tanh)
+    attention            whole image    windows, some whole   whole image
+    merger               ln_q, mlp      ln_q, mlp             norm, fc1, fc2
+    deepstack            no             no                    yes
 
-Parameter names are those of the published checkpoints below `visual.`.
+families.py has this table as data. Parameter names are those of the published checkpoints below
+`visual.`.
 
 P patches, packed over images; the m * m patches of a merged token are neighbours (the image
 processor's order). M = P / m^2 merged tokens; C width of the tower; H width of the language model;
@@ -25,6 +29,9 @@ from torch import Tensor, nn
 
 from kernels.layers import qk_norm_rope, rms_norm, swiglu
 from kernels.packed_attention import Windows, upload, window_attention
+from model.families import VisionSizes
+
+EPS = 1e-6  # of every norm in the towers
 
 
 class RMSNorm(nn.Module):
@@ -42,15 +49,17 @@ class RMSNorm(nn.Module):
 class GeluMLP(nn.Module):
     """Linear, activation, Linear; `names` are the checkpoint's names of the two layers."""
 
-    def __init__(self, width: int, inner: int, act: str, names: tuple[str, str]):
+    def __init__(self, width: int, inner: int, activation: str, names: tuple[str, str]):
         super().__init__()
-        self.names, self.act = names, act
+        self.activation = activation
+        self.names = names
         self.add_module(names[0], nn.Linear(width, inner))
         self.add_module(names[1], nn.Linear(inner, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        first, second = (self.get_submodule(name) for name in self.names)
-        return second(activate(first(x), self.act))
+        first = self.get_submodule(self.names[0])
+        second = self.get_submodule(self.names[1])
+        return second(activate(first(x), self.activation))
 
 
 class SwiGLU(nn.Module):
@@ -66,13 +75,16 @@ class SwiGLU(nn.Module):
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
-def activate(x: Tensor, act: str) -> Tensor:
-    if act == "quick_gelu":
+def activate(x: Tensor, activation: str) -> Tensor:
+    """Apply the activation that a config names: quick_gelu, gelu_pytorch_tanh, or GELU."""
+    if activation == "quick_gelu":
         return x * torch.sigmoid(1.702 * x)
-    return F.gelu(x, approximate="tanh" if act == "gelu_pytorch_tanh" else "none")
+    return F.gelu(x, approximate="tanh" if activation == "gelu_pytorch_tanh" else "none")
 
 
 class VisionAttention(nn.Module):
+    """Full attention within each window, with rotary positions."""
+
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -80,191 +92,224 @@ class VisionAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, windows: Windows) -> Tensor:
-        q, k, v = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)  # (P, heads, head_dim) each
-        if x.is_cuda:  # in fp32 as well, by one kernel
-            q, k = qk_norm_rope(q, k, cos, sin)
+        qkv = self.qkv(x).view(len(x), 3, self.heads, -1)
+        q, k, v = qkv.unbind(1)  # (P, heads, head_dim) each
+        if x.is_cuda:
+            q, k = qk_norm_rope(q, k, cos, sin)  # one kernel, in fp32 as below
         else:
-            q, k = rotate(q.float(), cos, sin).to(x.dtype), rotate(k.float(), cos, sin).to(x.dtype)
-        return self.proj(window_attention(q, k, v, windows).flatten(1))
+            q = rotate(q.float(), cos, sin).to(x.dtype)
+            k = rotate(k.float(), cos, sin).to(x.dtype)
+        out = window_attention(q, k, v, windows)
+        return self.proj(out.flatten(1))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x (..., heads, D) by angles whose cos and sin are (..., D), halves
-    duplicated."""
+    """Turn x (..., heads, D) by angles whose cos and sin are (..., D), halves duplicated."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos[..., None, :] + torch.cat((-second, first), dim=-1) * sin[..., None, :]
+    turned = torch.cat((-second, first), dim=-1)
+    return x * cos[..., None, :] + turned * sin[..., None, :]
 
 
 class VisionBlock(nn.Module):
-    def __init__(self, width: int, heads: int, norm: type[nn.Module], mlp: nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, s: VisionSizes):
         super().__init__()
-        self.norm1, self.norm2 = norm(width, eps=1e-6), norm(width, eps=1e-6)
-        self.attn = VisionAttention(width, heads)
-        self.mlp = mlp
+        self.norm1 = make_norm(s)
+        self.norm2 = make_norm(s)
+        self.attn = VisionAttention(s.width, s.heads)
+        self.mlp = make_mlp(s)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, windows: Windows) -> Tensor:
         x = x + self.attn(self.norm1(x), cos, sin, windows)
         return x + self.mlp(self.norm2(x))
 
 
-class Merger(nn.Module):
-    """Qwen2-VL and Qwen2.5-VL: norm each patch, concatenate m * m of them, two layers."""
+def make_norm(s: VisionSizes) -> nn.Module:
+    if s.family.norm == "rms":
+        return RMSNorm(s.width, EPS)
+    return nn.LayerNorm(s.width, EPS)
 
-    def __init__(self, width: int, unit: int, out: int, norm: type[nn.Module]):
+
+def make_mlp(s: VisionSizes) -> nn.Module:
+    if s.family.mlp_names is None:
+        return SwiGLU(s.width, s.inner, bias=True)
+    return GeluMLP(s.width, s.inner, s.activation, s.family.mlp_names)
+
+
+class Merger(nn.Module):
+    """Qwen2-VL and Qwen2.5-VL: norm each patch (P, C), join m * m of them, two layers: (M, H)."""
+
+    def __init__(self, s: VisionSizes):
         super().__init__()
-        self.inner = width * unit
-        self.ln_q = norm(width, eps=1e-6)
+        self.inner = s.width * s.merge**2
+        self.ln_q = make_norm(s)
         self.mlp = nn.Sequential(
-            nn.Linear(self.inner, self.inner), nn.GELU(), nn.Linear(self.inner, out)
+            nn.Linear(self.inner, self.inner),
+            nn.GELU(),
+            nn.Linear(self.inner, s.output),
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.mlp(self.ln_q(x).view(-1, self.inner))  # (M, H)
+        return self.mlp(self.ln_q(x).view(-1, self.inner))
 
 
-class Merger3(nn.Module):
-    """Qwen3-VL: as above under other names; a deepstack merger norms after the concatenation
-    (`after`)."""
+class DeepstackMerger(nn.Module):
+    """Qwen3-VL: the same under other names. Those of early blocks norm the joined patches."""
 
-    def __init__(self, width: int, unit: int, out: int, after: bool):
+    def __init__(self, s: VisionSizes, norm_joined: bool):
         super().__init__()
-        self.inner, self.after = width * unit, after
-        self.norm = nn.LayerNorm(self.inner if after else width, eps=1e-6)
+        self.inner = s.width * s.merge**2
+        self.norm_joined = norm_joined
+        self.norm = nn.LayerNorm(self.inner if norm_joined else s.width, EPS)
         self.linear_fc1 = nn.Linear(self.inner, self.inner)
-        self.linear_fc2 = nn.Linear(self.inner, out)
+        self.linear_fc2 = nn.Linear(self.inner, s.output)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(x.view(-1, self.inner)) if self.after else self.norm(x).view(-1, self.inner)
-        return self.linear_fc2(F.gelu(self.linear_fc1(x)))  # (M, H)
+        if self.norm_joined:
+            x = self.norm(x.view(-1, self.inner))
+        else:
+            x = self.norm(x).view(-1, self.inner)
+        return self.linear_fc2(F.gelu(self.linear_fc1(x)))
 
 
 class VisionTower(nn.Module):
-    """One tower for the three families; `config` is transformers' config object of the whole
-    model."""
+    """One tower for the three families; `config` is transformers' config object of the model."""
 
     def __init__(self, config):
         super().__init__()
-        c, self.family = config.vision_config, config.model_type
-        self.merge, self.heads, self.patch = c.spatial_merge_size, c.num_heads, c.patch_size
-        width = c.embed_dim if self.family == "qwen2_vl" else c.hidden_size
-        out = c.hidden_size if self.family == "qwen2_vl" else c.out_hidden_size
-        self.width, three = width, self.family == "qwen3_vl"
-        kernel = (c.temporal_patch_size, c.patch_size, c.patch_size)
-        self.patch_embed = nn.ModuleDict(
-            {"proj": nn.Conv3d(c.in_channels, width, kernel, kernel, bias=three)}
-        )
-        norm = RMSNorm if self.family == "qwen2_5_vl" else nn.LayerNorm
-        self.blocks = nn.ModuleList(
-            [VisionBlock(width, c.num_heads, norm, self._mlp(c)) for _ in range(c.depth)]
-        )
-        unit = self.merge**2
-        self.merger = (
-            Merger3(width, unit, out, after=False) if three else Merger(width, unit, out, norm)
-        )
-        self.theta = c.rope_parameters["rope_theta"]
-        self.full_blocks, self.window, self.deepstack_at = set(range(c.depth)), None, ()
-        if self.family == "qwen2_5_vl":
-            self.full_blocks = set(c.fullatt_block_indexes)
-            self.window = c.window_size // self.merge // c.patch_size  # in merged tokens
-        if three:
-            self.deepstack_at = tuple(c.deepstack_visual_indexes)
-            self.pos_embed = nn.Embedding(c.num_position_embeddings, width)
-            mergers = [Merger3(width, unit, out, after=True) for _ in self.deepstack_at]
+        s = VisionSizes.of(config)
+        self.sizes = s
+        self.width = s.width
+        self.merge = s.merge
+        kernel = (s.frames, s.patch, s.patch)
+        # A convolution that is as wide as its stride: only its weights are used, as a matrix.
+        proj = nn.Conv3d(s.channels, s.width, kernel, kernel, bias=s.family.patch_bias)
+        self.patch_embed = nn.ModuleDict({"proj": proj})
+        self.blocks = nn.ModuleList([VisionBlock(s) for _ in range(s.depth)])
+        if s.family.has_deepstack:
+            self.merger = DeepstackMerger(s, norm_joined=False)
+        else:
+            self.merger = Merger(s)
+        if s.family.has_learnt_positions:
+            self.pos_embed = nn.Embedding(s.positions, s.width)
+        if s.family.has_deepstack:
+            mergers = [DeepstackMerger(s, norm_joined=True) for _ in s.deepstack_blocks]
             self.deepstack_merger_list = nn.ModuleList(mergers)
 
-    def _mlp(self, c) -> nn.Module:
-        if self.family == "qwen2_vl":
-            return GeluMLP(
-                c.embed_dim, int(c.embed_dim * c.mlp_ratio), c.hidden_act, ("fc1", "fc2")
-            )
-        if self.family == "qwen2_5_vl":
-            return SwiGLU(c.hidden_size, c.intermediate_size, bias=True)
-        return GeluMLP(
-            c.hidden_size, c.intermediate_size, c.hidden_act, ("linear_fc1", "linear_fc2")
-        )
-
     def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Patch features (P, C) after the last block, in the input's order, and deepstack tokens,
-        each (M, H).
+        """Encode patches: their features (P, C) after the last block, and deepstack tokens (M, H)
+        of each early block that the family takes them from.
 
-        pixel_values (P, 3 * 2 * p * p), grid_thw (N, 3) patches along time, height, width.
+        pixel_values (P, 3 * 2 * p * p); grid_thw (N, 3) patches along time, height, width, on the
+        host. Features come in the order of the patches.
         """
         grids = grid_thw.tolist()
+        s = self.sizes
         proj = self.patch_embed["proj"]
-        # (P, C)
         x = F.linear(pixel_values.to(proj.weight.dtype), proj.weight.flatten(1), proj.bias)
-        at = upload(patch_positions(grids, self.merge), x.device)  # (P, 2)
-        if self.family == "qwen3_vl":
-            x = x + self._learnt_positions(at, grids).to(x.dtype)
-        cos, sin = self._angles(at)
-        whole = Windows([h * w for t, h, w in grids for _ in range(t)], x.device)
-        windows = whole
-        if self.window is not None:
-            order, lengths = window_order(grids, self.merge, self.window)
+        positions = upload(patch_positions(grids, s.merge), x.device)  # (P, 2)
+        if s.family.has_learnt_positions:
+            x = x + self._learnt_positions(positions, grids).to(x.dtype)
+        cos, sin = self._angles(positions)
+
+        whole_images = Windows(frame_lengths(grids), x.device)
+        windows = whole_images
+        if s.window is not None:
+            # The patches of a window have to be neighbours. A permutation: no gradient is a sum.
+            order, lengths = window_order(grids, s.merge, s.window)
             windows = Windows(lengths, x.device)
             back = upload(order.argsort(), x.device)
             order = upload(order, x.device)
-            # A permutation: no row's gradient is a sum.
-            x, cos, sin = (t.index_select(0, order) for t in (x, cos, sin))
+            x = x.index_select(0, order)
+            cos = cos.index_select(0, order)
+            sin = sin.index_select(0, order)
+
         deepstack = []
         for i, block in enumerate(self.blocks):
-            x = block(x, cos, sin, whole if i in self.full_blocks else windows)
-            if i in self.deepstack_at:
-                deepstack.append(self.deepstack_merger_list[self.deepstack_at.index(i)](x))
-        return (x if self.window is None else x.index_select(0, back)), deepstack
+            x = block(x, cos, sin, whole_images if i in s.full_blocks else windows)
+            if i in s.deepstack_blocks:
+                merger = self.deepstack_merger_list[len(deepstack)]
+                deepstack.append(merger(x))
+        if s.window is not None:
+            x = x.index_select(0, back)
+        return x, deepstack
 
-    def _angles(self, at: Tensor) -> tuple[Tensor, Tensor]:
-        """cos, sin (P, head_dim) fp32: a quarter of the head turns by the row, a quarter by the
-        column, twice.
+    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cos, sin (P, head_dim) in fp32 for patches at rows and columns (P, 2).
+
+        A quarter of a head's channels turns by the row, a quarter by the column; the second half
+        repeats the first.
         """
-        quarter = torch.arange(
-            0, self.width // self.heads // 2, 2, device=at.device, dtype=torch.float
-        )
-        inv_freq = 1.0 / self.theta ** (quarter / (self.width // self.heads // 2))
-        angles = (at[:, :, None].float() * inv_freq).flatten(1)
-        return torch.cat((angles, angles), -1).cos(), torch.cat((angles, angles), -1).sin()
+        half = self.sizes.width // self.sizes.heads // 2
+        exponents = torch.arange(0, half, 2, device=positions.device, dtype=torch.float) / half
+        inv_freq = 1.0 / self.sizes.theta**exponents  # (head_dim / 4,)
+        angles = (positions[:, :, None].float() * inv_freq).flatten(1)  # (P, head_dim / 2)
+        angles = torch.cat((angles, angles), -1)
+        return angles.cos(), angles.sin()
 
-    def _learnt_positions(self, at: Tensor, grids: list[list[int]]) -> Tensor:
-        """Qwen3-VL's square table of positions, resampled bilinearly (corners aligned) to each
-        image's grid: (P, C).
+    def _learnt_positions(self, positions: Tensor, grids: list[list[int]]) -> Tensor:
+        """Resample Qwen3-VL's square table of positions to each image's grid: (P, C).
+
+        Bilinear, corners aligned: an image's last row and column lie on those of the table.
         """
         side = round(self.pos_embed.num_embeddings**0.5)
-        sizes, counts = torch.tensor(grids)[:, 1:], torch.tensor([t * h * w for t, h, w in grids])
-        extent = upload(sizes.repeat_interleave(counts, 0), at.device)  # (P, 2)
-        where = at * (side - 1) / (extent - 1).clamp(min=1)  # (P, 2) in table units
-        low = where.floor().long()
-        high, frac = (low + 1).clamp(max=side - 1), (where - low).to(self.pos_embed.weight.dtype)
+        counts = torch.tensor([frames * rows * columns for frames, rows, columns in grids])
+        grid_sizes = torch.tensor(grids)[:, 1:]
+        extent = upload(grid_sizes.repeat_interleave(counts, 0), positions.device)  # (P, 2)
+        place = positions * (side - 1) / (extent - 1).clamp(min=1)  # (P, 2), in the table's units
+        low = place.floor().long()
+        high = (low + 1).clamp(max=side - 1)
+        to_high = (place - low).to(self.pos_embed.weight.dtype)
+        to_low = 1 - to_high
+        # The four entries around each patch. In transformers' order: a sum depends on it.
         total = 0
-        for rows, wr in ((low[:, 0], 1 - frac[:, 0]), (high[:, 0], frac[:, 0])):
-            for cols, wc in ((low[:, 1], 1 - frac[:, 1]), (high[:, 1], frac[:, 1])):
-                total = total + self.pos_embed(rows * side + cols) * (wr * wc)[:, None]
+        for rows, row_weight in ((low[:, 0], to_low[:, 0]), (high[:, 0], to_high[:, 0])):
+            for columns, weight in ((low[:, 1], to_low[:, 1]), (high[:, 1], to_high[:, 1])):
+                entries = self.pos_embed(rows * side + columns)
+                total = total + entries * (row_weight * weight)[:, None]
         return total
 
 
+def frame_lengths(grids: list[list[int]]) -> list[int]:
+    """Count the patches of every frame: attention never crosses from one to the next."""
+    lengths = []
+    for frames, rows, columns in grids:
+        lengths += [rows * columns] * frames
+    return lengths
+
+
 def patch_positions(grids: list[list[int]], merge: int) -> Tensor:
-    """(P, 2) row and column of every patch, in the image processor's order (merge squares
-    together)."""
-    out = []
-    for t, h, w in grids:
-        rows, cols = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-        at = torch.stack((rows, cols), -1).view(h // merge, merge, w // merge, merge, 2)
-        out.append(at.transpose(1, 2).reshape(-1, 2).repeat(t, 1))
-    return torch.cat(out)
+    """Return row and column of every patch (P, 2), in the image processor's order: the patches of
+    a merge x merge square behind each other."""
+    pieces = []
+    for frames, rows, columns in grids:
+        row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+        grid = torch.stack((row, column), -1)
+        squares = grid.view(rows // merge, merge, columns // merge, merge, 2).transpose(1, 2)
+        pieces.append(squares.reshape(-1, 2).repeat(frames, 1))
+    return torch.cat(pieces)
 
 
 def window_order(grids: list[list[int]], merge: int, size: int) -> tuple[Tensor, list[int]]:
-    """Qwen2.5-VL: the patches' order (P,) with each window of size x size merged tokens together,
-    and their lengths.
+    """Sort patches by windows of size x size merged tokens (Qwen2.5-VL).
+
+    Returns the patches' order (P,) and the number of patches of each window. Windows at the right
+    and lower border may be smaller.
     """
-    order, lengths, start = [], [], 0
-    for t, h, w in grids:
-        rows, cols = torch.meshgrid(
-            torch.arange(h // merge), torch.arange(w // merge), indexing="ij"
-        )
-        window = (rows // size * w + cols // size).flatten()
-        for _ in range(t):
+    unit = merge**2  # patches of a merged token, which stay together
+    order = []
+    lengths = []
+    start = 0
+    for frames, rows, columns in grids:
+        row = torch.arange(rows // merge)[:, None]
+        column = torch.arange(columns // merge)[None]
+        # Any number that grows from window to window will do: `columns` is more than enough.
+        window = (row // size * columns + column // size).flatten()
+        counts = window.unique(return_counts=True)[1] * unit
+        for _ in range(frames):
             order.append(start + window.argsort(stable=True))
-            lengths += (window.unique(return_counts=True)[1] * merge**2).tolist()
+            lengths += counts.tolist()
             start += len(window)
-    units = torch.cat(order)[:, None] * merge**2 + torch.arange(merge**2)
-    return units.flatten(), lengths
+    patches = torch.cat(order)[:, None] * unit + torch.arange(unit)
+    return patches.flatten(), lengths

@@ -10,9 +10,11 @@ MAKE_TINY = """if True:
     import sys
     from pathlib import Path
     from model import tiny
-    tiny.SIZES |= dict(scenes=20, vocab=1000)
-    tiny.SIZES["text"] |= dict(num_hidden_layers=2)
-    tiny.write("qwen3_vl", Path(sys.argv[1]))"""
+    shape = tiny.tiny_shape("qwen3_vl")
+    shape.scenes = 20
+    shape.vocabulary = 1000
+    shape.text["num_hidden_layers"] = 2
+    tiny.write("qwen3_vl", Path(sys.argv[1]), shape=shape)"""
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.scenes import CORNERS, furnish, look, project, render, turn
+from data.rooms.render import look, project, render, turn
+from data.rooms.scene import furnish
+from data.rooms.things import CORNERS
 
 SIZE = (320, 240)
 
@@ -65,7 +67,7 @@ def room(seed: int, views: int = 1) -> Room:
     cameras = [camera]
     for k in range(1, views):
         aside = camera.position + (-1) ** k * 0.25 * k * camera.axes[0]
-        aside = aside.clip(shell["low"].ravel() + 0.1, shell["high"].ravel() - 0.1)
+        aside = aside.clip(shell.low.ravel() + 0.1, shell.high.ravel() - 0.1)
         cameras.append(look(SIZE, camera.focal, aside, camera.position + 3 * camera.axes[2]))
     drawn = [render(shell, things, c) for c in cameras]
     found = Room(

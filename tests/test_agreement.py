@@ -23,9 +23,11 @@ MAKE = """if True:
     import sys
     from pathlib import Path
     import model.tiny as tiny
-    tiny.SIZES |= dict(scenes=20, vocab=1000)
-    tiny.SIZES["text"] |= dict(num_hidden_layers=1)
-    tiny.write("qwen3_vl", Path(sys.argv[1]))"""
+    shape = tiny.tiny_shape("qwen3_vl")
+    shape.scenes = 20
+    shape.vocabulary = 1000
+    shape.text["num_hidden_layers"] = 1
+    tiny.write("qwen3_vl", Path(sys.argv[1]), shape=shape)"""
 RUN = """if True:
     import json, sys
     import train_rl, train_sft

@@ -1,8 +1,6 @@
 """The kernels' bench: who runs out of memory is named, --judged repeats, one table for all
 devices."""
 
-from copy import deepcopy
-
 import pytest
 import torch
 
@@ -10,8 +8,7 @@ from bench import kernels as bench
 from bench import train
 from bench.table import table
 from kernels.linear_logprob import linear_logprob
-from model import tiny
-from model.qwen_vl import adjoined
+from model.qwen_vl import fused_linears
 
 
 @pytest.fixture
@@ -93,12 +90,10 @@ def test_one_table_says_what_no_gpu_has_run():
 def test_the_model_of_a_true_shape_is_fused_as_the_product_s(tmp_path, monkeypatch):
     """bench.train makes it in place, not by way of a file, and bench.rollout takes it from
     there."""
-    monkeypatch.setattr(tiny, "SIZES", deepcopy(tiny.SIZES) | {"scenes": 20})
-    monkeypatch.setattr(tiny, "FAMILIES", deepcopy(tiny.FAMILIES))
     small = ("qwen3_vl", (128, 256, 2, 2, 1, 1500), (64, 128, 2, 2, 8))
     monkeypatch.setitem(train.SHAPES, "small", small)
     model, _ = train.load(train.Config("small"), str(tmp_path), torch.device("cpu"))
     assert model.decoder.sizes.vocab == 1500
     for layer in model.decoder.layers:
         attention = layer.self_attn
-        assert adjoined(attention.q_proj, attention.k_proj, attention.v_proj)
+        assert fused_linears(attention.q_proj, attention.k_proj, attention.v_proj)

@@ -20,15 +20,16 @@ from published import parquet as write
 from test_eval import stand_in
 
 import eval as evaluation
-import trainer
 from data import BadRows, benchmarks
 from data.benchmarks.answers import mra, read_number
 from data.benchmarks.schema import Benchmark, Item, by_sample, equal
 from data.boxes import box_iou
-from data.scenes import furnish, render, scene
+from data.rooms.render import render
+from data.rooms.scene import furnish, scene
 from errors import UserError
 from model import tiny
 from srreal import Example
+from training import run
 
 ROOT = Path(__file__).parent.parent
 PICTURES = [scene(7, k, (96, 72))[1][0] for k in range(4)]
@@ -1192,7 +1193,7 @@ def test_eval_measures_2d_boxes(tmp_path, monkeypatch, capsys, family):
         return processor.decode(processor.target_ids(evaluation.replace(e, answer=true)))
 
     stand_in(monkeypatch, half)
-    monkeypatch.setattr(trainer, "load_processor", lambda *args: processor)
+    monkeypatch.setattr(run, "load_processor", lambda *args: processor)
     sources = (f"refcoco:{tmp_path}/refs.jsonl", f"llava:{tmp_path}/chat.json")
     config = evaluation.Config("m", sources, path="direct", out=str(tmp_path / "out"))
     found = evaluation.main(config)["results"]["direct"]["refcoco"]
@@ -1263,7 +1264,7 @@ def test_eval_prints_both_scorers(tmp_path, monkeypatch, capsys):
     table = capsys.readouterr().out  # of a part, no figure that somebody else has for the whole
     assert "SpatialThinker" not in table and "68.6" not in table and "cv-bench/Count lor" in table
     assert "(0 of 2 questions had regions)" in table
-    with pytest.raises(trainer.Stop, match="--data a b: a benchmark lies in one place"):
+    with pytest.raises(UserError, match="--data a b: a benchmark lies in one place"):
         evaluation.main(evaluation.Config("m", ("a", "b"), benchmark="cv-bench"))
     rows = [
         json.loads(line)
@@ -1271,7 +1272,7 @@ def test_eval_prints_both_scorers(tmp_path, monkeypatch, capsys):
     ]
     assert len({row["cluster"] for row in rows}) == 1 and rows[0]["cluster"].startswith("sha1 ")
     (tmp_path / "set" / "test_3d.parquet").write_bytes(b"torn")
-    with pytest.raises(trainer.Stop, match="a benchmark is read whole"):
+    with pytest.raises(UserError, match="a benchmark is read whole"):
         evaluation.main(
             evaluation.Config("m", config.data[:0] + (str(tmp_path / "set"),), benchmark="cv-bench")
         )

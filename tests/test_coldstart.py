@@ -18,6 +18,7 @@ from data import coldstart, scenes
 from data.arithmetic import equations, unknown_numbers, value, wrong
 from data.coldstart import Config, judge
 from data.rationale import compute
+from errors import UserError
 from model.tiny import write
 from srreal import Example, parse, score, target
 
@@ -100,7 +101,7 @@ def test_every_filter_fires(name):
 def test_the_sound_response_passes_until_it_is_a_duplicate():
     assert judge(response(), ONE, CONFIG, set()) is None
     again = response(WORKED.upper().replace("SQRT", "sqrt"))
-    assert judge(again, ONE, CONFIG, {coldstart.same(WORKED)}) == "duplicate"
+    assert judge(again, ONE, CONFIG, {coldstart.normalized(WORKED)}) == "duplicate"
     assert {name for name, _ in THROWN_OUT.values()} | {"duplicate"} == set(coldstart.FILTERS)
 
 
@@ -184,7 +185,7 @@ def test_the_view_of_several_that_a_target_speaks_of(tmp_path, question, frame):
         f'<3d_box center="{round(0.61 + frame, 2)},-0.01,4.52">'
     )
     assert (
-        coldstart.framed(
+        coldstart.with_frame(
             replace(
                 e,
                 frame=None,
@@ -560,8 +561,10 @@ def test_a_random_expert_is_thrown_out_and_goes_on_where_it_stopped(
     with open(cut.out / "tried.jsonl", "a") as file:
         file.write('{"id": "torn')
     asked = []
-    told = coldstart.told
-    monkeypatch.setattr(coldstart, "told", lambda e, cfg: asked.append(e.id) or told(e, cfg))
+    with_hint = coldstart.with_hint
+    monkeypatch.setattr(
+        coldstart, "with_hint", lambda e, cfg: asked.append(e.id) or with_hint(e, cfg)
+    )
     coldstart.main(cut)
     assert len(asked) == 2
     for name in ("tried.jsonl", "summary.json", "rows.jsonl"):
@@ -589,7 +592,7 @@ def test_what_a_good_expert_writes_is_kept(rooms, tmp_path, monkeypatch):
 
 def test_the_expert_is_told_the_answer_and_on_dtr_the_scene_graph():
     for path in ("dtr", "lor"):
-        question = coldstart.told(replace(ONE, path=path), CONFIG).question
+        question = coldstart.with_hint(replace(ONE, path=path), CONFIG).question
         assert question.startswith(QUESTION) and question.count("<mask>") == 2
         assert "1.6" in question[len(QUESTION) :]
         assert ("0.61,-0.01,4.52" in question) == (path == "dtr")
@@ -597,20 +600,20 @@ def test_the_expert_is_told_the_answer_and_on_dtr_the_scene_graph():
 
 # ---- what a user can mend
 def test_bad_input_is_named(rooms, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such file or folder: none"):
+    with pytest.raises(UserError, match="no such file or folder: none"):
         coldstart.main(Config(("none",), tmp_path / "a"))
-    with pytest.raises(ValueError, match="--samples 0"):
+    with pytest.raises(UserError, match="--samples 0"):
         coldstart.main(Config((str(rooms),), tmp_path / "b", samples=0))
-    with pytest.raises(ValueError, match="no such directory"):
+    with pytest.raises(UserError, match="no such directory"):
         coldstart.main(Config((str(rooms),), tmp_path / "c", expert="./none", limit=2))
     # the other settings were not tried yet
     coldstart.main(Config((str(rooms),), tmp_path / "c", limit=2))
     coldstart.main(Config((str(rooms),), tmp_path / "d", limit=2))
-    with pytest.raises(ValueError, match="was begun with --seed 0, now it is 1"):
+    with pytest.raises(UserError, match="was begun with --seed 0, now it is 1"):
         coldstart.main(Config((str(rooms),), tmp_path / "d", limit=2, seed=1))
     row = json.loads((rooms / "rows.jsonl").read_text().splitlines()[0]) | {"path": "direct"}
     (tmp_path / "direct.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(ValueError, match="no row on path lor or dtr"):
+    with pytest.raises(UserError, match="no row on path lor or dtr"):
         coldstart.main(Config((f"scenes:{tmp_path / 'direct.jsonl'}@{rooms}",), tmp_path / "e"))
 
 

@@ -2,7 +2,7 @@
 interpreted.
 
 The gate assembles with the ptxas of triton's wheel and reads its report: no register spills, shared
-memory within an H100's 227 KB, wgmma wherever a dot's tile has 64 rows or more. Races it can't see.
+memory within an H100's 227 KB, fp64 in one kernel only. Races it can't see.
 """
 
 import os
@@ -18,153 +18,133 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from kernels import layers, linear_logprob, policy_loss, rewards, sample
+from kernels import interpreted, layers, linear_logprob, policy_loss, rewards, sample
 
 ROOT = Path(__file__).parent.parent
+not_interpreted = pytest.mark.skipif(interpreted(), reason="interpreted functions don't compile")
 # all of what runs on Triton, at sizes that an interpreter of about 1 ms a program can do
 INTERPRETED = [
     (
         "test_linear_logprob.py",
         "not default_tiles and not memory and not workspace and not float64 and not dtype2",
     ),
-    ("test_policy_loss.py", "fp32 or huge or nothing or constants"),
+    ("test_policy_loss.py", "fp32 or huge or nothing or constants or new or below"),
     ("test_rewards.py", ""),
     ("test_sample.py", "triton or greedy or bad_input"),
     ("test_layers.py", "not float64 and not dtype2"),
-    ("test_attention.py", "decode"),
+    ("test_decode_attention.py", ""),
     ("test_checkpointing.py", "not commands"),
 ]
 
 
+# The one kernel that computes in fp64, as the host does: see its header.
+IN_FP64 = "rewards"
+
+
 def pointers(names, types):
+    """{name: pointer type} of names and types that stand in two strings in the same order."""
     return {name: "*" + kind for name, kind in zip(names.split(), types.split(), strict=True)}
 
 
-def token_kernel(kind, extra, block=256):
+def scalars(names, kind):
+    return dict.fromkeys(names.split(), kind)
+
+
+def token_kernel(kind, extra):
     """`extra`: with reference and rollout log-probs."""
-    names = (
-        "new old advantage cu partial slope_out"
-        + (" ref rollout" if extra else "")
-        + " means" * (kind == "gspo")
+    loss = policy_loss.LOSSES[kind]
+    signature = pointers(
+        "logprob old_logprob advantage cu_seqlens partial_sums gradient",
+        "fp32 fp32 fp32 i64 fp32 fp32",
     )
-    types = "fp32 fp32 fp32 i64 fp32 fp32" + " fp32 fp32" * extra + " fp32" * (kind == "gspo")
-    scalars = dict(
-        tokens="i32",
-        sequences="i32",
-        steps="i32",
-        low="fp32",
-        high="fp32",
-        dual="fp32",
-        kl="fp32",
-        cap="fp32",
-    )
-    constants = {name: None for name in ("ref", "rollout", "means") if name not in names.split()}
-    return (
-        policy_loss._token_kernel,
-        pointers(names, types) | scalars,
-        dict(KIND=kind, BLOCK=block, **constants),
-        {},
-    )
+    if extra:
+        signature |= pointers("ref_logprob rollout_logprob", "fp32 fp32")
+    if loss.sequence_ratio:
+        signature |= pointers("sequence_means", "fp32")
+    if loss.dual_clip:
+        signature |= scalars("dual_clip", "fp32")
+    optional = ("ref_logprob", "rollout_logprob", "sequence_means", "dual_clip")
+    constants = {name: None for name in optional if name not in signature}
+    constants |= dict(SURROGATE=loss.surrogate.__name__, SEQUENCE_MEAN=loss.sequence_mean)
+    signature |= scalars("tokens sequences steps", "i32") | scalars("low high kl cap", "fp32")
+    return policy_loss._token_kernel, signature, constants | dict(BLOCK=256), {}
 
 
 def layer_kernels(head=128):
     """Heads of 128, 8 KB of bf16 a program, as shipped. What is Liger's isn't compiled here."""
-    bf16 = lambda names: pointers(names, " ".join(["bf16"] * len(names.split())))  # noqa: E731
+
+    def bf16(names):
+        return pointers(names, " ".join(["bf16"] * len(names.split())))
+
     warps = dict(num_warps=8)
     half = dict(ROWS=layers.TILE // (head // 2), HALF=head // 2, BACK=False)
     strides = "tokens q_heads k_heads q_token k_token v_token out_token out_head out_place half"
-    rope = bf16("q k v cos sin q_weight k_weight q_out k_out v_out") | dict(at="*i64", eps="fp32")
-    rope |= dict.fromkeys(strides.split(), "i32")
-    trained = half | dict.fromkeys(("v", "v_out", "at"))
-    plain = trained | dict.fromkeys(("q_weight", "k_weight"))
+    rope = bf16("q k v cos sin q_weight k_weight q_out k_out v_out")
+    rope |= dict(at="*i64", eps="fp32") | scalars(strides, "i32")
+    normed = half | dict.fromkeys(("v", "v_out", "at"))
+    plain = normed | dict.fromkeys(("q_weight", "k_weight"))
+    wide_angles = rope | pointers("cos sin", "fp32 fp32")
     grad = bf16("h weight d_out d_h") | dict(partial="*fp32", rows="i32", width="i32", eps="fp32")
+    grad_tile = dict(ROWS=layers.TILE // head, BLOCK=head)
     return {
         "rope-write": (layers._rope_kernel, rope, half, warps),
-        "rope-normed": (layers._rope_kernel, rope, trained, warps),
+        "rope-normed": (layers._rope_kernel, rope, normed, warps),
         "rope": (layers._rope_kernel, rope, plain, warps),
         "rope-back": (layers._rope_kernel, rope, plain | dict(BACK=True), warps),
-        "rope-fp32-angles": (
-            layers._rope_kernel,
-            rope | pointers("cos sin", "fp32 fp32"),
-            plain,
-            warps,
-        ),
-        "norm-grad": (
-            layers._norm_grad_kernel,
-            grad,
-            dict(ROWS=layers.TILE // head, BLOCK=head),
-            warps,
-        ),
+        "rope-fp32-angles": (layers._rope_kernel, wide_angles, plain, warps),
+        "norm-grad": (layers._norm_grad_kernel, grad, grad_tile, warps),
     }
 
 
-FUSED = dict(linear_logprob.FUSED)
-FUSED_OPTIONS = {k: FUSED.pop(k) for k in ("num_warps", "num_stages")}
-TILES = {
-    "hidden": f"tensordesc<bf16[{FUSED['BM']}, {FUSED['BK']}]>",
-    "weight": f"tensordesc<bf16[{FUSED['BN']}, {FUSED['BK']}]>",
-}
-SIX = dict(column="i32", inv_temperature="fp32", cols="i32")
+def sample_part(greedy):
+    """fp32 logits and banned ids, as the rollout has them."""
+    signature = pointers("logits keys positions banned floats ids", "fp32 i64 i64 i1 fp32 i32")
+    signature |= scalars("vocab stride", "i32:16") | scalars("inv_temperature", "fp32")
+    constants = dict(GREEDY=greedy, INTERPRETED=False, BLOCK=sample.BLOCK)
+    return sample._part_kernel, signature, constants, dict(num_warps=1)
+
+
+def tile_kernel(kernel, names, types, strides):
+    signature = pointers(names, types) | scalars(strides, "i32")
+    signature |= dict(column="i32", inv_temperature="fp32", cols="i32")
+    return kernel, signature, dict(BLOCK=2048), {}
+
+
 KERNELS = {  # name: kernel, signature, constants, options
-    "fold": (
-        linear_logprob._fold_kernel,
-        pointers("tile targets state", "fp32 i64 fp32") | SIX | dict(state_stride="i32"),
-        dict(BLOCK=2048),
-        {},
+    "fold": tile_kernel(
+        linear_logprob._fold_kernel, "tile targets state", "fp32 i64 fp32", "state_stride"
     ),
-    "dlogits": (
+    "dlogits": tile_kernel(
         linear_logprob._dlogits_kernel,
-        pointers("tile out targets stats grads", "fp32 bf16 i64 fp32 fp32")
-        | SIX
-        | dict(stats_stride="i32", grads_stride="i32"),
-        dict(BLOCK=2048),
-        {},
-    ),
-    "fused": (
-        linear_logprob._fused_kernel,
-        TILES
-        | pointers("targets partial", "i64 fp32")
-        | dict(n="i32", v="i32", h="i32", columns="i32", inv_temperature="fp32"),
-        dict(UPCAST=False, **FUSED),
-        FUSED_OPTIONS,
+        "tile out targets stats grads",
+        "fp32 bf16 i64 fp32 fp32",
+        "stats_stride grads_stride",
     ),
     "sequence": (
         policy_loss._sequence_kernel,
-        pointers("new old rollout cu out", "fp32 fp32 fp32 i64 fp32")
+        pointers("logprob old_logprob rollout_logprob cu_seqlens out", "fp32 fp32 fp32 i64 fp32")
         | dict(sequences="i32", cap="fp32"),
         dict(BLOCK=256),
         {},
     ),
-    **{
-        f"token-{kind}": token_kernel(kind, extra)
-        for kind, extra in zip(policy_loss.KINDS, (1, 0, 1, 1, 1), strict=True)
-    },
     "finaliser": (
         policy_loss._finaliser,
-        pointers("partial out", "fp32 fp32") | dict(blocks="i32", tokens="i32"),
+        pointers("partial_sums out", "fp32 fp32") | scalars("blocks tokens", "i32"),
         dict(BLOCK=256),
         {},
     ),
-    "rewards": (
+    IN_FP64: (
         rewards._rewards_kernel,
         pointers(
-            " ".join(rewards.Scored._fields) + " out keep",
-            "i1 i1 fp64 i64 i64 fp64 i64 i64 i64 i64 fp64 i64 i64 i64 fp64 i64 i64 fp64 i1",
+            "parts weights group_start total_out advantage_out keep_out",
+            "fp64 fp64 i64 fp64 fp64 i1",
         )
-        | dict(n="i32"),
-        dict(BLOCK=32),
+        | scalars("rewards accuracy_column", "i32"),
+        dict(DIVIDE=True, BLOCK=32),
         dict(num_warps=1),
     ),
-    **{
-        name: (  # fp32 logits and banned ids, as the rollout has them
-            sample._part_kernel,
-            pointers("logits keys positions banned floats ids", "fp32 i64 i64 i1 fp32 i32")
-            | dict(vocab="i32:16", stride="i32:16", inv_temperature="fp32"),
-            dict(GREEDY=greedy, BLOCK=sample.BLOCK),
-            dict(num_warps=1),
-        )
-        for name, greedy in (("sample-part", False), ("sample-greedy", True))
-    },
+    "sample-part": sample_part(greedy=False),
+    "sample-greedy": sample_part(greedy=True),
     "sample-row": (
         sample._row_kernel,
         pointers("logits floats ids tokens logprobs", "fp32 fp32 i32 i64 fp32")
@@ -174,11 +154,13 @@ KERNELS = {  # name: kernel, signature, constants, options
     ),
     **layer_kernels(),
 }
+for kind, loss in policy_loss.LOSSES.items():
+    if loss.surrogate in policy_loss.FUSED_SURROGATES:
+        KERNELS[f"token-{kind}"] = token_kernel(kind, extra=kind != "grpo")
 
 
 def compiled_for_sm90(kernel, signature, constants, options):
-    """Pointers are 16-byte aligned, as torch's are; an i32:16 is divisible by 16: Triton uses
-    that."""
+    """Compile with pointers 16-byte aligned, as torch's are, and an i32:16 divisible by 16."""
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else signature[name] for name in names}
     sixteen = [(i,) for i, name in enumerate(names) if re.search(r"^\*|:16$", signature[name])]
@@ -191,15 +173,17 @@ def compiled_for_sm90(kernel, signature, constants, options):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
-def without_fp64(ptx, signature):
-    """Whether a kernel that isn't given any fp64 computes in none. It does where a constant lies
-    below fp32's smallest normal number, 1.18e-38, as such a constant is fp64 to Triton, and so is
-    what it meets."""
-    return ".f64" not in ptx or any("fp64" in kind for kind in signature.values())
+def in_fp64(ptx):
+    """Whether a kernel computes in fp64.
+
+    It does, where none was meant, at a constant below fp32's smallest normal number, 1.18e-38: such
+    a constant is fp64 to Triton, and so is what it meets.
+    """
+    return ".f64" in ptx
 
 
 def build(folder, *kernel):
-    """(PTX, ptxas's report, bytes of shared memory)."""
+    """Return PTX, ptxas's report and the bytes of shared memory."""
     compiled = compiled_for_sm90(*kernel)
     file = folder / "kernel.ptx"
     file.write_text(compiled.asm["ptx"])
@@ -212,41 +196,44 @@ def build(folder, *kernel):
     return compiled.asm["ptx"], done.stdout + done.stderr, compiled.metadata.shared
 
 
-@pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted functions can't be compiled"
-)
+@not_interpreted
 @pytest.mark.parametrize("name", KERNELS)
 def test_compiles_for_sm90(name, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     ptx, report, shared = build(tmp_path, *KERNELS[name])
-    assert without_fp64(ptx, KERNELS[name][1])
+    assert in_fp64(ptx) == (name == IN_FP64)
     assert re.search(r"\b0 bytes spill stores, 0 bytes spill loads", report), report
     assert shared <= 227 * 1024
-    assert ("wgmma" in ptx) == (name == "fused")
     print(name, *re.findall(r"Used \d+ registers", report), f"{shared} bytes shared")
-    # what its header counts, of which an H100 does 40 while it copies an element
-    if name == "sample-part":
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-        code = subprocess.run(
-            [tool, "-c", tmp_path / "kernel.cubin"], text=True, capture_output=True
-        ).stdout
-        assert 20 < len(re.findall(r"^\s+/\*\w{4,}\*/", code, re.M)) / (sample.BLOCK / 32) < 40
 
 
-@pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted functions can't be compiled"
-)
+@not_interpreted
+def test_instructions_of_the_sampler(tmp_path, monkeypatch):
+    """What its header counts, of which an H100 does 40 while it copies an element."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    build(tmp_path, *KERNELS["sample-part"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    command = [tool, "-c", tmp_path / "kernel.cubin"]
+    code = subprocess.run(command, text=True, capture_output=True).stdout
+    instructions = re.findall(r"^\s+/\*\w{4,}\*/", code, re.M)
+    assert 20 < len(instructions) / (sample.BLOCK / 32) < 40
+
+
+@not_interpreted
 def test_an_argument_of_one_compiles(tmp_path, monkeypatch):
-    """Triton makes a constant of an integer that equals 1: one token, one block, one head. A kernel
-    that asks it for a tensor's methods then compiles for every size but that one."""
+    """Triton makes a constant of an integer that equals 1: one token, one block, one head.
+
+    A kernel that calls a tensor's methods on it then compiles for every size but that one.
+    """
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     seen = set()
-    for kernel, signature, constants, options in KERNELS.values():
+    for name, (kernel, signature, constants, options) in KERNELS.items():
         ones = {name: 1 for name, kind in signature.items() if kind.startswith(("i32", "i64"))}
-        case = kernel, tuple(k for k in constants if constants[k] is None), constants.get("KIND")
+        absent = tuple(key for key in constants if constants[key] is None)
+        case = kernel, absent, constants.get("SURROGATE")
         if ones and case not in seen:
             compiled = compiled_for_sm90(kernel, signature, constants | ones, options)
-            assert without_fp64(compiled.asm["ptx"], signature)
+            assert in_fp64(compiled.asm["ptx"]) == (name == IN_FP64)
         seen.add(case)
 
 
@@ -254,18 +241,8 @@ def test_an_argument_of_one_compiles(tmp_path, monkeypatch):
 def test_triton_interpreted_equals_the_references():
     """The kernels' own tests once more, with Triton in the place of the references."""
     for file, selection in INTERPRETED:
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "-p",
-            "no:cacheprovider",
-            f"tests/{file}",
-            "-k",
-            selection,
-        ]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+        command += [f"tests/{file}", "-k", selection]
         done = subprocess.run(
             command,
             cwd=ROOT,
@@ -286,14 +263,16 @@ def test_no_compiler_is_needed_on_a_cpu():
         from kernels.linear_logprob import linear_logprob
         from kernels.layers import add_rms_norm, qk_norm_rope, swiglu
         from kernels.policy_loss import policy_loss
+        from kernels.rewards import rewards_and_advantages
         from kernels.sample import sample
         linear_logprob(torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 4]))
         policy_loss(torch.zeros(3), torch.zeros(3), torch.zeros(1), torch.tensor([0, 3]))
         sample(torch.randn(2, 5), torch.tensor([1, 2]), torch.tensor([0, 0]))
         x, weight = torch.randn(3, 4), torch.ones(4)
-        swiglu(*add_rms_norm(x, x, weight)), qk_norm_rope(x[:, None], x[:, None], x, x, weight, weight)"""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
-        "CUDA_VISIBLE_DEVICES": "",
-        "PATH": "",
-    }
+        swiglu(*add_rms_norm(x, x, weight))
+        qk_norm_rope(x[:, None], x[:, None], x, x, weight, weight)
+        parts, start = torch.ones(3, 2), torch.tensor([0, 3])
+        rewards_and_advantages(parts, parts[:1], start, accuracy_column=0)"""
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PATH": ""}
+    environment.pop("TRITON_INTERPRET", None)
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, env=environment)

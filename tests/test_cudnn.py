@@ -27,15 +27,18 @@ def stop(*_, **__):
 SCRIPTS = {
     "train_sft.py": (
         lambda: train_sft.main(train_sft.Config("m", (), "o")),
-        {"trainer.begin": stop},
+        {"training.checkpoints.find_start": stop},
     ),
-    "train_rl.py": (lambda: train_rl.main(train_rl.Config("m", (), "o")), {"trainer.begin": stop}),
+    "train_rl.py": (
+        lambda: train_rl.main(train_rl.Config("m", (), "o")),
+        {"training.checkpoints.find_start": stop},
+    ),
     "eval.py": (
         lambda: evaluation.main(evaluation.Config("m")),
         {
             "eval.questions": lambda _: [],
-            "trainer.load_processor": lambda *_: None,
-            "trainer.load": stop,
+            "training.run.load_processor": lambda *_: None,
+            "eval.load_model": stop,
         },
     ),
     "data/coldstart.py": (

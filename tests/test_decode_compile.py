@@ -1,20 +1,18 @@
 """Without a GPU: the decode kernels compile for sm_90 as shipped, with no spills, within shared
 memory."""
 
-import os
 import re
 
 import pytest
-from test_compile_gate import build, pointers, without_fp64
+from test_compile_gate import build, in_fp64, not_interpreted, pointers
 
-from kernels import attention
+from kernels import decode_attention as attention
 
-STRIDES = dict(
-    scale="fp32", chunk="i32", k_row="i32:16", k_head="i32:16", v_row="i32:16", v_head="i32:16"
-)
+STRIDES = dict(scale="fp32", chunk="i32", row_stride="i32:16", head_stride="i32:16")
 PREFIX = pointers("q k v lengths members out lse", "bf16 bf16 bf16 i64 i64 fp32 fp32") | STRIDES
 SUFFIX = STRIDES | pointers(
-    "q k v lengths members home prefix_out prefix_lse", "bf16 bf16 bf16 i64 i64 i64 fp32 fp32"
+    "q k v lengths members member_index prefix_out prefix_lse",
+    "bf16 bf16 bf16 i64 i64 i64 fp32 fp32",
 )
 
 
@@ -30,11 +28,8 @@ def suffix(heads, kv, splits, prefix_splits=8):
     """With one split it writes the result itself, in bf16."""
     constants = sizes(heads, kv, 16) | dict(PREFIX_SPLITS=prefix_splits)
     if splits == 1:
-        return (
-            attention._suffix_kernel,
-            SUFFIX | pointers("out", "bf16"),
-            constants | dict(lse=None),
-        )
+        signature = SUFFIX | pointers("out", "bf16")
+        return attention._suffix_kernel, signature, constants | dict(lse=None)
     return attention._suffix_kernel, SUFFIX | pointers("out lse", "fp32 fp32"), constants
 
 
@@ -44,7 +39,7 @@ KERNELS = {
     **{f"prefix-{gqa}": prefix(*heads, ROWS[gqa]) for gqa, heads in HEADS.items()},
     **{f"suffix-{gqa}": suffix(*heads, splits=1) for gqa, heads in HEADS.items()},
     "suffix-gqa7-split": suffix(28, 4, splits=4),
-    "suffix-gqa8-most-parts": suffix(16, 2, splits=1, prefix_splits=attention.MOST_SPLITS),
+    "suffix-gqa8-most-parts": suffix(16, 2, splits=1, prefix_splits=attention.MAX_SPLITS),
     "merge": (
         attention._merge_kernel,
         pointers("parts lse out", "fp32 fp32 bf16") | dict(splits="i32"),
@@ -53,16 +48,14 @@ KERNELS = {
 }
 
 
-@pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted functions don't compile"
-)
+@not_interpreted
 @pytest.mark.parametrize("name", KERNELS)
 def test_compiles_for_sm90(name, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     ptx, report, shared = build(tmp_path, *KERNELS[name], dict(num_warps=4))
     assert re.search(r"\b0 bytes spill stores, 0 bytes spill loads", report), report
     assert shared <= 227 * 1024
-    assert without_fp64(ptx, KERNELS[name][1])
+    assert not in_fp64(ptx)
     assert ("wgmma" in ptx) == (name in ("prefix-gqa8", "prefix-gqa7"))  # tiles of 64 rows
     print(name, *re.findall(r"Used \d+ registers", report), f"{shared} bytes shared")
 

@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from transformers import (
     AutoConfig,
     AutoModelForDepthEstimation,
@@ -21,7 +21,9 @@ from transformers.models.zoedepth.image_processing_pil_zoedepth import ZoeDepthI
 
 import data
 from data import depth
-from data.depth import Config, kind_of, main, millimetres, place
+from data.depth import Config, kind_of, main, millimetres
+from data.rows import estimated, estimated_name
+from errors import UserError
 from model.head3d import point_grid, read_depth
 
 SIZES = {
@@ -103,84 +105,71 @@ def test_metric_depth_is_kept_in_millimetres(images, tmp_path, capsys):
     model = anything(tmp_path / "model", "metric")
     main(Config((str(images),), model))
     for name in ("a.png", "b.jpg", "sub/d.with.dots.png"):
-        values, text, mode = stored(place(str(images / name)))
+        values, text, mode = stored(estimated_name(str(images / name)))
         wanted = said(model, images / name) * 1000
         assert mode.startswith("I") and values.shape == SIZES[name][::-1] and values.max() > 0
         assert np.abs(values - wanted.clip(0, 65535)).max() <= 0.51  # rounded
         assert text == {"model": model, "kind": "metric"}
-        metres = read_depth(place(str(images / name)), values.shape)
-        assert np.isfinite(point_grid(metres, (50, 50, 32, 24), (2, 2), "metric")).any()
-    assert not os.path.exists(place(str(images / "sub/c.png")))  # has its own
+        metres = read_depth(estimated_name(str(images / name)), values.shape)
+        assert np.isfinite(point_grid(metres, (50, 50, 32, 24), (2, 2))).any()
+    assert not os.path.exists(estimated_name(str(images / "sub/c.png")))  # has its own
     assert "3 depth maps, metric" in capsys.readouterr().out
-    assert os.path.basename(place("x/d.with.dots.png")) == "d.with.dots.depth.png"
+    assert os.path.basename(estimated_name("x/d.with.dots.png")) == "d.with.dots.depth.png"
 
 
-def test_relative_depth_keeps_the_disparity(images, tmp_path):
+def test_relative_depth_is_refused(images, tmp_path):
     model = anything(tmp_path / "model", "relative")
-    main(Config((str(images),), model, batch=1))
-    values, text, _ = stored(place(str(images / "a.png")))
-    said_there = said(model, images / "a.png")
-    wanted = (said_there - said_there.min()) / np.ptp(said_there)
-    assert text["kind"] == "relative" and values.min() == 1000 and values.max() == 10000
-    near = 1000 / values.astype(np.float64)
-    assert np.abs((near - near.min()) / np.ptp(near) - wanted).max() < 1e-3
-    # The relative point map of the file is the paper's: z = 2 d' - 1, d' the inverted disparity,
-    # per pixel.
-    read = read_depth(place(str(images / "a.png")), values.shape)
-    z = point_grid(read, None, values.shape, "relative")[..., 2]
-    assert np.abs(z - (2 * (1 - wanted) - 1)).max() < 2e-3
+    with pytest.raises(UserError, match=f"--model {model}: relative depth has no unit"):
+        main(Config((str(images),), model))
+    assert not list(images.rglob("*.depth.png"))
 
 
 def test_it_goes_on_where_it_was_cut_off(images, tmp_path, monkeypatch):
     model = anything(tmp_path / "model", "metric")
     files = [str(images / name) for name in SIZES if "c.png" not in name]
     main(Config((str(images),), model))
-    before = {file: stored(place(file))[0] for file in files}
-    stamp = os.stat(place(files[0])).st_mtime_ns
-    os.remove(place(files[1]))
+    before = {file: stored(estimated_name(file))[0] for file in files}
+    stamp = os.stat(estimated_name(files[0])).st_mtime_ns
+    os.remove(estimated_name(files[1]))
     # torn
     (images / "sub" / "d.with.dots.depth.png").rename(images / "sub" / "d.with.dots.depth.png.part")
     asked = []
     predict = depth.predict
     monkeypatch.setattr(depth, "predict", lambda m, p, i: asked.extend(i) or predict(m, p, i))
     main(Config((str(images),), model))
-    assert len(asked) == 2 and os.stat(place(files[0])).st_mtime_ns == stamp
-    assert all(np.array_equal(stored(place(file))[0], before[file]) for file in files)
+    assert len(asked) == 2 and os.stat(estimated_name(files[0])).st_mtime_ns == stamp
+    assert all(np.array_equal(stored(estimated_name(file))[0], before[file]) for file in files)
     assert not list(images.rglob("*.part"))
 
 
 def test_loaders_find_it(images, tmp_path):
-    rows = pytest.importorskip("data.rows")
     main(Config((str(images),), anything(tmp_path / "model", "metric")))
-    assert rows.estimated(str(images / "b.jpg")) == place(str(images / "b.jpg"))
-    assert rows.estimated(str(images / "sub/c.png")) is None
+    assert estimated(str(images / "b.jpg")) == estimated_name(str(images / "b.jpg"))
+    assert estimated(str(images / "sub/c.png")) is None
 
 
 def test_relative_depth_is_not_taken_for_metres(images, tmp_path, capsys):
-    """Left out by data.load, and said; a second call of data.depth still goes on behind it."""
-    model = anything(tmp_path / "model", "relative")
-    main(Config((str(images),), model))
-    first, *_ = data.load([images])
-    said = capsys.readouterr().out
-    assert first.images == [str(images / "a.png")] and not any(first.depths or ())
-    assert (
-        "4 depth maps left out: relative (data.depth --kind relative), point maps are metric"
-        in said
-    )
-    os.remove(place(str(images / "b.jpg")))
-    main(Config((str(images),), model))
-    assert "1 depth maps, relative" in capsys.readouterr().out
-    os.remove(place(str(images / "a.png")))
+    """PNGs that say of themselves that they have no unit are left out by data.load, and said."""
+    about = PngImagePlugin.PngInfo()
+    about.add_text("kind", "relative")
+    for name in ("a.png", "b.jpg"):
+        depth = Image.fromarray(np.full(SIZES[name][::-1], 2000, np.uint16))
+        depth.save(estimated_name(str(images / name)), pnginfo=about)
+    first, second, *_ = data.load([images])
+    assert first.images == [str(images / "a.png")]
+    assert not any(first.depths or ()) and not any(second.depths or ())
+    assert "3 depth maps left out: relative" in capsys.readouterr().out  # a.png has two rows
+    os.remove(estimated_name(str(images / "a.png")))
     main(Config((str(images),), anything(tmp_path / "metric", "metric")))
     first, *_ = data.load([images])
-    assert first.depths == [place(str(images / "a.png"))]
+    assert first.depths == [estimated_name(str(images / "a.png"))]
 
 
 def test_kinds(tmp_path):
     assert kind_of(DPTConfig()) == "relative" and kind_of(ZoeDepthConfig()) == "metric"
     for kind in ("metric", "relative"):
         assert kind_of(AutoConfig.for_model("depth_anything", depth_estimation_type=kind)) == kind
-    with pytest.raises(ValueError, match="'bert': say --kind"):
+    with pytest.raises(UserError, match="'bert': say --kind"):
         kind_of(AutoConfig.for_model("bert"))
 
 
@@ -204,17 +193,15 @@ def test_zoedepths_padding_is_cut_off():
 
 def test_values_that_no_png_holds():
     odd = np.array([[np.nan, np.inf, -np.inf, -1], [0, 1.2344, 1.2346, 99]], np.float32)
-    assert millimetres(odd, "metric").tolist() == [[0, 0, 0, 0], [0, 1234, 1235, 65535]]
-    flat = np.full((2, 2), 3.0, np.float32)
-    assert millimetres(flat, "relative").tolist() == [[10000] * 2] * 2  # all as far
+    assert millimetres(odd).tolist() == [[0, 0, 0, 0], [0, 1234, 1235, 65535]]
 
 
 def test_bad_input_is_named(images, tmp_path):
-    with pytest.raises(ValueError, match="--model .*no-such-model"):
+    with pytest.raises(UserError, match="--model .*no-such-model"):
         main(Config((str(images),), str(tmp_path / "no-such-model")))
-    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+    with pytest.raises(UserError, match="no such file or folder"):
         main(Config(("none",), "m"))
-    with pytest.raises(ValueError, match="--batch 0"):
+    with pytest.raises(UserError, match="--batch 0"):
         main(Config((str(images),), "m", batch=0))
     (images / "a.png").unlink()
     with pytest.raises(data.BadRows, match="missing file"):

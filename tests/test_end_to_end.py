@@ -1,4 +1,4 @@
-"""From the public sets to a benchmark table: README's four commands, as they stand there, on a
+"""From the public sets to a benchmark table: docs/data.md's four commands, as they stand there, on a
 rendered room in the published schemas (SPAR-7M-RGBD, EmbodiedScan, SPAR-Bench) and a tiny random
 checkpoint."""
 
@@ -45,7 +45,7 @@ SENSOR = np.array([[1296 / rooms.SIZE[0]], [968 / rooms.SIZE[1]], [1]])
 
 def commands() -> list[str]:
     """The lines of the section's first block of code."""
-    section = (ROOT / "README.md").read_text().split(HEADING)[1]
+    section = (ROOT / "docs" / "data.md").read_text().split(HEADING)[1]
     return section.split("```")[1].strip().splitlines()
 
 

@@ -12,13 +12,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tyro
 from PIL import Image
 
 import eval as evaluation
-import trainer
-from eval import Config, answer_row, best_constants, estimate, paired, seen, select, summarise
+from errors import UserError
+from eval import Config, answer_row, best_constants, seen, select
+from eval_table import estimate, paired, summarise
 from model.rollout import Rollout
-from srreal import Example, target
+from srreal import PATHS, Example, target
+from training import run
 
 ROOT = Path(__file__).parent.parent
 
@@ -57,17 +60,21 @@ def write_set(folder: Path, n: int = 6) -> str:
 
 def stand_in(monkeypatch, write):
     """A model whose answer to an example is write(example), and whose 3D head is 0.3 m too far."""
-    monkeypatch.setattr(trainer, "load", lambda *args: None)
-    processor = SimpleNamespace(expect=lambda examples: None)
-    monkeypatch.setattr(trainer, "load_processor", lambda *args: processor)
-    heads = lambda model, processor, examples: [  # noqa: E731
-        np.array([np.add(centre, (0, 0, 0.3)) for centre in e.objects.values()]) for e in examples
-    ]
-    answers = lambda model, processor, examples, **options: [  # noqa: E731
-        [Rollout(write(e), list(range(7)), [0.0] * 7, True)] for e in examples
-    ]
+    monkeypatch.setattr(evaluation, "load_model", lambda *args: None)
+    processor = SimpleNamespace(prefetch=lambda examples: None)
+    monkeypatch.setattr(run, "load_processor", lambda *args: processor)
+
+    def head(e):
+        return np.array([np.add(centre, (0, 0, 0.3)) for centre in e.objects.values()])
+
+    def heads(model, processor, examples):
+        return [head(e) for e in examples]
+
+    def answers(model, processor, examples, **options):
+        return [[Rollout(write(e), list(range(7)), [0.0] * 7, True)] for e in examples]
+
     monkeypatch.setattr(evaluation, "predict_centres", heads)
-    monkeypatch.setattr(evaluation, "generate", answers)
+    monkeypatch.setattr(evaluation, "sample_groups", answers)
 
 
 def rollout(text: str, finished: bool = True) -> Rollout:
@@ -101,7 +108,9 @@ def test_median_and_its_error():
 
 
 def test_paired_difference_closed_form():
-    row = lambda name, value: dict(id=name, path="lor", accuracy=value, cluster=name)  # noqa: E731
+    def row(name, value):
+        return dict(id=name, path="lor", accuracy=value, cluster=name)
+
     before = [row("a", 0.0), row("b", 1.0), row("c", 0.5), row("gone", 1.0), row("none", None)]
     after = [row("c", 1.0), row("a", 1.0), row("b", 1.0), row("new", 0.0), row("none", 1.0)]
     got = paired(before, after)
@@ -130,11 +139,11 @@ def test_each_question_once_in_each_path():
     assert both[0] is rows[0] and both[3] is rows[1]  # its own row where there is one
     assert {evaluation.question_id(e) for e in both} == {"a", "b", "c"}
     assert [e.path for e in select(rows, "direct", None)] == ["direct"] * 3
-    with pytest.raises(trainer.Stop, match="a-lor"):
+    with pytest.raises(UserError, match="a-lor"):
         select([*rows, example("a", "lor")], "both", None)
-    with pytest.raises(trainer.Stop, match="'a-lor' and 'a' are both the lor row of question 'a'"):
+    with pytest.raises(UserError, match="'a-lor' and 'a' are both the lor row of question 'a'"):
         select([rows[0], replace(rows[0], id="a")], "both", None)
-    with pytest.raises(trainer.Stop, match="nothing to ask"):
+    with pytest.raises(UserError, match="nothing to ask"):
         evaluation.main(Config("m"))
 
 
@@ -333,7 +342,10 @@ def test_run_with_a_stand_in(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluation, "CHUNK", 5)
     config = Config("m", (write_set(tmp_path / "set"),), out=str(tmp_path / "out"))
     evaluation.main(config)
-    strict = lambda text: json.loads(text, parse_constant=pytest.fail)  # noqa: E731
+
+    def strict(text):
+        return json.loads(text, parse_constant=pytest.fail)
+
     summary = strict((tmp_path / "out" / "summary.json").read_text())
     rows = [
         strict(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
@@ -385,19 +397,60 @@ def test_what_has_depth_is_asked_again_without(tmp_path, monkeypatch, capsys):
 
 def test_bad_input_ends_in_one_message(tmp_path):
     for limit in (0, -1):
-        with pytest.raises(trainer.Stop, match="--limit"):
+        with pytest.raises(UserError, match="--limit"):
             evaluation.main(Config("m", (write_set(tmp_path / f"limit{limit}", 1),), limit=limit))
+    for top_p in (0.0, 1.5, math.nan):
+        with pytest.raises(UserError, match="--top-p"):
+            evaluation.main(Config("m", ("no such set",), top_p=top_p))
     (tmp_path / "rows.jsonl").write_text('{"id": "a"}\n')
     command = [sys.executable, ROOT / "eval.py", "--model", "m", "--data", tmp_path]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert all(word in done.stderr for word in ("--skip-bad-rows", "images", "answer")), done.stderr
-    with pytest.raises(trainer.Stop, match="./no/model"):
+    with pytest.raises(UserError, match="./no/model"):
         evaluation.main(
             Config("./no/model", (write_set(tmp_path / "set", 1),), out=str(tmp_path / "out"))
         )
-    with pytest.raises(trainer.Stop, match="/no/set"):
+    with pytest.raises(UserError, match="/no/set"):
         evaluation.main(Config("m", ("/no/set",)))
+
+
+def test_a_bug_is_not_the_users_to_mend(tmp_path, monkeypatch):
+    """What the sampler or the 3D head raises ends in its own traceback."""
+    config = Config("m", (write_set(tmp_path / "set", 1),), out=str(tmp_path / "out"))
+
+    def broken(*args, **options):
+        raise ValueError("zip() argument 2 is shorter than argument 1")
+
+    for name in ("generate", "predict_centres"):
+        with monkeypatch.context() as patch:
+            stand_in(patch, target)
+            patch.setattr(evaluation, name, broken)
+            with pytest.raises(ValueError, match="zip") as error:
+                evaluation.main(config)
+            assert not isinstance(error.value, UserError)
+
+
+def test_the_flags_of_sampling_reach_the_sampler(tmp_path, monkeypatch):
+    stand_in(monkeypatch, target)
+    given = {}
+    answers = evaluation.generate
+    monkeypatch.setattr(
+        evaluation,
+        "generate",
+        lambda *args, **options: given.update(options) or answers(*args, **options),
+    )
+    flags = dict(max_new_tokens=9, temperature=0.7, top_p=0.9, seed=3)
+    config = Config("m", (write_set(tmp_path / "set", 1),), out=str(tmp_path / "out"), **flags)
+    evaluation.main(config)
+    assert given == flags
+
+
+def test_every_path_is_a_value_of_the_flag():
+    for path in (*PATHS, "both"):
+        assert tyro.cli(Config, args=["--model", "m", "--path", path]).path == path
+    with pytest.raises(SystemExit):
+        tyro.cli(Config, args=["--model", "m", "--path", "cot"])
 
 
 def test_the_head_is_asked_where_there_is_a_region(tmp_path, monkeypatch):

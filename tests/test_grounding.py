@@ -12,7 +12,7 @@ import rooms
 from PIL import Image
 
 import data
-from data.scenes import turn
+from data.rooms.render import turn
 
 
 @pytest.fixture(autouse=True)

@@ -7,10 +7,14 @@ of the paper's reward rather than mistakes, and are kept.
 """
 
 import math
+from collections import namedtuple
 
 import pytest
 
-from srreal import Example, Scores, score
+from srreal import Example, score, weights_of
+
+# What is compared here, whatever rewards a fork adds.
+Scores = namedtuple("Scores", "total accuracy format detect")
 
 RED, BLUE, GREEN = (0.0, 0.0, 2.0), (1.0, 0.0, 3.0), (-1.0, 0.0, 4.0)
 THREE = {"red bbox": RED, "blue bbox": BLUE, "green bbox": GREEN}
@@ -45,7 +49,19 @@ def lor(answer, think="so"):
 
 
 def both(response, e):
-    return score(response, e), score(response, e, rules="official")
+    return four(score(response, e)), four(score(response, e, rules="official"))
+
+
+def four(scores):
+    return Scores(scores.total, scores.accuracy, scores.format, scores.detect)
+
+
+def by_weights(e, accuracy, format, detect=0.0):
+    """Scores of these parts, with the total that the path's weights make of them."""
+    weights = weights_of(e)
+    parts = {"accuracy": accuracy, "format": format, "detect": detect}
+    total = sum(weights[name] * part for name, part in parts.items())
+    return Scores(total, accuracy, format, detect)
 
 
 ALL = [box(f"chair ({mention})", centre) for mention, centre in THREE.items()]
@@ -200,8 +216,9 @@ def test_b11_an_answer_with_a_line_break():
 def test_b12_format_credit_for_nothing():
     strict, official = both("<detect></detect><think></think><answer>B</answer>", example())
     assert official == pytest.approx((0.9, 1.0, 1.0, 0.0)) and strict == Scores(0.0, 0.0, 0.0, 0.0)
-    strict, official = both(lor("B", think=""), example("lor"))
-    assert official == Scores(1.0, 1.0, 1.0, 0.0) and strict == Scores(0.0, 0.0, 0.0, 0.0)
+    e = example("lor")
+    strict, official = both(lor("B", think=""), e)
+    assert official == by_weights(e, 1.0, 1.0) and strict == Scores(0.0, 0.0, 0.0, 0.0)
 
 
 def test_b13_two_answers():
@@ -256,7 +273,7 @@ def test_official_white_space_and_slashes():
     e = example("lor", "move_right:0.4")
     spread = " < think > so < / think >\n< answer > move_right:0.4 </ answer > "
     strict, official = both(spread, e)
-    assert official == Scores(1.0, 1.0, 1.0, 0.0) and strict == Scores(0.0, 0.0, 0.0, 0.0)
+    assert official == by_weights(e, 1.0, 1.0) and strict == Scores(0.0, 0.0, 0.0, 0.0)
     named = {"tv / lamp": RED}
     assert score(dtr(box("tv / lamp", RED)), example(objects=named)).detect == 1.0
     assert (
@@ -284,7 +301,7 @@ def test_official_keys_with_underscores_and_text_truths():
     assert both(lor("a chair"), example("lor", "a chair"))[1].accuracy == 0.0  # no number
     # no move_
     assert both(lor("rotate_left:30"), example("lor", "rotate_left:30"))[1].accuracy == 0.0
-    assert score("B", example(), rules="official") == Scores(0.0, 0.0, 0.0, 0.0)
+    assert both("B", example())[1] == Scores(0.0, 0.0, 0.0, 0.0)
 
 
 def test_ill_formed_responses_earn_nothing_here():

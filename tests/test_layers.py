@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import layers
-from kernels.layers import INTERPRET
+from kernels import interpreted, layers
 
-CUDA = torch.cuda.is_available() and not INTERPRET
+CUDA = torch.cuda.is_available() and not interpreted()
 DEVICE = "cuda" if CUDA else "cpu"
 CALLS = {
     name: (getattr(layers, name), getattr(layers, "reference_" + name))
@@ -93,7 +92,7 @@ def test_equals_truth(case, dtype):
     inputs = [x.to(dtype).double() for x in inputs]
     truth = run(reference, inputs, torch.float64)
     eager, mine = run(reference, inputs, dtype), run(ours, inputs, dtype)
-    slack = (2**-7 if INTERPRET else 2**-8) if dtype == torch.bfloat16 else 2e-6
+    slack = (2**-7 if interpreted() else 2**-8) if dtype == torch.bfloat16 else 2e-6
     for i, (true, his, got) in enumerate(zip(truth, eager, mine, strict=True)):
         scale = max(true.abs().max().item(), 1e-30)
         error, allowed = (got - true).abs().max() / scale, (his - true).abs().max() / scale + slack
@@ -159,14 +158,14 @@ def test_heads_of_a_vision_tower(monkeypatch):
 
     monkeypatch.setattr(layers, "_rope_kernel", Spy())
     turned = layers.qk_norm_rope(q, k, cos, sin)
-    if CUDA or INTERPRET:
+    if CUDA or interpreted():
         assert read == [(q.data_ptr(), k.data_ptr())]
     mix = [normal(6, 2, 20, seed=i).to(DEVICE, torch.bfloat16) for i in (7, 8)]
     torch.autograd.backward(turned, mix)
     truth = joint.detach().double().requires_grad_()
     turned_truth = layers.reference_qk_norm_rope(*truth.unbind(1)[:2], cos.double(), sin.double())
     torch.autograd.backward(turned_truth, [m.double() for m in mix])
-    slack = 2**-7 if INTERPRET else 2**-8
+    slack = 2**-7 if interpreted() else 2**-8
     for ours, true in zip((*turned, joint.grad), (*turned_truth, truth.grad), strict=True):
         assert ours.dtype == torch.bfloat16
         torch.testing.assert_close(ours.double(), true, rtol=slack, atol=slack)
@@ -232,7 +231,7 @@ def test_no_tokens():
 
 
 def test_caches_of_two_layouts_are_refused():
-    if not (CUDA or INTERPRET):
+    if not (CUDA or interpreted()):
         pytest.skip("the reference takes any layout")
     q, cache = torch.zeros(1, 2, 4, device=DEVICE), torch.zeros(1, 2, 5, 4, device=DEVICE)
     with pytest.raises(ValueError, match="equal strides"):

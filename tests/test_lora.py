@@ -8,13 +8,14 @@ from safetensors.torch import load_file
 from tiny_models import inputs, make, reference_logits
 from transformers import AutoModelForImageTextToText
 
+from errors import UserError
 from model.lora import PROJECTIONS, SCALE, LoRALinear, adapters, add_adapter, attach, merge, off
 from model.processor import Processor
 from model.qwen_vl import QwenVL
 from model.rollout import generate
 from model.tiny import write
-from optim import Optimizer
 from srreal import Example
+from training.optim import Optimizer
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
@@ -163,7 +164,7 @@ def test_the_state_comes_back_by_full_names(checkpoint):
     for _ in range(2):
         logits_with_gradient(model, batch)[..., 3].mean().backward()
         optimizer.step(1e-2, 1.0, 0.0, "step")
-    from optim import KINDS
+    from training.optim import KINDS
 
     state = {kind: {n: t.clone() for n, t in optimizer.state(kind)} for kind in KINDS}
     assert all(".lora_" in name for kind in KINDS for name in state[kind])
@@ -180,7 +181,7 @@ def test_same_start_on_every_rank_and_device_independent(checkpoint):
     pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
     assert all(torch.equal(x, y) for x, y in pairs)
     assert not torch.equal(adapters(a)[0].lora_a, adapters(c)[0].lora_a)
-    copied = copy.deepcopy(stirred(a))  # as trainer.shard makes the copy that rollouts read
+    copied = copy.deepcopy(stirred(a))  # as policy.shard makes the copy that rollouts read
     assert torch.equal(copied.logits(**inputs()), a.logits(**inputs()))
 
 
@@ -205,7 +206,7 @@ def test_bf16_adapters_have_the_weights_dtype(checkpoint):
 
 def test_bad_ranks_and_a_second_time(checkpoint):
     model = QwenVL.from_pretrained(checkpoint)
-    with pytest.raises(ValueError, match="--lora 0"):
+    with pytest.raises(UserError, match="--lora 0"):
         attach(model, 0)
     attach(model, 1)
     with pytest.raises(ValueError, match="wrapped once"):

@@ -3,6 +3,7 @@ there and back.
 """
 
 import json
+import os
 import shutil
 
 import pytest
@@ -13,9 +14,11 @@ from test_tiny import checkpoint
 from tiny_models import FAMILIES, inputs, make, reference_logits
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
-from model.checkpoint import CheckpointError, load, on_disk, rename
+from model.checkpoint import on_disk, rename
+from model.files import CheckpointError
 from model.head3d import head_loss
-from model.processor import DeviceImages, Processor
+from model.images import DeviceImages
+from model.processor import Processor
 from model.qwen_vl import QwenVL, rope_axes
 from model.region import RegionToken
 from srreal import Example
@@ -157,13 +160,16 @@ def test_logits_equal_transformers(family, side, tmp_path):
     reference = make(family)
     reference.save_pretrained(tmp_path)
     batch = inputs(side)
-    ours, theirs = load(str(tmp_path)).logits(**batch), reference_logits(reference, batch)
+    ours, theirs = (
+        QwenVL.from_pretrained(str(tmp_path)).logits(**batch),
+        reference_logits(reference, batch),
+    )
     keep = batch["attention_mask"].bool()
     assert ours.shape == theirs.shape
     assert (ours - theirs)[keep].abs().max() < 1e-4
     text = dict(input_ids=torch.tensor([[5, 6, 7, 8]]))
     assert (
-        load(str(tmp_path)).logits(**text) - reference_logits(reference, text)
+        QwenVL.from_pretrained(str(tmp_path)).logits(**text) - reference_logits(reference, text)
     ).abs().max() < 1e-4
 
 
@@ -199,7 +205,7 @@ def test_round_trip_through_transformers(family, layout, tmp_path):
     )
     (tmp_path / "a/NOTICE.txt").write_text("kept")
 
-    model = load(str(tmp_path / "a"))
+    model = QwenVL.from_pretrained(str(tmp_path / "a"))
     assert model.dtype == torch.bfloat16
     with torch.no_grad():
         model.decoder.norm.weight.mul_(1.5)
@@ -213,7 +219,7 @@ def test_round_trip_through_transformers(family, layout, tmp_path):
 
     theirs, ours = (
         AutoModelForImageTextToText.from_pretrained(tmp_path / "b"),
-        load(str(tmp_path / "b")),
+        QwenVL.from_pretrained(str(tmp_path / "b")),
     )
     assert torch.equal(theirs.model.language_model.norm.weight, ours.decoder.norm.weight)
     for (n, p), (m, q) in zip(model.named_parameters(), ours.named_parameters(), strict=True):
@@ -221,7 +227,7 @@ def test_round_trip_through_transformers(family, layout, tmp_path):
     wide = theirs.float().eval()
     batch = inputs()
     keep = batch["attention_mask"].bool()
-    logits = load(str(tmp_path / "b"), dtype=torch.float32).logits(**batch)
+    logits = QwenVL.from_pretrained(str(tmp_path / "b"), dtype=torch.float32).logits(**batch)
     assert (logits - reference_logits(wide, batch))[keep].abs().max() < 1e-4
 
 
@@ -239,7 +245,7 @@ def test_sharded(tmp_path, monkeypatch):
     reference = make("qwen3_vl")
     reference.save_pretrained(tmp_path / "a", max_shard_size="100KB")
     assert len(list((tmp_path / "a").glob("*.safetensors"))) > 1
-    model = load(str(tmp_path / "a"))
+    model = QwenVL.from_pretrained(str(tmp_path / "a"))
     monkeypatch.setattr("model.checkpoint.SHARD_BYTES", 100_000)
     model.save_pretrained(tmp_path / "b")
     assert (tmp_path / "b/model.safetensors.index.json").is_file()
@@ -253,7 +259,7 @@ def test_sharded(tmp_path, monkeypatch):
 def test_saving_replaces_whole_or_not_at_all(tmp_path, monkeypatch):
     reference = make("qwen2_vl")
     reference.save_pretrained(tmp_path / "a")
-    model = load(str(tmp_path / "a"))
+    model = QwenVL.from_pretrained(str(tmp_path / "a"))
     model.save_pretrained(tmp_path / "b")
     before = (tmp_path / "b/model.safetensors").read_bytes()
     with torch.no_grad():
@@ -268,13 +274,15 @@ def test_saving_replaces_whole_or_not_at_all(tmp_path, monkeypatch):
     assert (tmp_path / "b/model.safetensors").read_bytes() == before
     monkeypatch.undo()
     model.save_pretrained(tmp_path / "b")
-    assert torch.equal(load(str(tmp_path / "b")).decoder.norm.weight, model.decoder.norm.weight)
+    assert torch.equal(
+        QwenVL.from_pretrained(str(tmp_path / "b")).decoder.norm.weight, model.decoder.norm.weight
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]  # nothing left aside
 
 
 def test_a_failed_or_killed_save_leaves_nothing_aside(tmp_path, monkeypatch):
     make("qwen2_vl").save_pretrained(tmp_path / "a")
-    model, dead = load(str(tmp_path / "a")), tmp_path / ".b.99999999.tmp"
+    model, dead = QwenVL.from_pretrained(str(tmp_path / "a")), tmp_path / ".b.99999999.tmp"
     kept = [tmp_path / ".b.notes.tmp", tmp_path / ".c.99999999.tmp"]
     for folder in (dead, *kept):
         folder.mkdir()
@@ -285,9 +293,51 @@ def test_a_failed_or_killed_save_leaves_nothing_aside(tmp_path, monkeypatch):
     assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "a", *kept])
 
 
+def test_a_save_that_is_killed_between_its_renames_leaves_the_old_one(tmp_path, monkeypatch):
+    """Read where it stands meanwhile, and put back by the next save."""
+    make("qwen2_vl").save_pretrained(tmp_path / "a")
+    model, b = QwenVL.from_pretrained(tmp_path / "a"), tmp_path / "b"
+    model.save_pretrained(b)
+    (b / "notes.md").write_text("mine")
+    before = model.decoder.norm.weight.detach().clone()
+    rename_directory = os.rename
+
+    def killed_at_the_second(source, target):
+        if target == b:
+            raise KeyboardInterrupt
+        rename_directory(source, target)
+
+    with torch.no_grad():
+        model.decoder.norm.weight.mul_(2)
+    with monkeypatch.context() as patch:
+        patch.setattr("model.checkpoint.os.rename", killed_at_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            model.save_pretrained(b)
+    assert not b.exists()
+    assert torch.equal(QwenVL.from_pretrained(b).decoder.norm.weight, before)
+    model.save_pretrained(b)
+    assert torch.equal(QwenVL.from_pretrained(b).decoder.norm.weight, 2 * before)
+    assert (b / "notes.md").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_relative_point_maps_and_sliding_windows_are_refused_by_name(tmp_path):
+    make("qwen2_vl").save_pretrained(tmp_path / "a")
+    QwenVL.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    path = tmp_path / "b/spatial.safetensors"
+    save_file(load_file(path), path, metadata={"points": "relative"})
+    with pytest.raises(CheckpointError, match=r"spatial.safetensors: .*relative point maps[^\n]*$"):
+        QwenVL.from_pretrained(tmp_path / "b")
+    config = json.loads((tmp_path / "a/config.json").read_text())
+    config["text_config"]["use_sliding_window"] = True
+    (tmp_path / "a/config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="use_sliding_window is not supported"):
+        QwenVL.from_pretrained(tmp_path / "a")
+
+
 def test_saving_keeps_what_others_put_there_and_refuses_other_directories(tmp_path, monkeypatch):
     make("qwen2_vl").save_pretrained(tmp_path / "a")
-    model, b = load(str(tmp_path / "a")), tmp_path / "b"
+    model, b = QwenVL.from_pretrained(str(tmp_path / "a")), tmp_path / "b"
     monkeypatch.setattr("model.checkpoint.SHARD_BYTES", 100_000)
     model.save_pretrained(b)
     (b / "logs" / "deep").mkdir(parents=True)
@@ -306,7 +356,7 @@ def test_saving_keeps_what_others_put_there_and_refuses_other_directories(tmp_pa
     ours = {p.name for p in b.iterdir()} - {"logs", "notes.md", "latest", "dangling"}
     model.save_pretrained(tmp_path / "fresh")
     assert ours == {p.name for p in (tmp_path / "fresh").iterdir()} and "model.safetensors" in ours
-    load(str(b))
+    QwenVL.from_pretrained(str(b))
     for other in (b / "logs", b / "notes.md"):
         with pytest.raises(CheckpointError, match=r"holds no checkpoint[^\n]*$"):
             model.save_pretrained(other)
@@ -328,16 +378,16 @@ def test_saving_without_a_whole_processor_copies_the_files(tmp_path):
             tokenizer = AutoTokenizer.from_pretrained(a)
             tokenizer.add_tokens([f"<x{i}>" for i in range(rows)])
             tokenizer.save_pretrained(a)
-        load(str(a)).save_pretrained(out)
+        QwenVL.from_pretrained(str(a)).save_pretrained(out)
         assert {p.name for p in a.iterdir()} == {p.name for p in out.iterdir()}
         assert (a / "tokenizer.json").read_bytes() == (out / "tokenizer.json").read_bytes()
-        load(str(out))
+        QwenVL.from_pretrained(str(out))
 
 
 def test_saving_when_the_source_has_gone_says_so_and_writes_nothing(tmp_path, monkeypatch):
     make("qwen2_vl").save_pretrained(tmp_path / "a")
     monkeypatch.chdir(tmp_path)
-    model = load("a")
+    model = QwenVL.from_pretrained("a")
     monkeypatch.chdir("/")
     model.save_pretrained(tmp_path / "b")  # a relative source is found from anywhere
     (tmp_path / "a").rename(tmp_path / "c")
@@ -354,7 +404,7 @@ def test_errors_are_one_line_and_name_the_culprit(tmp_path):
         shutil.copytree(tmp_path / "a", tmp_path / "x")
         change(tmp_path / "x")
         with pytest.raises(CheckpointError) as error:
-            load(str(tmp_path / "x"))
+            QwenVL.from_pretrained(str(tmp_path / "x"))
         assert "\n" not in str(error.value)
         return str(error.value)
 
@@ -404,13 +454,13 @@ def test_errors_are_one_line_and_name_the_culprit(tmp_path):
     )
     assert "config.json" in broken(lambda path: (path / "config.json").unlink())
     with pytest.raises(CheckpointError, match="no such directory"):
-        load(str(tmp_path / "nowhere"))
+        QwenVL.from_pretrained(str(tmp_path / "nowhere"))
 
 
 def test_spatial_parts_at_their_start_change_nothing(tmp_path):
     """Bitwise: a point map at its initial weights, on a pretrained model without any `<mask>`."""
     make("qwen3_vl").save_pretrained(tmp_path)
-    model, batch = load(str(tmp_path)), inputs()
+    model, batch = QwenVL.from_pretrained(str(tmp_path)), inputs()
     plain = model.logits(**batch)
     features, _ = model.vision(batch["pixel_values"], batch["image_grid_thw"])
     points = torch.randn(len(features), 3, generator=torch.Generator().manual_seed(1))
@@ -423,7 +473,7 @@ def test_spatial_parts_at_their_start_change_nothing(tmp_path):
 
 def test_region_token_starts_as_loud_as_an_embedding(tmp_path):
     make("qwen2_vl").save_pretrained(tmp_path)
-    model = load(str(tmp_path))
+    model = QwenVL.from_pretrained(str(tmp_path))
     features = torch.randn(40, 32, generator=torch.Generator().manual_seed(2)) * 7 + 3
     region = torch.arange(20).repeat_interleave(2)
     tokens = model.region(features, region, torch.arange(40), torch.full((40,), 0.5), 20)
@@ -502,7 +552,7 @@ def test_a_pass_on_a_gpu_equals_that_of_a_cpu(family):
     batch = processor([example], [[list(range(40, 40 + n)) for n in (9, 1, 12)]])
     found = []
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
-        model = load(str(folder), device, dtype)
+        model = QwenVL.from_pretrained(str(folder), device, dtype)
         model.checkpoint_blocks()
         images = DeviceImages(device)
         output = model(batch.to(device, images))
@@ -520,7 +570,7 @@ def test_gradients_of_region_token_and_head_reach_the_patches(tmp_path):
     """Of the patches of its region and of no other; the token by its weights, the head by
     differences."""
     make("qwen3_vl").save_pretrained(tmp_path)
-    model = load(str(tmp_path)).double()
+    model = QwenVL.from_pretrained(str(tmp_path)).double()
     features = torch.randn(9, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     features.requires_grad_()
     patch, weight = (

@@ -11,8 +11,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-import optim
-from optim import KINDS, Optimizer, learning_rate
+from training import optim
+from training.optim import KINDS, Optimizer, learning_rate
 
 BLOCK = "decoder.layers.0.mlp.up_proj.weight"
 

@@ -9,13 +9,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from kernels import packed_attention
-from kernels.attention import prefix_attention, reference_prefix_attention
 from kernels.packed_attention import (
     Lengths,
     Packing,
     Windows,
     flash_prefix_attention,
     gather_rows,
+    prefix_attention,
+    reference_prefix_attention,
     reference_window_attention,
     window_attention,
 )
@@ -63,14 +64,8 @@ def flash_by_hand(q, k, v, queries: Lengths, keys: Lengths, causal: bool) -> tor
 
 def test_keys_are_each_segments_prefix_and_its_own():
     packing = Packing(SEGMENTS, DEVICE)
-    assert packing.queries.starts.tolist() == [
-        0,
-        5,
-        9,
-        10,
-        13,
-        20,
-    ]  # the empty segment has no place
+    # The empty segment has no place.
+    assert packing.queries.starts.tolist() == [0, 5, 9, 10, 13, 20]
     assert packing.keys.starts.tolist() == [0, 5, 14, 20, 23, 33]
     assert (packing.queries.longest, packing.keys.longest) == (7, 10)
     assert packing.queries.starts.dtype == packing.keys.starts.dtype == torch.int32
@@ -265,3 +260,46 @@ def test_values_may_be_a_view_of_one_product():
     ours = checkpoint(run, qkv, window_attention, use_reentrant=False)
     (ours,) = torch.autograd.grad(ours, qkv)
     assert (ours - theirs).abs().max() < 2**-6 * theirs.abs().max()
+
+
+# ---- Prefix attention against a softmax that is written out
+
+
+def plain(q, k, v, visible):
+    """softmax(q k^T / sqrt(D)) v with a boolean (T, S) mask; q (T, A, D), k and v (S, K, D)."""
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(0, 1) for t in (k, v))
+    scores = (q.transpose(0, 1) @ k.transpose(1, 2)) / q.shape[-1] ** 0.5
+    return (scores.masked_fill(~visible, float("-inf")).softmax(-1) @ v).transpose(0, 1)
+
+
+def what_is_seen(segments):
+    visible = torch.zeros(segments[-1][1], segments[-1][1], dtype=torch.bool)
+    for start, end, a, b in segments:
+        visible[start:end, a:b] = True
+        visible[start:end, start:end] = torch.ones(end - start, end - start).tril().bool()
+    return visible.to(DEVICE)
+
+
+@needs_cuda
+@pytest.mark.parametrize(("heads", "kv"), [(16, 2), (28, 4), (32, 8)])
+def test_prefix_attention_of_a_gpu(heads, kv):
+    """bf16 at true sizes: as near to fp64 as eager PyTorch in bf16, and a bit."""
+    given = [random(1258, n, 128, seed=i) for i, n in enumerate((heads, kv, kv))]
+    visible = what_is_seen(ONE_PROMPT)
+    compare(
+        lambda q, k, v: prefix_attention(q, k, v, ONE_PROMPT),
+        lambda q, k, v: plain(q, k, v, visible),
+        given,
+    )
+
+
+@pytest.mark.parametrize(("heads", "kv"), [(4, 4), (4, 2), (7, 1)])
+def test_prefix_attention(heads, kv):
+    shapes = (20, heads, 6), (20, kv, 6), (20, kv, 6)
+    given = [random(*s, seed=i, dtype=torch.float64).requires_grad_() for i, s in enumerate(shapes)]
+    ours = prefix_attention(*given, SEGMENTS)
+    truth = plain(*given, what_is_seen(SEGMENTS))
+    assert (ours - truth).abs().max() < 1e-12
+    weight = random(*truth.shape, seed=3, dtype=torch.float64)
+    gradients = [torch.autograd.grad((out * weight).sum(), given) for out in (ours, truth)]
+    assert all((a - b).abs().max() < 1e-12 for a, b in zip(*gradients, strict=True))

@@ -19,16 +19,17 @@ from transformers import AutoConfig
 import plan
 import train_rl
 import train_sft
-import trainer
 from kernels import layers
 from kernels.linear_logprob import WORKSPACE
-from model import rollout
 from model.lora import adapters, attach
 from model.processor import Processor
 from model.qwen_vl import QwenVL
+from model.rollout.cache import PROMPT_STEP, SPARE_PLACES, Cache, Options
+from model.rollout.prefill import PREFILL_TOKENS
 from model.tiny import SPECIAL, configuration, write
 from plan import Config, Settings, choose, count, estimate
 from srreal import Example, Scores
+from training import run
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 NAMES = ("Qwen2.5-VL-3B", "Qwen2.5-VL-7B", "Qwen3-VL-8B")
@@ -194,14 +195,14 @@ def test_activations_against_what_autograd_keeps(family, dtype, monkeypatch):
 
 
 def test_the_cache_against_the_samplers_own():
-    """The sampler rounds prompts up to PAD tokens, and has ODD places to spare in every slot."""
-    config, prompt = tiny("qwen3_vl"), rollout.PAD
-    engine = rollout.Slots(QwenVL(config), 4, 64, 1.0, 1.0, slots=12)
-    held = sum(t.nbytes for t in (*engine.prefix, *engine.suffix))
-    cfg = Config("m", group=4, prompt_tokens=prompt, new_tokens=64 + rollout.ODD, dtype="fp32")
+    """The sampler rounds prompts up to PROMPT_STEP tokens, and has SPARE_PLACES to spare in every slot."""
+    config, prompt = tiny("qwen3_vl"), PROMPT_STEP
+    options = Options(n=4, max_new_tokens=64)
+    held = Cache(QwenVL(config), options, slots=12).nbytes
+    cfg = Config("m", group=4, prompt_tokens=prompt, new_tokens=64 + SPARE_PLACES, dtype="fp32")
     said = estimate(config, cfg, Settings(slots=12), count(config, "lm", 0))
     assert held == pytest.approx(said["cache"] * 1e9)
-    assert rollout.PREFILL["cuda"] == plan.PREFILL
+    assert PREFILL_TOKENS["cuda"] == plan.PREFILL
 
 
 # ---- the peak of a whole run
@@ -260,11 +261,15 @@ def test_the_peak_of_a_whole_run(checkpoint, tmp_path, monkeypatch, script, flag
     """Two steps from loading to saving: never above the plan, and below it by at most a quarter and
     the logits' workspace, which a tiny vocabulary doesn't fill. The plan is asked for the passes
     that ran."""
-    rows, passes, asked, run, settle = questions(40), [], [], QwenVL.hidden, trainer.settle
+    rows = questions(40)
+    passes = []
+    asked = []
+    hidden = QwenVL.hidden
+    settle = run.resolve_auto_settings
 
     def count_tokens(model, batch):
         passes.append(len(batch.input_ids))
-        return run(model, batch)
+        return hidden(model, batch)
 
     def listen(cfg, config, device, world, **sizes):
         asked.append((config, sizes))
@@ -274,8 +279,8 @@ def test_the_peak_of_a_whole_run(checkpoint, tmp_path, monkeypatch, script, flag
         return Scores(*[float(sum(text.encode()) % 2)] * 2, 0.0, 0.0)
 
     monkeypatch.setattr(QwenVL, "hidden", count_tokens)
-    monkeypatch.setattr(trainer, "settle", listen)
-    monkeypatch.setattr(trainer, "load_data", lambda cfg, *_: (rows, []))
+    monkeypatch.setattr(run, "resolve_auto_settings", listen)
+    monkeypatch.setattr(run, "load_data", lambda cfg, *_: (rows, []))
     monkeypatch.setattr(train_rl, "score", parity)
     # what MKL packs hides its size
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)

@@ -1,14 +1,27 @@
-"""policy_loss: each kind against the formula token by token, gradients, micro-batches, fp32, bad
-input."""
+"""policy_loss: the formula token by token, gradients, micro-batches, fp32, a fork's own loss."""
 
+import inspect
 import math
 
 import pytest
 import torch
 
-from kernels.policy_loss import INTERPRET, KINDS, policy_loss, reference_policy_loss
+from kernels import interpreted
+from kernels.policy_loss import LOSSES, Loss, policy_loss, reference_policy_loss
 
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRET else "cpu"
+DEVICE = "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"
+KINDS = ("dapo", "grpo", "dr_grpo", "gspo", "cispo")
+# The clips of the papers. CISPO has no lower one.
+PAPER = {
+    "dapo": (0.2, 0.3),
+    "grpo": (0.2, 0.2),
+    "dr_grpo": (0.2, 0.2),
+    "gspo": (3e-4, 4e-4),
+    "cispo": (1.0, 5.0),
+}
+needs_triton = pytest.mark.skipif(
+    not (DEVICE == "cuda" or interpreted()), reason="needs a GPU, or TRITON_INTERPRET=1"
+)
 
 
 def make(lengths=(3, 0, 5, 1, 7), dtype=torch.float64, seed=0, spread=0.4):
@@ -20,9 +33,22 @@ def make(lengths=(3, 0, 5, 1, 7), dtype=torch.float64, seed=0, spread=0.4):
         logprob + torch.randn(t, generator=g, dtype=torch.float64) * spread for _ in range(3)
     )
     advantage = torch.randn(len(lengths), generator=g, dtype=torch.float64)
-    return [x.to(DEVICE, dtype) for x in (logprob, old, advantage)] + [cu.to(DEVICE)], dict(
-        ref_logprob=ref.to(DEVICE, dtype), rollout_logprob=rollout.to(DEVICE, dtype)
-    )
+    args = [x.to(DEVICE, dtype) for x in (logprob, old, advantage)]
+    others = dict(ref_logprob=ref.to(DEVICE, dtype), rollout_logprob=rollout.to(DEVICE, dtype))
+    return [*args, cu.to(DEVICE)], others
+
+
+def token_loss(kind, r, A, logprob, clips, dual_clip):
+    """The loss of one token, and whether the low and the high clip bind."""
+    low = 1 - clips[0]
+    high = 1 + clips[1]
+    if kind == "cispo":
+        return -min(r, high) * A * logprob, False, r > high
+    clip = min(max(r, low), high)
+    loss = max(-r * A, -clip * A)
+    if dual_clip is not None and kind != "gspo" and A < 0:
+        loss = min(loss, -dual_clip * A)
+    return loss, A < 0 and r < low, A > 0 and r > high
 
 
 def oracle(
@@ -31,8 +57,8 @@ def oracle(
     advantage,
     cu,
     kind,
-    clip_low=0.2,
-    clip_high=0.3,
+    clip_low=None,
+    clip_high=None,
     dual_clip=3.0,
     ref_logprob=None,
     kl=0.0,
@@ -42,33 +68,39 @@ def oracle(
     denominator=None,
 ):
     """One token at a time, in Python floats, straight from DESIGN.md."""
-    lp, old, cu = logprob.tolist(), old.tolist(), cu.tolist()
-    total, low, high, ratios = 0.0, 0, 0, [0.0]
+    low, high = PAPER[kind]
+    clips = (low if clip_low is None else clip_low, high if clip_high is None else clip_high)
+    lp = logprob.tolist()
+    old = old.tolist()
+    cu = cu.tolist()
+    total = 0.0
+    clipped_low = 0
+    clipped_high = 0
+    ratios = [0.0]
     for s, A in enumerate(advantage.tolist()):
         tokens = range(cu[s], cu[s + 1])
         mean = sum(lp[t] - old[t] for t in tokens) / max(len(tokens), 1)
         for t in tokens:
             r = math.exp(mean if kind == "gspo" else lp[t] - old[t])
-            clip = min(max(r, 1 - clip_low), 1 + clip_high)
-            if kind == "cispo":
-                loss, high = -min(r, 1 + clip_high) * A * lp[t], high + (r > 1 + clip_high)
-            else:
-                loss = max(-r * A, -clip * A)
-                low, high = low + (A < 0 and r < 1 - clip_low), high + (A > 0 and r > 1 + clip_high)
-                if dual_clip is not None and kind != "gspo" and A < 0:
-                    loss = min(loss, -dual_clip * A)
+            ratios.append(r)
+            loss, is_low, is_high = token_loss(kind, r, A, lp[t], clips, dual_clip)
+            clipped_low += is_low
+            clipped_high += is_high
             if rollout_logprob is not None:
                 loss *= min(math.exp(old[t] - rollout_logprob[t].item()), rollout_cap)
             if ref_logprob is not None:
                 d = ref_logprob[t].item() - lp[t]
                 loss += kl * (math.exp(d) - d - 1)
             total += loss / (len(tokens) if kind in ("grpo", "gspo") else 1)
-            ratios.append(r)
     default = len(lp) if kind in ("dapo", "cispo") else len(advantage)
     denominator = (denominator or default) * (max_tokens if kind == "dr_grpo" else 1)
-    return total / denominator, dict(
-        clip_low=low / len(lp), clip_high=high / len(lp), ratio_max=max(ratios)
-    )
+    metrics = dict(clip_low=clipped_low, clip_high=clipped_high)
+    metrics = {name: count / len(lp) for name, count in metrics.items()}
+    return total / denominator, metrics | dict(ratio_max=max(ratios))
+
+
+def mean_k3(d):
+    return (d.exp() - d - 1).mean().item()
 
 
 OPTIONS = [
@@ -83,45 +115,58 @@ OPTIONS = [
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_the_formula(kind, options, extra):
     args, logprobs = make(spread=1.0)
-    options = dict(
-        options,
-        kind=kind,
-        max_tokens=9 if kind == "dr_grpo" else None,
-        **(logprobs if extra else {}),
-    )
-    if not extra:
+    options = dict(options, kind=kind, max_tokens=9 if kind == "dr_grpo" else None)
+    if extra:
+        options |= logprobs
+    else:
         options.pop("kl", None)
-    (loss, metrics), (true, parts) = policy_loss(*args, **options), oracle(*args, **options)
+    loss, metrics = policy_loss(*args, **options)
+    true, parts = oracle(*args, **options)
     assert loss.item() == pytest.approx(true, rel=1e-12)
     for name, value in parts.items():
         assert metrics[name].item() == pytest.approx(value, rel=1e-6, abs=1e-9), name
-    k3 = lambda d: (d.exp() - d - 1).mean().item()  # noqa: E731
-    assert metrics["kl"].item() == pytest.approx(
-        k3(logprobs["ref_logprob"] - args[0]) if extra else 0, rel=1e-6
-    )
-    assert metrics["mismatch_kl"].item() == pytest.approx(
-        k3(args[1] - logprobs["rollout_logprob"]) if extra else 0, rel=1e-6
-    )
+    kl = mean_k3(logprobs["ref_logprob"] - args[0]) if extra else 0
+    mismatch = mean_k3(args[1] - logprobs["rollout_logprob"]) if extra else 0
+    assert metrics["kl"].item() == pytest.approx(kl, rel=1e-6)
+    assert metrics["mismatch_kl"].item() == pytest.approx(mismatch, rel=1e-6)
     assert metrics["tokens"].item() == 16
     assert all(m.ndim == 0 and not m.requires_grad for m in metrics.values())
+
+
+def test_the_table_has_the_papers_clips():
+    for kind, clips in PAPER.items():
+        assert (LOSSES[kind].clip_low, LOSSES[kind].clip_high) == clips
+
+
+def test_cispo_is_not_clipped_from_below():
+    logprob = torch.tensor([-30.0, -1.0], device=DEVICE, requires_grad=True)
+    old = torch.tensor([-1.0, -5.0], device=DEVICE)
+    cu = torch.tensor([0, 1, 2], device=DEVICE)
+    loss, metrics = policy_loss(logprob, old, torch.ones(2, device=DEVICE), cu, kind="cispo")
+    loss.backward()
+    assert metrics["clip_low"] == 0 and metrics["clip_high"] == 0.5
+    assert logprob.grad.tolist() == pytest.approx([-math.exp(-29) / 2, -6.0 / 2])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_equals_the_numeric_one(kind):
     """cispo's weight carries no gradient, so there the ratio is held at its value."""
     args, logprobs = make(spread=1.0, seed=3)
-    options = dict(kind=kind, kl=0.1, max_tokens=9, **logprobs)
+    options = dict(kind=kind, kl=0.1, max_tokens=9, clip_low=0.2, clip_high=0.3, **logprobs)
     logprob = args[0].requires_grad_()
     policy_loss(logprob, *args[1:], **options)[0].backward()
-    if kind != "cispo":
-        f = lambda x: policy_loss(x, *args[1:], **options)[0]  # noqa: E731
-        assert torch.autograd.gradcheck(f, (args[0],), nondet_tol=1e-12)
-    else:
+    if kind == "cispo":
         A = args[2].repeat_interleave(args[3].diff())
         w = (args[1] - logprobs["rollout_logprob"]).exp().clamp(max=2)
         d = logprobs["ref_logprob"] - logprob.detach()
         true = -(logprob.detach() - args[1]).exp().clamp(max=1.3) * A * w - 0.1 * (d.exp() - 1)
         torch.testing.assert_close(logprob.grad, true / 16)
+        return
+
+    def loss_of(x):
+        return policy_loss(x, *args[1:], **options)[0]
+
+    assert torch.autograd.gradcheck(loss_of, (args[0],), nondet_tol=1e-12)
 
 
 @pytest.mark.parametrize("extra", [False, True])
@@ -200,7 +245,10 @@ def test_micro_batches_add_up(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_huge_ratios_stay_finite(kind):
     """Far off the policy: a clipped token's gradient is 0, not inf * 0; nan is passed on."""
-    on = lambda values: torch.tensor(values, device=DEVICE)  # noqa: E731
+
+    def on(values):
+        return torch.tensor(values, device=DEVICE)
+
     logprob = on([-1.0, -1.0, -300.0, -300.0]).requires_grad_()
     old, advantage = on([-300.0, -300.0, -1.0, -1.0]), on([1.0, -1.0, 0.0, -1.0])
     cu = on([0, 1, 2, 3, 4])
@@ -268,8 +316,55 @@ def test_bad_input():
 
 
 def test_reference_has_the_same_signature():
-    import inspect
-
-    assert list(inspect.signature(policy_loss).parameters) == list(
-        inspect.signature(reference_policy_loss).parameters
+    ours, reference = (
+        list(inspect.signature(f).parameters) for f in (policy_loss, reference_policy_loss)
     )
+    assert ours == [*reference, "fused"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unfused_is_the_reference(kind):
+    args, logprobs = make(dtype=torch.float32)
+    options = dict(kind=kind, kl=0.1, max_tokens=9, **logprobs)
+    loss, metrics = policy_loss(*args, **options, fused=False)
+    true, expected = reference_policy_loss(*args, **options)
+    assert torch.equal(loss, true)
+    assert all(torch.equal(metrics[name], value) for name, value in expected.items())
+
+
+# ---- A loss that a fork adds, to the table and the reference alone
+
+
+def plain_policy_gradient(ratio, advantage, logprob, low, high):
+    return -advantage * logprob, torch.zeros_like(advantage, dtype=torch.bool)
+
+
+@pytest.fixture
+def reinforce(monkeypatch):
+    loss = Loss(plain_policy_gradient, 0.0, 0.0, "tokens", dual_clip=False)
+    monkeypatch.setitem(LOSSES, "reinforce", loss)
+
+
+def test_a_new_loss_is_trained_unfused(reinforce):
+    args, _ = make((4, 4), torch.float32)
+    logprob = args[0].requires_grad_()
+    loss, metrics = policy_loss(logprob, *args[1:], kind="reinforce", fused=False)
+    loss.backward()
+    torch.testing.assert_close(logprob.grad, -args[2].repeat_interleave(4) / 8)
+    assert metrics["clip_low"] == metrics["clip_high"] == 0
+
+
+@needs_triton
+def test_a_new_loss_is_refused_by_the_kernel(reinforce):
+    args, _ = make(dtype=torch.float32)
+    with pytest.raises(ValueError, match="does not know the loss 'reinforce': --no-fused-loss"):
+        policy_loss(*args, kind="reinforce")
+
+
+@needs_triton
+def test_new_clips_for_a_known_surrogate_are_fused(monkeypatch):
+    loss = Loss(LOSSES["dapo"].surrogate, 0.1, 0.1, "sequences")
+    monkeypatch.setitem(LOSSES, "narrow", loss)
+    args, _ = make(dtype=torch.float32)
+    fused, plain = (policy_loss(*args, kind="narrow", fused=f)[0] for f in (True, False))
+    torch.testing.assert_close(fused, plain)

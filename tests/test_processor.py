@@ -18,16 +18,12 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from kernels.packed_attention import upload
 from model import tiny
-from model.checkpoint import CheckpointError
-from model.processor import (
-    DeviceImages,
-    Processor,
-    Recent,
-    blocks,
-    object_of,
-    point_grid,
-    region_weights,
-)
+from model.families import FAMILIES as TRAITS
+from model.files import CheckpointError
+from model.head3d import point_grid
+from model.images import DeviceImages, LRUCache, in_merge_order
+from model.processor import Processor, object_of
+from model.region import region_weights
 from srreal import Example, prompt, target
 
 RNG = np.random.default_rng(0)
@@ -64,14 +60,14 @@ PREPROCESSORS = {  # as published: patch, mean and std, size in the old or the n
         patch_size=14,
         min_pixels=3136,
         max_pixels=12845056,
-        image_mean=tiny.CLIP[0],
-        image_std=tiny.CLIP[1],
+        image_mean=TRAITS["qwen2_vl"].pixel_mean,
+        image_std=TRAITS["qwen2_vl"].pixel_std,
     ),
     "qwen2_5_vl": dict(
         patch_size=14,
         size={"shortest_edge": 3136, "longest_edge": 60000},
-        image_mean=tiny.CLIP[0],
-        image_std=tiny.CLIP[1],
+        image_mean=TRAITS["qwen2_vl"].pixel_mean,
+        image_std=TRAITS["qwen2_vl"].pixel_std,
     ),
     "qwen3_vl": dict(
         patch_size=16,
@@ -146,8 +142,9 @@ def test_a_steps_images_are_uploaded_once(monkeypatch):
         sent.append(values)
         return upload(values, device)
 
-    monkeypatch.setattr("model.processor.upload", note)
-    p.expect(asked)  # as a training step does: from here on an image is decoded once
+    monkeypatch.setattr("model.images.upload", note)
+    monkeypatch.setattr("model.batch.upload", note)
+    p.prefetch(asked)  # as a training step does: from here on an image is decoded once
     images = DeviceImages("cpu")
     for examples in (asked, asked[1:], asked[:1]):
         batch = p(examples, [[[5, 6]]] * len(examples))
@@ -157,7 +154,7 @@ def test_a_steps_images_are_uploaded_once(monkeypatch):
     arrays = {array.ctypes.data for array in p(asked).arrays}
     assert len(arrays) == 2 and sum(v.data_ptr() in arrays for v in sent) == 2
 
-    p.expect([])
+    p.prefetch([])
     before = p([example([a])]).to("cpu", images).patches
     a.putpixel((0, 0), tuple(255 - v for v in a.getpixel((0, 0))))  # the same object, another image
     after = p([example([a])])
@@ -212,12 +209,12 @@ def test_each_distinct_image_is_listed_once_and_the_cache_is_bounded(tmp_path):
     batch = p([example([a, b]), example([b]), example([a])])
     assert batch.image_grid_thw.tolist() == [[1, 6, 8], [1, 8, 6]] and len(batch.pixel_values) == 96
     assert batch.image_rows.tolist() == [*range(24), *range(12, 24), *range(12)]
-    p.views.room = 1
+    p.images.files.max_bytes = 1
     paths = [tmp_path / f"{seed}.png" for seed in range(5)]
     for seed, path in enumerate(paths):
         picture(64, 48, seed).save(path)
     assert len(p([example([path]) for path in paths]).image_grid_thw) == 5
-    assert len(p.views.items) == 1
+    assert len(p.images.files.items) == 1
 
 
 def test_what_has_changed_is_read_again(tmp_path):
@@ -229,7 +226,7 @@ def test_what_has_changed_is_read_again(tmp_path):
     )
     image.save(path)
     old = p([example([str(path)])]).pixel_values
-    assert p([example([path])]).pixel_values.equal(old) and len(p.views.items) == 1
+    assert p([example([path])]).pixel_values.equal(old) and len(p.images.files.items) == 1
     picture(64, 48, 2).save(path)
     os.utime(path, ns=(0, 1))
     assert not p([example([path])]).pixel_values.equal(old)
@@ -245,18 +242,18 @@ def test_what_has_changed_is_read_again(tmp_path):
 
 
 def test_threads_share_the_memory_and_its_count_stays_exact():
-    recent = Recent(50, lambda item: 1)
+    cache = LRUCache(50, lambda item: 1)
 
     def work():
         for k in range(20_000):
-            assert recent.get(k * 7919 % 200, lambda: "x") == "x"
+            assert cache.get(k * 7919 % 200, lambda: "x") == "x"
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert recent.used == len(recent.items) == 50
+    assert cache.bytes == len(cache.items) == 50
 
 
 # ---- positions ----
@@ -434,7 +431,7 @@ def test_the_published_layout_of_vocab_merges_and_chat_template_json(tmp_path):
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "chat_template.json").write_text(
-        json.dumps({"chat_template": tiny.TEMPLATE.replace("SYSTEM", "")})
+        json.dumps({"chat_template": tiny.chat_template(None)})
     )
     ids = {f"{k}_token_id": start + tiny.SPECIAL.index(f"<|{k}_pad|>") for k in ("image", "video")}
     (folder / "config.json").write_text(json.dumps(vocab | ids))
@@ -502,7 +499,7 @@ def dense(batch, region, grid):
     """The region's weights as (rows, columns), undoing the merge blocks by the image processor's
     own rule."""
     rows, columns = grid
-    order = blocks(np.arange(rows * columns).reshape(rows, columns), 2)
+    order = in_merge_order(np.arange(rows * columns).reshape(rows, columns), 2)
     flat, mine = np.zeros(rows * columns), batch.region_id == region
     flat[order[batch.region_patch[mine].numpy()]] = batch.region_weight[mine].numpy()
     return flat.reshape(rows, columns)
@@ -515,7 +512,7 @@ def test_patch_order_is_the_image_processors():
     image = Image.fromarray(np.kron(levels, np.ones((8, 8), np.uint8)))
     p = processor(max_pixels=64 * 48)
     first_pixel = ((p([example([image])]).pixel_values[:, 0] * 0.5 + 0.5) * 255).round().int()
-    assert first_pixel.tolist() == blocks(levels, 2).tolist()
+    assert first_pixel.tolist() == in_merge_order(levels, 2).tolist()
     assert first_pixel[:6].tolist() == [0, 1, 8, 9, 2, 3]
 
 
@@ -700,7 +697,7 @@ def slanted_plane(width=64, height=48):
 
 def test_the_point_map_of_a_plane_closed_form():
     depth, u, v = slanted_plane()
-    points = point_grid(depth.astype(np.float32), CAMERA, (6, 8), "metric")
+    points = point_grid(depth.astype(np.float32), CAMERA, (6, 8))
     np.testing.assert_allclose(
         points[..., 2], 2 + points[..., 0] / 2 - points[..., 1] / 4, atol=1e-5
     )
@@ -710,13 +707,13 @@ def test_the_point_map_of_a_plane_closed_form():
     )
     p = processor()
     batch = p([example([picture(64, 48)], depths=[depth.astype(np.float32)], intrinsics=[CAMERA])])
-    np.testing.assert_allclose(batch.points, blocks(points, 2), atol=1e-6)
+    np.testing.assert_allclose(batch.points, in_merge_order(points, 2), atol=1e-6)
 
 
 def test_means_are_over_valid_pixels_and_a_patch_without_any_is_nan():
     depth, u, _ = slanted_plane()
     depth[:8, :8], depth[0:8, 8:16:2], depth[8:12, :8], depth[12:16, :8] = 0, np.nan, np.inf, -1
-    points = point_grid(depth.astype(np.float32), CAMERA, (6, 8), "metric")
+    points = point_grid(depth.astype(np.float32), CAMERA, (6, 8))
     assert (
         np.isnan(points[0, 0]).all()
         and np.isnan(points[1, 0]).all()
@@ -759,17 +756,21 @@ def test_without_depth_there_are_no_points_and_without_intrinsics_60_degrees(cap
     )  # mean of the last 8 columns
 
 
-def test_the_papers_relative_map():
-    depth = np.repeat(np.linspace(1, 4, 64, dtype=np.float32)[None], 48, 0)
-    points = point_grid(depth, None, (48, 64), "relative")
-    d = (1 - 1 / depth) / (1 - 1 / 4)
-    np.testing.assert_allclose(points[..., 2], 2 * d - 1, atol=1e-5)
-    np.testing.assert_allclose(points[..., 0], np.linspace(-1, 1, 64) * (2 * d - 1), atol=1e-5)
-    with pytest.raises(ValueError, match="metric point maps"):
-        processor(points="relative")
-
-
 # ---- packing ----
+
+
+def test_a_prompt_is_built_once_and_packed_any_number_of_times():
+    p, examples = processor(), questions()[:3]
+    prompts = [p.prompt(e) for e in examples]
+    assert [one.ids.tolist() for one in prompts] == [p.prompt_ids(e) for e in examples]
+    for completions in (None, [[p.target_ids(e)] for e in examples], [[[5, 6], [7]]] * 3):
+        wanted = p(examples, completions)
+        for given in (prompts, [prompts[0], *examples[1:]]):
+            batch = p(given, completions)
+            assert batch.segments == wanted.segments
+            for name in ("input_ids", "position_ids", "patches", "region_weight", "predict_from"):
+                assert torch.equal(getattr(batch, name), getattr(wanted, name)), name
+        assert torch.equal(p.pack(prompts, completions).targets, wanted.targets)
 
 
 def questions():

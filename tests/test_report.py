@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from markupsafe import escape
 from PIL import Image
 from test_eval import example, stand_in, write_set
 
@@ -22,7 +23,10 @@ class Page(HTMLParser):
 
     def __init__(self, text: str):
         super().__init__()
-        self.open, self.tags, self.links, self.text = [], [], [], ""
+        self.open = []
+        self.tags = []
+        self.links = []
+        self.text = ""
         self.feed(text)
         self.close()
 
@@ -31,7 +35,8 @@ class Page(HTMLParser):
         self.links += [
             value for name, value in attrs if name in ("src", "href", "xlink:href", "data")
         ]
-        self.open += [] if tag == "meta" else [tag]
+        if tag != "meta":
+            self.open.append(tag)
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -55,7 +60,9 @@ def run(tmp_path_factory):
             return f"<think>{HOSTILE}</think><answer>E</answer>"
         return target(e).replace("0.0,0.0,2.0", "0.15,0.0,2.0")
 
-    after = lambda e: HOSTILE if e.id.startswith("s5-order") else target(e)  # noqa: E731
+    def after(e):
+        return HOSTILE if e.id.startswith("s5-order") else target(e)
+
     with pytest.MonkeyPatch.context() as patch:
         for name, write in (("eval-sft", before), ("eval-rl", after)):
             stand_in(patch, write)
@@ -78,9 +85,8 @@ def test_project():
     assert report.project((0.0, 0.0, -1.0), camera) is None
 
 
-def places(svg: str) -> list[tuple[float, float]]:
-    found = re.findall(r'd="M(\S+) (\S+?)m[^"]*" fill="none" stroke="#fff"', svg)
-    return [tuple(map(float, pair)) for pair in found]
+def places(drawn) -> list[tuple[float, float]]:
+    return [(glyph.x, glyph.y) for glyph in drawn.glyphs]
 
 
 def test_centres_lie_where_the_camera_sees_them_and_where_they_stand():
@@ -91,7 +97,7 @@ def test_centres_lie_where_the_camera_sees_them_and_where_they_stand():
     assert points == [("truth", red, (1.0, -0.5, 4.0)), ("text", red, [0.0, 0.0, 2.0])]
     assert places(report.picture(e.images[0], e, points, 0)) == [(32.5, 8.75), (20.0, 15.0)]
     assert places(report.top_view(e.images[0], e, points, 0)) == [(1.0, -4.0), (0.0, -2.0)]
-    assert report.top_view(e.images[0], example(intrinsics=None), points, 0) == ""
+    assert report.top_view(e.images[0], example(intrinsics=None), points, 0) is None
 
 
 def test_from_above_shows_the_floor_and_not_the_ceiling():
@@ -99,14 +105,12 @@ def test_from_above_shows_the_floor_and_not_the_ceiling():
     image, camera = Image.new("RGB", (40, 30), (10, 200, 30)), (50.0, 50.0, 19.5, 14.5)
     v = np.indices((30, 40))[0] - 14.5
     image.paste((200, 0, 0), (0, 0, 40, 15))
-    svg = report.from_above(image, 75 / np.abs(v), camera, size=0.5)
-    numbers = {key: float(value) for key, value in re.findall(r' (x|y|width|height)="(\S+)"', svg)}
-    x, y, width, height = (numbers[key] for key in ("x", "y", "width", "height"))
-    assert (x, y) == pytest.approx((-19.5 * 3, -150.0)) and height == pytest.approx(145, abs=0.5)
-    assert width == pytest.approx(117, abs=0.5)
-    raster = np.asarray(
-        Image.open(io.BytesIO(base64.b64decode(re.search(r"base64,([^\"]+)", svg)[1])))
-    )
+    floor = report.from_above(image, 75 / np.abs(v), camera, size=0.5)
+    assert (floor.x, floor.y) == pytest.approx((-19.5 * 3, -150.0))
+    assert floor.height == pytest.approx(145, abs=0.5)
+    assert floor.width == pytest.approx(117, abs=0.5)
+    png = base64.b64decode(floor.href.removeprefix("data:image/png;base64,"))
+    raster = np.asarray(Image.open(io.BytesIO(png)))
     drawn = raster[raster[..., 3] > 0]
     assert len(drawn) and (drawn[:, :3] == (10, 200, 30)).all()
 
@@ -115,11 +119,12 @@ def test_from_above_shows_the_floor_and_not_the_ceiling():
 def test_a_depth_map_without_a_known_pixel_draws_nothing(unknown):
     depth = np.full((30, 40), unknown, np.float32)
     e = example(depths=[depth])
-    assert report.from_above(e.images[0], depth, e.intrinsics[0]) == ""
-    svg = report.top_view(e.images[0], e, [], 0)
-    assert "<image" not in svg and "nan" not in svg and "3 m" in svg
+    assert report.from_above(e.images[0], depth, e.intrinsics[0]) is None
+    top = report.top_view(e.images[0], e, [], 0)
+    assert top.floor is None and top.far == pytest.approx(3.3)
+    assert top.left == pytest.approx(-3.3 * 20 / 50) and top.right == pytest.approx(3.3 * 20 / 50)
     depth[:5] = 2.0  # known where the ceiling is: nothing below it to draw
-    assert "<image" not in report.top_view(e.images[0], e, [], 0)
+    assert report.top_view(e.images[0], e, [], 0).floor is None
 
 
 def test_several_views_draw_a_prediction_in_its_frame_only():
@@ -147,8 +152,9 @@ def test_ticks_and_smoothing():
 def test_table_holds_the_numbers(run):
     """LOR: before, the odd ones of 6 images are wrong; after, one of 12 questions. The change is
     paired."""
-    text = (report.page(run, 0)).split("accuracy by task")[0]
-    cells = [re.sub("<[^>]+>", "", cell) for cell in re.findall("<td>(.*?)</td>", text)]
+    text = report.page(run, 0).split("accuracy by task")[0]
+    found = re.findall("<td[^>]*>(.*?)</td>", text, re.S)
+    cells = [re.sub("<[^>]+>", "", cell).strip() for cell in found]
     at = cells.index("accuracy")
     # an image's mean: of image 5 one question is wrong before and after
     changes = [0, 1, 0, 1, 0, 0.5]
@@ -175,7 +181,7 @@ def test_page_is_self_contained_and_well_formed(run):
     page = Page(text)
     assert not page.open and len(page.links) > 6
     assert all(link.startswith("data:image/") for link in page.links)
-    bare = text.replace(report.escape(HOSTILE), "")
+    bare = text.replace(str(escape(HOSTILE)), "")
     assert "http" not in bare and "@import" not in bare and "url(" not in bare
     assert len([tag for tag, _ in page.tags if tag == "article"]) == 6
     assert page.text.count("LOR after RL") == page.text.count("DTR after SFT") == 6
@@ -185,26 +191,46 @@ def test_what_a_model_writes_is_text(run):
     text = report.page(run, 12)
     page = Page(text)
     assert HOSTILE in page.text and not {"script", "img"} & {tag for tag, _ in page.tags}
-    spans = '<span class="think"><u>think</u>&lt;b&gt;x</span>&lt;answer&gt;'
-    assert report.coloured("<think><b>x</think>\n<answer>") == spans
+    pieces = report.split_sections("a <think><b>x</think>\n<answer>")
+    assert pieces == [("", "a "), ("think", "<b>x"), ("", "<answer>")]
 
 
 def test_curves_by_path(run):
     page = Page(report.page(run, 1))
-    titles = [attrs for tag, attrs in page.tags if tag == "text" and attrs["class"] == "title"]
+    titles = [tag for tag, attrs in page.tags if attrs.get("class") == "title"]
     assert len(titles) == 2  # loss and reward; kl is None throughout, the cut last row is left out
     assert "Reinforcement learning, 8 steps" in page.text
     assert "LOR 0.58" in page.text and "DTR 0.6" in page.text
 
 
 def test_curves_skip_what_was_not_finite():
-    """trainer.Log writes null there."""
+    """run.Log writes null there."""
     losses = [1.0, None, 3.0, 2.0]
     rows = [{"step": i, "loss": loss, "kl": None} for i, loss in enumerate(losses, 1)]
-    page = report.charts(rows)
-    assert page.count("<svg") == 1 and "nan" not in page
-    (faint,) = (tag for tag in Page(page).tags if tag[1].get("class") == "one faint")
-    assert len(faint[1]["points"].split()) == 3
+    (chart,), costs = report.charts(rows)
+    (curve,) = chart.curves
+    assert chart.title == "loss" and curve.path == "" and not costs
+    assert len(curve.raw.split()) == 3 and "nan" not in curve.raw + curve.smoothed
+
+
+def test_every_logged_column_gets_a_curve_by_path():
+    """Nothing is listed twice: a fork's reward and a validation appear because they are logged."""
+    rows = [
+        dict(step=i, reward=0.5, lor_kindness=0.1, dtr_kindness=0.2, val_lor_format=1.0, seconds=2)
+        for i in (1, 2)
+    ]
+    learning, costs = report.charts(rows)
+    by_title = {chart.title: [curve.path for curve in chart.curves] for chart in learning}
+    assert by_title == {"kindness": ["lor", "dtr"], "val_format": ["lor"], "reward": [""]}
+    assert [chart.title for chart in costs] == ["seconds"]
+
+
+def test_chips_and_rows_follow_the_registry(run, monkeypatch):
+    monkeypatch.setitem(report.REWARDS, "kindness", None)
+    row = report.read_lines(run / "eval-rl" / "predictions.jsonl")[0] | {"kindness": 0.25}
+    assert ("kindness", 0.25) in report.answer("after RL", row).chips
+    metrics = report.metrics_of({"lor": {"all": {"n": 3, "kindness": {}, "chance": {}}}})
+    assert metrics == ["kindness"]
 
 
 def test_missing_parts(run, tmp_path):

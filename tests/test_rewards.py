@@ -1,319 +1,163 @@
-"""rewards_and_advantages equals srreal.score on mutated responses and on distances around every
-step."""
+"""rewards_and_advantages against srreal's totals, and its formulas written in plain Python."""
 
-import math
 import random
+import statistics
 
 import pytest
 import torch
 
 import srreal
+from kernels import interpreted
 from kernels.rewards import (
-    ANY_FRAME,
-    DIRECT,
-    DTR,
-    GIVEN,
-    INTERPRET,
-    LOR,
-    MOTION,
-    NO_FRAME,
-    NUMBER,
-    Scored,
-    group_advantages,
+    SCALES,
+    reference_rewards_and_advantages,
     rewards_and_advantages,
 )
-from srreal import Example
 
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRET else "cpu"
-
-
-def read(answer, truth):
-    """The string half: kind, whether the answer is right or readable, and both as five numbers."""
-    if truth.strip() not in tuple("ABCDE"):
-        if "move_" in truth or "rotate_" in truth:
-            axes = srreal.motion(answer or "")
-            return MOTION, math.isfinite(sum(axes)), axes, srreal.motion(truth)
-        if math.isfinite(srreal.number(truth)):
-            x = srreal.number(answer or "")
-            return NUMBER, math.isfinite(x), [x, 0, 0, 0, 0], [srreal.number(truth), 0, 0, 0, 0]
-    return GIVEN, srreal.answer_score(answer, truth) == 1.0, [0] * 5, [0] * 5
+DEVICE = "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"
+# Sizes of the groups: empty, one, usual, and more than one block of the kernel.
+SIZES = (3, 0, 8, 1, 33, 8, 2, 70)
 
 
-def pack(groups):
-    """[(Example, [responses])] -> Scored."""
-    n = {name: [] for name in Scored._fields}
-    for name in ("box_start", "group_start", "true_start"):
-        n[name].append(0)
-    for example, responses in groups:
-        several = srreal.several_views(example) and bool(example.objects)
-        # by text: "Sofa" and "sofa" are one
-        mentions = {m.lower(): i for i, m in enumerate(example.objects)}
-        for response in responses:
-            parsed = srreal.parse(response, example.path)
-            kind, right, x, truth = read(parsed.answer, example.answer)
-            n["well_formed"].append(parsed.well_formed)
-            n["parsed"].append(right)
-            n["answer"].append(x)
-            n["frame"].append(NO_FRAME if parsed.frame is None else parsed.frame)
-            n["box_centre"] += [xyz for _, _, xyz in parsed.boxes]
-            n["box_mention"] += [mentions.get(m.lower(), -1) for m, _, _ in parsed.boxes]
-            n["box_start"].append(len(n["box_mention"]))
-        kind, _, _, truth = read("", example.answer)
-        n["group_start"].append(len(n["frame"]))
-        n["path"].append({"lor": LOR, "dtr": DTR, "direct": DIRECT}[example.path])
-        n["kind"].append(kind)
-        n["truth"].append(truth)
-        n["objects"].append(len(example.objects) if example.path == "dtr" else 0)
-        n["wanted_frame"].append(
-            ANY_FRAME if example.frame is None or not several else example.frame
-        )
-        for mention, centre in example.objects.items():
-            for k, xyz in centre.items() if several else [(ANY_FRAME, centre)]:
-                n["true_centre"].append(xyz)
-                n["true_mention"].append(mentions[mention.lower()])
-                n["true_frame"].append(k)
-        n["true_start"].append(len(n["true_mention"]))
-    dtypes = {
-        "well_formed": torch.bool,
-        "parsed": torch.bool,
-        "answer": torch.float64,
-        "truth": torch.float64,
-    }
-    tensors = {
-        k: torch.tensor(
-            v,
-            dtype=dtypes.get(k, torch.float64 if k.endswith("centre") else torch.int64),
-            device=DEVICE,
-        )
-        for k, v in n.items()
-    }
-    for k, width in (("box_centre", 3), ("true_centre", 3), ("answer", 5), ("truth", 5)):
-        tensors[k] = tensors[k].view(-1, width)
-    return Scored(**tensors)
+def make(rewards=3, sizes=SIZES, seed=0, accuracy_column=0):
+    """Random parts and weights; accuracies of a few values, so that some groups agree in them."""
+    rng = random.Random(seed)
+    parts = []
+    weights = []
+    for size in sizes:
+        weights.append([rng.random() for _ in range(rewards)])
+        levels = rng.choice(((1.0,), (0.0, 1.0), (0.0, 0.2, 0.7)))
+        for _ in range(size):
+            row = [rng.random() for _ in range(rewards)]
+            row[accuracy_column] = rng.choice(levels)
+            parts.append(row)
+    return parts, weights
 
 
-def compare(groups):
-    got = rewards_and_advantages(pack(groups))
-    scores = [srreal.score(r, e) for e, responses in groups for r in responses]
-    for name, ours, steps in (
-        ("total", got.total, False),
-        ("accuracy", got.accuracy, False),
-        ("format", got.format, True),
-        ("detect", got.detect, True),
-    ):
-        true = torch.tensor([getattr(s, name) for s in scores], dtype=torch.float64)
-        error = (ours.cpu() - true).abs()
-        assert error.numel() == 0 or error.max() <= (0 if steps else 1e-12), (name, error.argmax())
-    at = 0
-    for g, (_, responses) in enumerate(groups):
-        part, at = scores[at : at + len(responses)], at + len(responses)
-        accuracy, total = (
-            [s.accuracy for s in part],
-            torch.tensor([s.total for s in part], dtype=torch.float64),
-        )
-        assert got.keep[g].item() == (bool(part) and max(accuracy) - min(accuracy) > 1e-6)
-        if len(part) > 1:
-            expected = (total - total.mean()) / (total.std() + 1e-6)
-            torch.testing.assert_close(
-                got.advantage[at - len(part) : at].cpu(), expected, rtol=1e-9, atol=1e-9
-            )
-        elif part:
-            assert got.advantage[at - 1] == 0
-    return got
-
-
-ONE = {"red bbox": (0.3, -0.81, 3.32), "blue point": (1.0, 0.2, 2.5), "Sofa": (-1.0, 0.4, 4.0)}
-MANY = {
-    "red bbox": {0: (0.3, -0.81, 3.32), 1: (0.1, 0.0, 2.0)},
-    "blue point": {1: (1.0, 0.2, 2.5), 12: (1.0, 0.5, 2.5)},
-    "Sofa": {},
-}
-ANSWERS = ["B", "1.52", "0", "-3", "move_right:0.4,rotate_left:30", "move_up:0", "a chair", "12 cm"]
-PIECES = [
-    "<think>",
-    "</think>",
-    "<answer>",
-    "</answer>",
-    "<detect>",
-    "</detect>",
-    "\n",
-    " ",
-    ".",
-    "B",
-    "(b)",
-    "1.5 m",
-    "152cm",
-    "nan",
-    "1e3",
-    "99999999999999999999",
-    "move_left:0.4",
-    ",",
-    "rotate_left:29",
-    "red bbox",
-    "sofa",
-    "-0.81",
-    "3",
-    "é",
-    '<3d_box center="0.3,-0.8,3.4">x (SOFA)</3d_box>\n',
-    "After aligning to the reference frame 12, find 1 relevant objects:",
-]
-
-
-def examples():
-    for answer in ANSWERS:
-        for path, objects, frame, images in (
-            ("lor", {}, None, 1),
-            ("dtr", ONE, None, 1),
-            ("dtr", MANY, None, 2),
-            ("dtr", MANY, 1, 2),
-            ("dtr", {}, None, 1),
-            ("direct", {}, None, 1),
-            ("lor", ONE, None, 1),
-        ):
-            yield Example(
-                "e",
-                path,
-                [None] * images,
-                "?",
-                answer,
-                objects=objects,
-                frame=frame,
-                rationale="so",
-            )
-
-
-def response(rng, example):
-    """A well-formed response, its numbers a little off."""
-    near = lambda v: round(v + rng.choice((0, 0, 0.03, -0.1, 0.2, 0.6)), 2)  # noqa: E731
-    answer = rng.choice(
-        [
-            example.answer,
-            rng.choice(ANSWERS),
-            f"{example.answer}.",
-            str(near(1.5)),
-            "move_right:0.4,rotate_left:25",
-        ]
+def tensors(parts, weights, sizes, device=DEVICE):
+    columns = len(weights[0])
+    return (
+        torch.tensor(parts, dtype=torch.float64, device=device).view(-1, columns),
+        torch.tensor(weights, dtype=torch.float64, device=device),
+        torch.tensor([0, *sizes], device=device).cumsum(0),
     )
-    if example.path == "direct":
-        return answer
-    text = f"<think>so</think>\n<answer>{answer}</answer>"
-    if example.path == "lor":
-        return text
-    view = rng.choice((0, 1, 12, 3))
-    lines = []
-    for mention, xyz in (example.objects or ONE).items():
-        xyz = xyz.get(view, (0, 0, 0)) if isinstance(xyz, dict) else xyz
-        centre = ",".join(str(near(v)) for v in xyz)
-        lines += [f'<3d_box center="{centre}">thing ({mention})</3d_box>'] * rng.choice(
-            (0, 1, 1, 1, 2)
-        )
-    rng.shuffle(lines)
-    head = (
-        f"After aligning to the reference frame {view}, find"
-        if rng.random() < 0.7 and srreal.several_views(example)
-        else "Find"
-    )
-    return "\n".join([f"<detect>{head} {len(lines)} relevant objects:", *lines, "</detect>"]) + text
 
 
-def mutate(rng, text):
-    for _ in range(rng.choice((0, 0, 1, 2))):
-        i, j = sorted(rng.randrange(len(text) + 1) for _ in range(2))
-        j = min(j, i + 12)
-        text = rng.choice(
-            (text[:i] + text[j:], text[:i] + rng.choice(PIECES) + text[i:], text[:j] + text[i:])
-        )
-    return text
+def dot(a, b):
+    return sum(x * y for x, y in zip(a, b, strict=True))
 
 
-def test_twenty_thousand_mutated_responses():
-    rng, groups, count = random.Random(0), [], 0
-    while count < (150 if INTERPRET else 20_000):
-        for example in examples():
-            groups.append(
-                (
-                    example,
-                    [
-                        mutate(rng, response(rng, example))
-                        for _ in range(rng.choice((0, 1, 5, 8, 13)))
-                    ],
-                )
-            )
-            count += len(groups[-1][1])
-    got = compare(groups)
-    assert (
-        0.2 < got.format.mean() < 0.9
-        and 0.05 < got.accuracy.mean() < 0.9
-        and got.detect.gt(0).double().mean() > 0.1
-    )
-    assert 0.1 < got.keep.double().mean() < 0.9
+def oracle(parts, weights, sizes, scale, accuracy_column=0):
+    """Group by group, with the statistics module."""
+    totals, advantages, keep = [], [], []
+    first = 0
+    for size, weight in zip(sizes, weights, strict=True):
+        rows = parts[first : first + size]
+        first += size
+        own = [dot(weight, row) for row in rows]
+        std = statistics.stdev(own) if size > 1 else 0.0
+        divisor = std + 1e-6 if scale == "std" else 1.0
+        totals += own
+        advantages += [(total - statistics.fmean(own)) / divisor for total in own]
+        accuracies = [row[accuracy_column] for row in rows]
+        keep.append(size > 0 and max(accuracies) - min(accuracies) > 1e-6)
+    if scale == "batch":
+        std = statistics.stdev(totals)
+        advantages = [advantage / (std + 1e-6) for advantage in advantages]
+    return totals, advantages, keep
 
 
-def test_centres_on_the_grid_around_every_step():
-    """Ties (exactly 0.1 m on the 0.01 m grid) must fall alike here and on the host, in every
-    direction."""
-    truth, responses = (0.31, -0.81, 3.32), []
-    for limit in (10, 20, 30, 40, 60, 100):
-        for cm in (limit - 1, limit, limit + 1):
-            offsets = {(cm, 0, 0), (0, -cm, 0), (0, 0, cm)}
-            offsets |= {(a, b, 0) for a in range(cm + 1) for b in [math.isqrt(cm * cm - a * a)]}
-            offsets |= {(a, 0, -b) for a in range(cm + 1) for b in [math.isqrt(cm * cm - a * a)]}
-            for offset in sorted(offsets):
-                xyz = ",".join(f"{t + o / 100:.2f}" for t, o in zip(truth, offset, strict=True))
-                responses.append(
-                    f'<detect>Find 1 relevant objects:\n<3d_box center="{xyz}">a (m)</3d_box>'
-                    "</detect><think>t</think><answer>A</answer>"
-                )
-    got = compare([(Example("e", "dtr", [None], "?", "A", objects={"m": truth}), responses)])
-    assert set(got.detect.tolist()) == {0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0}
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("rewards", [1, 3, 5])
+@pytest.mark.parametrize("call", [rewards_and_advantages, reference_rewards_and_advantages])
+def test_equals_the_formulas(call, rewards, scale):
+    column = rewards - 1
+    parts, weights = make(rewards, seed=rewards, accuracy_column=column)
+    inputs = tensors(parts, weights, SIZES)
+    found = call(*inputs, accuracy_column=column, scale=scale)
+    total, advantage, keep = (x.tolist() for x in found)
+    true_total, true_advantage, true_keep = oracle(parts, weights, SIZES, scale, column)
+    assert total == pytest.approx(true_total, rel=1e-12, abs=1e-12)
+    assert advantage == pytest.approx(true_advantage, rel=1e-9, abs=1e-9)
+    assert keep == true_keep
+    assert found[0].dtype == found[1].dtype == torch.float64
 
 
-def test_mentions_that_differ_in_case_only_share_a_box():
-    objects = {"Sofa": (1.0, 0.0, 2.0), "chair": (0.0, 0.0, 1.0), "sofa": (1.0, 0.0, 2.5)}
-    head, tail = "<detect>Find 1 relevant objects:\n", "</detect><think>t</think><answer>A</answer>"
-    boxes = [
-        f'{head}<3d_box center="1.0,0.0,{z}">a (SOFA)</3d_box>{tail}' for z in ("2.0", "2.5", "9")
-    ]
-    got = compare([(Example("e", "dtr", [None], "?", "A", objects=objects), boxes)])
-    assert got.detect.tolist() == pytest.approx([1.2 / 3, 1.2 / 3, 0])
+def test_triton_equals_the_reference_to_twelve_digits():
+    parts, weights = make(seed=4)
+    inputs = tensors(parts, weights, SIZES)
+    ours = rewards_and_advantages(*inputs, accuracy_column=0)
+    reference = reference_rewards_and_advantages(*inputs, accuracy_column=0)
+    torch.testing.assert_close(ours[:2], reference[:2], rtol=1e-12, atol=1e-12)
+    assert torch.equal(ours[2], reference[2])
 
 
-def test_group_advantages():
-    total = torch.tensor([1.0, 0.0, 0.2, 0.2, 0.7, 1.0, 1.0, 0.9], dtype=torch.float64)
-    accuracy = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.5, 1.0, 1.0, 1.0 - 1e-7], dtype=torch.float64)
-    advantage, keep = group_advantages(total, accuracy, torch.tensor([0, 2, 4, 4, 5, 8]))
+def test_totals_are_those_of_srreal():
+    """The weights of both paths, with parts from srreal.score."""
+    objects = {"red bbox": (0.3, -0.81, 3.32)}
+    box = '<3d_box center="0.3,-0.81,3.5">a (red bbox)</3d_box>'
+    detect = f"<detect>Find 1 relevant objects:\n{box}</detect>"
+    tail = "<think>so</think><answer>{}</answer>"
+    scores = []
+    for path, head, shares in (("lor", "", (0.8, 0.2, 0)), ("dtr", detect, (0.8, 0.1, 0.1))):
+        example = srreal.Example("e", path, [None], "?", "1.5", objects=objects)
+        for answer in ("1.5", "1.4", "no", "1.0"):
+            scores.append((srreal.score(head + tail.format(answer), example), shares))
+    parts = [[score.accuracy, score.format, score.detect] for score, _ in scores]
+    inputs = tensors(parts, [scores[0][1], scores[4][1]], (4, 4))
+    total, _, keep = rewards_and_advantages(*inputs, accuracy_column=0)
+    assert total.tolist() == pytest.approx([score.total for score, _ in scores], abs=1e-12)
+    assert keep.tolist() == [True, True]
+
+
+def test_a_group_by_hand():
+    total = [1.0, 0.0, 0.2, 0.2, 0.7, 1.0, 1.0, 0.9]
+    accuracy = [1.0, 0.0, 0.0, 0.0, 0.5, 1.0, 1.0, 1.0 - 1e-7]
+    parts = [list(pair) for pair in zip(total, accuracy, strict=True)]
+    sizes = (2, 2, 0, 1, 3)
+    inputs = tensors(parts, [[1.0, 0.0]] * 5, sizes)
+    _, advantage, keep = rewards_and_advantages(*inputs, accuracy_column=1)
     assert keep.tolist() == [True, False, False, False, False]
     assert advantage[:5].tolist() == pytest.approx([0.7071, -0.7071, 0, 0, 0], abs=1e-4)
-    assert advantage[5:].sum().item() == pytest.approx(0, abs=1e-9) and advantage[7] < -1
+    assert advantage[5:].sum().item() == pytest.approx(0, abs=1e-9)
+    assert advantage[7] < -1
 
 
-def test_no_completions():
-    got = compare(
-        [
-            (Example("e", "dtr", [None], "?", "A", objects=ONE), []),
-            (Example("f", "lor", [None], "?", "A"), []),
-        ]
-    )
-    assert len(got.total) == 0 and got.keep.tolist() == [False, False]
-    assert len(compare([]).keep) == 0
-    with pytest.raises(ValueError):
-        rewards_and_advantages(pack([])._replace(path=torch.zeros(2)))
+@pytest.mark.parametrize("scale", SCALES)
+def test_no_completions(scale):
+    for sizes in ((0, 0), ()):
+        parts = torch.zeros(0, 3, device=DEVICE)
+        weights = torch.ones(len(sizes), 3, device=DEVICE)
+        start = torch.zeros(len(sizes) + 1, dtype=torch.int64, device=DEVICE)
+        found = rewards_and_advantages(parts, weights, start, accuracy_column=0, scale=scale)
+        assert len(found[0]) == len(found[1]) == 0
+        assert found[2].tolist() == [False] * len(sizes)
 
 
 def test_views_are_read_as_what_they_hold():
-    """Every second of twice as many, transposed centres."""
-    truth = (0.31, -0.81, 3.32)
-    xyz = ",".join(map(str, truth))
-    responses = [
-        f'<detect>Find 1 relevant objects:\n<3d_box center="{xyz}">a (m)</3d_box></detect>'
-        f"<think>t</think><answer>{answer}</answer>"
-        for answer in "AAB"
-    ]
-    packed = pack([(Example("e", "dtr", [None], "?", "A", objects={"m": truth}), responses)])
-    strided = packed._replace(
-        **{k: x.repeat_interleave(2, 0)[::2] for k, x in packed._asdict().items()},
-    )
-    turned = strided._replace(box_centre=packed.box_centre.T.contiguous().T)
+    """Every second row of twice as many, and transposed columns."""
+    inputs = tensors(*make(seed=2), SIZES)
+    strided = [x.repeat_interleave(2, 0)[::2] for x in inputs]
+    turned = [strided[0].T.contiguous().T, *inputs[1:]]
+    plain = rewards_and_advantages(*inputs, accuracy_column=0)
     for views in (strided, turned):
-        for a, b in zip(rewards_and_advantages(packed), rewards_and_advantages(views), strict=True):
-            assert torch.equal(a, b)
+        found = rewards_and_advantages(*views, accuracy_column=0)
+        for ours, wanted in zip(found, plain, strict=True):
+            assert torch.equal(ours, wanted)
+
+
+def test_bad_input():
+    parts, weights, start = tensors(*make(), SIZES)
+    for changes in (
+        dict(weights=weights[:, :2]),
+        dict(weights=weights[:3]),
+        dict(parts=parts[0]),
+        dict(accuracy_column=3),
+        dict(accuracy_column=-1),
+        dict(scale="group"),
+    ):
+        given = dict(parts=parts, weights=weights, group_start=start, accuracy_column=0)
+        with pytest.raises(ValueError):
+            rewards_and_advantages(**(given | changes))
+    with pytest.raises(ValueError, match="must rise from 0"):
+        rewards_and_advantages(parts[:9].cpu(), weights.cpu(), start.cpu(), accuracy_column=0)

@@ -17,24 +17,20 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 import train_rl
-import trainer
 from model import lora
-from model.processor import DeviceImages, Processor
-from model.qwen_vl import QwenVL, adjoin, adjoined
-from model.rollout import (
-    Job,
-    Slots,
-    fused_mlp,
-    generate,
-    joined,
-    kept,
-    predict_centres,
-    release,
-    token_bytes,
-)
+from model.images import DeviceImages
+from model.processor import Processor
+from model.qwen_vl import QwenVL, fuse_linears, fused_linears
+from model.rollout import Engine, generate, predict_centres, sample_groups
+from model.rollout.cache import Options, PromptRows, token_bytes
+from model.rollout.cpu import joint_linear
+from model.rollout.decode import Decoder, FusedLayer
+from model.rollout.scheduler import Scheduler
+from model.rollout.slots import HostState, take_ended
 from model.tiny import write
-from optim import Optimizer
 from srreal import Example, Scores
+from training import policy, ranks, run
+from training.optim import Optimizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -134,15 +130,14 @@ def test_the_prompts_images_are_there_for_the_update(tiny):
     assert tokens_of(shared) == tokens_of(plain)
 
 
-def test_the_step_of_a_gpu(tiny, monkeypatch):
+def test_the_step_of_a_gpu(tiny):
     """CUDA's operations (their references here; under TRITON_INTERPRET=1 the kernels) say what a
     CPU's do."""
     model, processor, _ = tiny
-    options = dict(n=2, max_new_tokens=3, slots=3, seed=2)
-    ours = generate(model, processor, examples()[1:3], **options)
-    monkeypatch.setattr("model.rollout.INTERPRET", True)
-    monkeypatch.setattr(Slots, "_qkv", None)  # it isn't called
-    theirs = generate(model, processor, examples()[1:3], **options)
+    options = dict(n=2, max_new_tokens=3, slots=3)
+    ours = generate(model, processor, examples()[1:3], seed=2, **options)
+    engine = Engine(model, processor, Decoder, **options)
+    theirs = list(engine.sample_groups(examples()[1:3], seed=2))
     assert tokens_of(ours) == tokens_of(theirs)
     gaps = zip(
         (r for group in ours for r in group), (r for group in theirs for r in group), strict=True
@@ -228,9 +223,11 @@ def test_edges(tiny):
     assert generate(model, processor, [], n=2) == []
     (group,) = generate(model, processor, examples()[:1], n=2, max_new_tokens=1)
     assert [len(r.tokens) for r in group] == [1, 1]
-    heard = []
-    generate(model, processor, examples(), n=2, max_new_tokens=2, progress=heard.append)
-    assert sum(heard) == 8
+    stream = sample_groups(model, processor, examples(), n=2, max_new_tokens=2)
+    assert sum(len(group) for group in stream) == 8
+    assert next(stream, None) is None
+    stream.close()
+    assert (stream.discarded_samples, stream.discarded_tokens) == (0, 0)
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -249,12 +246,13 @@ def test_slots_prefill_budget_and_refills_change_nothing(n, tiny, monkeypatch):
     for slots in (2, 5, 1000):
         again = generate(model, processor, asked, n=n, max_new_tokens=20, seed=1, slots=slots)
         assert tokens_of(again) == tokens_of(whole)
-    monkeypatch.setattr("model.rollout.PREFILL", {"cpu": 8})  # every prompt is longer
-    # so that the room for prompts grows while samples are live
-    monkeypatch.setattr("model.rollout.PAD", 8)
-    grow, grown = Slots._make_room, []
-    monkeypatch.setattr(Slots, "_make_room", lambda *args: grown.append(grow(*args)) or grown[-1])
-    small = generate(model, processor, asked, n=n, max_new_tokens=20, seed=1, slots=5)
+    grow, grown = PromptRows.make_room, []
+    monkeypatch.setattr(
+        PromptRows, "make_room", lambda *args: grown.append(grow(*args)) or grown[-1]
+    )
+    # Every prompt is longer, so that the room for prompts grows while samples are live.
+    tight = dict(prefill_tokens=8, prompt_step=8)
+    small = generate(model, processor, asked, n=n, max_new_tokens=20, seed=1, slots=5, **tight)
     assert tokens_of(small) == tokens_of(whole)
     assert all(grown)  # with memory enough nobody waits
 
@@ -266,34 +264,50 @@ def test_a_long_prompt_waits_for_room(n, tiny, monkeypatch):
     model, processor, _ = tiny
     many = [dataclasses.replace(e, id=f"{e.id} {i}") for i in range(3) for e in examples()[2:]]
     whole = generate(model, processor, many, n=n, max_new_tokens=6, seed=1)
-    rows, grow = [], Slots._make_room
+    rows, grow = [], PromptRows.make_room
 
     def listen(self, length):
         grown = grow(self, length)
-        rows.append((grown, *self.prefix[0].shape[1:4:2]))
+        rows.append((grown, self.count))
         return grown
 
-    monkeypatch.setattr(Slots, "_make_room", listen)
-    monkeypatch.setattr("model.rollout.PAD", 8)
-    monkeypatch.setattr("model.rollout.PREFILL", {"cpu": 8})
+    monkeypatch.setattr(PromptRows, "make_room", listen)
     places = max(len(processor.prompt_ids(e)) for e in many) + 6
-    monkeypatch.setattr("model.rollout.kv_room", lambda device: places * token_bytes(model))
-    again = generate(model, processor, many, n=n, max_new_tokens=6, seed=1, slots=4)
+    tight = dict(prefill_tokens=8, prompt_step=8, cache_bytes=places * token_bytes(model))
+    again = generate(model, processor, many, n=n, max_new_tokens=6, seed=1, slots=4, **tight)
     assert tokens_of(again) == tokens_of(whole)
-    assert not all(grown for grown, *_ in rows) and len({count for _, count, _ in rows}) > 1
+    assert not all(grown for grown, _ in rows) and len({count for _, count in rows}) > 1
 
 
 def test_samples_are_collected_on_a_gpu_when_it_is_looked_at():
     """A slot is refilled only by flags of a step behind its start; between two looks there are
     none."""
-    engine = Slots.__new__(Slots)
-    engine.device, engine.clock, engine.jobs, engine.free = (
-        torch.device("cuda"),
-        1,
-        [Job(0, 0, 0)],
-        [],
+    (sequence,) = Scheduler([Example("a", "direct", [], "?", "")], 1, 0).waiting
+    sequence.slot, sequence.started = 0, 8
+    state = (
+        torch.tensor([True]),
+        torch.tensor([2]),
+        torch.tensor([[5, 6, 7]]),
+        torch.tensor([[-0.5, -1.0, -2.0]]),
     )
-    assert engine.collect() == []
+    assert take_ended([sequence], state, clock=8) == []  # its predecessor's
+    assert take_ended([sequence], state, clock=16) == [sequence]
+    assert (sequence.tokens, sequence.logprobs) == ([5, 6], [-0.5, -1.0])
+    assert HostState.take_ended(HostState.__new__(HostState), [sequence], clock=17) == []
+
+
+def test_an_engine_samples_what_single_calls_do(tiny):
+    """Call after call, also behind one that was left half way, and after its buffers were freed."""
+    model, processor, _ = tiny
+    options = dict(n=3, max_new_tokens=6, slots=4)
+    engine = Engine(model, processor, Decoder, **options)
+    half = engine.sample_groups(examples()[1:], seed=1)
+    next(half)
+    half.close()
+    for seed in (1, 2):
+        ours = tokens_of(engine.sample_groups(examples()[1:3], seed))
+        assert ours == tokens_of(generate(model, processor, examples()[1:3], seed=seed, **options))
+        engine.release()
 
 
 def test_enough_takes_groups_in_the_order_of_the_prompts(tiny, monkeypatch):
@@ -304,29 +318,21 @@ def test_enough_takes_groups_in_the_order_of_the_prompts(tiny, monkeypatch):
     many = [dataclasses.replace(e, id=f"{e.id} {i}") for i in range(3) for e in examples()]
     whole = generate(model, processor, many, n=2, max_new_tokens=40, seed=2, slots=24)
     signal = lambda group: (group[0].tokens[0] + group[1].tokens[0]) % 2 == 0  # noqa: E731
-    wanted, heard = 3, []
-
-    def enough(group):
-        heard.append(group)
-        return sum(map(signal, heard)) == wanted
-
-    wasted, steps, step = [], [], Slots.step
-    monkeypatch.setattr(Slots, "step", lambda self: step(self) or steps.append(1))
-    got = generate(
-        model,
-        processor,
-        many,
-        n=2,
-        max_new_tokens=40,
-        seed=2,
-        slots=24,
-        enough=enough,
-        wasted=lambda *counts: wasted.extend(counts),
-    )
-    assert tokens_of(got) == tokens_of(whole)[: len(got)] == tokens_of(heard)
+    wanted, got = 3, []
+    stream = sample_groups(model, processor, many, n=2, max_new_tokens=40, seed=2, slots=24)
+    for group in stream:
+        got.append(group)
+        if sum(map(signal, got)) == wanted:
+            break
+    steps = stream.decoder.clock
+    for _ in range(2):
+        stream.close()
+    assert next(stream, None) is None
+    assert tokens_of(got) == tokens_of(whole)[: len(got)]
     # all had slots from the first step on
     behind = [r for group in whole[len(got) :] for r in group]
-    assert wasted == [len(behind), sum(min(len(steps), len(r.tokens)) for r in behind)]
+    assert stream.discarded_samples == len(behind)
+    assert stream.discarded_tokens == sum(min(steps, len(r.tokens)) for r in behind)
     assert sum(map(signal, got)) == wanted and signal(got[-1]) and len(got) < len(many)
     longest = [max(len(r.tokens) for r in group) for group in whole]
     in_order, by_time = range(len(got)), sorted(range(len(many)), key=longest.__getitem__)
@@ -345,15 +351,13 @@ def test_longer_answers_that_earn_more_do_not_wait_for_their_turn(tiny, monkeypa
     reward = [sum(len(r.tokens) for r in group) for group in whole]
     informative = [i for i, r in enumerate(reward) if r > sorted(reward)[4]]
     for slots in (2, 7, 24):
-        heard = []
-
-        def enough(group, heard=heard):
-            heard.append(sum(len(r.tokens) for r in group) > sorted(reward)[4])
-            return sum(heard) == 2
-
-        got = generate(
-            model, processor, many, n=2, max_new_tokens=40, seed=5, slots=slots, enough=enough
-        )
+        got, found = [], 0
+        stream = sample_groups(model, processor, many, n=2, max_new_tokens=40, seed=5, slots=slots)
+        while found < 2:
+            group = next(stream)
+            got.append(group)
+            found += sum(len(r.tokens) for r in group) > sorted(reward)[4]
+        stream.close()
         assert tokens_of(got) == tokens_of(whole[: informative[1] + 1])
     shortest = sorted(informative, key=reward.__getitem__)[:2]
     assert sum(reward[i] for i in informative[:2]) > sum(reward[i] for i in shortest)
@@ -395,45 +399,46 @@ def test_a_graph_outlives_what_a_step_does_to_the_weights(tiny, adapters):
     _, processor, path = tiny
     model = QwenVL.from_pretrained(str(path), dtype=torch.bfloat16)
     lora.learn(model, "lm", adapters)
-    engine, optimizer = Slots(model, 2, 4, 1.0, 1.0, 4), Optimizer(model.named_parameters())
-    engine.begin(processor, 4)
+    engine = Decoder(model, Options(n=2, max_new_tokens=4), 4)
+    optimizer = Optimizer(model.named_parameters())
+    engine.reset(processor)
     engine.graph = recorded = object()
     before = [p.detach().clone() for p in optimizer.images.values()]
-    with trainer.Reference(model, optimizer):
+    with policy.Reference(model, optimizer):
         model(processor(examples()[:1], [[[50]]]))
     model(processor(examples()[:1], [[[50, 51]]])).logprob.sum().backward()
     optimizer.step(1.0, 1.0, 0.0, "a step")
-    engine.begin(processor, 4)
+    engine.reset(processor)
     assert engine.graph is recorded
     assert any((p != old).any() for p, old in zip(optimizer.images.values(), before, strict=True))
     weight = model.decoder.layers[-1].mlp.down_proj.weight
     weight.data = weight.data.clone()  # one that has moved
-    engine.begin(processor, 4)
+    engine.reset(processor)
     assert engine.graph is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_graph_samples_what_a_cpu_does(tiny, monkeypatch):
+def test_the_graph_samples_what_a_cpu_does(tiny):
     """In fp32: refilled slots, room for prompts that grows while samples are live, one graph for
     two calls, weights that change in between."""
     model, processor, path = tiny
     other = QwenVL.from_pretrained(str(path), device="cuda")
-    monkeypatch.setattr("model.rollout.PAD", 8)
-    monkeypatch.setattr("model.rollout.PREFILL", {"cpu": 8, "cuda": 8})
     options = dict(n=2, max_new_tokens=20, slots=3, temperature=0.0)
+    options |= dict(prefill_tokens=8, prompt_step=8)
+    engine = Engine(other, processor, **options)
     for scale in (1.0, 1.5):
         for one in (model, other):
             with torch.no_grad():
                 one.decoder.layers[0].mlp.down_proj.weight.mul_(scale)
-        ours, truth = (
-            tokens_of(generate(one, processor, examples(), **options)) for one in (other, model)
-        )
-        graph = kept(other, 2, 20, 0.0, 1.0, 3).graph
+        ours = tokens_of(engine.sample_groups(examples()))
+        truth = tokens_of(generate(model, processor, examples(), **options))
+        graph = engine.decoder.graph
         assert ours == truth
     used = torch.cuda.memory_allocated()
-    generate(other, processor, examples(), **options)
-    assert kept(other, 2, 20, 0.0, 1.0, 3).graph is graph and torch.cuda.memory_allocated() == used
-    release()
+    list(engine.sample_groups(examples()))
+    assert engine.decoder.graph is graph and torch.cuda.memory_allocated() == used
+    engine.release()
+    assert torch.cuda.memory_allocated() < used
     with torch.no_grad():
         model.decoder.layers[0].mlp.down_proj.weight.div_(1.5)
 
@@ -448,9 +453,9 @@ def test_joined_layers(together, bias, mkl, monkeypatch):
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
     layers = [torch.nn.Linear(48, width, bias) for width in (40, 8, 17)]
     if together:
-        adjoin(*layers)
+        fuse_linears(*layers)
     with torch.no_grad():
-        both = joined(*layers)
+        both = joint_linear(*layers)
         for rows in (1, 2, 7, 32, 33, 200):
             x = torch.randn(rows, 48, generator=torch.Generator().manual_seed(rows))
             torch.testing.assert_close(both(x), torch.cat([layer(x) for layer in layers], -1))
@@ -460,18 +465,20 @@ def test_gate_and_up_of_a_gpu(tiny):
     """One product where they lie together, two where they don't or have adapters: the same
     numbers."""
     model, _, path = tiny
-    mlp = copy.deepcopy(model).decoder.layers[0].mlp
+    sizes = model.decoder.sizes
+    layer = copy.deepcopy(model).decoder.layers[0]
+    mlp = layer.mlp
     x = torch.randn(5, mlp.gate_proj.in_features, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         truth = mlp(x)
-        assert adjoined(mlp.gate_proj, mlp.up_proj) is None
-        torch.testing.assert_close(fused_mlp(mlp, x), truth)
-        adjoin(mlp.gate_proj, mlp.up_proj)
-        torch.testing.assert_close(fused_mlp(mlp, x), truth)
+        assert fused_linears(mlp.gate_proj, mlp.up_proj) is None
+        torch.testing.assert_close(FusedLayer(layer, sizes).mlp(x), truth)
+        fuse_linears(mlp.gate_proj, mlp.up_proj)
+        torch.testing.assert_close(FusedLayer(layer, sizes).mlp(x), truth)
         adapted = QwenVL.from_pretrained(str(path))
         lora.learn(adapted, "lora", 4)
-        mlp = adapted.decoder.layers[0].mlp
-        torch.testing.assert_close(fused_mlp(mlp, x), mlp(x))
+        layer = adapted.decoder.layers[0]
+        torch.testing.assert_close(FusedLayer(layer, sizes).mlp(x), layer.mlp(x))
 
 
 def test_loaded_weights_lie_together(tiny):
@@ -480,7 +487,7 @@ def test_loaded_weights_lie_together(tiny):
     model = QwenVL.from_pretrained(str(path))
     attn = model.decoder.layers[0].self_attn
     projections = attn.q_proj, attn.k_proj, attn.v_proj
-    weight, bias = adjoined(*projections)
+    weight, bias = fused_linears(*projections)
     before, optimizer = weight.clone(), Optimizer(model.named_parameters())
     model(processor(examples()[:1], [[[50, 51]]])).logprob.sum().backward()
     optimizer.step(1.0, 1.0, 0.0, "a step")
@@ -489,12 +496,12 @@ def test_loaded_weights_lie_together(tiny):
     assert bias is None or torch.equal(bias, torch.cat([p.bias for p in projections]))
     other = copy.deepcopy(model)
     attn = other.decoder.layers[0].self_attn
-    assert adjoined(attn.q_proj, attn.k_proj, attn.v_proj) is None
-    other.adjoin()
-    assert torch.equal(adjoined(attn.q_proj, attn.k_proj, attn.v_proj)[0], weight)
+    assert fused_linears(attn.q_proj, attn.k_proj, attn.v_proj) is None
+    other.fuse_linears()
+    assert torch.equal(fused_linears(attn.q_proj, attn.k_proj, attn.v_proj)[0], weight)
     mlp = other.decoder.layers[0].mlp
     both = torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight))
-    assert torch.equal(adjoined(mlp.gate_proj, mlp.up_proj)[0], both)
+    assert torch.equal(fused_linears(mlp.gate_proj, mlp.up_proj)[0], both)
 
 
 def test_nothing_to_sample(tiny):
@@ -515,7 +522,7 @@ def test_predict_centres(tiny):
 # ---- In a training run
 
 
-def run(home: Path, out: Path, **options) -> None:
+def train(home: Path, out: Path, **options) -> None:
     """Two steps of train_rl: a prompt with an image and one of text only in each, and rewards that
     differ."""
     cfg = train_rl.Config(
@@ -526,21 +533,21 @@ def run(home: Path, out: Path, **options) -> None:
         Example(f"s{i}", "lor", [picture(128, 96, i)], f"Where is it, {i}?", "A") for i in range(3)
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "load_data", lambda cfg, *_: (text + seen, []))
+        patch.setattr(run, "load_data", lambda cfg, *_: (text + seen, []))
         patch.setattr(
             train_rl, "score", lambda text, *_: Scores(len(text) % 5, len(text) % 5, 0.0, 0.0)
         )
-        load = trainer.load_processor
+        load = run.load_processor
 
         # rank 0, which has the text, samples one token each; rank 1 never ends
         def hasty(*arguments):
             processor = load(*arguments)
-            if trainer.ranks() > 1:
-                ends = ~processor.banned if trainer.FIRST else processor.banned
+            if ranks.world_size() > 1:
+                ends = ~processor.banned if ranks.is_first() else processor.banned
                 processor.end_ids = ends.nonzero()[:, 0].tolist()
             return processor
 
-        patch.setattr(trainer, "load_processor", hasty)
+        patch.setattr(run, "load_processor", hasty)
         train_rl.main(cfg)
 
 
@@ -549,22 +556,22 @@ def test_slots_are_chosen_once(tmp_path, monkeypatch):
     wins."""
     write("qwen3_vl", str(tmp_path / "tiny"), seed=1)
     used, slots = [], lambda: json.loads((tmp_path / "run" / "config.json").read_text())["slots"]
-    start = Slots.__init__
+    start = Engine.sample_groups
 
     def note(self, *arguments):
-        start(self, *arguments)
-        used.append(self.count)
+        used.append(self.options.slots)
+        return start(self, *arguments)
 
-    monkeypatch.setattr(Slots, "__init__", note)
+    monkeypatch.setattr(Engine, "sample_groups", note)
     monkeypatch.setattr(train_rl, "default_slots", lambda *_: 3)
-    run(tmp_path / "tiny", tmp_path / "run")
+    train(tmp_path / "tiny", tmp_path / "run")
     assert slots() == 3 and set(used) == {3}
     monkeypatch.setattr(train_rl, "default_slots", lambda *_: 2)
     used.clear()
     (tmp_path / "run" / "step-000002").rename(tmp_path / "run" / "step-000002.partial")
-    run(tmp_path / "tiny", tmp_path / "run", resume=True)
+    train(tmp_path / "tiny", tmp_path / "run", resume=True)
     assert slots() == 3 and set(used) == {3}
-    run(tmp_path / "tiny", tmp_path / "other", resume=True, slots=1)
+    train(tmp_path / "tiny", tmp_path / "other", resume=True, slots=1)
     assert json.loads((tmp_path / "other" / "config.json").read_text())["slots"] == 1
 
 
@@ -576,12 +583,12 @@ def test_the_cache_goes_before_the_update_where_it_must(
 ):
     """The plan's word holds for as many slots as it planned with."""
     write("qwen3_vl", str(tmp_path / "tiny"), seed=1)
-    settle, calls = trainer.settle, []
+    settle, calls = run.resolve_auto_settings, []
     fixed = lambda *args, **sizes: dataclasses.replace(settle(*args, **sizes), keep=keep, slots=4)  # noqa: E731
-    monkeypatch.setattr(trainer, "settle", fixed)
+    monkeypatch.setattr(run, "resolve_auto_settings", fixed)
     monkeypatch.setattr(train_rl, "default_slots", lambda *_: 3)
-    monkeypatch.setattr(train_rl, "release", lambda: calls.append(1))
-    run(tmp_path / "tiny", tmp_path / "run", slots=slots)
+    monkeypatch.setattr(Engine, "release", lambda self: calls.append(1))
+    train(tmp_path / "tiny", tmp_path / "run", slots=slots)
     assert len(calls) == released
 
 
@@ -611,4 +618,4 @@ def test_ranks_with_uneven_work(tmp_path):
 
 
 if __name__ == "__main__":
-    run(*map(Path, sys.argv[1:]), shard="always", filter="none")
+    train(*map(Path, sys.argv[1:]), shard="always", filter="none")

@@ -6,7 +6,13 @@ import math
 import pytest
 import torch
 
-from kernels.sample import INTERPRET, race_times, reference_sample, sample, sequence_key
+from kernels import interpreted
+from kernels.sample import race_times, reference_sample, sample, sequence_key
+
+needs_triton = pytest.mark.skipif(
+    not (torch.cuda.is_available() or interpreted()), reason="needs a GPU, or TRITON_INTERPRET=1"
+)
+TRITON_DEVICE = "cpu" if interpreted() else "cuda"
 
 
 def keys_of(n, example="e"):
@@ -36,7 +42,8 @@ def test_keys_are_stable_and_all_parts_enter():
 def test_draws_follow_the_softmax(by):
     """Chi-square with 7 degrees of freedom: 24.3 is exceeded once in a thousand; the seed is
     fixed."""
-    logits, n = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0, -4.0, 0.5, 1.5]), 40_000
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0, -4.0, 0.5, 1.5])
+    n = 40_000
     keys = keys_of(1).expand(n) if by == "position" else keys_of(n)
     positions = torch.arange(n) if by == "position" else torch.full((n,), 5)
     for temperature in (1.0, 0.5):
@@ -48,19 +55,17 @@ def test_draws_follow_the_softmax(by):
 
 def test_noise_is_exponential_and_independent():
     e = race_times(keys_of(64), torch.arange(64), 4096)
-    assert e.mean().item() == pytest.approx(1, abs=0.01) and e.var().item() == pytest.approx(
-        1, abs=0.03
-    )
+    assert e.mean().item() == pytest.approx(1, abs=0.01)
+    assert e.var().item() == pytest.approx(1, abs=0.03)
     counts = torch.histc((-e).exp(), 256, 0, 1)
     # 255 degrees of freedom, 1 in 1000
     assert chi_square(counts, torch.full((256,), 1 / 256)) < 330
     centred = e - e.mean()
-    for a, b in (
-        (centred[:, 1:], centred[:, :-1]),
-        (centred[1:], centred[:-1]),
-        (centred[:, 64:], centred[:, :-64]),
-    ):
-        assert (a * b).mean().abs() < 0.01
+    along_tokens = centred[:, 1:] * centred[:, :-1]
+    along_rows = centred[1:] * centred[:-1]
+    far_along_tokens = centred[:, 64:] * centred[:, :-64]
+    for product in (along_tokens, along_rows, far_along_tokens):
+        assert product.mean().abs() < 0.01
     bits = race_times(keys_of(1), torch.arange(1), 1 << 20)
     assert bits.min() > 0 and bits.min() < 1e-5 and bits.isfinite().all()
 
@@ -80,7 +85,9 @@ def test_one_bit_of_key_or_position_changes_everything():
 @pytest.mark.parametrize("options", [dict(), dict(temperature=0.7, top_p=0.9), dict(temperature=0)])
 def test_a_sample_does_not_depend_on_its_batch(v, options):
     g = torch.Generator().manual_seed(0)
-    logits, keys, positions = torch.randn(9, v, generator=g) * 3, keys_of(9), torch.arange(9)
+    logits = torch.randn(9, v, generator=g) * 3
+    keys = keys_of(9)
+    positions = torch.arange(9)
     tokens, logprobs = sample(logits, keys, positions, **options)
     back = torch.arange(8, -1, -1)
     for i in range(9):
@@ -92,12 +99,12 @@ def test_a_sample_does_not_depend_on_its_batch(v, options):
 
 def test_logprobs_are_those_of_the_full_softmax():
     g = torch.Generator().manual_seed(1)
-    logits, banned = torch.randn(50, 300, generator=g) * 4, torch.rand(300, generator=g) < 0.3
+    logits = torch.randn(50, 300, generator=g) * 4
+    banned = torch.rand(300, generator=g) < 0.3
     for temperature, top_p in ((1.0, 1.0), (0.6, 0.8), (0.0, 1.0)):
         tokens, logprobs = sample(logits, keys_of(50), torch.arange(50), temperature, top_p, banned)
-        true = (
-            (logits.double() / (temperature or 1)).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-        )
+        logp = (logits.double() / (temperature or 1)).log_softmax(-1)
+        true = logp.gather(1, tokens[:, None])[:, 0]
         torch.testing.assert_close(logprobs.double(), true, atol=3e-6, rtol=1e-6)
         assert not banned[tokens].any() and (logprobs <= 0).all()
 
@@ -107,18 +114,11 @@ def test_greedy():
         [[0.0, 5.0, 9.0, 5.0], [3.0, 3.0, 1.0, 3.0], [1.0, 1.0 + 2**-20, 1.0, 1.0]]
     )
     banned = torch.tensor([False, False, True, False])
-    assert sample(logits, keys_of(3), torch.zeros(3, dtype=torch.int64), 0.0)[0].tolist() == [
-        2,
-        0,
-        1,
-    ]
-    assert sample(logits, keys_of(3), torch.zeros(3, dtype=torch.int64), 0.0, 0.5, banned)[
-        0
-    ].tolist() == [
-        1,
-        0,
-        1,
-    ]
+    positions = torch.zeros(3, dtype=torch.int64)
+    tokens, _ = sample(logits, keys_of(3), positions, 0.0)
+    assert tokens.tolist() == [2, 0, 1]
+    tokens, _ = sample(logits, keys_of(3), positions, 0.0, 0.5, banned)
+    assert tokens.tolist() == [1, 0, 1]
 
 
 def test_banned_ids_are_never_sampled_even_with_all_the_mass():
@@ -136,62 +136,54 @@ def test_banned_ids_are_never_sampled_even_with_all_the_mass():
 
 def test_the_largest_hash_is_a_finite_time_and_never_lets_a_banned_id_win():
     """The 31 bits of this key, position and token round up to 2^31 in fp32."""
-    keys, positions = keys_of(1), torch.tensor([36_509_606])
+    keys = keys_of(1)
+    positions = torch.tensor([36_509_606])
     assert race_times(keys, positions, 2)[0, 1].item() == pytest.approx(24 * math.log(2))
-    logits, banned = torch.tensor([[0.0, 0.0]]), torch.tensor([True, False])
+    logits = torch.tensor([[0.0, 0.0]])
+    banned = torch.tensor([True, False])
     if torch.cuda.is_available():
         keys, positions, logits, banned = (x.cuda() for x in (keys, positions, logits, banned))
     for f in (sample, reference_sample):
         for gap in (0.0, 200.0):  # exp(-200) is 0 in fp32
-            assert (
-                f(logits - torch.tensor([0.0, gap]).to(logits), keys, positions, 1.0, 1.0, banned)[
-                    0
-                ]
-                == 1
-            )
+            lowered = logits - torch.tensor([0.0, gap]).to(logits)
+            token, _ = f(lowered, keys, positions, 1.0, 1.0, banned)
+            assert token == 1
 
 
 def test_top_p_keeps_the_smallest_set():
     p = torch.tensor([0.05, 0.4, 0.1, 0.3, 0.15])
-    for top_p, kept in (
-        (0.3, {1}),
-        (0.39, {1}),
-        (0.41, {1, 3}),
-        (0.69, {1, 3}),
-        (0.71, {1, 3, 4}),
-        (0.99, {0, 1, 2, 3, 4}),
-    ):
-        n = 3000
-        tokens, _ = sample(
-            p.log().expand(n, 5), keys_of(n), torch.zeros(n, dtype=torch.int64), 1.0, top_p
-        )
+    kept_at = {0.3: {1}, 0.39: {1}, 0.41: {1, 3}, 0.69: {1, 3}, 0.71: {1, 3, 4}}
+    n = 3000
+    positions = torch.zeros(n, dtype=torch.int64)
+    for top_p, kept in (kept_at | {0.99: {0, 1, 2, 3, 4}}).items():
+        tokens, _ = sample(p.log().expand(n, 5), keys_of(n), positions, 1.0, top_p)
         counts = tokens.bincount(minlength=5).float()
         members = torch.tensor(sorted(kept))
         assert set(tokens.tolist()) == kept
-        assert (
-            chi_square(counts[members], p[members] / p[members].sum()) < 18.5
-        )  # at most 4 degrees of freedom
+        # at most 4 degrees of freedom
+        assert chi_square(counts[members], p[members] / p[members].sum()) < 18.5
 
 
 def test_chunks_equal_the_reference_in_one_piece():
     g = torch.Generator().manual_seed(2)
-    logits, banned = torch.randn(40, 20_000, generator=g), torch.zeros(20_000, dtype=torch.bool)
+    logits = torch.randn(40, 20_000, generator=g)
+    banned = torch.zeros(20_000, dtype=torch.bool)
     banned[100:200] = True
     args = logits, keys_of(40), torch.arange(40), 1.0, 1.0, banned
     for a, b in zip(sample(*args), reference_sample(*args), strict=True):
         assert torch.equal(a, b)
 
 
-@pytest.mark.skipif(
-    not (torch.cuda.is_available() or INTERPRET), reason="needs a GPU, or TRITON_INTERPRET=1"
-)
+@needs_triton
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
 @pytest.mark.parametrize("v", [1, 37, 4200])
 def test_triton_equals_the_reference(v, temperature):
-    device, g = "cpu" if INTERPRET else "cuda", torch.Generator().manual_seed(v)
+    device = TRITON_DEVICE
+    g = torch.Generator().manual_seed(v)
     logits = (torch.randn(6, v + 3, generator=g) * 3)[:, :v].to(device)  # rows are not adjacent
     banned = (torch.rand(v, generator=g) < 0.3).index_fill(0, torch.tensor(0), False).to(device)
-    keys, positions = keys_of(6).to(device), torch.arange(6, device=device) * 1000
+    keys = keys_of(6).to(device)
+    positions = torch.arange(6, device=device) * 1000
     for ban in (None, banned):
         tokens, logprobs = sample(logits, keys, positions, temperature, 1.0, ban)
         expected = reference_sample(logits, keys, positions, temperature, 1.0, ban)
@@ -202,18 +194,17 @@ def test_triton_equals_the_reference(v, temperature):
         assert one[0] == tokens[4] and one[1] == logprobs[4]
 
 
-@pytest.mark.skipif(
-    not (torch.cuda.is_available() or INTERPRET), reason="needs a GPU, or TRITON_INTERPRET=1"
-)
+@needs_triton
 def test_triton_never_samples_a_banned_id_with_all_the_mass():
-    device = "cpu" if INTERPRET else "cuda"
+    device = TRITON_DEVICE
     logits = torch.zeros(8, 40, device=device)
     logits[:, 17] = 500.0
     banned = torch.arange(40, device=device) == 17
     tokens, logprobs = sample(
         logits, keys_of(8).to(device), torch.arange(8, device=device), 1.0, 1.0, banned
     )
-    assert (tokens != 17).all() and len(set(tokens.tolist())) > 3 and (logprobs == -500).all()
+    assert (tokens != 17).all() and (logprobs == -500).all()
+    assert len(set(tokens.tolist())) > 3
 
 
 def test_empty_batch_and_bad_input():

@@ -10,6 +10,7 @@ import re
 
 import pytest
 
+import official
 import srreal
 from srreal import Example, Scores, answer_score, parse, prompt, score, target
 
@@ -37,6 +38,11 @@ def one(answer="B", path="dtr", **more):
         answer,
         **{**defaults, **more},
     )
+
+
+def four(scores):
+    """(total, accuracy, format, detect), whatever rewards a fork adds."""
+    return scores.total, scores.accuracy, scores.format, scores.detect
 
 
 # ---- Example
@@ -68,13 +74,22 @@ def test_example_has_the_documented_fields_in_order():
 
 def test_scores_are_named_in_order_and_pickle():
     scores = score(lor(), one(path="lor", objects={}))
-    assert Scores._fields == ("total", "accuracy", "format", "detect")
-    assert scores == Scores(1.0, 1.0, 1.0, 0.0) and pickle.loads(pickle.dumps(scores)) == scores
+    assert list(scores.parts) == list(srreal.REWARDS)
+    assert list(scores.parts)[:3] == ["accuracy", "format", "detect"]
+    assert four(scores) == (1.0, 1.0, 1.0, 0.0) and pickle.loads(pickle.dumps(scores)) == scores
+    total, *parts = scores
+    assert total == scores.total and parts == list(scores.parts.values())
+    assert len(scores) == 1 + len(parts)
+    assert scores == Scores(*scores) == tuple(scores) and scores != tuple(scores)[:-1]
+    assert scores != Scores(1.0, 1.0, 0.5, 0.0) and scores != "1.0"
+    assert Scores(0.5, 0.25).parts["accuracy"] == 0.25 and Scores(0.5, 0.25).detect == 0.0
 
 
 def test_srreal_needs_the_standard_library_only():
     imports = re.findall(r"^(?:import|from) (\w+)", inspect.getsource(srreal), re.MULTILINE)
-    assert set(imports) <= {"math", "re", "collections", "dataclasses"}
+    assert set(imports) <= {"math", "re", "collections", "dataclasses", "official"}
+    imports = re.findall(r"^(?:import|from) (\w+)", inspect.getsource(official), re.MULTILINE)
+    assert set(imports) <= {"math", "re"}
 
 
 # ---- Prompt
@@ -458,9 +473,8 @@ def test_direct_is_the_whole_text():
     assert parse(" <answer>B\n", "direct") == srreal.Parsed(answer=" <answer>B\n", well_formed=True)
     assert not parse(" \n", "direct").well_formed
     e = one(path="direct", objects={}, answer="1.5")
-    assert score(" 1.5 m\n", e) == Scores(1.0, 1.0, 1.0, 0.0) and score("", e) == Scores(
-        0.0, 0.0, 0.0, 0.0
-    )
+    assert four(score(" 1.5 m\n", e)) == (1.0, 1.0, 1.0, 0.0)
+    assert score("", e) == Scores(0.0, 0.0, 0.0, 0.0)
     assert score("1.5", e, rules="official").total == 1.0
 
 
@@ -799,6 +813,17 @@ def test_text(said, truth, expected):
     assert answer_score(said, truth) == expected
 
 
+def test_kinds_of_truth():
+    kinds = {
+        "choice": ("A", " E ", "\nB"),
+        "number": ("1.5", "-3 m", "30 degrees.", "0"),
+        "motion": ("move_right:0.4,rotate_left:30", "rotate_up:1", "move_up:x"),
+        "text": ("F", "a", "AB", "(B)", "chair", "nan", "1.5 x", "", "moved"),
+    }
+    for kind, truths in kinds.items():
+        assert [srreal.truth_kind(truth) for truth in truths] == [kind] * len(truths)
+
+
 # ---- Detection
 
 
@@ -895,18 +920,37 @@ def test_matching_in_several_views():
     assert detect(("blue bbox", 7), frame=3) == 0.5
 
 
+def test_mentions_that_differ_in_case_only_share_a_box():
+    objects = {"Sofa": (1.0, 0.0, 2.0), "chair": (0.0, 0.0, 1.0), "sofa": (1.0, 0.0, 2.5)}
+    e = one(objects=objects)
+    for z, points in (("2.0", 1 + 0.2), ("2.5", 0.2 + 1), ("9", 0)):
+        text = dtr(f'{D}<3d_box center="1.0,0.0,{z}">a (SOFA)</3d_box>')
+        assert score(text, e).detect == pytest.approx(points / 3)
+
+
+def test_weights_in_the_order_of_the_rewards():
+    e = one(objects={"red bbox": (0, 0, 2)})
+    for example in (e, dataclasses.replace(e, objects={}), dataclasses.replace(e, path="lor")):
+        weights = srreal.weights_of(example)
+        assert list(weights) == list(srreal.REWARDS)
+        scores = score(boxes(("red bbox", 0.15)), example)
+        expected = sum(weights[name] * part for name, part in scores.parts.items())
+        assert scores.total == pytest.approx(expected, abs=1e-15)
+    assert four(Scores(0, *srreal.weights_of(e).values()))[1:] == (0.8, 0.1, 0.1)
+
+
 def test_totals():
     near = boxes(("red bbox", 0.15))
     e = one(objects={"red bbox": (0, 0, 2)})
-    assert score(near, e) == pytest.approx((0.98, 1, 1, 0.8))
-    assert score(near, dataclasses.replace(e, answer="C")) == pytest.approx((0.18, 0, 1, 0.8))
-    assert score(near, dataclasses.replace(e, objects={})) == pytest.approx((1.0, 1, 1, 0))
-    assert score(near, dataclasses.replace(e, objects={}, answer="C")) == pytest.approx(
-        (0.2, 0, 1, 0)
-    )
-    assert score(lor(answer="0.99"), one(path="lor", answer="1.99")) == pytest.approx(
-        (0.8 * HALF + 0.2, HALF, 1, 0)
-    )
+    assert four(score(near, e)) == pytest.approx((0.98, 1, 1, 0.8))
+    wrong = dataclasses.replace(e, answer="C")
+    assert four(score(near, wrong)) == pytest.approx((0.18, 0, 1, 0.8))
+    bare = dataclasses.replace(e, objects={})
+    assert four(score(near, bare)) == pytest.approx((1.0, 1, 1, 0))
+    wrong = dataclasses.replace(bare, answer="C")
+    assert four(score(near, wrong)) == pytest.approx((0.2, 0, 1, 0))
+    half = score(lor(answer="0.99"), one(path="lor", answer="1.99"))
+    assert four(half) == pytest.approx((0.8 * HALF + 0.2, HALF, 1, 0))
     assert score(lor(), e) == score(near, dataclasses.replace(e, path="lor")) == Scores(0, 0, 0, 0)
 
 
@@ -925,7 +969,7 @@ def test_a_fork_adds_a_path_and_a_reward(monkeypatch):
     e = Example("e", "plan", ["a"], "Q?", "B")
     assert "<plan>your plan</plan>\n<answer>" in prompt(e)
     assert target(e) == "<plan>look</plan>\n<answer>B</answer>"
-    assert score(target(e), e) == Scores(1.0, 1.0, 1.0, 0.0)
+    assert four(score(target(e), e)) == (1.0, 1.0, 1.0, 0.0)
     assert parse(target(e), "plan").sections["plan"] == "look"
     # its tags are now tags of another path
     assert not parse(lor(think="<plan>"), "lor").well_formed

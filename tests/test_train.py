@@ -23,15 +23,17 @@ import data
 import eval as evaluation
 import train_rl
 import train_sft
-import trainer
+from errors import UserError
 from model import lora
-from model.ahead import Ahead
 from model.checkpoint import rename
+from model.images import Prefetcher
 from model.processor import Processor
 from model.qwen_vl import QwenVL
 from model.rollout import Rollout
-from optim import Optimizer
-from srreal import Example, Scores
+from srreal import REWARDS, Example, Scores
+from training import batches, checkpoints, policy, ranks, run
+from training.metrics import Metrics
+from training.optim import Optimizer
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"sft": train_sft, "rl": train_rl}
@@ -207,7 +209,7 @@ def test_rl_metrics_say_what_happened(whole):
 
 def test_what_learns(home, whole):
     start = dict(QwenVL.from_pretrained(str(home / "tiny"), dtype=torch.float32).named_parameters())
-    for script, prefixes in (("sft", trainer.TRAIN["all"]), ("rl", trainer.TRAIN["lm"])):
+    for script, prefixes in (("sft", lora.TRAIN["all"]), ("rl", lora.TRAIN["lm"])):
         end = dict(
             QwenVL.from_pretrained(
                 str(whole[script] / "step-000004"), dtype=torch.float32
@@ -272,7 +274,7 @@ def test_adapters_learn_merge_and_resume(home, tmp_path, monkeypatch, script):
     interrupt(monkeypatch, home, script, tmp_path / "cut", **LORA[script])
     SCRIPTS[script].main(config(home, script, tmp_path / "cut", resume=True, **LORA[script]))
     assert_same_run(tmp_path / "cut", tmp_path / "whole", few=4 * 7 * 2)
-    with pytest.raises(trainer.Stop, match="--lora 4, now it is 2"):
+    with pytest.raises(UserError, match="--lora 4, now it is 2"):
         options = LORA[script] | {"lora": 2}
         SCRIPTS[script].main(config(home, script, tmp_path / "cut", resume=True, **options))
 
@@ -280,12 +282,12 @@ def test_adapters_learn_merge_and_resume(home, tmp_path, monkeypatch, script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_workers_change_no_bit(home, whole, tmp_path, monkeypatch, script):
     """A run with two, cut off, goes on with two; the oracle had none."""
-    made, expect = [], Ahead.expect
+    made, prefetch = [], Prefetcher.prefetch
     monkeypatch.setattr(
-        Ahead,
-        "expect",
+        Prefetcher,
+        "prefetch",
         lambda self, wanted: (
-            expect(self, wanted) or made.append((self.pool is not None, len(self.coming)))
+            prefetch(self, wanted) or made.append((self.pool is not None, len(self.futures)))
         ),
     )
     interrupt(monkeypatch, home, script, tmp_path, workers=2)
@@ -376,7 +378,7 @@ def test_a_bad_image_stops_an_eval_with_its_row(home, tmp_path, monkeypatch, wor
     config = evaluation.Config(
         str(home / "tiny"), out=str(tmp_path), path="direct", workers=workers
     )
-    with pytest.raises(trainer.Stop, match=r"row 7: image 0 .*bad\.png"):
+    with pytest.raises(UserError, match=r"row 7: image 0 .*bad\.png"):
         evaluation.main(config)
 
 
@@ -389,10 +391,10 @@ def test_checkpointing_changes_no_bit(home, whole, tmp_path, script):
 def test_the_reference_is_the_model_that_the_run_began_with(home):
     """Against a second model: the way round that we save."""
     cpu, example = torch.device("cpu"), Example("a", "lor", [], "Which is nearer?", "A")
-    model, other = (trainer.load(str(home / "tiny"), cpu, "lm") for _ in range(2))
+    model, other = (policy.load_model(str(home / "tiny"), cpu, "lm") for _ in range(2))
     processor = Processor.from_pretrained(str(home / "tiny"))
     batch = processor([example], [[[5, 6, 7]]])
-    reference = trainer.Reference(model, Optimizer(model.named_parameters()))
+    reference = policy.Reference(model, Optimizer(model.named_parameters()))
     with torch.no_grad():
         for p in model.decoder.parameters():
             p.mul_(1.1)
@@ -448,13 +450,13 @@ def test_resume_after_sigkill(home, whole, tmp_path):
 
 def test_resume_refuses_another_run(home, whole, tmp_path):
     out = shutil.copytree(whole["sft"], tmp_path / "run")
-    with pytest.raises(trainer.Stop, match="--resume"):
+    with pytest.raises(UserError, match="--resume"):
         train_sft.main(config(home, "sft", out))
-    with pytest.raises(trainer.Stop, match="--train all"):
+    with pytest.raises(UserError, match="--train all"):
         train_sft.main(config(home, "sft", out, resume=True, train="lm"))
     lines = (home / "scenes" / "rows.jsonl").read_text().splitlines()
     (home / "scenes" / "fewer.jsonl").write_text("\n".join(lines[:-1]) + "\n")
-    with pytest.raises(trainer.Stop, match="rows, sha256"):
+    with pytest.raises(UserError, match="rows, sha256"):
         train_sft.main(
             config(home, "sft", out, resume=True, data=(str(home / "scenes" / "fewer.jsonl"),))
         )
@@ -520,20 +522,20 @@ def test_gradients_equal_those_of_the_padded_forward(home, checkpointing):
 HANG = """\"""One rank does not come.\"""
 import time
 from dataclasses import dataclass
-import trainer
+from training import ranks, run
 
 @dataclass
 class Config:
     out: str = ""
 
 def main(cfg):
-    rank, _, _ = trainer.setup()
-    trainer.phase("step 3, update")
+    rank, _, _ = ranks.start_ranks()
+    ranks.phase("step 3, update")
     time.sleep(60 * rank)
-    trainer.reduce([1.0])
+    ranks.all_reduce([1.0])
 
 if __name__ == "__main__":
-    trainer.launch(main, Config)
+    run.launch(main, Config)
 """
 
 
@@ -578,7 +580,7 @@ def runs(home, out):
         second."""
         scenes, text = data.load(cfg.data), text_rows()
         wanted = scenes[:6] + text[:3] + scenes[6:12] + text[3:6]
-        places = trainer.Order(range(18), cfg.seed).rows(0, 18)
+        places = batches.Order(range(18), cfg.seed).rows(0, 18)
         return [wanted[places.index(i)] for i in range(18)], scenes[:5]
 
     # Three rows a rank and step; the cut makes one, two or three micro-batches of them.
@@ -586,9 +588,11 @@ def runs(home, out):
         "sft",
         config(home, "sft", out / "text", micro_tokens=300, **base),
         {
-            (trainer, "load_data"): half_text,
-            (trainer, "images_key"): id,
-            (trainer, "evenly"): lambda x, i, n: slice(i * len(x) // n, (i + 1) * len(x) // n),
+            (run, "load_data"): half_text,
+            (train_sft, "images_key"): id,
+            (ranks, "shard_contiguous"): lambda x, i, n: slice(
+                i * len(x) // n, (i + 1) * len(x) // n
+            ),
         },
     )
     # A turn is one dtr and one lor prompt, a rank each: the second rank's groups are all filtered
@@ -675,42 +679,45 @@ def test_two_ranks_equal_one(home, tmp_path, capsys):
 # ---- The parts of GRPO
 
 
-def graded(monkeypatch, *groups):
-    """Groups of given (accuracy, total), through train_rl.grade."""
-    answers = iter(
-        [Scores(total, accuracy, 1.0, 0.0) for group in groups for accuracy, total in group]
-    )
-    monkeypatch.setattr(train_rl, "score", lambda *_: next(answers))
+def graded(*groups):
+    """Groups whose completions have given (accuracy, format), and their row of metrics."""
     example, rollout = Example("a", "lor", [], "?", "A"), Rollout("", [1], [0.0], True)
-    out = [train_rl.Group(example, 0, [rollout] * len(group)) for group in groups]
-    row = train_rl.grade(out, ["lor"], "strict")
-    return out, row
+    prompt = train_rl.Prompt(example, 0)
+    out = []
+    for group in groups:
+        out.append(train_rl.Group(prompt, [rollout] * len(group)))
+        for accuracy, form in group:
+            out[-1].scores.append(Scores(0.8 * accuracy + 0.2 * form, accuracy, form, 0.0))
+    train_rl.add_advantages(out, torch.device("cpu"))
+    metrics = Metrics(["lor"], list(REWARDS))
+    train_rl.add_scores(metrics, out, is_kept=lambda group: group.differs)
+    return out, metrics.row()
 
 
-def test_advantages_and_filter(monkeypatch):
+def test_advantages_and_filter():
     (split, alone, equal, near, boxes), row = graded(
-        monkeypatch,
-        [(1, 1.0), (0, 0.2), (0, 0.2), (1, 1.0)],
+        [(1, 1.0), (0, 1.0), (0, 1.0), (1, 1.0)],
         [(1, 0.7)],
         [(1, 0.7), (1, 0.7)],
         [(0.5, 0), (0.5 + 1e-7, 0)],
-        [(1, 1.0), (1, 0.9)],
+        [(1, 1.0), (1, 0.5)],
     )
     std = math.sqrt(4 * 0.4**2 / 3)  # unbiased
     assert split.advantages == pytest.approx([x / (std + 1e-6) for x in (0.4, -0.4, -0.4, 0.4)])
     assert alone.advantages == [0.0] and equal.advantages == [0.0, 0.0]
     assert [g.differs for g in (split, alone, equal, near)] == [True, False, False, False]
     assert not boxes.differs  # the boxes differ, the answers don't: nothing to learn
-    assert row["kept"] == 0.2 and row["reward"] == pytest.approx(6.4 / 11)
-    assert train_rl.grade([], ["lor"], "strict")["kept"] == 0.0
+    totals = [1.0, 0.2, 0.2, 1.0, 0.94, 0.94, 0.94, 0.4, 0.4, 1.0, 0.9]
+    assert row["kept"] == 0.2 and row["reward"] == pytest.approx(sum(totals) / 11)
+    assert graded()[1]["kept"] == 0.0
 
 
 def test_prompts_alternate_between_the_paths():
     examples = [
         Example(f"{path}{i}", path, [], "?", "A") for i in range(10) for path in ("lor", "dtr")
     ]
-    prompts = train_rl.Prompts(examples, 0)
-    chosen = [prompts[i] for i in range(40)]
+    prompts = train_rl.PromptOrder(examples, 0)
+    chosen = [(prompts[i].turn, prompts[i].example) for i in range(40)]
     assert [e.path for _, e in chosen] == ["dtr", "lor"] * 20 and [
         turn for turn, _ in chosen[:6]
     ] == [
@@ -723,9 +730,10 @@ def test_prompts_alternate_between_the_paths():
     ]
     for epoch in (chosen[:20], chosen[20:]):
         assert len({e.id for _, e in epoch}) == 20
-    assert train_rl.Prompts(examples, 0)[33] == chosen[33]
-    alone = train_rl.Prompts(examples[::2], 0)
-    assert {alone[i][1].path for i in range(5)} == {"lor"}
+    again = train_rl.PromptOrder(examples, 0)[33]
+    assert (again.turn, again.example) == chosen[33]
+    alone = train_rl.PromptOrder(examples[::2], 0)
+    assert {alone[i].example.path for i in range(5)} == {"lor"}
 
 
 def test_no_kept_group_means_no_update(home, tmp_path, monkeypatch, capsys):
@@ -758,16 +766,16 @@ def test_an_update_makes_good_completions_likelier(home, tmp_path, monkeypatch):
     cfg = config(home, "rl", tmp_path, steps=1, kl=0.0, group=8, lr=3e-4)
     seen = []
 
-    def remember(micros, spare, go_on=trainer.even):
-        seen.extend(one for one in micros if isinstance(one, train_rl.Micro))
+    def remember(micros, spare, go_on=batches.equalize_passes):
+        seen.extend(one for one in micros if isinstance(one, train_rl.MicroBatch))
         return go_on(micros, spare)
 
-    monkeypatch.setattr(trainer, "even", remember)
+    monkeypatch.setattr(train_rl, "equalize_passes", remember)
     train_rl.main(cfg)
     model = QwenVL.from_pretrained(str(tmp_path / "step-000001"), dtype=torch.float32)
     with torch.no_grad():
-        gains = [train_rl.forward(model, one, 1.0)[0] - one.old for one in seen]
-    owners = [one.advantage.repeat_interleave(one.cu.diff()) for one in seen]
+        gains = [train_rl.forward(model, one, 1.0, None)[0] - one.old_logprob for one in seen]
+    owners = [one.advantage.repeat_interleave(one.cu_seqlens.diff()) for one in seen]
     assert seen and sum((a * gain).sum() for a, gain in zip(owners, gains, strict=True)) > 0
 
 
@@ -783,14 +791,16 @@ def test_tries_go_on_in_prompt_order_until_enough_groups_differ(home, tmp_path, 
 
     monkeypatch.setattr(train_rl, "score", scores)
     cfg = config(home, "rl", tmp_path, prompts=2, group=3, tries=4, slots=2)
-    model, processor = QwenVL.from_pretrained(cfg.model), trainer.load_processor(cfg.model, cfg)
-    prompts = list(enumerate(data.load(cfg.data)[:8]))
-    groups, in_vain = train_rl.roll_out(model, processor, prompts, cfg, seed=0, wanted=2)
-    assert in_vain[0] <= 2 and in_vain[0] <= in_vain[1]  # one slot had been refilled, or both
-    assert [g.example.id for g in groups] == [e.id for _, e in prompts[:4]]
+    model, processor = QwenVL.from_pretrained(cfg.model), run.load_processor(cfg.model, cfg)
+    prompts = [train_rl.Prompt(e, i) for i, e in enumerate(data.load(cfg.data)[:8])]
+    result = train_rl.roll_out(model, processor, prompts, cfg, seed=0, wanted=2)
+    # One slot had been refilled, or both.
+    assert result.discarded_samples <= 2 and result.discarded_samples <= result.discarded_tokens
+    assert [g.example.id for g in result.groups] == [prompt.example.id for prompt in prompts[:4]]
     seen.clear()
-    groups, in_vain = train_rl.roll_out(model, processor, prompts, cfg, seed=0, wanted=3)
-    assert len(groups) == 8 and in_vain == [0, 0]  # there are only two
+    result = train_rl.roll_out(model, processor, prompts, cfg, seed=0, wanted=3)
+    assert len(result.groups) == 8  # there are only two that differ
+    assert result.discarded_samples == result.discarded_tokens == 0
 
 
 def test_several_updates_move_the_ratio(home, tmp_path):
@@ -809,7 +819,7 @@ def test_a_loss_that_explodes_stops_the_run(home, tmp_path):
             config(home, "sft", tmp_path, lr=1e20, clip_norm=1e30, warmup=0, steps=9, save_every=1)
         )
     last = sorted(tmp_path.glob("step-*"))[-1]
-    assert trainer.newest(tmp_path) == last and len(rows(tmp_path)) == int(last.name[-6:])
+    assert checkpoints.newest(tmp_path) == last and len(rows(tmp_path)) == int(last.name[-6:])
 
 
 def test_rows_without_a_target_are_refused_or_counted(home, tmp_path, capsys):
@@ -882,10 +892,12 @@ def test_bad_input_by_the_command_line(home, tmp_path, case):
 
 def test_what_another_rank_alone_knows_is_said():
     code = """'A script.'
-import train_sft, trainer
+import train_sft
+from training import ranks, run
 def main(cfg):
-    raise trainer.Stop("row 7")
-trainer.launch(main, train_sft.Config)
+    from errors import UserError
+    raise UserError("row 7")
+run.launch(main, train_sft.Config)
 """
     run = python("-c", code, "--model", "m", "--data", "d", "--out", "o", RANK=1)
     assert run.returncode == 2 and "row 7" in run.stderr and "Traceback" not in run.stderr

@@ -22,19 +22,20 @@ from PIL import Image
 from torch.distributed.tensor import DTensor
 
 import data
-import optim
 import plan
 import train_rl
 import train_sft
-import trainer
 from data.marks import Marked
+from errors import UserError
 from kernels.policy_loss import policy_loss
-from model import ahead, lora
-from model.processor import Processor, check_files
+from model import lora
+from model.files import check_files
+from model.processor import Processor
 from model.qwen_vl import QwenVL
 from model.rollout import Rollout
 from model.tiny import SPECIAL, configuration, write
 from srreal import Example, Scores
+from training import batches, checkpoints, optim, policy, ranks, run
 
 
 def test_bad_rows_of_both_data_flags_come_in_one_list(tmp_path):
@@ -42,7 +43,7 @@ def test_bad_rows_of_both_data_flags_come_in_one_list(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("{torn\n")
     paths = [str(tmp_path / f"{name}.jsonl") for name in ("train", "held_out")]
     with pytest.raises(data.BadRows) as bad:
-        trainer.load_data(SimpleNamespace(data=paths[:1], eval_data=paths[1:], skip_bad_rows=False))
+        run.load_data(SimpleNamespace(data=paths[:1], eval_data=paths[1:], skip_bad_rows=False))
     assert [row[:3] for row in bad.value.rows] == [(path, 1, "row") for path in paths]
 
 
@@ -74,19 +75,19 @@ def test_a_torn_tokenizer_file_is_named(tmp_path, name):
 
 def test_order_is_an_epoch_a_time_in_runs_and_a_pure_function():
     keys = [i // 10 for i in range(50)]  # 5 images of 10 questions
-    order = trainer.Order(keys, seed=3, run=4)
+    order = batches.Order(keys, seed=3, run=4)
     epoch = order.rows(0, 50)
     assert sorted(epoch) == list(range(50)) and epoch != order.rows(50, 50)
     runs = [keys[row] for row in epoch]
     changes = sum(a != b for a, b in zip(runs, runs[1:], strict=False))
     assert changes <= 5 * 3  # each image has runs of 4, 4 and 2, shuffled
     assert sorted(order.rows(50, 50)) == list(range(50))
-    again = trainer.Order(keys, seed=3, run=4)
+    again = batches.Order(keys, seed=3, run=4)
     assert sum((again.rows(i, 7) for i in range(0, 105, 7)), []) == order.rows(0, 105)
     # no history needed
-    assert order.rows(120, 5) == trainer.Order(keys, seed=3, run=4).rows(120, 5)
+    assert order.rows(120, 5) == batches.Order(keys, seed=3, run=4).rows(120, 5)
     assert order.rows(0, 50) == epoch  # and going back is fine
-    assert trainer.Order(range(50), seed=4).rows(0, 50) != trainer.Order(range(50), seed=5).rows(
+    assert batches.Order(range(50), seed=4).rows(0, 50) != batches.Order(range(50), seed=5).rows(
         0, 50
     )
 
@@ -95,10 +96,12 @@ def test_shares_tile_and_cuts_obey_the_budget():
     for count in range(9):
         for world in (1, 2, 3, 8):
             weights = [1 + 7 * i % 5 for i in range(count)]
-            hands = [trainer.deal(weights, rank, world) for rank in range(world)]
+            hands = [ranks.shard_by_length(weights, rank, world) for rank in range(world)]
             assert sorted(sum(hands, [])) == list(range(count))
             assert all(hand == sorted(hand) for hand in hands)
-            shares = [range(count)[trainer.evenly(weights, rank, world)] for rank in range(world)]
+            shares = [
+                range(count)[ranks.shard_contiguous(weights, rank, world)] for rank in range(world)
+            ]
             assert [row for share in shares for row in share] == list(range(count))
             heavy = [sum(weights[row] for row in share) for share in shares]
             assert max(heavy) <= sum(weights) / world + max(weights, default=0)
@@ -107,20 +110,20 @@ def test_shares_tile_and_cuts_obey_the_budget():
     alternating = [4.0, 1.0] * 32  # whoever takes each other row has all the long ones
     for world in (2, 8):
         dealt = [
-            sum(alternating[row] for row in trainer.deal(alternating, r, world))
+            sum(alternating[row] for row in ranks.shard_by_length(alternating, r, world))
             for r in range(world)
         ]
         assert max(dealt) <= 1.1 * min(dealt)
     lengths = [5, 5, 5, 30, 1, 1, 9]
-    cuts = [lengths[part] for part in trainer.cut(lengths, 11)]
-    assert cuts == [[5, 5], [5], [30], [1, 1, 9]] and trainer.cut([], 11) == []
+    cuts = [lengths[part] for part in batches.pack_by_tokens(lengths, 11)]
+    assert cuts == [[5, 5], [5], [30], [1, 1, 9]] and batches.pack_by_tokens([], 11) == []
 
 
 def test_the_filler_stands_only_where_ranks_need_it():
     text = Example("a", "direct", [], "What?", "1")
-    assert trainer.pad([text], 1) == [text]
-    assert [e.id for e in trainer.pad([text], 2)] == ["a", "filler"]
-    assert [e.id for e in trainer.pad([trainer.filler()], 2)] == ["filler"]
+    assert batches.with_dummy([text], 1) == [text]
+    assert [e.id for e in batches.with_dummy([text], 2)] == ["a", "filler"]
+    assert [e.id for e in batches.with_dummy([batches.dummy_example()], 2)] == ["filler"]
 
 
 def fake_checkpoint(out, step, size=3):
@@ -134,14 +137,14 @@ def fake_checkpoint(out, step, size=3):
 
 
 def test_the_newest_whole_checkpoint(tmp_path, capsys):
-    assert trainer.newest(tmp_path) is None
+    assert checkpoints.newest(tmp_path) is None
     good = fake_checkpoint(tmp_path, 9)
-    assert trainer.newest(tmp_path) == good
+    assert checkpoints.newest(tmp_path) == good
     fake_checkpoint(tmp_path, 10, size=2)  # a file cut short
     (fake_checkpoint(tmp_path, 11) / "model.safetensors").unlink()  # a file gone
     (fake_checkpoint(tmp_path, 12) / "trainer" / "state.json").write_text("{")  # no record
     (tmp_path / "step-000013.partial").mkdir()  # killed while writing
-    assert trainer.newest(tmp_path) == good
+    assert checkpoints.newest(tmp_path) == good
     said = capsys.readouterr().out
     for name in ("step-000010", "step-000011", "step-000012", "step-000013.partial"):
         assert name in said
@@ -159,11 +162,13 @@ class Config:
 
 def test_a_new_run_does_not_mix_with_an_old_one(tmp_path):
     fake_checkpoint(tmp_path, 9)
-    with pytest.raises(trainer.Stop, match="--resume"):
-        trainer.begin(Config(str(tmp_path)))
-    found, done = trainer.begin(Config(str(tmp_path), resume=True))
+    with pytest.raises(UserError, match="--resume"):
+        checkpoints.find_start(Config(str(tmp_path)))
+    found, done = checkpoints.find_start(Config(str(tmp_path), resume=True))
     assert found.name == "step-000009" and done == 9
-    assert trainer.begin(Config(str(tmp_path / "new"), resume=True)) == (None, 0)
+    new = Config(str(tmp_path / "new"), resume=True)
+    assert checkpoints.find_start(new) == (None, 0)
+    run.write_config(new)
     assert json.loads((tmp_path / "new" / "config.json").read_text())["steps"] == 3
 
 
@@ -173,20 +178,20 @@ def test_log_keeps_rows_up_to_the_checkpoint(tmp_path, capsys):
         "".join(json.dumps({"step": i, "loss": 1.0}) + "\n" for i in range(1, 5))
         + '{"step": 5, "lo'
     )
-    trainer.Log(Config(str(tmp_path), resume=True), 3, {"loss": ".1f"})({"step": 4, "loss": 2.0})
+    run.Log(Config(str(tmp_path), resume=True), 3, {"loss": ".1f"})({"step": 4, "loss": 2.0})
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4] and rows[-1]["loss"] == 2.0
     assert "loss 2.0" in capsys.readouterr().out
     path.write_text('{"step": 1, "loss": 1.0}\n{"ste')  # killed before the first checkpoint
-    trainer.Log(Config(str(tmp_path), resume=True), 0, {"loss": ".1f"})
+    run.Log(Config(str(tmp_path), resume=True), 0, {"loss": ".1f"})
     assert path.read_text() == ""
-    trainer.Log(Config(str(tmp_path)), 0, {"loss": ".1f"})  # a new run starts a new file
+    run.Log(Config(str(tmp_path)), 0, {"loss": ".1f"})  # a new run starts a new file
     assert path.read_text() == ""
 
 
 def test_a_metric_that_is_not_finite_is_null_and_said(tmp_path, capsys):
     """A loss that isn't ends the run before: optim.py."""
-    log = trainer.Log(Config(str(tmp_path)), 0, {"loss": ".1f", "kl": ".1f"})
+    log = run.Log(Config(str(tmp_path)), 0, {"loss": ".1f", "kl": ".1f"})
     log({"step": 1, "loss": 0.5, "kl": math.nan, "ratio_max": math.inf, "tokens": 7})
     log({"step": 2, "loss": 0.5, "kl": 0.0})
     first, second = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
@@ -208,10 +213,10 @@ def last_words(monkeypatch, error, argv=()):
     def main(cfg):
         raise error
 
-    monkeypatch.setattr(trainer, "end", end)
+    monkeypatch.setattr(run, "end", end)
     monkeypatch.setattr("sys.argv", ["train.py", *argv])
     with pytest.raises(SystemExit):
-        trainer.launch(main, Config)
+        run.launch(main, Config)
     return said[0]
 
 
@@ -220,7 +225,7 @@ def test_errors_that_a_user_can_mend_are_words_and_exit_codes(monkeypatch, tmp_p
     message, code = last_words(monkeypatch, data.BadRows(rows))
     assert code == 2 and "--skip-bad-rows" in message
     assert all(part in message for row in rows for part in map(str, row))
-    assert last_words(monkeypatch, trainer.Stop("no such thing")) == ("train.py: no such thing", 2)
+    assert last_words(monkeypatch, UserError("no such thing")) == ("train.py: no such thing", 2)
     for error in (
         torch.OutOfMemoryError("CUDA out of memory."),
         MemoryError(),
@@ -236,13 +241,13 @@ def test_errors_that_a_user_can_mend_are_words_and_exit_codes(monkeypatch, tmp_p
     assert last_words(monkeypatch, KeyboardInterrupt())[1] == 130
     monkeypatch.setattr("sys.argv", ["train.py"])
     with pytest.raises(RuntimeError, match="a bug"):  # what only we can mend keeps its traceback
-        trainer.launch(lambda cfg: (_ for _ in ()).throw(RuntimeError("a bug")), Config)
+        run.launch(lambda cfg: (_ for _ in ()).throw(RuntimeError("a bug")), Config)
 
 
 def test_unknown_flags_fail_with_the_nearest_name(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["train.py", "--step", "3"])
     with pytest.raises(SystemExit) as stop:
-        trainer.launch(lambda cfg: None, Config)
+        run.launch(lambda cfg: None, Config)
     captured = capsys.readouterr()
     assert stop.value.code == 2 and "--steps" in captured.out + captured.err
 
@@ -250,7 +255,7 @@ def test_unknown_flags_fail_with_the_nearest_name(monkeypatch, capsys):
 def test_fingerprint_sees_ids_paths_and_order():
     rows = [Example(str(i), "lor", [], "?", "A") for i in range(3)]
     other = [Example(str(i), "dtr", [], "?", "A") for i in range(3)]
-    prints = Counter(map(trainer.fingerprint, (rows, other, rows[::-1], rows[:2], list(rows))))
+    prints = Counter(map(checkpoints.fingerprint, (rows, other, rows[::-1], rows[:2], list(rows))))
     assert sorted(prints.values()) == [1, 1, 1, 2]
 
 
@@ -310,27 +315,27 @@ def test_batches_are_the_same_with_workers_and_these_made_the_images(tiny_folder
     busy = Processor.from_pretrained(tiny_folder, workers=2)
     completions = [[[5, 6, 7]]] * len(asked)
     wanted = plain(asked, completions)
-    busy.expect(asked)
-    for future in busy.ahead.coming.values():
+    busy.prefetch(asked)
+    for future in busy.images.prefetcher.futures.values():
         future.result()
-    assert len(busy.ahead.coming) == 6
-    busy.ahead.make = None  # in line nothing can be made any more
+    assert len(busy.images.prefetcher.futures) == 6
+    busy.images.prefetcher.make = None  # in line nothing can be made any more
     assert same(busy(asked, completions), wanted) and same(busy(asked, completions), wanted)
-    assert busy.assumed_fov == plain.assumed_fov == 1 and not busy.ahead.coming
-    busy.expect([])
-    assert not busy.held.items and busy.held.used == 0
+    assert busy.assumed_fov == plain.assumed_fov == 1 and not busy.images.prefetcher.futures
+    busy.prefetch([])
+    assert not busy.images.prefetched.items and busy.images.prefetched.bytes == 0
 
 
 def test_what_is_expected_is_made_once_and_then_let_go(tiny_folder, asked):
     processor, made = Processor.from_pretrained(tiny_folder), []
-    make = processor.ahead.make
-    processor.ahead.make = lambda *args: made.append(args) or make(*args)
-    processor.views.room = 0  # nothing is remembered for its own sake
+    make = processor.images.prefetcher.make
+    processor.images.prefetcher.make = lambda *args: made.append(args) or make(*args)
+    processor.images.files.max_bytes = 0  # nothing is remembered for its own sake
     marked = asked[1:2]
     for expected, times in ((False, 3), (True, 4), (True, 4), (False, 7)):
-        processor.expect(marked if expected else [])
+        processor.prefetch(marked if expected else [])
         if len(made) == times:
-            assert len(processor.held.items) == 1  # the next step asks for it again
+            assert len(processor.images.prefetched.items) == 1  # the next step asks for it again
         processor.prompt_ids(marked[0]), processor(marked), processor(marked)
         assert len(made) == times
 
@@ -344,54 +349,54 @@ def test_a_bad_image_has_the_same_words_and_a_dead_worker_costs_time_only(
         for name in ("bad.png", "gone.png")
     ]
     busy = Processor.from_pretrained(tiny_folder, workers=2)
-    busy.expect([*asked, *bad])
+    busy.prefetch([*asked, *bad])
     for example in bad:
         with pytest.raises(ValueError, match="row 7: image 0 .*") as here:
             Processor.from_pretrained(tiny_folder)([example])
         with pytest.raises(ValueError) as there:
             busy([example])
         assert str(here.value) == str(there.value) and example.images[0] in str(here.value)
-    for worker in busy.ahead.pool._processes.values():
+    for worker in busy.images.prefetcher.pool._processes.values():
         worker.kill()
         worker.join()
     wanted = Processor.from_pretrained(tiny_folder)(asked)
     for _ in range(2):
-        busy.expect(asked)
+        busy.prefetch(asked)
         assert same(busy(asked), wanted)
-        busy.expect([])
-        busy.views.keep(())
+        busy.prefetch([])
+        busy.images.files.retain(())
     assert capsys.readouterr().err.count("done in line") == 1
     odd = replace(asked[1], images=[Marked(asked[0].images[0], lambda image: image)])
     fresh = Processor.from_pretrained(tiny_folder, workers=1)
-    fresh.expect([odd])
+    fresh.prefetch([odd])
     assert len(fresh([odd]).pixel_values) and "pickle" in capsys.readouterr().err
 
 
-def test_no_more_than_so_many_wait_to_be_asked_for(tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(ahead, "AHEAD", 3)
+def test_no_more_than_so_many_wait_to_be_asked_for(tiny_folder, tmp_path):
     files = [str(tmp_path / f"{k}.png") for k in range(9)]
     for k, file in enumerate(files):
         Image.new("RGB", (40, 40), (k, k, k)).save(file)
     rows = [Example(file, "lor", [file], "?", "A") for file in files]
     processor = Processor.from_pretrained(tiny_folder, workers=1)
-    processor.expect(rows)
+    processor.images.prefetcher.max_ahead = 3
+    processor.prefetch(rows)
     for k, row in enumerate(rows):
-        assert [key[0][0] for key in processor.ahead.coming] == files[k : k + 3]
+        assert [key[0][0] for key in processor.images.prefetcher.futures] == files[k : k + 3]
         processor([row])
 
 
 def test_one_thing_is_made_while_the_one_before_is_used():
     made = []
-    coming = trainer.ahead(lambda k: made.append(k) or 10 * k, range(5))
+    coming = batches.prefetched(lambda k: made.append(k) or 10 * k, range(5))
     for k in range(5):
         assert next(coming) == 10 * k
         deadline = time.time() + 30
         while len(made) < min(k + 2, 5) and time.time() < deadline:
             time.sleep(0.01)
         assert made == list(range(min(k + 2, 5)))
-    assert next(coming, None) is None and list(trainer.ahead(int, "")) == []
+    assert next(coming, None) is None and list(batches.prefetched(int, "")) == []
     with pytest.raises(ZeroDivisionError):
-        list(trainer.ahead(lambda k: 1 / k, [2, 1, 0]))
+        list(batches.prefetched(lambda k: 1 / k, [2, 1, 0]))
 
 
 def test_workers_on_a_gpu_share_the_cores_and_a_cpu_keeps_its_own(monkeypatch):
@@ -399,7 +404,7 @@ def test_workers_on_a_gpu_share_the_cores_and_a_cpu_keeps_its_own(monkeypatch):
     monkeypatch.setattr(
         Processor, "from_pretrained", lambda source, **options: asked.append(options)
     )
-    monkeypatch.setattr(trainer.os, "sched_getaffinity", lambda _: set(range(24)))
+    monkeypatch.setattr(run.os, "sched_getaffinity", lambda _: set(range(24)))
     for cuda, near, flag, wanted in (
         (False, 1, None, 0),
         (True, 1, None, 8),
@@ -410,7 +415,7 @@ def test_workers_on_a_gpu_share_the_cores_and_a_cpu_keeps_its_own(monkeypatch):
     ):
         monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(near))
-        trainer.load_processor("", SimpleNamespace(max_pixels=None, regions="token", workers=flag))
+        run.load_processor("", SimpleNamespace(max_pixels=None, regions="token", workers=flag))
         assert asked.pop()["workers"] == wanted
 
 
@@ -432,8 +437,8 @@ def test_auto_is_what_the_plan_chooses(monkeypatch, capsys):
     def settle(gigabytes, world=1, **flags):
         pages = {"SC_PHYS_PAGES": int(gigabytes * 1e9) * world, "SC_PAGE_SIZE": 1}
         with monkeypatch.context() as patch:
-            patch.setattr(trainer.os, "sysconf", pages.get)
-            s = trainer.settle(
+            patch.setattr(run.os, "sysconf", pages.get)
+            s = run.resolve_auto_settings(
                 Run(**flags), config, cpu, world, prompts=0, group=1, new_tokens=64, kl=0.0
             )
         return s.shard, s.checkpointing
@@ -469,7 +474,7 @@ def fixed_groups():
     rng, groups = np.random.default_rng(0), []
     image = Image.fromarray(rng.integers(0, 255, (96, 128, 3), np.uint8))
     examples = [
-        replace(trainer.filler(), path="lor"),
+        replace(batches.dummy_example(), path="lor"),
         Example("1", "lor", [image], "What is near?", "a"),
         Example("2", "lor", [], "How much is two and one?", "3"),
         Example("3", "lor", [], "Why?", "b"),
@@ -481,7 +486,7 @@ def fixed_groups():
             for n in lengths
         ]
         advantages = rng.normal(0, 1, len(lengths)).tolist()
-        groups.append(train_rl.Group(example, i, rollouts, advantages=advantages))
+        groups.append(train_rl.Group(train_rl.Prompt(example, i), rollouts, advantages=advantages))
     return groups
 
 
@@ -493,24 +498,23 @@ SHARES = {"uneven": [[0, 1, 2], [3]], "text": [[2, 3], [0, 1]], "filtered": [[0,
 def gradients(source, share, dtype, shard):
     """(loss, full gradients by name) of the fixed groups in passes of at most 90 tokens, over all
     ranks."""
-    rank, world, device = trainer.setup()
+    rank, world, device = ranks.start_ranks()
     model, processor = (
         QwenVL.from_pretrained(source, dtype=dtype),
         Processor.from_pretrained(source),
     )
     lora.learn(model, "all")
     if shard and world > 1:
-        trainer.shard(model, device, world, dtype)
+        policy.shard(model, device, world, dtype)
     model.checkpoint_blocks()
     groups = fixed_groups()
     own = [groups[i] for i in (SHARES[share][rank] if world > 1 else range(4))]
-    cfg = train_rl.Config("", (), "", micro_tokens=90)
-    micros = train_rl.pack(own, processor, ["lor"], cfg, world, device)
-    (tokens,), losses = trainer.reduce([sum(len(one.rollout) for one in micros)]), []
+    micros = train_rl.pack(own, processor, ["lor"], 90, world, device)
+    (tokens,), losses = ranks.all_reduce([sum(len(one.rollout_logprob) for one in micros)]), []
     for one in micros:
-        logprob, _ = train_rl.forward(model, one, 1.0)
-        sampled, advantage = one.rollout.to(dtype), one.advantage.to(dtype)
-        loss, _ = policy_loss(logprob, sampled, advantage, one.cu, denominator=tokens)
+        logprob, _ = train_rl.forward(model, one, 1.0, None)
+        sampled, advantage = one.rollout_logprob.to(dtype), one.advantage.to(dtype)
+        loss, _ = policy_loss(logprob, sampled, advantage, one.cu_seqlens, denominator=tokens)
         loss.backward()
         losses.append(loss.item())
     named = list(model.named_parameters())
@@ -526,21 +530,21 @@ def gradients(source, share, dtype, shard):
             cut = {"shape": p.shape, "stride": p.stride()}
             grad = DTensor.from_local(grad, p.device_mesh, p.placements, **cut).full_tensor()
         whole[name] = grad.clone()
-    return trainer.reduce([sum(losses)])[0], whole
+    return ranks.all_reduce([sum(losses)])[0], whole
 
 
 def all_gradients(source, out):
     """What the two ranks run."""
     kinds = product(SHARES, (torch.float32, torch.float64), (True, False))
     found = {kind: gradients(source, *kind) for kind in kinds}
-    if trainer.FIRST:
+    if ranks.is_first():
         torch.save(found, out)
 
 
 def test_two_ranks_have_the_gradients_of_one(checkpoint, tmp_path):
     script = tmp_path / "ranks.py"
-    script.write_text("import sys, test_trainer\ntest_trainer.all_gradients(*sys.argv[1:])\n")
-    root = Path(trainer.__file__).parent
+    script.write_text("import sys, test_training\ntest_training.all_gradients(*sys.argv[1:])\n")
+    root = Path(run.__file__).parent.parent
     command = [
         sys.executable,
         "-m",
@@ -583,7 +587,7 @@ def test_two_ranks_have_the_gradients_of_one(checkpoint, tmp_path):
 def test_host_memory_is_flat_over_thirty_steps(checkpoint, tmp_path, monkeypatch, script):
     """What is resident at the end of a step. Its pixels alone, if kept, would add 17 (RL) or 35 MB
     (SFT) between the two windows."""
-    rng, resident, write_row = np.random.default_rng(0), [], trainer.Log.__call__
+    rng, resident, write_row = np.random.default_rng(0), [], run.Log.__call__
     images = rng.integers(0, 255, (8, 192, 256, 3), np.uint8)
     rows = [
         Example(
@@ -598,8 +602,8 @@ def test_host_memory_is_flat_over_thirty_steps(checkpoint, tmp_path, monkeypatch
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         resident.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
 
-    monkeypatch.setattr(trainer.Log, "__call__", log)
-    monkeypatch.setattr(trainer, "load_data", lambda cfg, *_: (rows, []))
+    monkeypatch.setattr(run.Log, "__call__", log)
+    monkeypatch.setattr(run, "load_data", lambda cfg, *_: (rows, []))
     parity = lambda text, *_: Scores(*[float(sum(text.encode()) % 2)] * 2, 0.0, 0.0)  # noqa: E731
     monkeypatch.setattr(train_rl, "score", parity)
     own = dict(batch=8) if script is train_sft else dict(prompts=4, group=4, max_new_tokens=4)

@@ -1,0 +1,288 @@
+"""The questions about a scene: each family is one function, and an entry in FAMILIES.
+
+A family takes a generator, a view and its marks, and returns None where it should not ask. What
+rounding or occlusion could flip is not asked; DTR's rationale works with the rounded centres of its
+own detect block. Options stand in alphabetical order (shuffled, a tiny model found the right words,
+but not their letters), and of two things the closer one is asked for (of "closer" and "farther" in
+turns it took the one for the other).
+
+To add a family, write such a function and enter it with the number of its marks.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import permutations
+
+from data.arithmetic import by_sign
+
+
+@dataclass(frozen=True)
+class Question:
+    text: str
+    answer: str
+    wrong: str | None  # the other option; None: a number is asked for
+    lor: str  # the rationale of path lor, up to the option's letter
+    dtr: str  # that of path dtr
+
+
+@dataclass(frozen=True)
+class Family:
+    ask: Callable  # (rng, view, *marks)
+    marks: int
+    views: int = 1
+
+
+@dataclass(frozen=True)
+class Way:
+    """The way between two marks, by their rounded centres."""
+
+    steps: list[float]  # along x, y, z, of one decimal
+    exact: float  # its true length
+    worked: float  # its length by the steps
+    words: str  # LOR's
+    working: str  # DTR's
+
+
+SIDES = ("left", "right")
+HEIGHTS = ("up", "down")
+DEPTHS = ("nearer", "farther")
+
+
+def way_between(view, a, b):
+    steps = [round(q - p, 1) + 0.0 for p, q in zip(a.near(view), b.near(view), strict=True)]
+    x, y, z = (
+        f"{abs(step)} m {by_sign(step, names)}"
+        for step, names in zip(steps, (SIDES, HEIGHTS, DEPTHS), strict=True)
+    )
+    start = f"From {a.colour} to {b.colour} it is"
+    return Way(
+        steps,
+        exact=math.dist(a.centres[view], b.centres[view]),
+        worked=math.hypot(*steps),
+        words=f"{start} about {x}, {y} and {z}",
+        working=f"{start} {x}, {y} and {z}",
+    )
+
+
+def ask_number(text, exact, worked, lor, dtr):
+    """Ask for one decimal, where the exact and the worked value agree on it with a margin."""
+    answer = f"{exact:.1f}"
+    error = max(abs(exact - float(answer)), abs(worked - float(answer)))
+    if error >= 0.044:
+        return None
+    end = f"so the answer is {answer}"
+    return Question(text, answer, None, f"{lor}, {end}", f"{dtr}, {end}")
+
+
+def ask_closer(rng, origin, a, b, p, q, lor, dtr):
+    """Ask which of two marks, p and q metres away, is closer to the origin, where that is clear."""
+    if abs(p - q) <= 0.25:
+        return None
+    start = rng.choice(["Which is", "Tell me what is"])
+    closer = a if p < q else b
+    other = b if p < q else a
+    than = "less" if p < q else "more"
+    end = f"{p:.1f} is {than} than {q:.1f}, so closer is {closer.colour}"
+    return Question(
+        f"{start} closer to {origin}: {a.text} or {b.text}?",
+        closer.colour,
+        other.colour,
+        f"{lor}. {end}",
+        f"{dtr}. {end}",
+    )
+
+
+def both_distances(origin, a, b, p, q):
+    return f"From {origin} it is about {p:.1f} m to {a.colour} and about {q:.1f} m to {b.colour}"
+
+
+def depth_order(rng, view, a, b):
+    p = a.near(view)[2]
+    q = b.near(view)[2]
+    # By z and by distance alike.
+    if (p - q) * (math.hypot(*a.centres[view]) - math.hypot(*b.centres[view])) <= 0:
+        return None
+    lor = both_distances("the camera", a, b, p, q)
+    dtr = f"By their z it is {p:.1f} m to {a.colour} and {q:.1f} m to {b.colour}"
+    return ask_closer(rng, "the camera", a, b, p, q, lor, dtr)
+
+
+def nearest(rng, view, a, b, c):
+    to_a = way_between(view, c, a)
+    to_b = way_between(view, c, b)
+    p = to_a.worked
+    q = to_b.worked
+    lor = both_distances(c.colour, a, b, p, q)
+    dtr = f"{to_a.working}, {p:.1f} m in all. {to_b.working}, {q:.1f} m in all"
+    return ask_closer(rng, c.text, a, b, p, q, lor, dtr)
+
+
+def depth(rng, view, a):
+    z = a.centres[view][2]
+    near = a.near(view)[2]
+    start = rng.choice(["What is the depth of", "How deep in the view is"])
+    between = f"between {int(near)} and {int(near) + 1} m"
+    return ask_number(
+        f"{start} {a.text}, in metres?",
+        z,
+        near,
+        f"The {a.thing.name} is {between} away. Its centre is about {z:.1f} m deep",
+        f"The depth of {a.colour} is its z, {near}",
+    )
+
+
+def distance(rng, view, a, b):
+    way = way_between(view, a, b)
+    start = rng.choice(["How far is it", "What is the distance"])
+    return ask_number(
+        f"{start} from {a.text} to {b.text}, in metres?",
+        way.exact,
+        way.worked,
+        f"From {a.colour} it is about {way.worked:.1f} m to {b.colour}",
+        f"{way.working}, {way.worked:.1f} m in all",
+    )
+
+
+def relation(rng, view, a, b):
+    """Ask for left or right, or above or below, where the image says so, too."""
+    axis = 1 if rng.random() < 0.35 else 0
+    low, high = (("left of", "right of"), ("above", "below"))[axis]
+    p = a.near(view)[axis]
+    q = b.near(view)[axis]
+    seen_a, seen_b = (mark.centres[view][axis] / mark.centres[view][2] for mark in (a, b))
+    if abs(p - q) <= 0.25 or (seen_a - seen_b) * (p - q) <= 0.02:
+        return None
+    start = rng.choice(["Seen from", "From"])
+    answer = low if p < q else high
+    way = way_between(view, b, a)
+    end = f"so {a.colour} is {answer} {b.colour}"
+    return Question(
+        f"{start} the camera, is {a.text} {low} or {high} {b.text}?",
+        answer,
+        high if p < q else low,
+        f"{way.words}, {end}",
+        f"{way.working}, {end}",
+    )
+
+
+# What is on the right of someone who faces that way.
+RIGHT_OF = {"farther": "right", "right": "nearer", "nearer": "left", "left": "farther"}
+
+
+def products(way, other, sideways):
+    """Return the x and z terms of the cross product of two ways, or of their dot product.
+
+    Seen from above, the cross product is positive on the right, the dot product in front.
+    """
+    x, _, z = way
+    u, _, w = other
+    if sideways:
+        return z * u, -x * w
+    return x * u, z * w
+
+
+def perspective(rng, view, a, b, c):
+    """Standing at a, facing b, where is c?
+
+    Asked where b lies along one axis of the camera, more or less: a tiny model compares words
+    ("facing left, with farther on the right, nearer is to the left"), but never found the sign of a
+    sum of products.
+    """
+    sideways = rng.random() < 0.5
+    low, high = ("to the left", "to the right") if sideways else ("behind", "in front")
+    ahead = way_between(view, a, b)
+    there = way_between(view, a, c)
+    fx, _, fz = ahead.steps
+    tx, _, tz = there.steps
+    across, deep = products(ahead.steps, there.steps, sideways)
+    total = across + deep
+    along_x = abs(fx) > abs(fz)
+    # The term that decides, in words.
+    if along_x != sideways:
+        main = across
+        step = tx
+        way = by_sign(tx, SIDES)
+    else:
+        main = deep
+        step = tz
+        way = by_sign(tz, DEPTHS)
+    if min(abs(fx), abs(fz)) >= 0.5 * max(abs(fx), abs(fz)):
+        return None
+    if abs(step) <= 0.25 or main * total <= 0:
+        return None
+    size = math.hypot(fx, fz) * math.hypot(tx, tz)
+    if size <= 0.3 or abs(total) <= 0.3 * size:
+        return None
+    origin = a.thing.centre
+    truth = sum(products(b.thing.centre - origin, c.thing.centre - origin, sideways))
+    if total * truth <= 0:
+        return None
+    answer = high if total > 0 else low
+    if answer == "in front" and rng.random() < 0.75:
+        # A room has far more in front than behind.
+        return None
+    facing = by_sign(fx, SIDES) if along_x else by_sign(fz, DEPTHS)
+    turned = f", with {RIGHT_OF[facing]} on the right" if sideways else ""
+    stand = rng.choice(["facing", "looking at"])
+    end = f"so facing {facing}{turned}, {way} is {answer}"
+    return Question(
+        f"Standing at {a.text} and {stand} {b.text}, is {c.text} {low} or {high}?",
+        answer,
+        low if total > 0 else high,
+        f"{ahead.words}. {there.words}, {end}",
+        f"{ahead.working}. {there.working}, {end}",
+    )
+
+
+def two_view(rng, view, a, b):
+    """Ask for order or relation in the frame of one of two images."""
+    family = (depth_order, relation)[rng.integers(2)]
+    asked = family(rng, view, a, b)
+    if asked is None:
+        return None
+    frame = ("first", "second")[view]
+    return replace(asked, text=f"In the frame of the {frame} image: {asked.text}")
+
+
+FAMILIES = {
+    "depth_order": Family(depth_order, marks=2),
+    "depth": Family(depth, marks=1),
+    "distance": Family(distance, marks=2),
+    "nearest": Family(nearest, marks=3),
+    "relation": Family(relation, marks=2),
+    "perspective": Family(perspective, marks=3),
+    "two_view": Family(two_view, marks=2, views=2),
+}
+
+
+def ask(rng, family, marks):
+    """Return (view, question) of a family: the first of a few picks of marks that it asks about."""
+    views = list(range(family.views))
+    view = int(rng.choice(views))
+    picks = []
+    for pick in permutations(marks, family.marks):
+        # Of each view a mark, where several are spoken of.
+        if sorted({mark.view for mark in pick}) == views:
+            picks.append(pick)
+    for index in rng.permutation(len(picks))[:8]:
+        question = family.ask(rng, view, *picks[index])
+        if question is not None:
+            return view, question
+    return view, None
+
+
+def with_options(question):
+    """Return a choice with its options and their letters; a number as it is."""
+    if question.wrong is None:
+        return question
+    # In a fixed order: see above.
+    first, second = sorted([question.answer, question.wrong])
+    letter = "A" if question.answer == first else "B"
+    return Question(
+        f"{question.text} A. {first} B. {second}",
+        letter,
+        None,
+        f"{question.lor}, option {letter}",
+        f"{question.dtr}, option {letter}",
+    )

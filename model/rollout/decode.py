@@ -1,0 +1,205 @@
+"""A token for every slot: sampled from the last hidden states, then taken through the decoder.
+
+On CUDA the whole step, sampling included, is one graph over all slots, and the host looks for ended
+sequences only every few steps, without waiting. Elsewhere it runs eagerly: so Triton's interpreter
+and the tests run a GPU's operations (CPUs have cpu.py).
+
+S slots, H hidden width, A query heads, K key-value heads, D head width, R room of a suffix.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.decode_attention import decode_attention
+from kernels.layers import add_rms_norm, qk_norm_rope_write, swiglu_joint
+from model.qwen_vl import fused_linears
+from model.rollout.cache import Cache, Extent, Options
+from model.rollout.scheduler import Sequence
+from model.rollout.slots import HostState, Slots, take_ended
+
+
+class FusedLayer:
+    """A decoder layer's products around attention, in few launches."""
+
+    def __init__(self, layer, sizes):
+        self.attn = layer.self_attn
+        self.mlp_module = layer.mlp
+        self.sizes = sizes
+
+    def queries(self, x: Tensor, cos: Tensor, sin: Tensor, suffix: Tensor, at: Tensor) -> Tensor:
+        """Return rotated queries (S, A, D) of x (S, H); write keys and values to the suffixes.
+
+        cos, sin (S, D); suffix (2, S, K, R, D), written at [:, slot, :, at[slot]].
+        """
+        attn = self.attn
+        projections = (attn.q_proj, attn.k_proj, attn.v_proj)
+        fused = fused_linears(*projections)
+        if fused:
+            heads = (self.sizes.heads, self.sizes.kv_heads, self.sizes.kv_heads)
+            qkv = F.linear(x, *fused).unflatten(-1, (-1, attn.head_dim))
+            qkv = qkv.split(heads, 1)
+        else:
+            # Adapters have products of their own.
+            qkv = [proj(x).unflatten(-1, (-1, attn.head_dim)) for proj in projections]
+        norms = ()
+        if attn.norms:
+            norms = (attn.q_norm.weight, attn.k_norm.weight, attn.q_norm.eps)
+        keys, values = suffix
+        return qk_norm_rope_write(*qkv, cos, sin, keys, values, at, *norms)
+
+    def output(self, attended: Tensor) -> Tensor:
+        return self.attn.o_proj(attended)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """Return the MLP of x (S, H): gate and up from one product where their weights adjoin."""
+        fused = fused_linears(self.mlp_module.gate_proj, self.mlp_module.up_proj)
+        if fused is None:
+            return self.mlp_module(x)
+        return self.mlp_module.down_proj(swiglu_joint(F.linear(x, *fused)))
+
+
+def rope_frequencies(model) -> Tensor:
+    """Return (D,) radians per position; for text mRoPE is the plain rotary embedding."""
+    sizes = model.decoder.sizes
+    exponent = torch.arange(0, sizes.head_dim, 2, device=model.device) / sizes.head_dim
+    frequencies = 1.0 / sizes.theta**exponent
+    return torch.cat((frequencies, frequencies))
+
+
+def rotation(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return cos and sin (S, D) of positions (S,), computed in fp32 and rounded when written."""
+    angles = positions[:, None] * frequencies
+    cos = torch.cos(angles, out=angles.new_empty(angles.shape, dtype=dtype))
+    sin = torch.sin(angles, out=angles.new_empty(angles.shape, dtype=dtype))
+    return cos, sin
+
+
+def decode(decoder, layers: list, tokens: Tensor, attend: Callable) -> Tensor:
+    """Return the decoder's final hidden states (S, H) of one text token per slot, tokens (S,).
+
+    layers: an object per layer with `output` and `mlp` as FusedLayer has them; attend(i, layer, x):
+    layer i's attention (S, A, D) from its normed input (S, H).
+    """
+    x = decoder.embed_tokens(tokens)
+    normed = decoder.layers[0].input_layernorm(x)
+    next_norms = [layer.input_layernorm for layer in decoder.layers[1:]]
+    next_norms.append(decoder.norm)
+    for i, layer in enumerate(layers):
+        attended = attend(i, layer, normed).flatten(1)
+        norm = decoder.layers[i].post_attention_layernorm
+        x, normed = add_rms_norm(x, layer.output(attended), norm.weight, norm.eps)
+        # The MLP's residual goes into the next layer's norm: one launch less a layer.
+        norm = next_norms[i]
+        x, normed = add_rms_norm(x, layer.mlp(normed), norm.weight, norm.eps)
+    return normed
+
+
+def weight_addresses(model) -> list[int]:
+    """Return where the decoder's weights lie, from which a graph reads them."""
+    weights = (*model.decoder.parameters(), model.head_weight)
+    return [weight.data_ptr() for weight in weights]
+
+
+class Decoder:
+    """The buffers of all slots, and the step over them."""
+
+    def __init__(self, model, options: Options, slots: int):
+        self.model = model
+        self.cache = Cache(model, options, slots)
+        self.slots = Slots(model, options, slots)
+        self.suffix_keys = options.max_new_tokens
+        self.frequencies = rope_frequencies(model)
+        sizes = model.decoder.sizes
+        self.layers = [FusedLayer(layer, sizes) for layer in model.decoder.layers]
+        self.clock = 0  # steps since the last reset
+        self.graph = None
+        self.addresses: list[int] = []  # of the weights that the graph reads
+        self.host_state = None
+        if model.device.type == "cuda":
+            self.host_state = HostState(self.slots)
+
+    def reset(self, processor) -> None:
+        """Empty the slots for a new call, with the weights as they are now."""
+        self.clock = 0
+        self.cache.reset()
+        self.slots.reset(processor)
+        if self.host_state:
+            self.host_state.reset()
+        # Optimisers write in place, and so does `gather`; what moves needs a new graph.
+        addresses = weight_addresses(self.model)
+        if addresses != self.addresses:
+            self.addresses = addresses
+            self.graph = None
+
+    def make_room(self, length: int) -> bool:
+        """Make room for prompts of `length` tokens; False as long as that has to wait."""
+        # Wider rows have new addresses, too.
+        room = self.cache.prompts.room
+        has_room = self.cache.make_room(length)
+        if self.cache.prompts.room != room:
+            self.graph = None
+        return has_room
+
+    def link(self, running: list[Sequence]) -> None:
+        """Take note of the sequences that run from now on."""
+        self.cache.link(running)
+
+    def step(self) -> None:
+        """Sample a token in every slot."""
+        if self.host_state is None:
+            self._step()
+        else:
+            if self.graph is None:
+                self.graph = self._record()
+            self.graph.replay()
+        self.clock += 1
+
+    def take_ended(self, running: list[Sequence]) -> list[Sequence]:
+        """Return the sequences that are known to have ended, with what they sampled."""
+        if self.host_state is None:
+            return take_ended(running, self.slots.state(), self.clock)
+        return self.host_state.take_ended(running, self.clock)
+
+    def tidy(self, running: list[Sequence], refill: bool) -> None:
+        """Go on with fewer sequences; refill: others are going to take their slots."""
+        # So that attention does not read prompts for nobody.
+        self.cache.link(running)
+
+    def _step(self) -> None:
+        """Queue a step; nothing in it waits for the device."""
+        prompts = self.cache.prompts
+        count = len(self.slots.length)
+        extent = Extent(count, prompts.count, prompts.room, self.suffix_keys)
+        tokens, positions = self.slots.sample_tokens(self.model.head_weight, count)
+        cos, sin = rotation(positions, self.frequencies, self.model.dtype)
+        table = self.cache.table(self.slots.length, extent)
+        # Where the new token's keys and values go; its length counts it already.
+        at = self.slots.length - 1
+
+        def attend(i: int, layer: FusedLayer, x: Tensor) -> Tensor:
+            query = layer.queries(x, cos, sin, self.cache.suffixes[i], at)
+            return decode_attention(query, *self.cache.keys_and_values(i, extent), table)
+
+        self.slots.hidden.copy_(decode(self.model.decoder, self.layers, tokens, attend))
+
+    def _record(self) -> torch.cuda.CUDAGraph:
+        """Capture the step over all slots and the whole of the buffers."""
+        # Once without a graph: what compiles a kernel or sets up a library can't be captured. No
+        # slot takes part in that step, so it changes only these:
+        slots = self.slots
+        first_places = [suffix[..., 0, :] for suffix in self.cache.suffixes]
+        changed = [slots.hidden, slots.length, slots.ended, *first_places]
+        before = [t.clone() for t in changed]
+        slots.length.fill_(1)
+        slots.ended.fill_(True)
+        self._step()
+        for t, old in zip(changed, before, strict=True):
+            t.copy_(old)
+        graph = torch.cuda.CUDAGraph()
+        # NCCL's watchdog is another thread, whose calls must not end the capture.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._step()
+        return graph

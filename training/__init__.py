@@ -1,0 +1,15 @@
+"""What train_sft.py and train_rl.py share. Nothing here knows a loss.
+
+In the order of a run:
+
+    run           flags -> Config -> main; user errors end in one line; data, processor, settings, log
+    ranks         torchrun's environment -> rank, world, device; sums over ranks; shares of the work
+    policy        the model that trains (sharded or not), the one that samples, the reference
+    optim         torch.optim on fp32 masters; learning rates
+    batches       order of the data, micro-batches packed by tokens
+    checkpoints   step-000123/: a checkpoint, and trainer/ with all that a resumed run needs
+
+Several ranks give the numbers of one: losses are divided by global counts, gradients are summed,
+not averaged. All ranks run the same passes over the same parameters (`batches.equalize_passes`,
+`batches.with_dummy`): to skip a collective is to hang them all.
+"""

@@ -1,0 +1,142 @@
+"""Which rows a step takes, and how they are packed into forward passes.
+
+Both are pure functions: of (seed, position), whatever the number of ranks; of the lengths alone.
+"""
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from srreal import Example
+from training.ranks import all_reduce
+
+
+class Order:
+    """An endless shuffled order of rows. Epoch e is drawn from (seed, e): a place is one number.
+
+    Rows of one key (the questions of one image) come in runs of at most `run`, to share the image's
+    encoding; each row once an epoch. Unique keys give a plain shuffle.
+    """
+
+    def __init__(self, keys: Iterable, seed, run: int = 1):
+        rows_of_key: dict = {}
+        self.rows_in_epoch = 0
+        for row, key in enumerate(keys):
+            rows_of_key.setdefault(key, []).append(row)
+            self.rows_in_epoch += 1
+        self.groups = list(rows_of_key.values())
+        self.seed = seed
+        self.run = run
+        self.epochs: dict[int, list[int]] = {}  # the last two that were asked for
+
+    def epoch(self, number: int) -> list[int]:
+        """Return the rows of epoch `number` in their order."""
+        if number in self.epochs:
+            return self.epochs[number]
+        rng = random.Random(f"{self.seed} {number}")
+        runs = []
+        for group in self.groups:
+            rows = rng.sample(group, len(group))
+            for start in range(0, len(rows), self.run):
+                runs.append(rows[start : start + self.run])
+        rng.shuffle(runs)
+        order = []
+        for rows in runs:
+            order.extend(rows)
+        # The one before stays: a batch may straddle two.
+        before = {k: v for k, v in self.epochs.items() if k == number - 1}
+        self.epochs = before | {number: order}
+        return order
+
+    def rows(self, start: int, count: int) -> list[int]:
+        """Return rows [start, start + count) of the endless order."""
+        out = []
+        for place in range(start, start + count):
+            epoch, offset = divmod(place, self.rows_in_epoch)
+            out.append(self.epoch(epoch)[offset])
+        return out
+
+
+def images_key(example: Example) -> tuple:
+    """Return what questions of the same images have in common."""
+    key = []
+    for image in example.images:
+        key.append(str(image) if isinstance(image, (str, Path)) else id(image))
+    return tuple(key)
+
+
+def prefetched(make: Callable, items: Iterable) -> Iterator:
+    """Yield make(item) of each; the next is made in a thread while the caller uses the last."""
+    with ThreadPoolExecutor(1) as pool:
+        futures: deque = deque()
+        for item in items:
+            futures.append(pool.submit(make, item))
+            if len(futures) > 1:
+                yield futures.popleft().result()
+        while futures:
+            yield futures.popleft().result()
+
+
+def pack_by_tokens(
+    lengths: Sequence[int], budget: int, shared: Sequence[int] | None = None
+) -> list[slice]:
+    """Cut consecutive items into runs of at most `budget` tokens, or of one longer item.
+
+    shared: how many tokens an item has in common with the one before; they count only where it
+    starts a run.
+    """
+    runs = []
+    start = used = 0
+    for i, length in enumerate(lengths):
+        added = length - shared[i] if shared and i > start else length
+        if i > start and used + added > budget:
+            runs.append(slice(start, i))
+            start = i
+            used = length
+        else:
+            used += added
+    if lengths:
+        runs.append(slice(start, len(lengths)))
+    return runs
+
+
+# ---- Ranks with unequal work: each pass is a collective
+
+
+def equalize_passes(microbatches: list, make_dummy: Callable) -> list:
+    """Return the micro-batches, and dummies for as long as another rank still has some."""
+    most = int(all_reduce([len(microbatches)], "MAX")[0])
+    return microbatches + [make_dummy() for _ in range(most - len(microbatches))]
+
+
+def dummy_example() -> Example:
+    """Return a tiny example with image, depth and region. It gets no weight in any loss."""
+    return Example(
+        "filler",
+        "direct",
+        [Image.new("RGB", (64, 64))],
+        "What is it <mask>?",
+        "A",
+        depths=[np.ones((64, 64), np.float32)],
+        intrinsics=[(64, 64, 32, 32)],
+        regions=[(0, (8, 8, 56, 56))],
+    )
+
+
+def with_dummy(examples: list[Example], world: int) -> list[Example]:
+    """Append the dummy where a pass might leave out parameters whose gradients others reduce."""
+    return [*examples, dummy_example()] if needs_dummy(examples, world) else examples
+
+
+def needs_dummy(examples: list[Example], world: int) -> bool:
+    return world > 1 and not any(touches_all_parameters(example) for example in examples)
+
+
+def touches_all_parameters(example: Example) -> bool:
+    has_depth = any(depth is not None for depth in example.depths or ())
+    return bool(example.images and example.regions and has_depth)

@@ -1,0 +1,174 @@
+"""step-000123/: a checkpoint that transformers loads, and trainer/ with what a resumed run needs.
+
+    trainer/master, exp_avg, exp_avg_sq, momentum_buffer .safetensors    by full parameter names
+    trainer/random.safetensors    random states
+    trainer/state.json            step, updates, what the run must not change, sizes of all files
+
+A step is written aside and renamed, so that it is whole or not there. It resumes to the bit on a
+CPU, on any number of ranks.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from errors import UserError
+from model import checkpoint as model_files
+from model.qwen_vl import QwenVL
+from srreal import Example
+from training import ranks
+from training.optim import KINDS, Optimizer, whole
+from training.policy import compute_dtype, reshard
+
+
+def find_start(cfg) -> tuple[Path | None, int]:
+    """Return (the checkpoint to go on from or None, steps done); nothing is written.
+
+    UserError where --out holds a run that is not to be resumed.
+    """
+    out = Path(cfg.out)
+    old = step_folders(out)
+    if old and not cfg.resume:
+        raise UserError(
+            f"{out} holds a run ({old[-1].name}) already: --resume it, or choose another --out"
+        )
+    found = newest(out) if cfg.resume else None
+    done = read_state(found)["step"] if found else 0
+    most = ranks.all_reduce([done], "MAX")[0]
+    least = -ranks.all_reduce([-done], "MAX")[0]
+    if most != least:
+        raise UserError(
+            f"{out}: the ranks find different checkpoints in it; --out has to be on a shared disk"
+        )
+    if found:
+        ranks.say(f"going on from {found}")
+    elif cfg.resume:
+        ranks.say(f"no whole checkpoint in {out}: starting at step 0")
+    return found, done
+
+
+def step_folders(out: Path) -> list[Path]:
+    return sorted(out.glob("step-*[0-9]"))
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """Return what a checkpoint keeps of the data set, to refuse to resume on another."""
+    text = "\n".join(f"{example.id} {example.path}" for example in examples)
+    return f"{len(examples)} rows, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def save(cfg, step: int, model: QwenVL, processor, optimizer: Optimizer, **same) -> None:
+    """Write out/step-000123. Rank 0 writes, but gathering is collective.
+
+    same: name -> what a resumed run must have again (`restore`).
+    """
+    final = Path(cfg.out) / f"step-{step:06d}"
+    aside = final.with_suffix(".partial")
+    weights = gather_weights(model)
+    if ranks.is_first():
+        shutil.rmtree(aside, ignore_errors=True)
+        (aside / "trainer").mkdir(parents=True)
+        model_files.write(aside, weights, model.origin, processor)
+    del weights  # before the moments come: they are twice as large
+    for kind in KINDS:
+        state = {}
+        for name, full in optimizer.state(kind):
+            if ranks.is_first():
+                state[name] = full.cpu()
+        if ranks.is_first():
+            save_file(state, aside / "trainer" / f"{kind}.safetensors")
+    if ranks.is_first():
+        save_file({"torch": torch.get_rng_state()}, aside / "trainer" / "random.safetensors")
+        write_state(aside, step, optimizer.updates, same)
+        model_files.replace(aside, final)
+        if cfg.keep:
+            for old in step_folders(Path(cfg.out))[: -cfg.keep]:
+                shutil.rmtree(old / "trainer", ignore_errors=True)
+    ranks.all_reduce([0.0])  # nobody goes on before it is there
+
+
+def gather_weights(model: QwenVL) -> dict[str, torch.Tensor]:
+    """Return the whole weights by name on the first rank's host, {} on others. Collective."""
+    reshard(model)
+    weights = {}
+    for name, p in model.named_parameters():
+        full = whole(p.detach().to(compute_dtype(p.device)))
+        if ranks.is_first():
+            weights[name] = full.cpu()
+    return weights
+
+
+def write_state(folder: Path, step: int, updates: int, same: dict) -> None:
+    files = {}
+    for path in folder.rglob("*"):
+        if path.is_file():
+            files[str(path.relative_to(folder))] = path.stat().st_size
+    state = {
+        "step": step,
+        "updates": updates,
+        "ranks": ranks.world_size(),
+        "same": same,
+        "files": files,
+    }
+    text = json.dumps(state, indent=1, allow_nan=False)
+    (folder / "trainer" / "state.json").write_text(text)
+
+
+def restore(checkpoint: Path | None, optimizer: Optimizer, **same) -> None:
+    """Restore optimiser, masters and random states; None: a new run, nothing to do.
+
+    UserError where `same` differs from what `save` was given, or a file is torn.
+    """
+    if checkpoint is None:
+        return
+    state = read_state(checkpoint)
+    for key, now in same.items():
+        then = state["same"].get(key, now)
+        if then != now:
+            raise UserError(f"{checkpoint}: the run had {key} {then}, now it is {now}")
+    world = ranks.world_size()
+    before = state.get("ranks", world)
+    if before != world:
+        ranks.say(f"going on with {world} ranks after {before}: the same run, but not to the bit")
+    folder = checkpoint / "trainer"
+    try:
+        files = {kind: safe_open(folder / f"{kind}.safetensors", "pt") for kind in KINDS}
+        random_states = safe_open(folder / "random.safetensors", "pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{folder}: {error}") from error
+    optimizer.load(lambda kind, name: files[kind].get_tensor(name), state["updates"])
+    torch.set_rng_state(random_states.get_tensor("torch"))
+
+
+def read_state(checkpoint: Path) -> dict:
+    return json.loads((checkpoint / "trainer" / "state.json").read_text())
+
+
+def missing_file(checkpoint: Path) -> str | None:
+    """Return what a checkpoint lacks to resume from: its files and sizes are on record in it."""
+    try:
+        for name, size in read_state(checkpoint)["files"].items():
+            if (checkpoint / name).stat().st_size != size:
+                return name
+    except OSError as error:
+        return error.filename
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "trainer/state.json"
+    return None
+
+
+def newest(out: Path, say_skipped: bool = True) -> Path | None:
+    """Return the newest whole checkpoint of a run; name the incomplete ones that are skipped."""
+    for step in sorted(out.glob("step-*"), key=lambda path: path.name, reverse=True):
+        lack = missing_file(step)
+        if lack is None and not step.suffix:
+            return step
+        if say_skipped:
+            ranks.say(f"skipping the incomplete checkpoint {step}: {lack or 'never renamed'}")
+    return None

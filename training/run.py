@@ -1,0 +1,248 @@
+"""A run from its command line to its log: flags, user errors, data, settings, metrics.jsonl."""
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import tyro
+from tqdm import tqdm
+
+import data
+import plan
+from errors import UserError
+from model.processor import Processor
+from srreal import Example
+from training import checkpoints, ranks
+
+MEMORY_FLAGS = ("micro_tokens", "slots", "max_pixels")
+# Words of a collective that took too long, or whose other end is gone.
+HUNG = ("imed out", "imeout", "Connection closed by peer", "Connection reset by peer")
+
+
+# ---- The command line
+
+
+def launch(main: Callable, config: type) -> None:
+    """Run main(Config) from the command line. A UserError ends it in one line, exit code 2.
+
+    So do, with exit code 1, a loss that is not finite, want of memory, and ranks that don't answer.
+    Everything else is a bug and keeps its traceback.
+    """
+    name = Path(sys.argv[0]).name
+    description = sys.modules[main.__module__].__doc__.split("\n\n")[0]
+    cfg = tyro.cli(config, prog=name, description=description)
+    try:
+        main(cfg)
+    except data.BadRows as bad:
+        end(f"{name}: {bad}\n(--skip-bad-rows goes on without them)", 2)
+    except UserError as error:
+        end(f"{name}: {error}", 2)
+    except KeyboardInterrupt:
+        end(f"{name}: interrupted{how_to_resume(cfg)}", 130)
+    except FloatingPointError as error:
+        end(f"{name}: {error}; nothing was updated; {what_is_saved(cfg)} (with a lower --lr?)", 1)
+    except (RuntimeError, MemoryError) as error:
+        words = explain(error, cfg)
+        if words is None:
+            raise
+        end(f"{name}: {words}", 1)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def end(message: str, code: int) -> None:
+    """Print the message and exit at once.
+
+    Other ranks and background threads may hang in what this rank will not take part in.
+    """
+    if code == 2 and not ranks.is_first():
+        # Where all ranks stop, the first has said it by then, and torchrun has ended the others.
+        time.sleep(5)
+    if ranks.is_first() or code != 130:
+        print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def how_to_resume(cfg) -> str:
+    if "resume" not in vars(cfg):
+        return ""
+    return f"; --resume goes on from the newest checkpoint in {cfg.out}"
+
+
+def what_is_saved(cfg) -> str:
+    kept = checkpoints.newest(Path(cfg.out), say_skipped=False)
+    if kept is None:
+        return "no checkpoint was saved before"
+    return f"{kept} is whole, and --resume goes on from it"
+
+
+def explain(error: BaseException, cfg) -> str | None:
+    """Return what a user can do about a hung collective or want of memory; None: it is a bug."""
+    text = str(error)
+    if any(word in text for word in HUNG):
+        where = f"rank {ranks.rank()}, {ranks.current_phase()}"
+        return f"{where}: the other ranks did not answer ({error})"
+    of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    if not of_memory and "can't allocate memory" not in text:
+        return None
+    flags = []
+    for flag, value in vars(cfg).items():
+        if flag in MEMORY_FLAGS:
+            flags.append(f"--{flag.replace('_', '-')} (now {value})")
+    return f"out of memory; turn down {' or '.join(flags)}"
+
+
+# ---- What a run starts from
+
+
+def read_config(out: str) -> dict:
+    """Return config.json of the run in `out`, {} where there is none."""
+    path = Path(out) / "config.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_config(cfg) -> None:
+    """Write config.json of the run, whole or not at all: a resumed run reads it. Rank 0 alone."""
+    if not ranks.is_first():
+        return
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    config = {"script": Path(sys.argv[0]).stem, **asdict(cfg)}
+    aside = out / "config.json.partial"
+    aside.write_text(json.dumps(config, indent=1, allow_nan=False) + "\n")
+    aside.replace(out / "config.json")
+
+
+def load_data(cfg, more: Callable | None = None) -> tuple[list[Example], list[Example]]:
+    """Return the examples of --data and of --eval-data; bad rows of both in one BadRows.
+
+    more: example -> [(field, reason)], what else makes a row unusable, as in data.load.
+    """
+    sets: list[list[Example]] = []
+    bad = []
+    for sources in (cfg.data, cfg.eval_data):
+        try:
+            sets.append(data.load(sources, cfg.skip_bad_rows, more) if sources else [])
+        except data.BadRows as error:
+            bad.extend(error.rows)
+    if bad:
+        raise data.BadRows(list(dict.fromkeys(bad)))
+    training, validation = sets
+    if not training:
+        raise UserError("no row is left to train on: see what --data takes")
+    return training, validation
+
+
+def load_processor(source: str, cfg) -> Processor:
+    """Return the checkpoint's processor, with the workers that read images ahead.
+
+    --workers None: on CUDA a rank's share of the cores but one, at most 8; on a CPU, which
+    computes, 0.
+    """
+    workers = cfg.workers
+    if workers is None and torch.cuda.is_available():
+        cores = len(os.sched_getaffinity(0)) // ranks.local_world_size(1)
+        workers = min(max(cores - 1, 0), 8)
+    return Processor.from_pretrained(
+        source, max_pixels=cfg.max_pixels, regions=cfg.regions, workers=workers or 0
+    )
+
+
+def resolve_auto_settings(cfg, config, device: torch.device, world: int, **sizes) -> plan.Settings:
+    """Return what --shard and --checkpointing come to, before anything is loaded.
+
+    Where auto, it is what `plan.py` chooses for this rank's memory; with the slots of a rollout,
+    and whether their cache may stay during the update. config: the checkpoint's (transformers');
+    sizes: prompts (of all ranks), group, new_tokens, kl of the plan.
+    """
+    ranks.phase("loading and sharding")
+    local_world = ranks.local_world_size(world)
+    sizes["prompts"] = math.ceil(sizes["prompts"] * local_world / world)
+    cuda = device.type == "cuda"
+    if cuda:
+        memory = torch.cuda.mem_get_info(device)[1] / 1e9
+    else:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / local_world / 1e9
+    least = -ranks.all_reduce([-memory], "MAX")[0]  # all ranks have to choose alike
+    wanted = plan.Config(
+        "",
+        local_world,
+        least,
+        train=cfg.train,
+        lora=cfg.lora,
+        dtype="bf16" if cuda else "fp32",
+        **sizes,
+    )
+    choices = {"auto": (False, True), "always": (True,), "never": (False,)}
+    options = []
+    for sharded in choices[cfg.shard] if world > 1 else (False,):
+        for checkpointing in choices[cfg.checkpointing]:
+            options.append(plan.Settings(sharded, checkpointing, cfg.lora, cfg.micro_tokens))
+    counts = plan.count(config, cfg.train, cfg.lora)
+    try:
+        settings, _ = plan.choose(config, wanted, options, lambda _: counts)
+    except ValueError:
+        settings = options[-1]
+        gb = plan.estimate(config, wanted, settings, counts)["peak"]
+        ranks.say(
+            f"this takes about {gb:.0f} of {least:.0f} GB a rank: memory may run out "
+            "(plan.py says of what)"
+        )
+    return settings
+
+
+# ---- The log
+
+
+class Log:
+    """metrics.jsonl, a printed line a step, and a bar with the time left. Rank 0 writes.
+
+    columns: name -> format of what the line shows. Row k is step k: on resuming, what is behind the
+    checkpoint's row goes, a torn line too.
+    """
+
+    def __init__(self, cfg, done: int, columns: dict[str, str]):
+        self.columns = columns
+        hidden = None if ranks.is_first() else True  # None: where there is no terminal
+        self.bar = tqdm(total=cfg.steps, initial=done, unit="step", disable=hidden)
+        if not ranks.is_first():
+            return
+        path = Path(cfg.out) / "metrics.jsonl"
+        rows = path.read_text().splitlines(keepends=True)[:done] if done else []
+        aside = path.with_suffix(".partial")
+        aside.write_text("".join(rows))
+        os.replace(aside, path)
+        self.file = path.open("a")
+
+    def __call__(self, row: dict) -> None:
+        """Append the row of one step. JSON has no NaN: what is not finite is null, and said."""
+        self.bar.update()
+        if not ranks.is_first():
+            return
+        not_finite = {}
+        for name, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                not_finite[name] = value
+        self.file.write(json.dumps(row | dict.fromkeys(not_finite), allow_nan=False) + "\n")
+        self.file.flush()
+        if not_finite:
+            values = ", ".join(f"{name} is {value}" for name, value in not_finite.items())
+            ranks.say(f"step {row['step']}: {values}; null in metrics.jsonl")
+        shown = [f"{name} {row[name]:{form}}" for name, form in self.columns.items()]
+        ranks.say("  ".join(shown))
+
+
+def peak_memory(device: torch.device) -> float:
+    """Return MiB: of the GPU on CUDA, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
