@@ -70,6 +70,7 @@ def load(name: str, root=None, path: str = "both", skip_bad_rows: bool = False) 
     if name not in BENCHMARKS:
         raise BadSource(f"unknown benchmark {name!r}: one of {', '.join(BENCHMARKS)}")
     benchmark = BENCHMARKS[name]
+    # Read once a load, and handed to every row.
     folder, files = find_files(name, root)
     beside = benchmark.beside(folder) if benchmark.beside else {}
     examples = []
@@ -118,6 +119,7 @@ def all_records(files: list[Path]) -> Iterator[tuple[Path, int, dict | Bad]]:
 
 def tsv_rows(file: Path) -> Iterator[tuple[int, dict | Bad]]:
     csv.field_size_limit(2**31 - 1)  # a field is an image
+    # Behind a damaged line nothing can be told apart: fields are quoted over many lines.
     number = 0
     try:
         with open(file, newline="", encoding="utf-8") as lines:
@@ -134,6 +136,7 @@ def find_files(name: str, root) -> tuple[Path, list[Path]]:
     if root.is_file():
         return root.parent, [root]
     if not root.is_dir():
+        # A hub id is owner/name; anything else was meant as a path.
         if len(root.parts) != 2 or str(root).startswith((".", "/", "~")):
             raise MissingFile(f"{name}: no such directory, nor a hub id: {root}")
         root = download(str(root), benchmark)
@@ -179,6 +182,7 @@ def warn_of_count(name: str, folder: Path, total: int, examples: list[Example]) 
 
 
 def warn_of_marks(name: str, examples: list[Example]) -> None:
+    # The question speaks of a mark, and the model is shown none in words.
     lost = [e for e in examples if not e.regions and PHRASE.search(e.question)]
     if lost:
         text = f"{name}: no region for the marks of {len(lost)} rows, asked without"

@@ -20,6 +20,9 @@ from data.benchmarks.schema import (
 IMAGES = ("image_1", "image_2", "image_3", "image_4")
 
 
+# ---- Rows
+
+
 def read(row: Row) -> Iterator[Item]:
     count = len(row.items("choices"))
     prompt = row.text("prompt")
@@ -31,6 +34,9 @@ def read(row: Row) -> Iterator[Item]:
         prompt,
         direct=only_letters(count) + prompt,
     )
+
+
+# ---- Scores
 
 
 def aggregate(pairs: list) -> dict[str, float]:

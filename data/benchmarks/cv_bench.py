@@ -24,6 +24,9 @@ from srreal import Example
 HALVES = {"2D": ("ADE20K", "COCO"), "3D": ("Omni3D",)}
 
 
+# ---- Rows
+
+
 def read(row: Row) -> Iterator[Item]:
     # `prompt` has the options, which `question` lacks.
     count = len(row.items("choices"))
@@ -36,6 +39,9 @@ def read(row: Row) -> Iterator[Item]:
         prompt,
         direct=f"{only_letters(count)}\n{prompt}",
     )
+
+
+# ---- Scores
 
 
 def official(text: str, example: Example) -> float:

@@ -30,6 +30,9 @@ from srreal import Example
 OBJECT = {"name": str, "bbox": FOUR}
 
 
+# ---- Rows
+
+
 def read(row: Row) -> Iterator[Item]:
     images = row.images("image")
     options = row.items("answer_options", str)
@@ -57,6 +60,9 @@ def read(row: Row) -> Iterator[Item]:
         dtr=dtr,
         regions=regions,
     )
+
+
+# ---- Scores
 
 
 def official(text: str, example: Example) -> float:

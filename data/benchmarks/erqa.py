@@ -12,6 +12,8 @@ from data.benchmarks.schema import TEST, Benchmark, Item, Row, by_sample, letter
 from data.marks import Marked
 from data.rows import Bad, matches
 
+# ---- Rows
+
 
 def read(row: Row) -> Iterator[Item]:
     images = row.images("images" if row.has("images") else "image")

@@ -14,6 +14,8 @@ from data.benchmarks.answers import LETTERS
 from data.benchmarks.schema import TEST, Benchmark, Item, Row, by_sample, equal, lettered, mean
 from data.rows import Bad
 
+# ---- Rows
+
 
 def read(row: Row) -> Iterator[Item]:
     images = row.images("image_bytes" if row.has("image_bytes") else "images")
@@ -43,6 +45,9 @@ def true_option(options: list[str], stated: str) -> str:
         if stray.sub("", option) == stray.sub("", stated):
             return option
     raise Bad("correct_answer", f"{stated!r} is none of {options}")
+
+
+# ---- Scores
 
 
 def aggregate(pairs: list) -> dict[str, float]:

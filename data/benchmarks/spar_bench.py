@@ -84,6 +84,7 @@ def read(row: Row) -> Iterator[Item]:
 
 def region_prompts(folder: Path) -> dict:
     """Return SR-REAL's sparbench_region_prompts.json, by id, where it lies under the folder."""
+    # It isn't part of the set, but is put beside it: in SR-REAL's repository it has this name.
     file = next(folder.glob("**/sparbench_region_prompts.json"), None)
     if file is None:
         return {}
@@ -91,8 +92,10 @@ def region_prompts(folder: Path) -> dict:
         prompts = json.loads(file.read_text())
     except ValueError as error:
         raise BadSource(f"{file}: unreadable: {error}") from error
-    if isinstance(prompts, list):
+    if matches(prompts, list[dict]):
         prompts = {str(prompt.get("id")): prompt for prompt in prompts}
+    if not matches(prompts, dict[str, dict]):
+        raise BadSource(f"{file}: no {{id: region prompt}}")
     return prompts
 
 
@@ -147,6 +150,7 @@ def cameras(row: Row, images: list[Marked]) -> list | None:
     """Return (fx, fy, cx, cy) of each image, from a matrix of sixteen numbers for each or all."""
     if not row.has("intrinsic_color"):
         return None
+    # Sixteen numbers for all images, or for each; as with SPAR-7M's, no size is stated beside them.
     matrices = row.value("intrinsic_color")
     if matches(matrices, list[float]):
         matrices = [matrices]
@@ -182,7 +186,7 @@ def official(text: str, example: Example) -> float:
 
 
 def official_number(text: str, task: str) -> float:
-    # "2^3" is no 3; signs are not read.
+    # What follows a ^ is no number, nor is a sign part of one.
     found = re.findall(r"(?<!\^)\d+\.\d+|(?<!\^)\d+", text)
     if not found:
         raise ValueError("no number")
@@ -211,10 +215,10 @@ def official_axes(text: str) -> list[float]:
 SLACK = 1e-9
 
 
-def own(response: str, example: Example) -> float | None:
+def robust_mra(response: str, example: Example) -> float | None:
     """Score numbers and motions by MRA, anything else as every benchmark."""
     if example.task == MOTION:
-        # Two axes and their units are words enough for a motion; more is prose.
+        # Five axes with a blank here and there are ten words at most; more is prose.
         axes = motion(read_text(response, words=10) or "")
         if not all(map(math.isfinite, axes)):
             return None
@@ -261,7 +265,7 @@ SPAR_BENCH = Benchmark(
     files=(TEST,),
     read=read,
     official=official,
-    robust=own,
+    robust=robust_mra,
     aggregate=aggregate,
     others=("Qwen2.5-VL-7B", "SPAR's readme", FULL),
     beside=region_prompts,

@@ -55,7 +55,7 @@ def read(row: Row) -> Iterator[Item]:
     if column_of(task) is None:
         raise Bad("qa_info", f"unknown category: {task!r}")
     if row.has("image"):
-        (image,) = row.images("image")
+        image = row.image(row.value("image"))
     else:
         image = row.image(typed(row.value("image_info"), {"file_path": str}, {})["file_path"])
     turns = row.items("conversations")
@@ -85,7 +85,7 @@ def read(row: Row) -> Iterator[Item]:
 
 VERDICT = re.compile(
     r"\b(?:(yes|correct|indeed|true)|(no|not|incorrect|false|wrong|isn['’]t"
-    # Also noes: what the set's truths begin with instead.
+    # Also a no: truths of the set that begin so contradict the question.
     r"|(?<!.)(?:in fact|actually)(?=,?\s(?:region|it|the)\b)))\b",
     re.IGNORECASE | re.DOTALL,
 )
@@ -133,9 +133,8 @@ def lengths(text: str) -> list[float]:
     return [number(value + (unit or "feet")) for value, unit in LENGTH.findall(text)]
 
 
-# In the text a length needs a unit: "there are 2" is none.
 def bare_length(text: str) -> float | None:
-    """Read a number alone; without unit it is in metres, as in <answer> everywhere else."""
+    # Within a sentence a length needs its unit; alone it is in metres, as in <answer> everywhere.
     return number(text) if QUANTITY.fullmatch(text) else None
 
 
@@ -171,9 +170,9 @@ def reading_of(example: Example) -> Reading:
 # ---- Scores
 
 
-# The first thing that a truth says counts, as it does for the official reading of an answer.
 def score_of(said, example: Example) -> float:
     reading = reading_of(example)
+    # The first thing that a truth says counts, as in the official reading of an answer.
     truths = reading.every(example.answer) or reading.silent
     return float(bool(truths) and reading.right(said, truths[0]))
 

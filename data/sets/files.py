@@ -45,12 +45,14 @@ def files_of_row(row: dict, base: str, lacks_depths: bool = False) -> Files:
     depths = paths(row.get("depth", ()), base)
     if not images:
         raise Bad("image", "no image")
+    # Which image a map belongs to is known by its place alone.
     if depths and len(depths) != len(images):
         raise Bad("depth", f"wrong count: {len(depths)} for {len(images)} images")
     return Files(images, depths or [None] * len(images), lacks_depths)
 
 
 def paths(names: str | list, base: str) -> list[str]:
+    # One image is often written without a list.
     names = [names] if isinstance(names, str) else names
     return [os.path.join(base, name) for name in names]
 

@@ -27,6 +27,9 @@ QUESTIONS = {
 }
 
 
+# ---- What a set says of an image
+
+
 @dataclass(frozen=True)
 class Thing:
     """An object of an image."""
@@ -46,6 +49,9 @@ class View:
     depth: str | None  # a file
     intrinsics: tuple  # (fx, fy, cx, cy)
     shape: tuple[int, int]  # (width, height), which camera and boxes are for
+
+
+# ---- What is asked
 
 
 def questions(file: Path, number: int, view: View, things: list[Thing]) -> Iterator[Row]:
@@ -75,6 +81,7 @@ def ask(key: str, what: str, view: View, things: list[Thing], headers: Headers) 
     by_mention = {f"region {k}": thing for k, thing in enumerate(things, 1)}
     regions = ", ".join(f"{mention} <mask>" for mention in by_mention)
     answer = [line(what, mention, thing) for mention, thing in by_mention.items()]
+    # The laser's map is coarser than its image; it is read at the image's size.
     depth = depth_map(view.depth, shape, headers)
     return [
         Example(

@@ -23,6 +23,9 @@ REQUIRED = {"conversations": list[dict[str, str]], "image": str | list[str]}
 OPTIONAL = FIELDS | {"id": str | int, "image_hw": tuple[int, int], "depth": str | list[str]}
 
 
+# ---- Turns
+
+
 @dataclass
 class Turn:
     """A question of a conversation, with its share of the row's regions."""
@@ -73,6 +76,9 @@ def turns_of(file: Path, number: int, row: dict, views: int, files: Files) -> It
         start = end
 
 
+# ---- Rows
+
+
 def llava_rows(path: Path, root: str | None) -> Iterator[Row]:
     """Yield a Row for each turn of the files that a path stands for. root: of the images."""
     yield from each(path, (".json", ".jsonl"), partial(build, root))
@@ -81,5 +87,6 @@ def llava_rows(path: Path, root: str | None) -> Iterator[Row]:
 def build(root: str | None, file: Path, number: int, row: dict) -> Iterator[Row]:
     row = typed(row, REQUIRED, OPTIONAL)
     files = files_of_row(row, root or str(file.parent))
+    # Captions and chats have no truth by which a path's reasoning could be taught.
     for turn in turns_of(file, number, row, len(files.images), files):
         yield Row(str(file), number, turn.key, turn.direct, files.all)

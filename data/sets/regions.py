@@ -59,28 +59,27 @@ def rle(code: dict, shape: tuple[int, int]) -> np.ndarray:
 
 def decode(counts, height: int, width: int) -> np.ndarray | None:
     """Return the mask of run lengths, or None where these don't fill the image exactly."""
-    whole = {"size": [height, width], "counts": counts}
     if isinstance(counts, list):
-        # frPyObjects would wrap a negative number around, and not look at the sum.
+        # frPyObjects looks at neither.
         if not counts or min(counts) < 0 or sum(counts) != height * width:
             return None
-        return coco.decode(coco.frPyObjects(whole, height, width))
+        text = coco.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+        return coco.decode(text)
     # pycocotools reads past the end of a string whose last number is cut off: only 0 to O end one.
     if not isinstance(counts, str) or not re.fullmatch("[0-o]*[0-O]", counts):
         return None
     # It refuses runs that are too long, but takes those that are too short: they also fit into an
     # image that lacks a pixel.
-    if fits_in(1, height * width - 1, counts):
+    if decode_text(counts, 1, height * width - 1) is not None:
         return None
-    return coco.decode(whole) if fits_in(height, width, counts) else None
+    return decode_text(counts, height, width)
 
 
-def fits_in(height: int, width: int, counts: str) -> bool:
+def decode_text(counts: str, height: int, width: int) -> np.ndarray | None:
     try:
-        coco.decode({"size": [height, width], "counts": counts})
-    except ValueError:
-        return False
-    return True
+        return coco.decode({"size": [height, width], "counts": counts})
+    except ValueError:  # more pixels than the image has
+        return None
 
 
 # Field of a row -> what reads one region of it, in order of preference.

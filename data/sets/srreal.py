@@ -124,6 +124,7 @@ class Question:
 
 
 def check_size(row: dict, shape: tuple[int, int]) -> None:
+    # Boxes are in pixels of that size: of another one they would lie elsewhere.
     stated = row.get("image_hw")
     found = list(shape[::-1])
     if stated and list(stated) != found:
@@ -149,6 +150,7 @@ def parse_answer(answer: str) -> Parsed:
 
 def frames_of_marks(row: dict) -> dict[str, int]:
     """Return {"red_bbox": view} where 3d_pos says it."""
+    # Typed loosely: what else is wrong with an entry, `truth` names.
     frames = {}
     for name, place in (row.get("3d_pos") or {}).items():
         if isinstance(place, dict) and isinstance(place.get("current_frame"), int):
@@ -212,6 +214,7 @@ def near(a: tuple, b: tuple) -> bool:
 
 def truth(row: dict, response: Parsed, views: int) -> tuple[dict, dict]:
     """Return (objects, names): from 3d_pos, else from what the response detects."""
+    # Of SFT's rows the response has the centres, of RL's only 3d_pos.
     names = {mention: name for mention, name, _ in response.boxes}
     if not row.get("3d_pos"):
         objects = {mention: xyz for mention, _, xyz in response.boxes}
