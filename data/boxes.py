@@ -12,10 +12,13 @@ BOX_3D = re.compile(rf'<3d_box center="({TRIPLE})"(?: size="({TRIPLE})")?>([^<>]
 
 def read_box(text: str | None) -> list[float] | None:
     """Return the four numbers of a text that has just these, x0 < x1 and y0 < y1; else None."""
-    found = [float(number) for number in NUMBER.findall(text or "")]
-    if len(found) == 4 and found[0] < found[2] and found[1] < found[3]:
-        return found
-    return None
+    # [x0, y0, x1, y1], (x0,y0),(x1,y1), with tags or without: families differ in signs alone.
+    found = NUMBER.findall(text or "")
+    if len(found) != 4:
+        return None
+    box = [float(number) for number in found]
+    x0, y0, x1, y1 = box
+    return box if x0 < x1 and y0 < y1 else None
 
 
 def box_iou(answer: str | None, truth: str) -> float:
@@ -27,9 +30,12 @@ def box_iou(answer: str | None, truth: str) -> float:
     b = read_box(truth)
     if a is None or b is None:
         return 0.0
-    width = max(min(a[2], b[2]) - max(a[0], b[0]), 0)
-    height = max(min(a[3], b[3]) - max(a[1], b[1]), 0)
-    common = width * height
+    left = max(a[0], b[0])
+    top = max(a[1], b[1])
+    right = min(a[2], b[2])
+    bottom = min(a[3], b[3])
+    # Boxes that don't touch have a negative side, and nothing in common.
+    common = max(right - left, 0) * max(bottom - top, 0)
     return common / (area(a) + area(b) - common)
 
 

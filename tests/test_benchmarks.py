@@ -1023,7 +1023,10 @@ def test_a_number_is_read_in_the_unit_that_is_asked_for():
 
 
 def test_options_of_one_line():
-    question = "Which way? Choices: A. left B. right C. up D. down. Please answer directly with the letter."
+    question = (
+        "Which way? Choices: A. left B. right C. up D. down. Please answer directly with the "
+    )
+    question += "letter."
     for text, letter in zip(["left", "right", "up", "down"], "ABCD", strict=True):
         assert one("erqa", "robust", f"<answer>{text}</answer>", letter, question=question) == 1
         assert one("erqa", "robust", f"<answer>{text}</answer>", "H", question=question) == 0

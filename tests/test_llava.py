@@ -465,7 +465,7 @@ def test_run_lengths(two):
     ["", [], None, "33", "335", "33k", "33é", "2O", [3, 3], [3, 3, 7], [-1, 13], "o" * 40 + "0"],
 )
 def test_torn_run_lengths_are_refused(counts):
-    """Too short, too long, cut off within a number, or below zero: pycocotools takes some of them."""
+    """Too short, too long, cut off within a number, below zero: pycocotools takes some of them."""
     assert rle({"size": [3, 4], "counts": "336"}, (4, 3)).sum() == 3
     with pytest.raises(Bad, match=r"wrong size or counts: \[3, 4\] for an image of 3 x 4"):
         rle({"size": [3, 4], "counts": counts}, (4, 3))

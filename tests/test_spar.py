@@ -205,7 +205,8 @@ def test_several_views_are_marked_where_their_things_are(tmp_path, three):
     row = rooms.spar_row(
         "distance_infer_center_oo_mv",
         images,
-        "In the first image: is the box (red bbox) nearer to (green bbox) or (blue bbox)? Or (red bbox)?",
+        "In the first image: is the box (red bbox) nearer to (green bbox) or (blue bbox)? "
+        "Or (red bbox)?",
         "B",
         depth=list(depths),
         bbox_img_idx=[[2, 0, 1]],
@@ -234,7 +235,8 @@ def test_several_views_are_marked_where_their_things_are(tmp_path, three):
 def test_masks_are_inserted_by_the_paper_s_rules():
     red, blue = Mark("red", "bbox", 0, (0, 0, 9, 9)), Mark("blue", "point", 0, (5, 5))
     text = "a (blue point), b (red bbox), a (blue point), c (green bbox), red bboxes"
-    one = "a (blue point <mask>), b (red bbox <mask>), a (blue point <mask>), c (green bbox), red bboxes"
+    one = "a (blue point <mask>), b (red bbox <mask>), a (blue point <mask>), c (green bbox), "
+    one += "red bboxes"
     assert insert_masks(text, [red, blue], False) == (one, [blue, red, blue])
     several = (
         "a (blue point <mask>), b (red bbox <mask>), a (blue point), c (green bbox), red bboxes"

@@ -1,7 +1,7 @@
 """The benchmarks as published: `load(name, root)` reads one, `score(name, pairs, scorer)` marks it.
 
     python eval.py --model DIR --benchmark cv-bench --path direct --out out/cv-bench
-    python eval.py --model DIR --benchmark spar-bench --data /sets/SPAR-Bench --path both --out out/spar
+    python eval.py --model DIR --benchmark spar-bench --data /sets/SPAR-Bench --out out/spar
 
 `root` is a directory as downloaded, a file of it, or a hub id (default: the set's own). A name may
 choose one task: blink/Relative_Depth. What a row asks on each path:
@@ -12,12 +12,12 @@ choose one task: blink/Relative_Depth. What a row asks on each path:
 Each set is one file here: its reader, its published rule and its aggregate. To add one, write such
 a file and enter it in BENCHMARKS. A row's answers are marked by two scorers:
     official  the published rule, bugs included, on the first <answer> block (without one: on the
-              whole response). A rule that is a language model is replaced by one that isn't: `judged`
+              whole response). One that is a language model is replaced by one that isn't (`judged`)
     robust    reads one answer or none, and none is wrong (answers.py)
 `unparsed`: the share of responses in which the robust scorer reads no answer, given with both.
 
-Departures: a row that can't be used stops the run, as a benchmark is read whole, unless skip_bad_rows
-leaves it out. A count that differs from the published one is a warning.
+Departures: a row that can't be used stops the run, as a benchmark is read whole, unless
+skip_bad_rows leaves it out. A count that differs from the published one is a warning.
 """
 
 import csv
@@ -43,6 +43,7 @@ from data.rows import Bad, BadSource, MissingFile, records
 from data.sets.spar_marks import PHRASE
 from srreal import Example
 
+# Everything derives from this: eval's --benchmark, both scorers, the figures beside the table.
 BENCHMARKS = {
     "spar-bench": SPAR_BENCH,
     "spar-bench-tiny": TINY,
@@ -69,12 +70,14 @@ def load(name: str, root=None, path: str = "both", skip_bad_rows: bool = False) 
     if name not in BENCHMARKS:
         raise BadSource(f"unknown benchmark {name!r}: one of {', '.join(BENCHMARKS)}")
     benchmark = BENCHMARKS[name]
+    # Read once a load, and handed to every row.
     folder, files = find_files(name, root)
     beside = benchmark.beside(folder) if benchmark.beside else {}
     examples = []
     bad = []
     seen = set()
     total = 0
+    # Only what the row says wrong is caught: any other exception of a reader is a bug in it.
     for file, number, record in all_records(files):
         total += 1
         try:
@@ -87,6 +90,7 @@ def load(name: str, root=None, path: str = "both", skip_bad_rows: bool = False) 
         except Bad as error:
             bad += [(str(file), number, *problem) for problem in error.args[0]]
             continue
+        # Ids are given before a task is chosen, so that a part's are those of the whole.
         rename_known(asked, seen, total)
         examples += [example for example in asked if task in ("", example.task)]
     if bad and not (skip_bad_rows and examples):
@@ -96,6 +100,7 @@ def load(name: str, root=None, path: str = "both", skip_bad_rows: bool = False) 
     if not examples:
         missing = f"no task {task!r}" if task else "no rows"
         raise BadSource(f"{name}: {missing} in {folder}")
+    # A mirror may lack rows or hold another version: the numbers would not be comparable.
     if total != benchmark.rows:
         warn_of_count(name, folder, total, examples)
     if path == "dtr":
@@ -114,6 +119,7 @@ def all_records(files: list[Path]) -> Iterator[tuple[Path, int, dict | Bad]]:
 
 def tsv_rows(file: Path) -> Iterator[tuple[int, dict | Bad]]:
     csv.field_size_limit(2**31 - 1)  # a field is an image
+    # Behind a damaged line nothing can be told apart: fields are quoted over many lines.
     number = 0
     try:
         with open(file, newline="", encoding="utf-8") as lines:
@@ -130,9 +136,11 @@ def find_files(name: str, root) -> tuple[Path, list[Path]]:
     if root.is_file():
         return root.parent, [root]
     if not root.is_dir():
+        # A hub id is owner/name; anything else was meant as a path.
         if len(root.parts) != 2 or str(root).startswith((".", "/", "~")):
             raise MissingFile(f"{name}: no such directory, nor a hub id: {root}")
         root = download(str(root), benchmark)
+    # The first pattern that finds any: a folder may hold the set in two formats.
     for pattern in benchmark.files:
         if files := sorted(root.glob(pattern)):
             return root, files
@@ -142,8 +150,12 @@ def find_files(name: str, root) -> tuple[Path, list[Path]]:
 def download(hub: str, benchmark: Benchmark) -> Path:
     from huggingface_hub import snapshot_download  # a local directory needs no hub
 
+    # Only the files with rows: some sets have many GB of other splits beside them.
     patterns = [pattern.replace("**/", "*") for pattern in benchmark.files]
-    return Path(snapshot_download(hub, repo_type="dataset", allow_patterns=patterns))
+    try:
+        return Path(snapshot_download(hub, repo_type="dataset", allow_patterns=patterns))
+    except (OSError, ValueError) as error:  # no such set, no network, no access
+        raise MissingFile(f"{hub}: it can't be downloaded: {error}") from error
 
 
 def rename_known(examples: list[Example], seen: set, number: int) -> None:
@@ -170,6 +182,7 @@ def warn_of_count(name: str, folder: Path, total: int, examples: list[Example]) 
 
 
 def warn_of_marks(name: str, examples: list[Example]) -> None:
+    # The question speaks of a mark, and the model is shown none in words.
     lost = [e for e in examples if not e.regions and PHRASE.search(e.question)]
     if lost:
         text = f"{name}: no region for the marks of {len(lost)} rows, asked without"
@@ -197,6 +210,7 @@ def score(
     benchmark = BENCHMARKS[name]
     marked = []
     unparsed = 0
+    # `unparsed` is always the robust scorer's: the official ones take anything as an answer.
     for example, response in pairs:
         value = benchmark.robust(response, example)
         unparsed += 1 if value is None else 0

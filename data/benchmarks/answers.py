@@ -14,7 +14,7 @@ import numpy as np
 from srreal import CHOICE, QUANTITY, UNITS, Example, answer_score, number
 
 LETTERS = "ABCDEFGH"
-# An option of a question, each in its line or all in one; data/rationale.py reads them by this, too.
+# An option of a question, each in its line or all in one. data/rationale.py reads them so, too.
 OPTION = re.compile(
     r"(?<![\w(])\(?([A-H])[.)]\s*(.+?)(?=\s+\(?[A-H][.)]|\s*$|\.?\s+(?:Please|Answer)\b)", re.M
 )
@@ -57,6 +57,8 @@ def plain(text: str) -> str:
 
 def read_choice(response: str, question: str) -> str | None:
     """Return the letter that a response chooses, or None."""
+    # An <answer> is taken at its word. Elsewhere the last "answer is X" goes first, and letters
+    # that are surely no articles may contradict each other.
     text = answer_text(response).strip()
     sure = set()
     if answer_block(response) is None:
@@ -67,6 +69,7 @@ def read_choice(response: str, question: str) -> str | None:
         # Another sure letter speaks against it: "A. It is near.\nB. It is far."
         if sure <= {letter} and re.fullmatch(CHOICE.replace("L", letter), text, re.I | re.S):
             return letter
+    # The option's text in place of its letter.
     for letter, option in OPTION.findall(question):
         if plain(option) == plain(text):
             return letter
@@ -96,6 +99,7 @@ def find_quantity(response: str) -> re.Match | None:
         return alone
     if explicit := list(SAID_NUMBER.finditer(text)):
         return explicit[-1]
+    # The same number twice is one answer, also in other units.
     every = list(ANY_NUMBER.finditer(text))
     different = {number(found[0]) for found in every}
     return every[0] if len(different) == 1 else None
@@ -112,6 +116,7 @@ def said_text(text: str) -> str | None:
 
 def read_text(response: str, words: int = FEW) -> str | None:
     """Return what <answer> holds or "answer is" says, else a response of at most so many words."""
+    # Bold type around a short answer is no part of it.
     text = answer_block(response)
     if text is None:
         whole = response.replace("**", "")

@@ -20,6 +20,9 @@ from data.benchmarks.schema import (
 IMAGES = ("image_1", "image_2", "image_3", "image_4")
 
 
+# ---- Rows
+
+
 def read(row: Row) -> Iterator[Item]:
     count = len(row.items("choices"))
     prompt = row.text("prompt")
@@ -33,7 +36,11 @@ def read(row: Row) -> Iterator[Item]:
     )
 
 
+# ---- Scores
+
+
 def aggregate(pairs: list) -> dict[str, float]:
+    # The published mean is over tasks, whatever their number of rows.
     rows = by_sample(pairs)
     tasks = means(pairs, lambda example: example.task)
     return rows | {"overall": mean(tasks.values()), "overall_samples": rows["overall"]}

@@ -24,7 +24,11 @@ from srreal import Example
 HALVES = {"2D": ("ADE20K", "COCO"), "3D": ("Omni3D",)}
 
 
+# ---- Rows
+
+
 def read(row: Row) -> Iterator[Item]:
+    # `prompt` has the options, which `question` lacks.
     count = len(row.items("choices"))
     prompt = row.text("prompt")
     yield Item(
@@ -37,6 +41,9 @@ def read(row: Row) -> Iterator[Item]:
     )
 
 
+# ---- Scores
+
+
 def official(text: str, example: Example) -> float:
     found = re.match(r"[(\s]*([A-Z])", text.strip(), re.I)
     return float(found is not None and found[1].upper() == example.answer)
@@ -44,6 +51,7 @@ def official(text: str, example: Example) -> float:
 
 def aggregate(pairs: list) -> dict[str, float]:
     """Average 2D, itself of ADE20K and COCO, and 3D, which is Omni3D; `_samples`: the rows."""
+    # A task alone may have no source of one half, or of either.
     sources = means(pairs, source)
     halves = averages(sources, HALVES)
     rows = by_sample(pairs)

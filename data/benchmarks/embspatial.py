@@ -30,6 +30,9 @@ from srreal import Example
 OBJECT = {"name": str, "bbox": FOUR}
 
 
+# ---- Rows
+
+
 def read(row: Row) -> Iterator[Item]:
     images = row.images("image")
     options = row.items("answer_options", str)
@@ -40,6 +43,7 @@ def read(row: Row) -> Iterator[Item]:
     for entry in objects:
         x, y, width, height = entry["bbox"]
         regions.append((0, (x, y, x + width, y + height)))
+    # Cut off at its edge, a box would be another object's: such a row is asked without regions.
     dtr = ""
     if regions and all(inside(box, images[0].size) for _, box in regions):
         relevant = ", ".join(f"{entry['name']} <mask>" for entry in objects)
@@ -58,7 +62,11 @@ def read(row: Row) -> Iterator[Item]:
     )
 
 
+# ---- Scores
+
+
 def official(text: str, example: Example) -> float:
+    # Upper-cased, the article in "It is a table, so C" reads as option A.
     found = re.search(r"\b([A-D])\b", text.upper())
     return float(found is not None and found[1] == example.answer)
 

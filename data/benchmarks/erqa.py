@@ -12,14 +12,18 @@ from data.benchmarks.schema import TEST, Benchmark, Item, Row, by_sample, letter
 from data.marks import Marked
 from data.rows import Bad, matches
 
+# ---- Rows
+
 
 def read(row: Row) -> Iterator[Item]:
     images = row.images("images" if row.has("images") else "image")
     question, images = interleave(row.text("question"), images, places_of(row))
     name = f"erqa_{row.number}"
+    # The tsv copy has an index; SR-REAL's json has neither.
     for column in ("index", "question_id"):
         if row.has(column):
             name = row.text(column)
+    # Options are part of the question's text: how many there are isn't stated.
     answer = letter(row.value("answer"), len(LETTERS))
     yield Item(name, images, answer, row.text("question_type"), question)
 

@@ -8,8 +8,11 @@ from collections.abc import Iterator
 
 from data.benchmarks.schema import TEST, Benchmark, Item, Row, by_sample, letter_or_text
 
+# ---- Rows
+
 
 def read(row: Row) -> Iterator[Item]:
+    # Rows have no ids, and question and options are one text, which ends in its own instruction.
     name = f"realworldqa_{row.number}"
     yield Item(name, row.images("image"), row.text("answer"), "", row.text("question"))
 

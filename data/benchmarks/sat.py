@@ -14,11 +14,14 @@ from data.benchmarks.answers import LETTERS
 from data.benchmarks.schema import TEST, Benchmark, Item, Row, by_sample, equal, lettered, mean
 from data.rows import Bad
 
+# ---- Rows
+
 
 def read(row: Row) -> Iterator[Item]:
     images = row.images("image_bytes" if row.has("image_bytes") else "images")
     options = [option.strip() for option in row.items("answers", str)]
     true = true_option(options, row.text("correct_answer").strip())
+    # By the row's number, so that a row is asked alike on any number of ranks.
     random.Random(f"sat {row.number}").shuffle(options)
     for k, order in enumerate((options, options[::-1])):
         question = row.text("question") + "\nSelect the correct response from the given choices."
@@ -44,8 +47,12 @@ def true_option(options: list[str], stated: str) -> str:
     raise Bad("correct_answer", f"{stated!r} is none of {options}")
 
 
+# ---- Scores
+
+
 def aggregate(pairs: list) -> dict[str, float]:
     """Average over both orders; `circular`: right in both."""
+    # The least of the two scores is 1 only where both are right.
     orders: dict[str, list[float]] = {}
     for example, value in pairs:
         question, _, _ = example.id.rpartition("-")

@@ -27,6 +27,7 @@ class Row:
     path: str  # what is asked for: lor and direct need no region
     beside: dict  # what the benchmark's `beside` read in the folder
 
+    # A parquet's null and a column that isn't there are one: neither can be asked about.
     def has(self, name: str) -> bool:
         return self.columns.get(name) is not None
 
@@ -36,6 +37,7 @@ class Row:
         return self.columns[name]
 
     def text(self, name: str) -> str:
+        # Not unpacked: a question may begin with a bracket. Ids are numbers in some copies.
         text = self.raw(name)
         if not isinstance(text, str | int | float):
             raise Bad(name, f"wrong type or value: {text!r:.50} is no text")
@@ -72,6 +74,7 @@ class Row:
             value = self.file_or_base64(value)
         if not isinstance(value, bytes):
             raise Bad("image", f"neither bytes nor a path: {value!r:.60}")
+        # Reads the header alone; the pixels are decoded when the question is asked.
         try:
             opened(value)
         except Exception as error:  # Pillow raises all sorts on bad bytes
@@ -79,6 +82,7 @@ class Row:
         return Marked(value)
 
     def file_or_base64(self, text: str) -> bytes:
+        # A path is tried first: base64 is far too long to be one, and `isfile` says so at once.
         for base in (self.folder, self.folder / "images", self.file.parent):
             if os.path.isfile(base / text):
                 return (base / text).read_bytes()
@@ -92,6 +96,7 @@ class Row:
 def unpacked(value):
     if not (isinstance(value, str) and value.startswith(("[", "{"))):
         return value
+    # literal_eval reads literals and calls nothing, so it is safe on text from a file.
     for read in (json.loads, ast.literal_eval):
         try:
             return read(value)
@@ -117,11 +122,13 @@ class Item:
 
     def examples(self, path: str) -> Iterator[Example]:
         """Yield it on one path; or for both: lor, and dtr where that is asked in another way."""
+        # eval.py asks the lor form on dtr where there is no other, so it comes once.
         paths = [path]
         if path == "both":
             paths = ["lor", "dtr"] if self.dtr else ["lor"]
+        texts = {"direct": self.direct, "dtr": self.dtr}
         for path in paths:
-            text = getattr(self, path) or self.lor
+            text = texts.get(path) or self.lor
             self.check(text)
             yield Example(
                 self.id,
@@ -137,6 +144,7 @@ class Item:
 
     def check(self, text: str) -> None:
         """Raise Bad where a question's places, regions and images don't belong together."""
+        # Either form may do without regions or places, but not with some of them.
         masks = text.count("<mask>")
         places = text.count("<image>")
         if masks not in (0, len(self.regions)):
@@ -162,12 +170,13 @@ class Benchmark:
     read: Callable[[Row], Iterator[Item]]
     official: Callable[[str, Example], float]  # (text of the answer, its Example) -> 0..1
     aggregate: Callable[[list], dict[str, float]]  # of pairs (Example, per cent)
-    # somebody else's figures: (the model, who says so, {key: per cent})
+    # Somebody else's figures: (the model, who says so, {key: per cent}). They stand beside ours
+    # where all of the set was asked.
     others: tuple[str, str, dict]
     robust: Callable[[str, Example], float | None] = robust  # of the whole response
     judged: str = ""  # where the published rule is a language model: what `official` is instead
     beside: Callable[[Path], dict] | None = None  # reads what a folder has beside the rows
-    # of pairs (Example, response): key -> mean error of what is read
+    # Of pairs (Example, response): key -> mean error of what is read, where that is published.
     errors: Callable[[list], dict[str, float]] | None = None
 
 
@@ -178,6 +187,7 @@ TEST = "**/test*.parquet"
 
 def lettered(options: list[str], form: str) -> str:
     """Write a line an option: form holds {} for the letter and {} for the text."""
+    # More than eight options have no letter that a scorer would read.
     pairs = zip(LETTERS, options, strict=False)
     return "".join("\n" + form.format(letter, option) for letter, option in pairs)
 
@@ -211,6 +221,7 @@ def inside(box: tuple, size: tuple[int, int]) -> bool:
 
 def equal(text: str, example: Example) -> float:
     """SR-REAL's rule, and BLINK's first step: equal but for case, ( ) . and blanks."""
+    # "B. cabinet" so is none of its letters: that is the published rule.
     bare = str.maketrans("", "", "(). ")
     return float(text.lower().translate(bare) == example.answer.lower().translate(bare))
 

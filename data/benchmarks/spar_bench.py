@@ -1,15 +1,15 @@
-"""SPAR-Bench, its tiny and its RGBD variants: twenty tasks of depth, distance, views and relations.
+"""SPAR-Bench, its tiny and its RGBD variants: twenty tasks of depth, distance, views, relations.
 
-official  SPAR's and lmms-eval's rule. Numbers: MRA of the first (single view) or the last (several),
-          unsigned. Options: equal, or a substring of the truth (so the empty answer is right), or the
-          first character. Camera motion: mean MRA over five axes with truth and answer swapped: the
-          error is divided by the answer. All as they are, not stripped.
+official  SPAR's and lmms-eval's rule. Numbers: MRA of the first (single view) or the last
+          (several), unsigned. Options: equal, or a substring of the truth (so the empty answer is
+          right), or the first character. Camera motion: mean MRA over five axes with truth and
+          answer swapped: the error is divided by the answer. All as they are, not stripped.
 robust    MRA of signed numbers with units, with exact ties, and truth and answer in their places.
 
 Path dtr asks with regions from SR-REAL's sparbench_region_prompts.json where that lies under the
-folder, else where all marks are found in the images (found_marks.py). A row without regions is asked
-with the DTR prompt all the same, where SR-REAL's DTR column has it on LOR: eval.py says how many had
-regions. The RGBD variants come with depth and cameras, which the model gets to see.
+folder, else where all marks are found in the images (found_marks.py). A row without regions is
+asked with the DTR prompt all the same, where SR-REAL's DTR column has it on LOR: eval.py says how
+many had regions. The RGBD variants come with depth and cameras, which the model gets to see.
 """
 
 import json
@@ -45,8 +45,8 @@ LEVELS = {"Low": LOW, "Middle": MIDDLE, "High": HIGH}
 NUMBER_WORDS = "Please answer the question using a single word or phrase."
 OPTION_WORDS = "\nAnswer with the option's letter from the given choices directly."
 BOX_WORDS = (
-    "The values represent the bounding box coordinates normalized to a 0-1000 scale, with the top-left "
-    "corner as the origin of the image."
+    "The values represent the bounding box coordinates normalized to a 0-1000 scale, "
+    "with the top-left corner as the origin of the image."
 )
 WORDS = dict.fromkeys(LOW, NUMBER_WORDS)
 WORDS |= dict.fromkeys(MIDDLE, BOX_WORDS + OPTION_WORDS)
@@ -61,6 +61,7 @@ def read(row: Row) -> Iterator[Item]:
         raise Bad("task", f"unknown: {task!r}")
     images = row.images("image")
     question = row.text("question")
+    # Marks are searched for in every pixel, which no other path needs.
     text = ""
     regions = []
     if row.path in ("dtr", "both"):
@@ -83,6 +84,7 @@ def read(row: Row) -> Iterator[Item]:
 
 def region_prompts(folder: Path) -> dict:
     """Return SR-REAL's sparbench_region_prompts.json, by id, where it lies under the folder."""
+    # It isn't part of the set, but is put beside it: in SR-REAL's repository it has this name.
     file = next(folder.glob("**/sparbench_region_prompts.json"), None)
     if file is None:
         return {}
@@ -90,8 +92,10 @@ def region_prompts(folder: Path) -> dict:
         prompts = json.loads(file.read_text())
     except ValueError as error:
         raise BadSource(f"{file}: unreadable: {error}") from error
-    if isinstance(prompts, list):
+    if matches(prompts, list[dict]):
         prompts = {str(prompt.get("id")): prompt for prompt in prompts}
+    if not matches(prompts, dict[str, dict]):
+        raise BadSource(f"{file}: no {{id: region prompt}}")
     return prompts
 
 
@@ -114,6 +118,7 @@ def found_regions(row: Row, question: str, images: list[Marked]) -> tuple[str, l
     """Return the question with <mask>s, and the regions of the marks that its images show."""
     text, marks = insert_masks(question, find_marks(images, question), len(images) > 1)
     regions = []
+    # A mark over the edge was cut when it was drawn: its true box is not known.
     for mark in marks:
         size = images[mark.view].size
         box = mark.pixels(size)
@@ -135,15 +140,17 @@ def depth_maps(row: Row, images: list[Marked]) -> list | None:
         if not picture.mode.startswith("I"):
             raise Bad("depth", f"wrong mode: {picture.mode}, not a 16-bit PNG")
         _, most = picture.getextrema()
+        # No room is less than 10 cm deep; 0 is unknown.
         if 0 < most < 100:
             raise Bad("depth", f"in metres, not millimetres?: at most {most}")
     return [DepthMap(file.source, image.size) for file, image in zip(files, images, strict=True)]
 
 
 def cameras(row: Row, images: list[Marked]) -> list | None:
-    """Return (fx, fy, cx, cy) of each image, from matrices of sixteen numbers; one may do for all."""
+    """Return (fx, fy, cx, cy) of each image, from a matrix of sixteen numbers for each or all."""
     if not row.has("intrinsic_color"):
         return None
+    # Sixteen numbers for all images, or for each; as with SPAR-7M's, no size is stated beside them.
     matrices = row.value("intrinsic_color")
     if matches(matrices, list[float]):
         matrices = [matrices]
@@ -154,6 +161,7 @@ def cameras(row: Row, images: list[Marked]) -> list | None:
     stated = SCANNET if row.columns.get("source") == "scannet" else None
     found = []
     for matrix, image in zip(matrices, images, strict=True):
+        # The first two lines of four: the rest is 0, 0, 1.
         lines = [matrix[:4], matrix[4:8]]
         found.append(pinhole(lines, image.size, stated))
     return found
@@ -178,6 +186,7 @@ def official(text: str, example: Example) -> float:
 
 
 def official_number(text: str, task: str) -> float:
+    # What follows a ^ is no number, nor is a sign part of one.
     found = re.findall(r"(?<!\^)\d+\.\d+|(?<!\^)\d+", text)
     if not found:
         raise ValueError("no number")
@@ -194,7 +203,7 @@ AXES = [
 
 
 def official_axes(text: str) -> list[float]:
-    """Read five signed axes. Unknown keys count for nothing, of a repeated one the last is taken."""
+    """Read five signed axes; unknown keys count for nothing, the last of a repeated one counts."""
     moves = {}
     for entry in text.split(","):
         key, value = entry.split(":")
@@ -206,9 +215,10 @@ def official_axes(text: str) -> list[float]:
 SLACK = 1e-9
 
 
-def own(response: str, example: Example) -> float | None:
+def robust_mra(response: str, example: Example) -> float | None:
     """Score numbers and motions by MRA, anything else as every benchmark."""
     if example.task == MOTION:
+        # Five axes with a blank here and there are ten words at most; more is prose.
         axes = motion(read_text(response, words=10) or "")
         if not all(map(math.isfinite, axes)):
             return None
@@ -223,6 +233,7 @@ def own(response: str, example: Example) -> float | None:
 
 def aggregate(pairs: list) -> dict[str, float]:
     """Average over tasks, as published; `_samples` and the splits weigh by sample, as SR-REAL."""
+    # Both ways of averaging, as both are quoted: tasks differ in size.
     tasks = means(pairs, lambda example: example.task)
     levels = means(pairs, level)
     samples = {f"{name}_samples": value for name, value in levels.items()}
@@ -241,6 +252,7 @@ def level(example: Example) -> str:
 
 def split(example: Example) -> str:
     task = example.task
+    # The tasks of the middle level all compare views, without saying so in their names.
     views = "multi" if task in MIDDLE or task.endswith("_mv") else "single"
     form = "fill" if task in LOW or task == MOTION else "select"
     return f"{views}_{form}"
@@ -253,7 +265,7 @@ SPAR_BENCH = Benchmark(
     files=(TEST,),
     read=read,
     official=official,
-    robust=own,
+    robust=robust_mra,
     aggregate=aggregate,
     others=("Qwen2.5-VL-7B", "SPAR's readme", FULL),
     beside=region_prompts,

@@ -55,14 +55,16 @@ def read(row: Row) -> Iterator[Item]:
     if column_of(task) is None:
         raise Bad("qa_info", f"unknown category: {task!r}")
     if row.has("image"):
-        (image,) = row.images("image")
+        image = row.image(row.value("image"))
     else:
         image = row.image(typed(row.value("image_info"), {"file_path": str}, {})["file_path"])
     turns = row.items("conversations")
     if len(turns) < 2:
         raise Bad("conversations", "there is no answer")
+    # The set's own code cuts its masks off at the edges.
     boxes = [clip(box, image.size) for box in row.items("bbox", FOUR)]
     text = row.text("text_q")
+    # A <mask> each in the order of the text, where a region is named for the first time.
     places = {k: text.find(f"Region [{k}]") for k in range(len(boxes))}
     named = sorted((k for k in places if places[k] >= 0), key=places.get)
     if not named:
@@ -83,7 +85,7 @@ def read(row: Row) -> Iterator[Item]:
 
 VERDICT = re.compile(
     r"\b(?:(yes|correct|indeed|true)|(no|not|incorrect|false|wrong|isn['’]t"
-    # Also noes: what the set's truths begin with instead.
+    # Also a no: truths of the set that begin so contradict the question.
     r"|(?<!.)(?:in fact|actually)(?=,?\s(?:region|it|the)\b)))\b",
     re.IGNORECASE | re.DOTALL,
 )
@@ -132,7 +134,7 @@ def lengths(text: str) -> list[float]:
 
 
 def bare_length(text: str) -> float | None:
-    """Read a number alone; without unit it is in metres, as in <answer> everywhere else."""
+    # Within a sentence a length needs its unit; alone it is in metres, as in <answer> everywhere.
     return number(text) if QUANTITY.fullmatch(text) else None
 
 
@@ -170,6 +172,7 @@ def reading_of(example: Example) -> Reading:
 
 def score_of(said, example: Example) -> float:
     reading = reading_of(example)
+    # The first thing that a truth says counts, as in the official reading of an answer.
     truths = reading.every(example.answer) or reading.silent
     return float(bool(truths) and reading.right(said, truths[0]))
 
@@ -182,6 +185,7 @@ def official(text: str, example: Example) -> float:
 def robust(response: str, example: Example) -> float | None:
     reading = reading_of(example)
     text = answer_text(response).strip()
+    # "No, it is right of it." says no at once; "It isn't; yes?" says two things.
     said = reading.alone(text)
     if said is None:
         distinct = set(reading.every(text))

@@ -1,8 +1,8 @@
 """CA-1M (kind `ca1m`): captures as unpacked (`tar -xf`).
 
-VIDEO/TIME.wide/{image.png, image/K.json, instances.json}, with the laser's depth (TIME.gt/depth.png)
-where it is, else the device's. Of a folder, captures named *-val-* are left out. Questions:
-grounding.py."""
+VIDEO/TIME.wide/{image.png, image/K.json, instances.json}, with the laser's depth
+(TIME.gt/depth.png) where it is, else the device's. Of a folder, captures named *-val-* are left
+out. Questions: grounding.py."""
 
 import json
 from collections.abc import Iterator
@@ -29,8 +29,12 @@ REQUIRED = {"category": str, "position": XYZ, "scale": XYZ}
 OPTIONAL = {"box_2d_rend": FOUR, "box_2d_proj": FOUR}
 
 
+# ---- Rows
+
+
 def ca1m_rows(path: Path, root: str | None) -> Iterator[Row]:
     """Yield the Rows of every frame in a folder, or of one instances.json."""
+    # World files (VIDEO/world.gt) end otherwise: their boxes are in no camera's frame.
     frames = [path.parent] if path.name == "instances.json" else sorted(path.rglob("*.wide"))
     if not frames:
         raise MissingFile(
@@ -54,6 +58,7 @@ def rows_of_frame(frame: Path, file: Path) -> Iterator[Row]:
     instances = [typed(instance, REQUIRED, OPTIONAL) for instance in listed]
     things = []
     for number, instance in enumerate(instances, 1):
+        # What is rendered is what can be seen; the projection also has what is hidden.
         box = instance.get("box_2d_rend") or instance.get("box_2d_proj")
         if not box:
             continue
@@ -62,6 +67,7 @@ def rows_of_frame(frame: Path, file: Path) -> Iterator[Row]:
         if max(over) > 2:
             outside = Bad("box_2d", f"outside its image: {box}, of {view.shape}")
             yield broken(file, number, outside)
+        # Flat ones are left out without a word, as in Omni3D.
         elif min(instance["scale"]) > 0:
             things.append(thing_of(instance, box))
     yield from questions(file, 1, view, things)
@@ -75,8 +81,12 @@ def thing_of(instance: dict, box: list) -> Thing:
     )
 
 
+# ---- What lies beside the instances
+
+
 def view_of(frame: Path) -> View:
     image = str(frame / "image.png")
+    # The last that is there counts: the laser's map is the better one.
     depth = estimated(image)
     for place in (frame / "depth.png", frame.with_suffix(".gt") / "depth.png"):
         if place.is_file():
@@ -92,6 +102,7 @@ def view_of(frame: Path) -> View:
 
 def camera_matrix(frame: Path) -> list:
     """Return the 3x3 matrix of K.json, or of k.json, as webdataset writes it."""
+    # min: K before k where a file system tells them apart and has both.
     file = min((frame / "image").glob("[Kk].json"), default=frame / "image" / "K.json")
     matrix = read_json(file)
     if matches(matrix, list[float]) and len(matrix) == 9:
@@ -106,6 +117,7 @@ def stated_size(frame: Path) -> tuple[int, int]:
 
     It stands in TIME._wide/image/size.json; else it is what all images of the set have.
     """
+    # `size`, with or without an ending.
     for place in (frame.with_suffix("._wide"), frame):
         for file in sorted(place.glob("image/size*")):
             size = read_json(file)

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.rows import Bad, BadSource, Notes, matrix, pinhole
+from data.rows import Bad, BadSource, Notes, matrix, pinhole, typed
 from data.sets.spar_marks import Mark
 
 SCANNET = 1296, 968  # width, height of its colour camera: what its matrices are written down for
@@ -86,31 +86,45 @@ class Scene:
         return points_of(self.boxes)
 
 
-# The sources of a mixture look into one file, and unpickling it takes longer than reading their rows.
+# What is looked up in the annotations: arrays are taken as they are, of any type.
+CONTENT = {"metainfo": dict, "data_list": list[dict]}
+SCENE = {"axis_align_matrix": object, "cam2img": object, "instances": list[dict]}
+INSTANCE = {"bbox_3d": object, "bbox_label_3d": object}
+
+
+# The sources of a mixture look into one file, which takes longer to unpickle than rows to read.
 @lru_cache(2)
 def read(file: Path, changed: int) -> dict[str, Scene]:
-    """Return the scenes of ScanNet by name. changed: when, in ns, so that no older copy is taken."""
+    """Return the scenes of ScanNet by name. changed: when, in ns: no older copy is taken."""
+    wanted = f"{file}: not EmbodiedScan's annotations"
     try:
         with open(file, "rb") as stream:
             content = Restricted(stream).load()
+    except Exception as error:  # a damaged pickle raises all sorts
+        raise BadSource(f"{wanted}: {type(error).__name__}: {error}") from error
+    try:
         return scenes_in(content)
-    except Exception as error:  # pickle raises all sorts; scenes_in looks up, no more
-        reason = f"{type(error).__name__}: {error}"
-        raise BadSource(f"{file}: not EmbodiedScan's annotations: {reason}") from error
+    except Bad as error:
+        raise BadSource(f"{wanted}: {error}") from error
 
 
 def scenes_in(content: dict) -> dict[str, Scene]:
-    names = {label: name for name, label in content["metainfo"]["categories"].items()}
+    content = typed(content, CONTENT, {})
+    categories = typed(content["metainfo"], {"categories": dict}, {})["categories"]
+    names = {label: name for name, label in categories.items()}
     scenes = {}
     for scene in content["data_list"]:
-        if not str(scene["sample_idx"]).startswith("scannet/"):
+        # The file also has 3RScan and Matterport, for which SPAR has no questions.
+        if not str(scene.get("sample_idx")).startswith("scannet/"):
             continue
-        instances = scene["instances"]
+        fields = typed(scene, SCENE, {})
+        instances = [typed(instance, INSTANCE, {}) for instance in fields["instances"]]
+        boxes = [instance["bbox_3d"] for instance in instances]
         scenes[scene["sample_idx"]] = Scene(
-            np.asarray(scene["axis_align_matrix"], float).reshape(4, 4),
-            np.asarray(scene["cam2img"], float)[:3, :3].tolist(),
-            np.asarray([item["bbox_3d"] for item in instances], float).reshape(-1, 9),
-            [names.get(item["bbox_label_3d"], "object") for item in instances],
+            np.asarray(fields["axis_align_matrix"], float),
+            np.asarray(fields["cam2img"], float).tolist(),
+            np.asarray(boxes, float).reshape(-1, 9),
+            [names.get(instance["bbox_label_3d"], "object") for instance in instances],
         )
     return scenes
 
@@ -144,6 +158,7 @@ def about(axis: int, angle: np.ndarray) -> np.ndarray:
 
 def points_of(boxes: np.ndarray) -> np.ndarray:
     """Return (N, 9, 3) of (N, 9) boxes: the eight corners, and the centre."""
+    # Half the size along the box's own axes, turned into the world's.
     corners = CORNERS * boxes[:, None, 3:6] @ rotation(boxes[:, 6:]).swapaxes(1, 2)
     centre = np.zeros((len(boxes), 1, 3))
     return boxes[:, None, :3] + np.concatenate([corners, centre], 1)
@@ -152,18 +167,20 @@ def points_of(boxes: np.ndarray) -> np.ndarray:
 def project(points: np.ndarray, world_to_camera: np.ndarray, camera: tuple, image: tuple[int, int]):
     """Project (N, 9, 3) points of boxes into an image of (width, height).
 
-    Returns centres (N, 3) in the camera's frame, rectangles (N, 4) in 1/1000 of the image, nan where
-    none is seen, and the least and largest z (N, 2) of the corners.
+    Returns centres (N, 3) in the camera's frame, rectangles (N, 4) in 1/1000 of the image, nan
+    where none is seen, and the least and largest z (N, 2) of the corners.
     """
     points = points @ world_to_camera[:3, :3].T + world_to_camera[:3, 3]
     corners = points[:, :8]
     depth = corners[..., 2]
+    # u = fx x / z + cx, v = fy y / z + cy, for corners in front of the camera.
     fx, fy, cx, cy = camera
     # A corner behind the camera has no pixel: it widens the rectangle in neither direction.
     front = depth[..., None] > 0.1
     pixels = corners[..., :2] * (fx, fy) / np.where(front, depth[..., None], 1) + (cx, cy)
     low = np.where(front, pixels, np.inf).min(1).clip(0, image)
     high = np.where(front, pixels, -np.inf).max(1).clip(0, image)
+    # In 1/1000 and cut down to whole numbers, as the paper's code compares them with the marks.
     rectangles = np.concatenate([low, high], 1) / (image * 2) * 1000
     # What has no extent after clipping lies outside of the image, or behind the camera.
     rectangles[((high - low) / image <= 0.001).any(1)] = np.nan
@@ -183,20 +200,23 @@ def fits(mark: Mark, rectangles: np.ndarray, several: bool) -> np.ndarray:
     sides = np.minimum(high, mark_high) - np.maximum(low, mark_low)
     intersection = sides.clip(0).prod(1)
     areas = (high - low).prod(1) + (mark_high - mark_low).prod()
+    # nan of an unseen box compares as false below.
     iou = intersection / (areas - intersection)
     return np.flatnonzero(iou > (IOU_SEVERAL_VIEWS if several else IOU_ONE_VIEW))
 
 
 def visible(depth: str, box: tuple, near: float, far: float) -> bool:
-    """Say whether enough of the depth map within a mark (1/1000) lies at the depth of its object."""
+    """Say whether enough of the depth map within a mark (1/1000) lies at its object's depth."""
     try:
         with Image.open(depth) as picture:
+            # Of the depth map's own size, which may be another than the image's.
             sides = picture.size * 2
             edges = [round(v * side / 1000) for v, side in zip(box, sides, strict=True)]
             part = picture.crop(edges)
     except Exception as error:  # Pillow raises all sorts on bad bytes
         raise Bad("depths", f"corrupt file: {depth}: {error}") from error
     metres = np.asarray(part) / 1000
+    # 0 is unknown: glass and mirrors have none, and don't hide anything.
     known = metres[metres > 0]
     if len(known) == 0:
         return False
@@ -225,7 +245,7 @@ class Scenes:
     ) -> dict | None:
         """Return `objects`, `names` and `sizes` of an Example, or None: why is in the notes.
 
-        shapes: (width, height) by image. depths: measured maps or None, by image; None: don't check.
+        shapes: (width, height) by image. depths: measured map or None, by image; None: don't check.
         """
         try:
             found = self.find(images, shapes, marks, depths)
@@ -242,6 +262,7 @@ class Scenes:
         if scene is None:
             raise NoTruth("without their scene in EmbodiedScan")
         views = self.project_all(scene, images, shapes)
+        # One mark without its object, and the row has no truth: half would teach a wrong count.
         objects = {}
         names = {}
         sizes = {}
@@ -278,6 +299,7 @@ class Scenes:
 def only_match(mark: Mark, views: list[tuple]) -> int:
     """Return the index of the one object that a mark can mean, seen in every view."""
     _, rectangles, _ = views[mark.view]
+    # Two that fit are as bad as none: nothing says which is meant.
     candidates = fits(mark, rectangles, len(views) > 1)
     if len(candidates) != 1:
         how_many = "several candidates" if len(candidates) else "no candidate"

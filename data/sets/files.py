@@ -1,6 +1,7 @@
 """The images of a row and their depth maps, which are looked for once the row is taken.
 
-A look at a network's disk takes longer than reading a row, and of millions of rows most aren't taken.
+A look at a network's disk takes longer than reading a row, and of millions of rows most aren't
+taken.
 """
 
 import os
@@ -19,6 +20,7 @@ class Files:
     # Whether the set may name depth maps that its release lacks; else a missing one is an error.
     lacks_depths: bool = False
 
+    # Looked for once, and only of the rows that a mixture takes.
     @cached_property
     def measured(self) -> list:
         return [file if file and os.path.isfile(file) else None for file in self.named_depths]
@@ -26,6 +28,7 @@ class Files:
     @cached_property
     def depths(self) -> list:
         """The measured map, else an estimated one, else None (or the name of a missing one)."""
+        # The name of a missing file goes on, for the check of headers to report it.
         missing = [None] * len(self.images) if self.lacks_depths else self.named_depths
         found = []
         for image, measured, named in zip(self.images, self.measured, missing, strict=True):
@@ -42,12 +45,14 @@ def files_of_row(row: dict, base: str, lacks_depths: bool = False) -> Files:
     depths = paths(row.get("depth", ()), base)
     if not images:
         raise Bad("image", "no image")
+    # Which image a map belongs to is known by its place alone.
     if depths and len(depths) != len(images):
         raise Bad("depth", f"wrong count: {len(depths)} for {len(images)} images")
     return Files(images, depths or [None] * len(images), lacks_depths)
 
 
 def paths(names: str | list, base: str) -> list[str]:
+    # One image is often written without a list.
     names = [names] if isinstance(names, str) else names
     return [os.path.join(base, name) for name in names]
 

@@ -1,9 +1,9 @@
 """Where the marks are that SPAR-Bench's images come with: drawn in, and without coordinates.
 
 A mark that the question mentions is looked for by its colour, and believed where drawing it again,
-as the set's own tool does (spar_marks.draw_marks), covers the pixels of that colour: an intersection
-over union of AGREED. So images with another stroke, and rooms with other things so red, give no
-mark rather than a wrong one.
+as the set's own tool does (spar_marks.draw_marks), covers the pixels of that colour: an
+intersection over union of AGREED. So images with another stroke, and rooms with other things so
+red, give no mark rather than a wrong one.
 """
 
 import numpy as np
@@ -32,6 +32,7 @@ def find_marks(images: list, question: str) -> list[Mark]:
 
 
 def best_mark(views: list[np.ndarray], colour: str, kind: str) -> Mark | None:
+    # Nothing that agrees less is believed.
     best = None
     most = AGREED
     for view, pixels in enumerate(views):
@@ -54,6 +55,8 @@ def coloured(pixels: np.ndarray, colour: str) -> np.ndarray:
     """Return (H, W) bool: what is left of a pure colour after JPEG."""
     found = np.ones(pixels.shape[:2], bool)
     for channel, full in enumerate(COLOURS[colour]):
+        # Wide bounds: JPEG stores colour at half the resolution, so a mark's rim is mixed with what
+        # lies beside it.
         values = pixels[..., channel]
         found &= values > 165 if full else values < 90
     return found
@@ -94,6 +97,7 @@ def edges(counts: np.ndarray, span: np.ndarray, across: int) -> tuple[float, flo
 
 def agreement(mask: np.ndarray, mark: Mark) -> float:
     """Return the intersection over union of a colour's pixels with the mark, drawn again."""
+    # On black, so that all of the colour's pixels are the mark's.
     blank = Image.new("RGB", mask.shape[::-1])
     again = draw_marks(blank, ((mark.colour, mark.kind, mark.at),))
     drawn = coloured(np.asarray(again), mark.colour)

@@ -27,6 +27,9 @@ QUESTIONS = {
 }
 
 
+# ---- What a set says of an image
+
+
 @dataclass(frozen=True)
 class Thing:
     """An object of an image."""
@@ -48,13 +51,18 @@ class View:
     shape: tuple[int, int]  # (width, height), which camera and boxes are for
 
 
+# ---- What is asked
+
+
 def questions(file: Path, number: int, view: View, things: list[Thing]) -> Iterator[Row]:
     """Yield the Rows of one image: a centre and a box an object, and several centres at once."""
+    # (key, what is asked for, the objects that it is about)
     asked = []
     for k, thing in enumerate(things):
         asked.append((f"{view.key}/{k}/center", "center", [thing]))
         asked.append((f"{view.key}/{k}/box", "box", [thing]))
     if len(things) > 1:
+        # Drawn by the image's own key, so that no other image or set changes the question.
         some = random.Random(view.key).sample(things, min(4, len(things)))
         asked.append((f"{view.key}/centers", "centers", some))
     files = (view.image, view.depth) if view.depth else (view.image,)
@@ -69,9 +77,11 @@ def ask(key: str, what: str, view: View, things: list[Thing], headers: Headers) 
     if shape != view.shape:
         stated = f"the file has {shape}, the set says {view.shape}"
         raise Bad("image", f"wrong size: {stated}: {view.image}")
+    # Objects have no marks here: the question counts its regions.
     by_mention = {f"region {k}": thing for k, thing in enumerate(things, 1)}
     regions = ", ".join(f"{mention} <mask>" for mention in by_mention)
     answer = [line(what, mention, thing) for mention, thing in by_mention.items()]
+    # The laser's map is coarser than its image; it is read at the image's size.
     depth = depth_map(view.depth, shape, headers)
     return [
         Example(
@@ -100,4 +110,5 @@ def line(what: str, mention: str, thing: Thing) -> str:
 
 def numbers(values) -> str:
     rounded = [round(float(v), 2) for v in values]
+    # As srreal.write_detect writes centres, so that both teach one form.
     return ",".join(str(v + 0.0) for v in rounded)  # + 0.0: never -0.0

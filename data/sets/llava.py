@@ -19,7 +19,11 @@ from data.sets.regions import FIELDS, REGIONS, kind_of, placed
 from srreal import Example
 
 REQUIRED = {"conversations": list[dict[str, str]], "image": str | list[str]}
+# Of image_hw, which SR-REAL's rows are checked by, only the type is looked at here.
 OPTIONAL = FIELDS | {"id": str | int, "image_hw": tuple[int, int], "depth": str | list[str]}
+
+
+# ---- Turns
 
 
 @dataclass
@@ -58,16 +62,21 @@ def turns_of(file: Path, number: int, row: dict, views: int, files: Files) -> It
     said = turns(row)
     kind = kind_of(row)
     given = placed(row, kind, views)
+    # Answers may not have masks: only a question's are filled in.
     count = sum(question.count("<mask>") for question, _ in said)
     if count != len(given):
         raise Bad(kind, f"<mask> count: {count} for {len(given)} regions")
     key = f"{set_name(file)}/{row.get('id', '')}#{number}"
+    # The regions are numbered through the conversation, so each turn takes the next ones.
     start = 0
     for k, (question, answer) in enumerate(said):
         end = start + question.count("<mask>")
         name = f"{key}/{k}" if len(said) > 1 else key
         yield Turn(name, files, question, answer, kind, given[start:end])
         start = end
+
+
+# ---- Rows
 
 
 def llava_rows(path: Path, root: str | None) -> Iterator[Row]:
@@ -78,5 +87,6 @@ def llava_rows(path: Path, root: str | None) -> Iterator[Row]:
 def build(root: str | None, file: Path, number: int, row: dict) -> Iterator[Row]:
     row = typed(row, REQUIRED, OPTIONAL)
     files = files_of_row(row, root or str(file.parent))
+    # Captions and chats have no truth by which a path's reasoning could be taught.
     for turn in turns_of(file, number, row, len(files.images), files):
         yield Row(str(file), number, turn.key, turn.direct, files.all)

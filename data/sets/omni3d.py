@@ -48,6 +48,9 @@ QUALITY = {
 }
 
 
+# ---- Rows
+
+
 def omni3d_rows(path: Path, root: str | None) -> Iterator[Row]:
     """Yield the Rows of every image of the files that a path stands for. root: of the images."""
     notes = Notes()
@@ -64,6 +67,7 @@ def rows_of_file(file: Path, base: str) -> Iterator[Row]:
 
     Annotations are many GB: of an object only a small Thing is kept, by image.
     """
+    # image id -> (number of its entry, for error messages; the entry)
     pictures: dict[int, tuple] = {}
     for number, entry in entries(file, "images", PICTURE, FLAGS):
         if isinstance(entry, Row):
@@ -77,6 +81,7 @@ def rows_of_file(file: Path, base: str) -> Iterator[Row]:
         if isinstance(entry, Row):
             yield entry
             continue
+        # An object of a flagged image has no picture here, and goes with it.
         _, picture = pictures.get(entry["image_id"], (0, None))
         if picture and not ignored(entry, picture["height"]):
             things.setdefault(picture["id"], []).append(thing_of(entry))
@@ -89,6 +94,7 @@ def entries(
     file: Path, what: str, required: dict, optional: dict
 ) -> Iterator[tuple[int, dict | Row]]:
     """Yield (number, entry, or the Row that says what is wrong with it) of a list in the file."""
+    # Files without a list of that name have no entries: rows_of_file says so.
     for number, entry in enumerate(listed(file, what), 1):
         try:
             yield number, typed(entry, required, optional)
@@ -104,6 +110,9 @@ def listed(file: Path, what: str) -> Iterator:
         raise Bad("row", f"unreadable: {error}") from error
 
 
+# ---- Entries
+
+
 def view_of(picture: dict, key: str, base: str) -> View:
     image = os.path.join(base, picture["file_path"])
     shape = picture["width"], picture["height"]
@@ -111,6 +120,7 @@ def view_of(picture: dict, key: str, base: str) -> View:
 
 
 def thing_of(entry: dict) -> Thing:
+    # `dimensions` is (w, h, l), though the object's own x is its length and z its width.
     return Thing(
         name=entry["category_name"],
         centre=tuple(entry["center_cam"]),
@@ -121,6 +131,7 @@ def thing_of(entry: dict) -> Thing:
 
 def box_of(entry: dict) -> list:
     """Return the tight 2D box, else the truncated one, else the projected one; -1 is unknown."""
+    # The tight box is that of the object's pixels, the projected one that of its whole 3D box.
     for kind in ("tight", "trunc"):
         box = entry.get(f"bbox2D_{kind}")
         if box and -1 not in box:
@@ -130,12 +141,14 @@ def box_of(entry: dict) -> list:
 
 def ignored(entry: dict, height: int) -> bool:
     """Say whether the set's own evaluation ignores an object in an image of that height."""
+    # As Omni3D's own evaluation has them (cubercnn/evaluation), but for its limit of depth.
     box = box_of(entry)
     rules = [
         entry.get("behind_camera"),
         not entry.get("valid3D", True),
         min(entry["dimensions"]) <= 0,
         entry["center_cam"][2] <= 0,
+        # -1 is unknown here, and a visibility below 0, too.
         entry.get("lidar_pts") == 0,
         entry.get("segmentation_pts") == 0,
         entry.get("depth_error", 0) > 0.5,

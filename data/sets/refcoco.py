@@ -34,11 +34,15 @@ REQUIRED = {"answer": str | list[str], "bbox": FOUR}
 OPTIONAL = {"file_name": str, "image": str | dict, "question_id": str | int}
 
 
+# ---- Rows
+
+
 def refcoco_rows(path: Path, root: str | None) -> Iterator[Row]:
     """Yield a Row for each expression of the files that a path stands for. root: of the images."""
     notes = Notes()
     in_parquet = path.suffix == ".parquet" or (path.is_dir() and any(path.rglob("*.parquet")))
     suffixes = (".parquet",) if in_parquet else (".json", ".jsonl")
+    # Of a folder, only train files are read, except where there are none.
     try:
         files = files_of(path, suffixes, notes)
     except FileNotFoundError:  # the hub's copy has no other splits
@@ -51,6 +55,7 @@ def refcoco_rows(path: Path, root: str | None) -> Iterator[Row]:
             yield replace(row, notes=notes)
 
 
+# What data.rows.each does with JSON.
 def rows_of_parquet(file: Path, read) -> Iterator[Row]:
     for number, row in parquet_rows(file):
         try:
@@ -66,6 +71,7 @@ def build(root: str | None, file: Path, number: int, row: dict) -> Iterator[Row]
     source = row.get("image") or row.get("file_name")
     if isinstance(source, dict):  # a parquet's: {"bytes", "path"}
         source = source.get("bytes") or source.get("path")
+    # Bytes from a parquet lie beside no depth map, and have no header to look up by path.
     depth = None
     files = ()
     if isinstance(source, str):
@@ -74,11 +80,15 @@ def build(root: str | None, file: Path, number: int, row: dict) -> Iterator[Row]
         files = (source, depth) if depth else (source,)
     elif not isinstance(source, bytes):
         raise Bad("image", "missing")
+    # The hub's copy lists a box's expressions; others have a row an expression.
     expressions = [row["answer"]] if isinstance(row["answer"], str) else row["answer"]
     for k, words in enumerate(expressions):
         key = f"{set_name(file)}/{row.get('question_id', '')}#{number}/{k}"
         reference = Reference(key, source, depth, words, row["bbox"])
         yield Row(str(file), number, key, reference.examples, files)
+
+
+# ---- Examples
 
 
 @dataclass
@@ -92,6 +102,7 @@ class Reference:
     bbox: list  # x, y, width, height in pixels
 
     def examples(self, headers: Headers) -> list[Example]:
+        # The header of a path was read in the pool, before; that of bytes is read here.
         image = self.source
         if isinstance(image, str):
             shape = size(image, headers)
@@ -120,8 +131,10 @@ class Reference:
         corners = x, y, x + w, y + h
         if not (all(map(math.isfinite, corners)) and w > 0 and h > 0):
             raise Bad("bbox", f"empty: {box}")
+        # A box of one pixel is rarer than a set in fractions.
         if max(corners) <= 1 < min(shape):
             raise Bad("bbox", f"in fractions of the image, not pixels?: {box}")
+        # One pixel over the edge is rounding, and is cut off.
         if min(corners) < 0 or corners[2] > shape[0] + 1 or corners[3] > shape[1] + 1:
             raise Bad("bbox", f"outside its image: {box} as x y w h, of {shape}")
         return corners

@@ -59,27 +59,27 @@ def rle(code: dict, shape: tuple[int, int]) -> np.ndarray:
 
 def decode(counts, height: int, width: int) -> np.ndarray | None:
     """Return the mask of run lengths, or None where these don't fill the image exactly."""
-    whole = {"size": [height, width], "counts": counts}
     if isinstance(counts, list):
+        # frPyObjects looks at neither.
         if not counts or min(counts) < 0 or sum(counts) != height * width:
             return None
-        return coco.decode(coco.frPyObjects(whole, height, width))
+        text = coco.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+        return coco.decode(text)
     # pycocotools reads past the end of a string whose last number is cut off: only 0 to O end one.
     if not isinstance(counts, str) or not re.fullmatch("[0-o]*[0-O]", counts):
         return None
     # It refuses runs that are too long, but takes those that are too short: they also fit into an
     # image that lacks a pixel.
-    if fits_in(1, height * width - 1, counts):
+    if decode_text(counts, 1, height * width - 1) is not None:
         return None
-    return coco.decode(whole) if fits_in(height, width, counts) else None
+    return decode_text(counts, height, width)
 
 
-def fits_in(height: int, width: int, counts: str) -> bool:
+def decode_text(counts: str, height: int, width: int) -> np.ndarray | None:
     try:
-        coco.decode({"size": [height, width], "counts": counts})
-    except ValueError:
-        return False
-    return True
+        return coco.decode({"size": [height, width], "counts": counts})
+    except ValueError:  # more pixels than the image has
+        return None
 
 
 # Field of a row -> what reads one region of it, in order of preference.
@@ -108,6 +108,7 @@ def placed(row: dict, kind: str, views: int) -> list[tuple]:
             say_so = "Of several, {image: list} and mask_idx say it"
             raise Bad(kind, f"in which of {views} images? {say_so}")
         given = {"0": given}
+    # (image index, index in its list) -> region
     regions = {}
     for view, listed in given.items():
         if not (view.isdecimal() and int(view) < views):
@@ -116,6 +117,7 @@ def placed(row: dict, kind: str, views: int) -> list[tuple]:
             regions[int(view), k] = region
     order = row.get("mask_idx")
     if not isinstance(order, dict):
+        # SR-REAL's rows of one image have the number of masks here. Their lists are in order.
         return [(view, regions[view, k]) for view, k in sorted(regions)]
     return [(place[0], regions[place]) for place in places_of_masks(order, kind, regions)]
 
@@ -125,6 +127,7 @@ def places_of_masks(order: dict, kind: str, regions: dict) -> list[tuple]:
     if not all(k.isdecimal() for k in order):
         wanted = "{place of a <mask>: [image, index]}"
         raise Bad("mask_idx", f"wrong type or value: {order!r:.50} not {wanted}")
+    # As numbers: as text, "10" would come before "2".
     places = [tuple(order[k]) for k in sorted(order, key=int)]
     for place in places:
         if place not in regions:

@@ -31,7 +31,6 @@ from data.rows import (
     Row,
     each,
     files_of,
-    matches,
     matrix,
     pinhole,
     turns,
@@ -45,6 +44,7 @@ from srreal import Example
 VIDEO = re.compile(r"_video|^(?:obj_frame_locate|appearance_order|room_size|obj_count|nav)$")
 REQUIRED = {"conversations": list[dict[str, str]], "image": list[str], "type": str}
 OPTIONAL = MARKS | VIEWS | {"id": str | int, "depth": list[str]}
+ENTRY = {"annotation": str, "root": str}  # of an index
 
 
 # ---- Files
@@ -61,6 +61,7 @@ def spar_rows(path: Path, root: str | None) -> Iterator[Row]:
 
 def annotations_near(path: Path) -> list[Path]:
     """Return EmbodiedScan's files, in the path or the nearest folder above it that has any."""
+    # Beside `spar` is seven folders up from spar/scannet/qa_jsonl/train/<task>/<format>/*.jsonl.
     for folder in (path, *path.absolute().parents[:7]):
         if pickles := sorted(folder.glob("embodiedscan_infos_*.pkl")):
             return pickles
@@ -73,6 +74,7 @@ def files_with_images(path: Path, root: str | None, notes: Notes) -> Iterator[tu
         yield from indexed_files(path, root)
         return
     files = files_of(path, (".jsonl",), notes)
+    # `sentence` and `judge` have answers in prose; a file that is named is read whatever it holds.
     if path.is_dir():
         files = [file for file in files if asks_about_images(file)]
     if not files:
@@ -106,6 +108,7 @@ def indexed_files(path: Path, root: str | None) -> Iterator[tuple[Path, str]]:
 
 
 def find_above(path: Path, name: str) -> Path | None:
+    # The set's tool writes paths from the folder that holds `spar`; the index lies somewhere in it.
     for folder in path.absolute().parents:
         if (folder / name).exists():
             return folder / name
@@ -117,12 +120,11 @@ def read_index(path: Path) -> dict:
     wanted = f"{path}: no index {{name: {{annotation, root}}}}"
     try:
         index = json.loads(path.read_bytes())
+        if not isinstance(index, dict):
+            raise Bad("row", "no object")
+        return {name: typed(entry, ENTRY, {}) for name, entry in index.items()}
     except (ValueError, RecursionError) as error:
         raise BadSource(f"{wanted}: {error}") from error
-    whole = matches(index, dict[str, dict])
-    if not whole or not all(entry.keys() >= {"annotation", "root"} for entry in index.values()):
-        raise BadSource(f"{wanted}: {index!r:.60}")
-    return index
 
 
 # ---- Rows
@@ -133,7 +135,9 @@ def build(base: str, notes: Notes, scenes, file: Path, number: int, row: dict) -
     row = typed(row, REQUIRED, OPTIONAL)
     if VIDEO.search(row["type"]):
         raise Bad("type", f"a question about a video: {row['type']}")
+    # Every row names its depth maps, but only the RGBD release has them.
     files = files_of_row(row, base, lacks_depths=True)
+    # A row's own id recurs in other tasks and formats, so an id says where the row stands.
     key = f"{source_of(file)}/{row['type']}/{file.stem}/{row.get('id', '')}#{number}"
     question = Question(key, row, files, notes, scenes)
     yield Row(str(file), number, key, question.examples, files.all, notes=notes)
@@ -186,6 +190,7 @@ class Question:
         )
         if not (self.scenes and marks):
             return [lor]
+        # Centres go to both paths: on lor, they are only what eval compares with.
         # An estimated depth cannot tell what is hidden.
         depths = self.files.measured if occlusion else None
         truth = self.scenes.truth(images, shapes, marks, depths)
@@ -195,11 +200,12 @@ class Question:
 
 
 def intrinsics(image: str, shape: tuple[int, int], notes: Notes) -> tuple | None:
-    """Return (fx, fy, cx, cy) of the image's scene, or None where none fits an image of that size."""
+    """Return (fx, fy, cx, cy) of the image's scene, or None where none fits its size."""
     scene = Path(image).absolute().parent.parent
     camera = matrix(scene / "intrinsic" / "intrinsic_color.txt")
     if camera is None:
         return None
+    # ScanNet's matrices are for 1296 x 968, whatever size the images are; other sets state none.
     stated = SCANNET if re.fullmatch(r"scene\d{4}_\d\d", scene.name) else None
     try:
         return pinhole(camera, shape, stated)

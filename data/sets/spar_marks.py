@@ -85,9 +85,11 @@ def marks_of(row: dict, views: dict | None = None) -> list[Mark]:
         if row.get("type") not in UNMARKED:
             same_kind = [other.split("_")[0] for other in given if other.endswith(kind)]
             view = view_of(row, name, same_kind, (views or {}).get(name))
+        # A negative index would silently count from the end.
         if not 0 <= view < len(row["image"]):
             raise Bad(f"{kind}_img_idx", f"no such view: {view} of {len(row['image'])}, for {name}")
         marks.append(Mark(colour, kind, view, tuple(at)))
+    # Their coordinates were checked all the same: a row in pixels is bad whatever it asks.
     return [] if row.get("type") in UNMARKED else marks
 
 
@@ -104,8 +106,8 @@ def check_coordinates(name: str, kind: str, at: list[float]) -> None:
 def view_of(row: dict, name: str, colours: list[str], stated: int | None) -> int:
     """Return the index of the image that a colour is marked in.
 
-    colours: the row's, of the same kind. stated: the view that the row gives elsewhere, which counts
-    where the task is none of ORDERS. The order of the row's keys says nothing.
+    colours: the row's, of the same kind. stated: the view that the row gives elsewhere, which
+    counts where the task is none of ORDERS. The order of the row's keys says nothing.
     """
     colour, kind = name.split("_")
     task = row.get("type")
@@ -114,6 +116,7 @@ def view_of(row: dict, name: str, colours: list[str], stated: int | None) -> int
     index = listed[0]
     if count == 1 or task == "position_matching":
         return 0
+    # All marks in one view: then no order is needed.
     if index and (task == ONE_VIEW or len(set(index)) == 1):
         return index[0]
     order = [one for one in ORDERS.get(task, ()) if one in colours]
@@ -142,6 +145,7 @@ def draw_marks(
             x, y = at
             pen.ellipse([x - radius, y - radius, x + radius, y + radius], fill=COLOURS[colour])
         else:
+            # Pillow's stroke goes inwards from the edges that it is given.
             grow = stroke * outside
             edges = at[0] - grow, at[1] - grow, at[2] + grow, at[3] + grow
             pen.rectangle(edges, outline=COLOURS[colour], width=stroke)
@@ -167,6 +171,7 @@ def insert_masks(question: str, marks: list[Mark], several: bool) -> tuple[str, 
     With one image every mention gets one; with several only the first of each, as in the paper, and
     a lone mark that no colour names is the first `bbox`.
     """
+    # Two marks never share colour and kind: a row has one key for each.
     by_mention = {mark.mention: mark for mark in marks}
     asked = []
 

@@ -56,6 +56,7 @@ class OpenImages:
             name = f"{name}.jpg"
         # OpenImages deals its files by the first character.
         likely = os.path.join(self.base, f"train_{name[0]}")
+        # It is tried first, then all others: copies of the set are also cut up in other ways.
         folders = sorted(self.folders, key=lambda folder: folder != likely)
         places = [os.path.join(folder, name) for folder in folders]
         return next(filter(os.path.isfile, places), places[0])
@@ -97,6 +98,7 @@ def both_paths(turn: Turn, headers: Headers) -> list[Example]:
     """Return the question on path direct and, where its answer is one length, on lor."""
     if "<mask>" in turn.answer:
         raise Bad("conversations", "<mask> in an answer")
+    # A mask is an array of the image's own size, so only boxes can run over the edge.
     if turn.kind == "bbox":
         shape = size(turn.files.images[0], headers)
         turn = replace(turn, regions=[(view, clip(box, shape)) for view, box in turn.regions])
@@ -110,6 +112,7 @@ def both_paths(turn: Turn, headers: Headers) -> list[Example]:
 def quantity(answer: str) -> str | None:
     """Return the one length in a sentence, with its unit: "It is 3.5 feet away." -> "3.5 feet"."""
     found = QUANTITY.findall(answer)
+    # "2 by 3 feet" and "between 2 m and 3 m" say more than one number: no short answer is theirs.
     if len(found) != 1 or OTHER.search(QUANTITY.sub("", answer)):
         return None
     number, unit = found[0]

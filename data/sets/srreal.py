@@ -1,11 +1,12 @@
 """SR-REAL's own rows (kind `srreal`): one question each, in .json or .jsonl as LLaVA's (llava.py).
 
 A row is on path dtr if it has `3d_pos` or its answer a <detect> block, else on lor.
-    conversations   the question, raw or in the official template; the answer, or <detect> <think> <answer>
+    conversations   the question, raw or in the official template; the answer, or all of
+                    <detect> <think> <answer>
     cot             the text of <think>, where the answer has none
-    red_bbox ...    marks in 1/1000 of the image, drawn as the official code does (disc of 20 pixels, stroke
-                    of 5); bbox_img_idx or point_img_idx: their views, in the order that `type`, the
-                    SPAR task, tells; of no such task, the `current_frame` in `3d_pos`
+    red_bbox ...    marks in 1/1000 of the image, drawn as the official code does (disc of 20
+                    pixels, stroke of 5); bbox_img_idx or point_img_idx: their views, in the order
+                    that `type`, the SPAR task, tells; of no such task, `current_frame` in `3d_pos`
     bbox, mask_idx  regions in pixels: a list, or of several images {image: list} with the place of
                     the k-th <mask>, {k: [image, index]} (without: in the order of the images); else
                     rle or segmentation, as in llava. Without <mask>s the marks are the regions
@@ -42,6 +43,7 @@ def srreal_rows(path: Path, root: str | None) -> Iterator[Row]:
 
 
 def build(root: str | None, notes: Notes, file: Path, number: int, row: dict) -> Iterator[Row]:
+    # WebDatasets name no image: it has the sample's own key.
     if row.get("image") is None:
         row["image"] = image_beside(file)
     row = typed(row, REQUIRED, FIELDS)
@@ -70,6 +72,7 @@ class Question:
     files: Files
     notes: Notes
 
+    # Looked for beside the named ones, as only the header says whether these have 8 bits.
     @cached_property
     def estimated_depths(self) -> list:
         return [estimated(image) for image in self.files.images]
@@ -121,6 +124,7 @@ class Question:
 
 
 def check_size(row: dict, shape: tuple[int, int]) -> None:
+    # Boxes are in pixels of that size: of another one they would lie elsewhere.
     stated = row.get("image_hw")
     found = list(shape[::-1])
     if stated and list(stated) != found:
@@ -136,6 +140,7 @@ def one_turn(row: dict) -> tuple[str, str]:
 
 def parse_answer(answer: str) -> Parsed:
     """Read a whole response, or an answer alone, which has no tags."""
+    # An answer alone, as RL's rows have it, parses as a response without any section.
     response = parse(answer, "dtr" if "<detect>" in answer else "lor")
     if not response.answer and re.search("</?(?:detect|think|answer)>", answer):
         reason = f"an answer with tags, but without <answer>...</answer>: {answer!r:.60}"
@@ -145,6 +150,7 @@ def parse_answer(answer: str) -> Parsed:
 
 def frames_of_marks(row: dict) -> dict[str, int]:
     """Return {"red_bbox": view} where 3d_pos says it."""
+    # Typed loosely: what else is wrong with an entry, `truth` names.
     frames = {}
     for name, place in (row.get("3d_pos") or {}).items():
         if isinstance(place, dict) and isinstance(place.get("current_frame"), int):
@@ -155,6 +161,8 @@ def frames_of_marks(row: dict) -> dict[str, int]:
 def frame_of(row: dict, question: str, response: Parsed, rationale: str | None) -> int | None:
     """Return the view that centres have to be in, or None where any will do."""
     frame = response.frame
+    # main_frame_idx says which view the rationale's numbers are of. Without a rationale the model
+    # may choose its view, and is scored in the one that it states.
     if frame is None and rationale:
         frame = row.get("main_frame_idx")
     if frame is None:
@@ -174,6 +182,8 @@ def regions_of(row: dict, question: str, marks: list[Mark], shapes: list) -> tup
     regions = [
         (view, read(region, shapes[view])) for view, region in placed(row, kind, len(shapes))
     ]
+    # Boxes of another image's size, or in another unit, would point at the wrong thing and nothing
+    # would fail: so each is compared with the mark that is named right before its <mask>.
     for (view, region), text in zip(regions, question.split("<mask>"), strict=False):
         for mark in marks:
             if text.rstrip().endswith(mark.mention):
@@ -184,11 +194,10 @@ def regions_of(row: dict, question: str, marks: list[Mark], shapes: list) -> tup
 
 def check_place(kind: str, view: int, region, mark: Mark, shapes: list) -> None:
     """Raise Bad where a region lies elsewhere than the mark that its question names."""
-    if view == mark.view:
-        at = mark.pixels(shapes[view])
-        if kind != "bbox" or near(region, at):
-            return
     at = mark.pixels(shapes[mark.view])
+    # A mask has no four numbers to compare.
+    if view == mark.view and (kind != "bbox" or near(region, at)):
+        return
     raise Bad(
         kind,
         f"not in pixels, or of another object?: {kind} {region} in image {view}, "
@@ -198,22 +207,26 @@ def check_place(kind: str, view: int, region, mark: Mark, shapes: list) -> None:
 
 def near(a: tuple, b: tuple) -> bool:
     """Say whether two boxes are equal up to rounding, and to the 1/1000 grid of the marks."""
+    # A step of that grid is .1 % of a side; half a per cent also forgives a side cut off at 999.
     slack = max(3, 0.005 * max(map(abs, b)))
     return all(abs(p - q) <= slack for p, q in zip(a, b, strict=True))
 
 
 def truth(row: dict, response: Parsed, views: int) -> tuple[dict, dict]:
     """Return (objects, names): from 3d_pos, else from what the response detects."""
+    # Of SFT's rows the response has the centres, of RL's only 3d_pos.
     names = {mention: name for mention, name, _ in response.boxes}
     if not row.get("3d_pos"):
         objects = {mention: xyz for mention, _, xyz in response.boxes}
         if views > 1 and response.frame is not None:
             objects = {mention: {response.frame: xyz} for mention, xyz in objects.items()}
         return objects, names
+    # The response's names go first: they are what the rationale speaks of.
     objects = {}
     labels = {}
     for key, place in row["3d_pos"].items():
         mention = key.replace("_", " ")
+        # The key is the place that a user finds in the file, so the reason names it.
         try:
             objects[mention], label = centre_and_label(place)
         except Bad as error:
