@@ -423,7 +423,7 @@ def test_a_bug_is_not_the_users_to_mend(tmp_path, monkeypatch):
     def broken(*args, **options):
         raise ValueError("zip() argument 2 is shorter than argument 1")
 
-    for name in ("generate", "predict_centres"):
+    for name in ("sample_groups", "predict_centres"):
         with monkeypatch.context() as patch:
             stand_in(patch, target)
             patch.setattr(evaluation, name, broken)
@@ -435,10 +435,10 @@ def test_a_bug_is_not_the_users_to_mend(tmp_path, monkeypatch):
 def test_the_flags_of_sampling_reach_the_sampler(tmp_path, monkeypatch):
     stand_in(monkeypatch, target)
     given = {}
-    answers = evaluation.generate
+    answers = evaluation.sample_groups
     monkeypatch.setattr(
         evaluation,
-        "generate",
+        "sample_groups",
         lambda *args, **options: given.update(options) or answers(*args, **options),
     )
     flags = dict(max_new_tokens=9, temperature=0.7, top_p=0.9, seed=3)
