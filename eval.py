@@ -534,7 +534,7 @@ def print_benchmark(config: Config, path: str, marks: dict, asked: list[Example]
     for column, error in marks.get("errors", {}).items():
         unit = "off, degrees" if column == "direction" else "off / truth"
         print(f"  {f'{column} {unit}':32}{error:>10.2f}")
-    if path == "dtr":
+    if "detect" in PATHS[path].sections:
         with_regions = [example for example in asked if example.regions]
         print(f"  ({len(with_regions)} of {len(asked)} questions had regions)")
     if benchmarks.BENCHMARKS[name].judged:

@@ -81,6 +81,10 @@ for words, expected in ((3, 1.0), (150, 0.5), (400, 0.0)):
     assert scores.parts == {"accuracy": 1, "format": 1, "detect": 0, "brevity": expected}, scores
     assert abs(scores.total - (0.9 + 0.1 * expected)) < 1e-12, scores
 assert srreal.score("B", example).parts["brevity"] == 0
+official = srreal.score(text.replace("<answer>B", "<answer>2"), example, rules="official")
+assert official.parts == {"accuracy": 0, "format": 1, "detect": 0, "brevity": 0}, official
+official = srreal.score("<think>so</think><answer>B</answer>", example, rules="official")
+assert official.total == 1.0 and official.parts["brevity"] == 1, official
 """
 
 
