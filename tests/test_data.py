@@ -10,7 +10,8 @@ from PIL import Image
 import data
 from data import checks
 from data.checks import check, measure
-from data.rows import Bad, Row, polygons
+from data.rows import Bad, Row
+from data.sets.regions import polygons
 from data.sources import Source, recognise
 from errors import UserError
 
