@@ -160,10 +160,11 @@ class Decoder:
             return take_ended(running, self.slots.state(), self.clock)
         return self.host_state.take_ended(running, self.clock)
 
-    def tidy(self, running: list[Sequence], refill: bool) -> None:
-        """Go on with fewer sequences; refill: others are going to take their slots."""
+    def tidy(self, running: list[Sequence], some_ended: bool, refill: bool) -> None:
+        """Get ready for the next step; refill: others are going to take free slots."""
         # So that attention does not read prompts for nobody.
-        self.cache.link(running)
+        if some_ended:
+            self.cache.link(running)
 
     def _step(self) -> None:
         """Queue a step; nothing in it waits for the device."""

@@ -87,8 +87,7 @@ class SampleStream:
         if ended:
             decoder.slots.clear(ended)
             scheduler.finish(ended, decoder.cache)
-            if scheduler.running:
-                decoder.tidy(scheduler.running, refill=bool(scheduler.waiting))
+        decoder.tidy(scheduler.running, bool(ended), bool(scheduler.waiting))
 
     def _prefill(self) -> bool:
         """Encode the next prompts, as many as the budget and the free rows hold.
