@@ -179,8 +179,7 @@ class Prompt:
     positions: np.ndarray  # (3, n) int64
     next_position: int  # of the first token behind it
     views: list[View]
-    view_tokens: list[int]  # how many each one takes
-    images_end: int  # index behind the last of them
+    images_end: int  # index behind the last placeholder
     regions: list[Region]
 
 
@@ -343,8 +342,10 @@ class Packer:
 
     def add_images(self, prompt: Prompt) -> None:
         """Note which merged tokens the prompt's placeholders, packed here, take."""
-        for view, count in zip(prompt.views, prompt.view_tokens, strict=True):
-            start = self.first_patch[view.key] // self.merge**2
+        unit = self.merge**2
+        for view in prompt.views:
+            start = self.first_patch[view.key] // unit
+            count = len(view.patches) // unit
             self.image_rows.append(np.arange(start, start + count))
 
     def add_prompt(self, prompt: Prompt, completions: list, prefix: tuple[int, int]) -> None:

@@ -277,10 +277,7 @@ class Processor:
             known = truths(example)
             for k, (view, _) in enumerate(example.regions):
                 regions.append(Region(masks[k], view, weights[k], *known[k]))
-        view_tokens = repeats[slots].tolist()
-        return Prompt(
-            example, ids, positions, next_position, views, view_tokens, images_end, regions
-        )
+        return Prompt(example, ids, positions, next_position, views, images_end, regions)
 
     def _check_images(self, example: Example, text: str) -> None:
         """Refuse a row whose text or regions speak of images that it doesn't have."""
