@@ -311,15 +311,19 @@ def box_of(region) -> list:
 
 def begin(cfg: Config) -> list[dict]:
     """Return the lines of tried.jsonl of a call before; UserError if that had other settings."""
-    cfg.out.mkdir(parents=True, exist_ok=True)
     config = cfg.out / "config.json"
     tried = cfg.out / "tried.jsonl"
-    lines = tried.read_bytes().splitlines(keepends=True) if tried.exists() else []
-    # A last line that was cut off is asked again.
-    whole = [line for line in lines if line.endswith(b"\n")]
     # As JSON returns them: paths are texts, tuples are lists.
     settings = json.loads(json.dumps(asdict(cfg), default=str))
-    old = json.loads(config.read_text()) if whole else settings
+    try:
+        cfg.out.mkdir(parents=True, exist_ok=True)
+        lines = tried.read_bytes().splitlines(keepends=True) if tried.exists() else []
+        # A last line that was cut off is asked again.
+        whole = [line for line in lines if line.endswith(b"\n")]
+        before = [json.loads(line) for line in whole]
+        old = json.loads(config.read_text()) if before else settings
+    except (OSError, ValueError) as error:
+        raise UserError(f"--out {cfg.out}: {error}") from error
     for key in settings.keys() - {"out", "limit"}:
         if settings[key] != old.get(key):
             raise UserError(
@@ -329,7 +333,7 @@ def begin(cfg: Config) -> list[dict]:
     config.write_text(json.dumps(settings, indent=1) + "\n")
     if whole != lines:
         os.truncate(tried, sum(map(len, whole)))
-    return [json.loads(line) for line in whole]
+    return before
 
 
 def questions(cfg: Config) -> list[Example]:

@@ -602,6 +602,9 @@ def test_the_expert_is_told_the_answer_and_on_dtr_the_scene_graph():
 def test_bad_input_is_named(rooms, tmp_path):
     with pytest.raises(UserError, match="no such file or folder: none"):
         coldstart.main(Config(("none",), tmp_path / "a"))
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(UserError, match="--out .*file"):
+        coldstart.main(Config((str(rooms),), tmp_path / "file", limit=2))
     with pytest.raises(UserError, match="--samples 0"):
         coldstart.main(Config((str(rooms),), tmp_path / "b", samples=0))
     with pytest.raises(UserError, match="no such directory"):
