@@ -12,7 +12,7 @@ Of the samples of a question FILTERS throw out what a model should not learn to 
 that is kept which names most objects, then with most checked equations, then the first. A kept row
 has the sample's <think>; its <detect> and <answer> are the truth's. tried.jsonl gets a line a
 question, and a second call goes on behind it; at the end rows.jsonl (our own row format:
-data/__init__.py) and summary.json are written.
+data/schema.py) and summary.json are written.
 
 Departures from the paper: it filters nothing, and its example speaks of "the provided scene graph",
 miscalculates, and uses other centres than it detected. Names come from the rows, not from a
@@ -62,7 +62,7 @@ class Config:
     skip_bad_rows: bool = False  # go on without the unusable rows, and count them
 
 
-# ---- filters: (parsed, example, config, rationales kept so far) -> True: throw it out
+# ---- filters: (parsed, example, config, rationales kept so far) -> whether it is thrown out
 
 
 def breaks_grammar(parsed, e, cfg, kept):
@@ -70,7 +70,7 @@ def breaks_grammar(parsed, e, cfg, kept):
 
 
 def is_wrong(parsed, e, cfg, kept):
-    """Whether <answer>, or what <think> says last, is another answer than the true one."""
+    """Return whether <answer>, or what <think> says last, is another answer than the true one."""
     if not is_right(parsed.answer, e.answer):
         return True
     return not claims_truth(parsed.think, e.answer)
@@ -89,7 +89,7 @@ LEAK = re.compile(
 
 
 def leaks(parsed, e, cfg, kept):
-    """Whether it speaks of what the expert was told."""
+    """Return whether the rationale speaks of what the expert was told."""
     return LEAK.search(parsed.think) is not None
 
 
@@ -311,15 +311,19 @@ def box_of(region) -> list:
 
 def begin(cfg: Config) -> list[dict]:
     """Return the lines of tried.jsonl of a call before; UserError if that had other settings."""
-    cfg.out.mkdir(parents=True, exist_ok=True)
     config = cfg.out / "config.json"
     tried = cfg.out / "tried.jsonl"
-    lines = tried.read_bytes().splitlines(keepends=True) if tried.exists() else []
-    # A last line that was cut off is asked again.
-    whole = [line for line in lines if line.endswith(b"\n")]
     # As JSON returns them: paths are texts, tuples are lists.
     settings = json.loads(json.dumps(asdict(cfg), default=str))
-    old = json.loads(config.read_text()) if whole else settings
+    try:
+        cfg.out.mkdir(parents=True, exist_ok=True)
+        lines = tried.read_bytes().splitlines(keepends=True) if tried.exists() else []
+        # A last line that was cut off is asked again.
+        whole = [line for line in lines if line.endswith(b"\n")]
+        before = [json.loads(line) for line in whole]
+        old = json.loads(config.read_text()) if before else settings
+    except (OSError, ValueError) as error:
+        raise UserError(f"--out {cfg.out}: {error}") from error
     for key in settings.keys() - {"out", "limit"}:
         if settings[key] != old.get(key):
             raise UserError(
@@ -329,7 +333,7 @@ def begin(cfg: Config) -> list[dict]:
     config.write_text(json.dumps(settings, indent=1) + "\n")
     if whole != lines:
         os.truncate(tried, sum(map(len, whole)))
-    return [json.loads(line) for line in whole]
+    return before
 
 
 def questions(cfg: Config) -> list[Example]:

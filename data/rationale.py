@@ -78,7 +78,7 @@ def minus(q, p) -> str:
 
 
 def depth(question, a, b=None):
-    """How deep is a, or by how much do both differ?"""
+    """Find how deep a is, or by how much a and b differ in depth."""
     z = a.at[2]
     words = f"{a.text} is about {z:.1f} m deep"
     if b is None:
@@ -91,7 +91,7 @@ def depth(question, a, b=None):
 
 
 def told_depth(question, *things):
-    """SPAR tells the depth of what is red: it asks for the other's, or how two others differ."""
+    """Find the depth, or the difference, that SPAR asks for: it tells that of what is red."""
     return depth(question, *(thing for thing in things if not thing.mention.startswith("red")))
 
 
@@ -105,7 +105,7 @@ def distance(question, a, b=None):
 
 
 def extreme(question, *things):
-    """Which thing is closest to (or farthest from) one of them, or the camera?"""
+    """Find which thing is closest to (or farthest from) one of them, or the camera."""
     match = re.search(EXTREME, question, re.I)
     # A task of SPAR's may be worded otherwise.
     if match is None:
@@ -152,7 +152,7 @@ def anchor_of(question, match, things):
 
 
 def relation(question, a, b):
-    """Where is a, seen from b, along those axes of the camera that the question names?"""
+    """Find where a is, seen from b, along those axes of the camera that the question names."""
     # The first thing that is named may be the one to look from.
     if REFERENCE.search(question[: question.find(a.mention)]):
         a, b = b, a
@@ -170,7 +170,7 @@ def relation(question, a, b):
 
 
 def perspective(question, a, b, c):
-    """Standing at a, facing b, where is c? By dot and cross product in the camera's x-z plane."""
+    """Find where c is for someone at a who faces b: by dot and cross product, seen from above."""
     ahead = Hop(a, b)
     there = Hop(a, c)
     fx, _, fz = ahead.steps

@@ -49,11 +49,14 @@ class Config:
 def main(config: Config) -> None:
     """Render a set. rows.jsonl appears last: a set that was cut off has none."""
     check_flags(config)
-    for folder in ("images", "depth"):
-        (config.out / folder).mkdir(parents=True, exist_ok=True)
     rows = config.out / "rows.jsonl"
     part = config.out / "rows.jsonl.part"
-    rows.unlink(missing_ok=True)
+    try:
+        for folder in ("images", "depth"):
+            (config.out / folder).mkdir(parents=True, exist_ok=True)
+        rows.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {config.out}: {error}") from error
     # A scene depends on (seed, index) alone, and imap keeps the order: so not on the workers.
     with Pool(config.workers) as pool, open(part, "w") as file:
         made = pool.imap(partial(make, config), range(config.n), chunksize=8)

@@ -71,8 +71,7 @@ def parse_row(row: dict) -> OwnRow:
     """Check a row's fields; Bad names every one that is missing, unknown or of another type."""
     row = {name: value for name, value in row.items() if value is not None}
     unknown = [name for name in row if name not in OwnRow.model_fields]
-    # Named here, as pydantic stops at a name that is no text.
-    # ascii: half a surrogate pair could not be printed.
+    # Not left to pydantic, which stops at a name with half a surrogate pair; ascii prints it, too.
     problems = [(ascii(name)[1:-1], "unknown field") for name in unknown]
     known = {name: value for name, value in row.items() if name not in unknown}
     try:

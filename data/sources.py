@@ -79,7 +79,7 @@ def open_source(source: str) -> Iterator[Row]:
             )
         root = os.path.abspath(root)
     if kind == "srreal" and os.path.isfile(os.path.join(path, "rows.jsonl")):
-        # SR-REAL's released rows, or what data.coldstart made of them in our own format.
+        # What data.coldstart wrote of SR-REAL's rows is of our own format.
         kind = "scenes"
     if kind is None:
         kind = recognise(Path(path))

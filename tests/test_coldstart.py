@@ -573,11 +573,11 @@ def test_a_random_expert_is_thrown_out_and_goes_on_where_it_stopped(
 
 def test_what_a_good_expert_writes_is_kept(rooms, tmp_path, monkeypatch):
     """Of one right and one wrong sample a question, the right one, with the truth's own detect."""
-    texts = lambda e: [
-        target(e).replace("</think>", " By the ground truth.</think>"),
-        target(e),
-        target(e),
-    ]  # noqa: E731
+
+    def texts(e):
+        leak = target(e).replace("</think>", " By the ground truth.</think>")
+        return [leak, target(e), target(e)]
+
     monkeypatch.setattr(
         coldstart, "sampler", lambda cfg: lambda examples: [texts(e) for e in examples]
     )
@@ -602,6 +602,9 @@ def test_the_expert_is_told_the_answer_and_on_dtr_the_scene_graph():
 def test_bad_input_is_named(rooms, tmp_path):
     with pytest.raises(UserError, match="no such file or folder: none"):
         coldstart.main(Config(("none",), tmp_path / "a"))
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(UserError, match="--out .*file"):
+        coldstart.main(Config((str(rooms),), tmp_path / "file", limit=2))
     with pytest.raises(UserError, match="--samples 0"):
         coldstart.main(Config((str(rooms),), tmp_path / "b", samples=0))
     with pytest.raises(UserError, match="no such directory"):

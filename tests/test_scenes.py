@@ -447,6 +447,12 @@ def test_lor_holds_no_coordinates(examples):
         assert not re.search(r"\d\.\d\d", e.rationale)
 
 
+def test_an_output_that_is_no_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(UserError, match="--out .*file"):
+        scenes.main(scenes.Config(out=tmp_path / "file", n=1, workers=1))
+
+
 def test_a_wrong_flag_ends_the_command_in_one_line(tmp_path, capsys, monkeypatch):
     arguments = ["scenes", "--out", str(tmp_path / "set"), "--n", "0"]
     monkeypatch.setattr(sys, "argv", arguments)

@@ -168,7 +168,7 @@ def products(way, other, sideways):
 
 
 def perspective(rng, view, a, b, c):
-    """Standing at a, facing b, where is c?
+    """Ask where c is for someone at a who faces b.
 
     Asked where b lies along one axis of the camera, more or less: a tiny model compares words
     ("facing left, with farther on the right, nearer is to the left"), but never found the sign of a
