@@ -14,7 +14,7 @@ and no part of `step`. Full training of 7B and 8B takes several GPUs: there trai
 metrics.jsonl has the same times.
 
     ours      model.rollout.generate; a group packed as P + G R tokens; linear_logprob, policy_loss,
-              optim.AdamW
+              optim.Optimizer
     trl       TRL's GRPOTrainer, where TRL is installed, on the same checkpoint, prompts and images: its loop,
               its loss (dapo), its fused head, torch's AdamW; a micro-batch is a group, no
               checkpointing, fp32
@@ -58,7 +58,7 @@ from model import lora, tiny
 from model.processor import Processor
 from model.qwen_vl import QwenVL
 from model.rollout import default_slots, generate, release
-from optim import AdamW
+from optim import Optimizer
 from srreal import Example
 
 # Decoder: width, inner, layers, heads, key-value heads, vocabulary (0: the tiny tokenizer's);
@@ -87,7 +87,6 @@ class Config:
     micro_tokens: int = 16384  # tokens of a forward pass
     checkpointing: bool = False  # as the training scripts'
     lora: int = 0  # likewise
-    rounding: bool = False  # likewise
     steps: int = 2  # timed steps of each, after one of ours on one prompt to warm up
     baseline: bool = True  # and the peer: TRL, else the baseline; a CPU's only
     tflops: float = 989.0  # of the device in bf16, for MFU
@@ -242,9 +241,7 @@ def planned(cfg: Config, model, prompt: int) -> dict[str, float]:
         dtype="bf16" if model.device.type == "cuda" else "fp32",
     )
     slots = min(default_slots(model, cfg.group, cfg.new_tokens), cfg.prompts * cfg.group)
-    settings = plan.Settings(
-        False, cfg.checkpointing, not cfg.rounding, cfg.lora, cfg.micro_tokens, slots
-    )
+    settings = plan.Settings(False, cfg.checkpointing, cfg.lora, cfg.micro_tokens, slots)
     return plan.estimate(model.config, wanted, settings, plan.tally(model))
 
 
@@ -482,7 +479,7 @@ def main(cfg: Config) -> dict:
         if cfg.checkpointing:
             model.checkpoint_blocks()
         examples = examples_of(cfg.prompts, cfg.image)
-        optimizer = AdamW(model.named_parameters(), rounding=cfg.rounding)
+        optimizer = Optimizer(model.named_parameters())
         ours(cfg, model, processor, optimizer, examples[:1], 0)
 
         def turn(row: dict[str, float] | None = None) -> None:
