@@ -521,7 +521,8 @@ def score_benchmark(config: Config, pairs: list[tuple[Example, dict]]) -> dict[s
 def print_benchmark(config: Config, path: str, marks: dict, asked: list[Example]) -> None:
     """Print per cent by both scorers and, where all was asked, somebody else's figure."""
     name, _, task = config.benchmark.partition("/")
-    model, source, figures = benchmarks.BENCHMARKS[name].others
+    benchmark = benchmarks.BENCHMARKS[name]
+    model, source, figures = benchmark.others
     # Somebody else's figure of the whole set says nothing about a part of it.
     is_whole = not task and config.limit is None
     heading = f"\n{config.benchmark + ' ' + path:34}{'official':>10}{'robust':>10}"

@@ -1,27 +1,29 @@
-"""What training a model by RL will take of a GPU, and the settings to choose, before anything is
-loaded.
+"""What training will take of a GPU, and the settings to choose, before a model is loaded.
 
     python plan.py --model Qwen/Qwen2.5-VL-7B-Instruct --gpus 8 --memory 80
 
 The training scripts ask `choose` too: it is what --shard auto and --checkpointing auto come to.
 Only config.json is read; parameters are counted on the model itself, on the meta device. GB are 1e9
 bytes of each of the N GPUs of a box. Of A parameters T learn; b bytes a weight (2); t tokens a pass
-(--micro-tokens).
+(--micro-tokens); P, R tokens of a prompt, of a completion; G completions a prompt; H, I widths of
+the decoder and its MLP; D of a head.
 
     weights             A b: the whole copy that samples, and trains where training is not sharded;
                         a sharded SFT has only its frozen ones, (A - T) b
-    master and moments  T (4 + 4 + 4), / N if sharded; in fp32 (a CPU) the weights are their own masters
+    master and moments  T (4 + 4 + 4), / N if sharded; in fp32 (a CPU) the weights are their own
+                        masters
     reference           T b / N; with one GPU on the host; none at --kl 0; with LoRA next to nothing
-    cache               rollout: (slots R + 2 prompts P) 2 layers (key-value heads) (head width) b
+    cache               rollout: (slots R + 2 prompts P) 2 layers (key-value heads) D b
     prefill             rollout: keys and values, and an MLP, of PREFILL tokens
     sampler             rollout: 3 fp32 rows of logits a slot
     gradients           update: 4 T, / N if sharded; and the largest weight's own in b, or, sharded,
                         two layers' and the embeddings' whole ones in b, a layer's and theirs in
                         fp32
-    activations         update: t layers (4 H + 2 (query + key-value heads) D + 3 I) b, and t 3 I b of a
-                        layer's gradients; with checkpointing t layers H b, and one layer whole
-    gathered keys       update: on CUDA, of a layer (of all, without checkpointing) the keys and values as the
-                        completions read them, each with its prompt's: t (P + G (P + R)) / (P + G R)
+    activations         update: t layers (4 H + 2 (query + key-value heads) D + 3 I) b, and t 3 I b
+                        of a layer's gradients; with checkpointing t layers H b, and one layer whole
+    gathered keys       update: on CUDA, of a layer (of all, without checkpointing) the keys and
+                        values as the completions read them, each with its prompt's:
+                        t (P + G (P + R)) / (P + G R)
     logits              update: 64 MB, and the head's gradient in fp32 and in b
     pixels              update: the vision tower's patches of t, and its activations where it learns
 
@@ -38,7 +40,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -46,15 +47,17 @@ import torch
 import tyro
 from transformers import AutoConfig
 
+from errors import UserError
 from model.families import DecoderSizes, VisionSizes
 from model.files import read_config
 from model.lora import LORA_RANK, learn
 from model.qwen_vl import QwenVL
 
 RESERVE = 1.5, 0.05  # GB of CUDA, its libraries and NCCL; share of the rest that lies in gaps
-# live samples that keep a GPU busy; above SLOTS the matrix products gain nothing more
-BUSY, SLOTS = 128, 384
+BUSY = 128  # live samples that keep a GPU busy
+MAX_SLOTS = 384  # live samples above which the matrix products gain nothing more
 PREFILL = 8192  # tokens of prompts that are encoded at a time: model.rollout's
+WORKSPACE = 64 * 2**20  # bytes of logits: kernels.linear_logprob's, rounded up
 
 
 @dataclass
@@ -84,172 +87,331 @@ class Settings:
     keep: bool = False
 
 
-def count(config, train: str, lora: int) -> dict[str, int]:
-    """`tally` of a model that has not been loaded."""
+@dataclass(frozen=True)
+class Counts:
+    """How many parameters a model has; all but the first of those that learn."""
+
+    all: int
+    trained: int
+    layer: int  # a decoder layer's
+    largest: int  # the largest tensor's
+    outside: int  # the decoder's outside of its layers
+    vision: int
+    head: int
+
+
+def count(config, train: str, lora: int) -> Counts:
+    """Count the parameters of a model that has not been loaded."""
     with torch.device("meta"):
         model = QwenVL(config)
     learn(model, train, lora)
     return tally(model)
 
 
-def tally(model) -> dict[str, int]:
-    """Parameters: all; of those that learn all, a decoder layer's, the largest tensor's, the
-    decoder's outside of layers, vision's, the head's."""
+def tally(model) -> Counts:
+    """Count the parameters of a model whose `requires_grad` is set."""
 
-    def own(*parts) -> int:
-        return sum(p.numel() for part in parts for p in part.parameters() if p.requires_grad)
+    def trained(*parts) -> int:
+        total = 0
+        for part in parts:
+            total += sum(p.numel() for p in part.parameters() if p.requires_grad)
+        return total
 
-    z = model.decoder
-    outside = own(model) - own(z.layers, model.vision, model.region, model.points, model.head3d)
-    return dict(
+    layers = model.decoder.layers
+    beside = trained(layers, model.vision, model.region, model.points, model.head3d)
+    outside = trained(model) - beside
+    return Counts(
         all=sum(p.numel() for p in model.parameters()),
-        trained=own(model),
-        layer=own(z.layers[0]),
+        trained=trained(model),
+        layer=trained(layers[0]),
         largest=max((p.numel() for p in model.parameters() if p.requires_grad), default=0),
         outside=outside,
-        vision=own(model.vision),
-        head=outside and model.head_weight.numel(),
+        vision=trained(model.vision),
+        head=model.head_weight.numel() if outside else 0,
     )
 
 
-def estimate(config, cfg: Config, s: Settings, n: dict[str, int]) -> dict[str, float]:
-    """GB a GPU of each part, of the peak, and of that with the cache kept."""
-    z, vision, b = DecoderSizes.of(config), config.vision_config, {"bf16": 2, "fp32": 4}[cfg.dtype]
-    parts, query, kv = cfg.gpus if s.shard else 1, z.heads * z.head_dim, z.kv_heads * z.head_dim
-    masters = 4 if b == 2 or s.shard else 0  # whole fp32 weights are their own masters
-    # reduced in fp32
-    gathered = (2 * n["layer"] + n["outside"]) * b + (n["layer"] + n["outside"]) * 4
-    transient = n["largest"] * b if b == 2 else 0  # until its fp32 master has it
-    qk_norm = (query + kv) * z.family.qk_norm
-    layer = (4 * z.hidden + 2 * (query + kv) + qk_norm + 3 * z.inner) * b  # bytes a token
-    layer += (3 * query + z.inner) * b if b == 4 else 0  # a CPU's rotations and SwiGLU aren't fused
-    kept = z.layers * (z.hidden * b if s.checkpointing else layer) + layer * s.checkpointing
-    # At most: prompts that are all image, as many as go into a pass.
-    patches = s.micro_tokens * cfg.prompt_tokens / (cfg.prompt_tokens + cfg.group * cfg.new_tokens)
-    patches *= vision.spatial_merge_size**2
-    width = VisionSizes.of(config).width
-    block = (1 if s.checkpointing else 24) * width * b  # an MLP of 4 C
-    pixels = 12 * vision.temporal_patch_size * vision.patch_size**2 + block * vision.depth * (
-        n["vision"] > 0
-    )
-    # of the prompts, and room for the next ones
-    rows = 2 * -(-s.slots // cfg.group) * cfg.prompt_tokens
-    prefill = (2 * z.layers * kv + 3 * z.inner + 6 * z.hidden) * b
-    reference = n["trained"] * b / cfg.gpus if cfg.kl and cfg.gpus > 1 else 0
-    samples = cfg.prompts > 0 or not s.shard
-    whole = n["all"] if samples else n["all"] - n["trained"]
+class Parts:
+    """Bytes a GPU of each part, by the header's table: a method a line."""
+
+    def __init__(self, config, cfg: Config, settings: Settings, counts: Counts):
+        self.cfg = cfg
+        self.settings = settings
+        self.counts = counts
+        self.size = 2 if cfg.dtype == "bf16" else 4  # bytes a weight
+        self.ranks = cfg.gpus if settings.shard else 1  # that share masters and gradients
+
+        sizes = DecoderSizes.of(config)
+        self.layers = sizes.layers
+        self.hidden = sizes.hidden
+        self.inner = sizes.inner
+        self.vocab = sizes.vocab
+        self.query = sizes.heads * sizes.head_dim
+        self.kv = sizes.kv_heads * sizes.head_dim
+        self.qk_norm = sizes.family.qk_norm
+
+        vision = VisionSizes.of(config)
+        self.tower_depth = vision.depth
+        self.tower_width = vision.width
+        self.patch_values = vision.frames * vision.patch**2
+        self.patches_a_token = vision.merge**2
+
+    # What stays.
+
+    def weights(self) -> float:
+        samples = self.cfg.prompts > 0
+        whole = self.counts.all
+        if self.settings.shard and not samples:
+            whole -= self.counts.trained
+        return whole * self.size
+
+    def master_and_moments(self) -> float:
+        moments = 8
+        # Whole fp32 weights are their own masters.
+        master = 4 if self.size == 2 or self.settings.shard else 0
+        return self.counts.trained * (master + moments) / self.ranks
+
+    def reference(self) -> float:
+        if self.cfg.kl and self.cfg.gpus > 1:
+            return self.counts.trained * self.size / self.cfg.gpus
+        return 0
+
+    # Rollout.
+
+    def prompt_rows(self) -> int:
+        """Tokens of the prompts in the slots, and of as many that come next."""
+        prompts = math.ceil(self.settings.slots / self.cfg.group)
+        return 2 * prompts * self.cfg.prompt_tokens
+
+    def cache(self) -> float:
+        tokens = self.settings.slots * self.cfg.new_tokens + self.prompt_rows()
+        return tokens * 2 * self.layers * self.kv * self.size
+
+    def prefill(self) -> float:
+        keys_and_values = 2 * self.layers * self.kv
+        a_layer = 3 * self.inner + 6 * self.hidden
+        return min(self.prompt_rows(), PREFILL) * (keys_and_values + a_layer) * self.size
+
+    def sampler(self) -> float:
+        return 3 * self.settings.slots * self.vocab * 4
+
+    # Update.
+
+    def gradients(self) -> float:
+        counts = self.counts
+        own = counts.trained * 4 / self.ranks
+        if self.settings.shard:
+            # Gathered in b, reduced in fp32.
+            gathered = (2 * counts.layer + counts.outside) * self.size
+            return own + gathered + (counts.layer + counts.outside) * 4
+        if self.size == 2:
+            return own + counts.largest * self.size  # until its fp32 master has it
+        return own
+
+    def layer_activations(self) -> float:
+        """Bytes a token that a layer's backward needs."""
+        values = 4 * self.hidden + 2 * (self.query + self.kv) + 3 * self.inner
+        if self.qk_norm:
+            values += self.query + self.kv
+        if self.size == 4:
+            values += 3 * self.query + self.inner  # a CPU's rotations and SwiGLU aren't fused
+        return values * self.size
+
+    def activations(self) -> float:
+        kept = self.layers * self.layer_activations()
+        if self.settings.checkpointing:
+            kept = self.layers * self.hidden * self.size + self.layer_activations()
+        gradients = 3 * self.inner * self.size
+        return self.settings.micro_tokens * (kept + gradients)
+
+    def gathered_keys(self) -> float:
+        if self.size == 4:
+            return 0  # CUDA's only
+        cfg = self.cfg
+        tokens = cfg.prompt_tokens + cfg.group * cfg.new_tokens
+        keys = cfg.prompt_tokens + cfg.group * (cfg.prompt_tokens + cfg.new_tokens)
+        layers = 1 if self.settings.checkpointing else self.layers
+        return self.settings.micro_tokens * keys / tokens * 2 * self.kv * self.size * layers
+
+    def pixels(self) -> float:
+        # At most: prompts that are all image, as many as go into a pass.
+        cfg = self.cfg
+        prompt_share = cfg.prompt_tokens / (cfg.prompt_tokens + cfg.group * cfg.new_tokens)
+        patches = self.settings.micro_tokens * prompt_share * self.patches_a_token
+        patch = 12 * self.patch_values  # fp32, three colours
+        if self.counts.vision:
+            values = 1 if self.settings.checkpointing else 24  # of a block; its MLP has 4 widths
+            patch += values * self.tower_width * self.size * self.tower_depth
+        return patches * patch
+
+    def logits(self) -> float:
+        head_gradient = 6 if self.size == 2 else 4
+        return WORKSPACE + self.counts.head * head_gradient
+
+
+def estimate(config, cfg: Config, settings: Settings, counts: Counts) -> dict[str, float]:
+    """Return GB a GPU of each part, of the peak, and of that with the cache kept."""
+    parts = Parts(config, cfg, settings, counts)
     stays = {
-        "weights": whole * b,
-        "master and moments": n["trained"] * (masters + 8) / parts,
-        "reference": reference,
+        "weights": parts.weights(),
+        "master and moments": parts.master_and_moments(),
+        "reference": parts.reference(),
     }
     rollout = {
-        "cache": (s.slots * cfg.new_tokens + rows) * 2 * z.layers * kv * b,
-        "prefill": min(rows, PREFILL) * prefill,
-        "sampler": 3 * s.slots * z.vocab * 4,
+        "cache": parts.cache(),
+        "prefill": parts.prefill(),
+        "sampler": parts.sampler(),
     }
-    tokens, keys = cfg.prompt_tokens + cfg.group * cfg.new_tokens, cfg.prompt_tokens
-    keys += cfg.group * (cfg.prompt_tokens + cfg.new_tokens)
-    copies = 2 * kv * b * keys / tokens * (1 if s.checkpointing else z.layers) * (b == 2)
     update = {
-        "gradients": n["trained"] * 4 / parts + (gathered if s.shard else transient),
-        "activations": s.micro_tokens * (kept + 3 * z.inner * b),
-        "gathered keys": s.micro_tokens * copies,
-        "pixels": patches * pixels,
-        "logits": 64 * 2**20 + n["head"] * (6 if b == 2 else 4),
+        "gradients": parts.gradients(),
+        "activations": parts.activations(),
+        "gathered keys": parts.gathered_keys(),
+        "pixels": parts.pixels(),
+        "logits": parts.logits(),
     }
-    both = rollout["cache"] + rollout["sampler"]  # the logits lie in the graph's own memory
-    always, longest = sum(stays.values()), max(sum(rollout.values()), sum(update.values()))
+    always = sum(stays.values())
+    longest = max(sum(rollout.values()), sum(update.values()))
+    # The sampler's logits lie in the graph's own memory.
+    kept = rollout["cache"] + rollout["sampler"] + sum(update.values())
     peaks = {
         "peak": always + longest,
-        "cache kept": always + max(longest, both + sum(update.values())),
+        "cache kept": always + max(longest, kept),
     }
     return {name: size / 1e9 for name, size in (stays | rollout | update | peaks).items()}
 
 
 def candidates(cfg: Config) -> Iterator[Settings]:
-    """In the order of preference."""
-    least, group = (
-        cfg.prompt_tokens + cfg.new_tokens,
-        cfg.prompt_tokens + cfg.group * cfg.new_tokens,
-    )
-    whole = [t for t in (16384, 8192, 4096) if t >= group] or [group]
-    split = [t for t in (8192, 4096, 2048) if least <= t < group]  # groups in parts, prompts again
-    ranks = [LORA_RANK] if cfg.train == "lora" else [0, LORA_RANK]
-    ranks = ranks if cfg.lora is None else [cfg.lora]
-    for lora, shard in product(ranks, (False, True)):
-        if not shard or cfg.gpus > 1:
+    """Yield settings in the order of preference."""
+    sample = cfg.prompt_tokens + cfg.new_tokens
+    group = cfg.prompt_tokens + cfg.group * cfg.new_tokens
+    # A pass takes whole groups, or, better than nothing, parts of one, each with its prompt.
+    whole = [tokens for tokens in (16384, 8192, 4096) if tokens >= group] or [group]
+    split = [tokens for tokens in (8192, 4096, 2048) if sample <= tokens < group]
+    ranks = [0, LORA_RANK]
+    if cfg.train == "lora":
+        ranks = [LORA_RANK]
+    if cfg.lora is not None:
+        ranks = [cfg.lora]
+    for lora in ranks:
+        for shard in (False, True) if cfg.gpus > 1 else (False,):
             yield Settings(shard, False, lora, whole[0])
-            yield from (Settings(shard, True, lora, tokens) for tokens in whole + split)
+            for tokens in whole + split:
+                yield Settings(shard, True, lora, tokens)
+
+
+def choose_slots(
+    config, cfg: Config, settings: Settings, counts: Counts
+) -> tuple[Settings, dict[str, float]] | None:
+    """Return the settings with their slots, and the estimate; None if not even a group fits."""
+    reserved, gaps = RESERVE
+    room = (cfg.memory - reserved) * (1 - gaps)
+    update = estimate(config, cfg, settings, counts)["peak"]
+    rank_prompts = math.ceil(cfg.prompts / cfg.gpus)
+    most = min(rank_prompts, max(MAX_SLOTS // cfg.group, 1)) * cfg.group
+    # From many to few; above BUSY no more than the update takes anyway.
+    fitting = {}
+    for slots in range(most, 0, -cfg.group) or [0]:
+        gb = estimate(config, cfg, replace(settings, slots=slots), counts)
+        limit = min(update, room) if slots > BUSY else room
+        if gb["peak"] <= limit:
+            fitting[slots] = gb
+    if not fitting:
+        return None
+    most = max(fitting)
+    # Better fewer slots than to record the graph in every step.
+    for slots, gb in fitting.items():
+        if gb["cache kept"] <= room and slots >= min(BUSY, most):
+            return replace(settings, slots=slots, keep=True), gb
+    return replace(settings, slots=most), fitting[most]
+
+
+class NothingFits(UserError, ValueError):
+    """No candidate fits into the memory."""
 
 
 def choose(
     config,
     cfg: Config,
     options: Iterable[Settings] | None = None,
-    counts: Callable[[int], dict[str, int]] | None = None,
+    counts: Callable[[int], Counts] | None = None,
 ) -> tuple[Settings, dict[str, float]]:
-    """The first of the options (all candidates) that fits, and its estimate; ValueError where none
-    does. counts(lora rank) is what `tally` says of the model, if one is there already."""
+    """Return the first of the options (all candidates) that fits, and its estimate.
+
+    counts(lora rank) is what `tally` says of the model, if one is there already. NothingFits where
+    none does.
+    """
     options = candidates(cfg) if options is None else options
-    counts = counts or cache(lambda lora: count(config, cfg.train, lora))
-    room = (cfg.memory - RESERVE[0]) * (1 - RESERVE[1])
-    most = min(-(-cfg.prompts // cfg.gpus) * cfg.group, max(SLOTS // cfg.group, 1) * cfg.group)
-    for s in options:
-        alone = estimate(config, cfg, s, counts(s.lora))["peak"]  # of the update
-        sizes = {
-            n: estimate(config, cfg, replace(s, slots=n), counts(s.lora))
-            for n in range(most, 0, -cfg.group) or [0]
-        }
-        fit = [
-            n for n, gb in sizes.items() if gb["peak"] <= (min(alone, room) if n > BUSY else room)
-        ]
-        stay = [n for n in fit if sizes[n]["cache kept"] <= room and n >= min(BUSY, fit[0])]
-        if fit:  # better fewer slots than to record the graph in every step
-            slots = (stay or fit)[0]
-            return replace(s, slots=slots, keep=bool(stay)), sizes[slots]
-    raise ValueError(
-        f"nothing fits into {cfg.gpus} x {cfg.memory:g} GB: more memory, fewer --new-tokens, or --lora"
+    if counts is None:
+        counts = cache(lambda lora: count(config, cfg.train, lora))
+    for settings in options:
+        found = choose_slots(config, cfg, settings, counts(settings.lora))
+        if found:
+            return found
+    raise NothingFits(
+        f"nothing fits into {cfg.gpus} x {cfg.memory:g} GB: more memory, fewer --new-tokens, or "
+        f"--lora"
     )
 
 
-def main(cfg: Config) -> None:
-    low = {
-        k: v
-        for k, v in vars(cfg).items()
-        if isinstance(v, int | float) and v < (k not in ("kl", "lora", "prompts"))
-    }
-    if low:
-        raise ValueError(", ".join(f"--{k.replace('_', '-')} {v}: too low" for k, v in low.items()))
-    cfg = cfg if cfg.prompts else replace(cfg, group=1, kl=0.0)
-    folder = Path(cfg.model)
+# ---- The command
+
+
+def check(cfg: Config) -> None:
+    """Raise UserError, with all of them, for flags that are too low."""
+    too_low = []
+    for name, value in vars(cfg).items():
+        least = 0 if name in ("kl", "lora", "prompts") else 1
+        if isinstance(value, int | float) and value < least:
+            too_low.append(f"--{name.replace('_', '-')} {value}: too low")
+    if too_low:
+        raise UserError(", ".join(too_low))
+
+
+def read(model: str):
+    """Return transformers' config object of a directory or hub id."""
+    folder = Path(model)
+    if folder.is_dir():
+        return read_config(folder)
     try:
-        config = read_config(folder) if folder.is_dir() else AutoConfig.from_pretrained(cfg.model)
+        return AutoConfig.from_pretrained(model)
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{cfg.model}: no such directory, nor hub id ({reason})") from error
-    s, gb = choose(config, cfg)
-    n = count(config, cfg.train, s.lora)
-    whole, own = n["all"] / 1e9, n["trained"] / 1e9
-    print(f"{cfg.model}: {whole:.3f} B parameters, {own:.3f} B of them learn; GB a GPU:")
+        raise UserError(f"{model}: no such directory, nor hub id ({reason})") from error
+
+
+def main(cfg: Config) -> None:
+    check(cfg)
+    if not cfg.prompts:
+        cfg = replace(cfg, group=1, kl=0.0)
+    config = read(cfg.model)
+    settings, gb = choose(config, cfg)
+    counts = count(config, cfg.train, settings.lora)
+    whole = counts.all / 1e9
+    trained = counts.trained / 1e9
+    print(f"{cfg.model}: {whole:.3f} B parameters, {trained:.3f} B of them learn; GB a GPU:")
     kept = gb.pop("cache kept")
-    for name, size in (gb | {"left": cfg.memory - gb["peak"]}).items():
+    gb["left"] = cfg.memory - gb["peak"]
+    for name, size in gb.items():
         print(f"  {name:20}{size:7.2f}")
-    said = {True: "always", False: "never"}
-    flags = [f"--shard {said[s.shard]} --checkpointing {said[s.checkpointing]}"]
-    flags += [f"--micro-tokens {s.micro_tokens}"]
-    flags += [f"--lora {s.lora}"] * bool(s.lora)
-    print(*flags, f" ({s.slots} samples at a time)" if s.slots else "")
-    if s.slots and s.keep:
+
+    flag = {True: "always", False: "never"}
+    flags = f"--shard {flag[settings.shard]} --checkpointing {flag[settings.checkpointing]}"
+    flags += f" --micro-tokens {settings.micro_tokens}"
+    if settings.lora:
+        flags += f" --lora {settings.lora}"
+    print(flags, f" ({settings.slots} samples at a time)" if settings.slots else "")
+    if settings.slots and settings.keep:
         print(
-            f"their cache and the graph of a step stay during the update: then the peak is {kept:.1f} GB"
+            f"their cache and the graph of a step stay during the update: then the peak is "
+            f"{kept:.1f} GB"
         )
-    elif s.slots:
+    elif settings.slots:
         print(
-            f"their cache goes before the update (kept: {kept:.1f} GB); every step records its graph again"
+            f"their cache goes before the update (kept: {kept:.1f} GB); every step records its "
+            f"graph again"
         )
     if cfg.kl and cfg.gpus == 1:
-        size = n["trained"] * (2 if cfg.dtype == "bf16" else 4)
+        size = counts.trained * (2 if cfg.dtype == "bf16" else 4)
         pinned = 2 ** math.ceil(math.log2(size))  # CUDA's pinned memory comes in powers of two
         print(f"and {pinned / 1e9:.1f} GB of host memory for the reference policy")
 
@@ -257,6 +419,6 @@ def main(cfg: Config) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Config, description=__doc__.split("\n\n")[0]))
-    except ValueError as error:  # no such model, or numbers that can't be
+    except UserError as error:
         print(f"plan: {error}", file=sys.stderr)
         sys.exit(2)

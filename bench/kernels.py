@@ -1,7 +1,7 @@
 """Every kernel beside what people use instead: time, share of the machine's ceiling, peak memory.
 
-    python -m bench.kernels [--only NAME ...]     (make bench; a GPU: some minutes, a CPU: about one)
-    python -m bench.kernels --judged              (a CPU: linear_logprob at full size; 6 minutes and 16 GB)
+    python -m bench.kernels [--only NAME ...]   (make bench; a GPU: some minutes, a CPU: about one)
+    python -m bench.kernels --judged            (a CPU: linear_logprob at full size; 6 minutes, 16 GB)
 
 Writes bench/results/<device>.json, after every case; `python -m bench.table` renders that into the
 README. All contenders of a case see the same random inputs and are timed in turn (interleaved), so
@@ -22,6 +22,7 @@ each key and value once, a prompt's too.
 
 import argparse
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import platform
@@ -30,6 +31,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -37,7 +39,15 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels import attention, layers, linear_logprob, policy_loss, rewards, sample
+from kernels import (
+    decode_attention,
+    interpreted,
+    layers,
+    linear_logprob,
+    policy_loss,
+    rewards,
+    sample,
+)
 
 RESULTS = Path(__file__).parent / "results"
 CUDA = torch.cuda.is_available()
@@ -57,14 +67,10 @@ VERSIONS = (
     "cut-cross-entropy",
     "nvidia-cutlass-dsl",
 )
-PEERS = {"trl": ("trl", "trl")} | (
-    {  # contender: module, what to install; the last two need a GPU
-        "liger": ("liger_kernel", "liger-kernel[cutedsl]"),
-        "cce": ("cut_cross_entropy", "cut-cross-entropy"),
-    }
-    if CUDA
-    else {}
-)
+PEERS = {"trl": ("trl", "trl")}  # contender: module, what to install
+if CUDA:
+    PEERS["liger"] = ("liger_kernel", "liger-kernel[cutedsl]")
+    PEERS["cce"] = ("cut_cross_entropy", "cut-cross-entropy")
 
 
 @dataclass
@@ -91,9 +97,9 @@ def normal(*shape, scale=1.0, grad=True, dtype=DTYPE) -> Tensor:
 
 
 def with_compiled(contenders: dict[str, Callable]) -> dict[str, Callable]:
-    return contenders | (
-        {"compiled": torch.compile(contenders["naive"], dynamic=False)} if CUDA else {}
-    )
+    if not CUDA:
+        return contenders
+    return contenders | {"compiled": torch.compile(contenders["naive"], dynamic=False)}
 
 
 # ---- Cases
@@ -123,26 +129,32 @@ def logprob_contenders() -> dict[str, Callable]:
 
         # temperature, columns of a tile, softcap, scale, outputs
         more = 1.0, 8192, None, 1.0, ("entropy",)
-        contenders["trl"] = lambda h, w, t: Chunked.apply(h, w, None, t, *more)[:2]
+
+        def trl(hidden, weight, targets):
+            return Chunked.apply(hidden, weight, None, targets, *more)[:2]
+
+        contenders["trl"] = trl
     if installed("liger"):
         from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as Liger
 
-        contenders["liger"] = lambda h, w, t: Liger.apply(h, w, t, 1.0, -100, 1, True)
+        def liger(hidden, weight, targets):
+            return Liger.apply(hidden, weight, targets, 1.0, -100, 1, True)
+
+        contenders["liger"] = liger
     if installed("cce"):
         from cut_cross_entropy import linear_cross_entropy
 
-        contenders["cce"] = lambda h, w, t: linear_cross_entropy(h, w, t, reduction="none")
+        contenders["cce"] = partial(linear_cross_entropy, reduction="none")
     return contenders
 
 
 def logprob_case(
     n: int, h: int, v: int, contenders: dict[str, Callable], backward: bool, apart=0
 ) -> Case:
-    make = lambda: [
-        normal(n, h),
-        normal(v, h, scale=h**-0.5),
-        torch.randint(v, (n,), device=DEVICE),
-    ]  # noqa: E731
+    def make():
+        targets = torch.randint(v, (n,), device=DEVICE)
+        return [normal(n, h), normal(v, h, scale=h**-0.5), targets]
+
     return Case(
         "linear_logprob",
         f"N={n} H={h} V={v}",
@@ -156,12 +168,14 @@ def logprob_case(
 
 def logprob_cases() -> list[Case]:
     contenders = logprob_contenders()
-    shapes = (
-        [(n, h) for h in (2048, 3584, 4096) for n in (2048, 8192, 32_768)] if CUDA else [(512, 256)]
-    )
-    return [
-        logprob_case(*shape, VOCAB, contenders, way) for shape in shapes for way in (False, True)
-    ]
+    shapes = [(512, 256)]
+    if CUDA:
+        shapes = list(itertools.product((2048, 8192, 32_768), (2048, 3584, 4096)))
+    cases = []
+    for n, h in shapes:
+        for backward in (False, True):
+            cases.append(logprob_case(n, h, VOCAB, contenders, backward))
+    return cases
 
 
 def judged_cases() -> list[Case]:
@@ -171,84 +185,68 @@ def judged_cases() -> list[Case]:
 
 
 def policy_cases() -> list[Case]:
-    t, s = 32_768, 128
-    cu = torch.linspace(0, t, s + 1).long().to(DEVICE)
-    call = lambda f: lambda new, old, advantage: f(new, old, advantage, cu, rollout_logprob=old)[0]  # noqa: E731
-    make = lambda: [
-        normal(t, dtype=torch.float32),
-        normal(t, grad=False, dtype=torch.float32),  # noqa: E731
-        normal(s, grad=False, dtype=torch.float32),
-    ]
-    both = {"ours": call(policy_loss.policy_loss), "naive": call(policy_loss.reference_policy_loss)}
-    return [
-        Case("policy_loss", f"T={t} S={s}", make, with_compiled(both), backward=True, bytes=24 * t)
-    ]
+    t = 32_768
+    s = 128
+    cu_seqlens = torch.linspace(0, t, s + 1).long().to(DEVICE)
+
+    def make():
+        new = normal(t, dtype=torch.float32)
+        old = normal(t, grad=False, dtype=torch.float32)
+        return [new, old, normal(s, grad=False, dtype=torch.float32)]
+
+    def loss_of(call):
+        def run(new, old, advantage):
+            return call(new, old, advantage, cu_seqlens, rollout_logprob=old)[0]
+
+        return run
+
+    contenders = {
+        "ours": loss_of(policy_loss.policy_loss),
+        "naive": loss_of(policy_loss.reference_policy_loss),
+    }
+    contenders = with_compiled(contenders)
+    return [Case("policy_loss", f"T={t} S={s}", make, contenders, backward=True, bytes=24 * t)]
 
 
 def rewards_cases() -> list[Case]:
-    """One box and one true centre a completion, groups of eight, answers that are numbers."""
-    n, groups = 4096, 512
-    whole = lambda count, value=0: torch.full((count,), value, device=DEVICE)  # noqa: E731
-    yes = torch.ones(n, dtype=torch.bool, device=DEVICE)
-    wide = lambda *shape: torch.randn(*shape, device=DEVICE, dtype=torch.float64)  # noqa: E731
-    ramp = lambda count, step=1: torch.arange(count + 1, device=DEVICE) * step  # noqa: E731
-    make = lambda: [
-        rewards.Scored(  # noqa: E731
-            yes,
-            yes,
-            wide(n, 5),
-            whole(n, rewards.NO_FRAME),
-            ramp(n),
-            wide(n, 3),
-            whole(n),
-            ramp(groups, 8),
-            whole(groups, rewards.DTR),
-            whole(groups, rewards.NUMBER),
-            wide(groups, 5),
-            whole(groups, 1),
-            whole(groups, rewards.ANY_FRAME),
-            ramp(groups),
-            wide(groups, 3),
-            whole(groups),
-            whole(groups, rewards.ANY_FRAME),
-        )
-    ]
+    """Three rewards, groups of eight."""
+    n = 4096
+    groups = n // 8
+    start = torch.arange(groups + 1, device=DEVICE) * 8
+
+    def make():
+        parts = torch.rand(n, 3, device=DEVICE, dtype=torch.float64)
+        weights = torch.rand(groups, 3, device=DEVICE, dtype=torch.float64)
+        return [parts, weights, start]
+
     both = {
         "ours": rewards.rewards_and_advantages,
         "naive": rewards.reference_rewards_and_advantages,
     }
-    return [Case("rewards", f"N={n} G={groups}", make, both, bytes=200 * n)]
+    both = {who: partial(call, accuracy_column=0) for who, call in both.items()}
+    return [Case("rewards", f"N={n} G={groups} R=3", make, both, bytes=5 * 8 * n)]
 
 
 def sample_cases() -> list[Case]:
     """As the sampler has it: fp32 logits, and ids that are never drawn."""
     b, v = (256, VOCAB) if CUDA else (32, VOCAB)
     banned = torch.arange(v, device=DEVICE) >= v - 300
-    make = lambda: [
-        normal(b, v, scale=3.0, grad=False, dtype=torch.float32),  # noqa: E731
-        *torch.randint(1 << 40, (2, b), device=DEVICE),
-    ]
+
+    def make():
+        logits = normal(b, v, scale=3.0, grad=False, dtype=torch.float32)
+        keys, positions = torch.randint(1 << 40, (2, b), device=DEVICE)
+        return [logits, keys, positions]
 
     def ours(logits, keys, positions):
         return sample.sample(logits, keys, positions, banned=banned)
 
     def naive(logits, keys, positions):  # noise of torch's own; the same work otherwise
-        race = (
-            logits.masked_fill(banned, -torch.inf).softmax(-1)
-            / torch.empty_like(logits).exponential_()
-        )
-        token = race.argmax(-1, keepdim=True)
+        p = logits.masked_fill(banned, -torch.inf).softmax(-1)
+        token = (p / torch.empty_like(logits).exponential_()).argmax(-1, keepdim=True)
         return token, logits.log_softmax(-1).gather(1, token)
 
-    return [
-        Case(
-            "sample",
-            f"B={b} V={v}",
-            make,
-            with_compiled({"ours": ours, "naive": naive}),
-            bytes=4 * b * v,
-        )
-    ]
+    contenders = with_compiled({"ours": ours, "naive": naive})
+    return [Case("sample", f"B={b} V={v}", make, contenders, bytes=4 * b * v)]
 
 
 def liger_rope() -> dict[str, Callable]:
@@ -266,85 +264,98 @@ def liger_rope() -> dict[str, Callable]:
     return {"liger": rope}
 
 
+def layer_case(op: str, shape: str, make: Callable, backward: bool, numbers: int, peers=()) -> Case:
+    """numbers: how many are read and written, once each."""
+    both = {"ours": getattr(layers, op), "naive": getattr(layers, "reference_" + op)}
+    contenders = with_compiled(both) | dict(peers)
+    moved = numbers * DTYPE.itemsize
+    return Case("layers", f"{op} {shape}", make, contenders, backward, bytes=moved)
+
+
 def layer_cases() -> list[Case]:
-    """Widths, inner widths and heads of Qwen2.5-VL-3B, 7B and Qwen3-VL-8B; bytes: read and written
-    once."""
-    shapes = (2048, 11_008, 16, 2), (3584, 18_944, 28, 4), (4096, 12_288, 32, 8)
-    t, cases = 8192 if CUDA else 3000, []
-    shapes = shapes if CUDA else [(128, 384, 4, 2)]
-    for h, inner, heads, kv_heads in shapes:
-        d = 128 if CUDA else 32
-        angle = torch.randn(t, d // 2, device=DEVICE).repeat(1, 2)
-        turn, norms = (
-            [angle.cos().to(DTYPE), angle.sin().to(DTYPE)],
-            lambda d=d: [normal(d), normal(d)],
-        )
-        qk = lambda a=heads, k=kv_heads, d=d: [normal(t, a, d), normal(t, k, d)]  # noqa: E731
-        row = (heads + kv_heads) * d
-        inputs = {  # name: shape, inputs, numbers moved forward, and forward and backward
-            "rms_norm": (f"T={t} H={h}", lambda h=h: [normal(t, h), normal(h)], 2 * h, 5 * h),
-            "add_rms_norm": (
-                f"T={t} H={h}",
-                lambda h=h: [normal(t, h), normal(t, h), normal(h)],
-                4 * h,
-                8 * h,
+    """Widths, inner widths and heads of Qwen2.5-VL-3B, 7B and Qwen3-VL-8B."""
+    if not CUDA:
+        return layer_cases_of(3000, 128, 384, (4, 2, 32))
+    cases = layer_cases_of(8192, 2048, 11_008, (16, 2, 128))
+    cases += layer_cases_of(8192, 3584, 18_944, (28, 4, 128))
+    return cases + layer_cases_of(8192, 4096, 12_288, (32, 8, 128))
+
+
+def layer_cases_of(t: int, h: int, inner: int, head_sizes: tuple[int, int, int]) -> list[Case]:
+    """Forward, and forward and backward, of t tokens."""
+    heads, kv_heads, d = head_sizes
+    row = (heads + kv_heads) * d
+    angle = torch.randn(t, d // 2, device=DEVICE).repeat(1, 2)
+    turn = [angle.cos().to(DTYPE), angle.sin().to(DTYPE)]
+
+    def norm():
+        return [normal(t, h), normal(h)]
+
+    def add_norm():
+        return [normal(t, h), normal(t, h), normal(h)]
+
+    def gate_and_up():
+        return [normal(t, inner), normal(t, inner)]
+
+    def joint():
+        return [normal(t, 2 * inner)]
+
+    def rope():
+        return [normal(t, heads, d), normal(t, kv_heads, d), *turn]
+
+    def norm_rope():
+        return [*rope(), normal(d), normal(d)]
+
+    width = f"T={t} H={h}"
+    mlp = f"T={t} inner={inner}"
+    qk = f"T={t} heads={heads}+{kv_heads} D={d}"
+    cases = []
+    for backward in (False, True):
+        cases += [
+            layer_case("rms_norm", width, norm, backward, (5 if backward else 2) * t * h),
+            layer_case("add_rms_norm", width, add_norm, backward, (8 if backward else 4) * t * h),
+            layer_case("swiglu", mlp, gate_and_up, backward, (8 if backward else 3) * t * inner),
+            layer_case("swiglu_joint", mlp, joint, backward, (8 if backward else 3) * t * inner),
+            layer_case(
+                "qk_norm_rope",
+                qk + " normed",
+                norm_rope,
+                backward,
+                (5 if backward else 2) * t * row,
             ),
-            "swiglu": (
-                f"T={t} inner={inner}",
-                lambda i=inner: [normal(t, i), normal(t, i)],
-                3 * inner,
-                8 * inner,
+            layer_case(
+                "qk_norm_rope",
+                qk,
+                rope,
+                backward,
+                (4 if backward else 2) * t * row,
+                liger_rope(),
             ),
-            "swiglu_joint": (
-                f"T={t} inner={inner}",
-                lambda i=inner: [normal(t, 2 * i)],
-                3 * inner,
-                8 * inner,
-            ),
-            "qk_norm_rope": (
-                f"T={t} heads={heads}+{kv_heads} D={d} normed",
-                lambda qk=qk, turn=turn, norms=norms: qk() + turn + norms(),
-                2 * row,
-                5 * row,
-            ),
-            "qk_norm_rope, no norm": (
-                f"T={t} heads={heads}+{kv_heads} D={d}",
-                lambda qk=qk, turn=turn: qk() + turn,
-                2 * row,
-                4 * row,
-            ),
-        }
-        for name, (shape, make, *moved) in inputs.items():
-            op = name.split(",")[0]
-            both = {"ours": getattr(layers, op), "naive": getattr(layers, "reference_" + op)}
-            peer = liger_rope() if name == "qk_norm_rope, no norm" else {}
-            for backward, numbers in zip((False, True), moved, strict=True):
-                cases.append(
-                    Case(
-                        "layers",
-                        f"{op} {shape}",
-                        make,
-                        with_compiled(both) | peer,
-                        backward,
-                        bytes=t * numbers * DTYPE.itemsize,
-                    )
-                )
+        ]
     return cases
 
 
 def decode_case(slots: int, heads: int, kv: int, prompt: int, own: int, d: int, g: int = 8) -> Case:
     """A step of `slots` samples, g of a prompt, when half of their own room is filled."""
     prompts = slots // g
-    lengths = lambda count, length: torch.full((count,), length, device=DEVICE)  # noqa: E731
     places = torch.arange(slots, device=DEVICE)
-    shapes = (slots, heads, d), *[(prompts, kv, prompt, d)] * 2, *[(slots, kv, 2 * own, d)] * 2
-    make = lambda: [
-        *(normal(*shape, grad=False) for shape in shapes),
-        attention.Table(  # noqa: E731
-            lengths(prompts, prompt), lengths(slots, own), places.view(prompts, g), places
-        ),
-    ]
-    both = {"ours": attention.decode_attention, "naive": attention.reference_decode_attention}
+
+    def make():
+        prefix = (prompts, kv, prompt, d)
+        suffix = (slots, kv, 2 * own, d)
+        shapes = (slots, heads, d), prefix, prefix, suffix, suffix
+        table = decode_attention.Table(
+            prefix_lengths=torch.full((prompts,), prompt, device=DEVICE),
+            suffix_lengths=torch.full((slots,), own, device=DEVICE),
+            members=places.view(prompts, g),
+            member_index=places,
+        )
+        return [*(normal(*shape, grad=False) for shape in shapes), table]
+
+    both = {
+        "ours": decode_attention.decode_attention,
+        "naive": decode_attention.reference_decode_attention,
+    }
     moved = 2 * DTYPE.itemsize * kv * d * (prompts * prompt + slots * own)
     name = f"S={slots} G={g} heads={heads}+{kv} D={d} P={prompt} R={own}"
     return Case("decode_attention", name, make, both, bytes=moved)
@@ -352,8 +363,13 @@ def decode_case(slots: int, heads: int, kv: int, prompt: int, own: int, d: int, 
 
 def decode_cases() -> list[Case]:
     """Heads of Qwen2.5-VL-3B and Qwen3-VL-8B."""
-    sizes = [(s, *heads, 896, 128, 128) for heads in ((16, 2), (32, 8)) for s in (64, 256)]
-    return [decode_case(*size) for size in (sizes if CUDA else [(32, 8, 4, 320, 32, 64)])]
+    if not CUDA:
+        return [decode_case(32, 8, 4, 320, 32, 64)]
+    cases = []
+    for heads, kv_heads in ((16, 2), (32, 8)):
+        for slots in (64, 256):
+            cases.append(decode_case(slots, heads, kv_heads, 896, 128, 128))
+    return cases
 
 
 CASES = {
@@ -377,7 +393,9 @@ def step(
     """Returns the outputs' gradients, for the next call: making them isn't the contender's work."""
     with torch.set_grad_enabled(backward):
         out = call(*inputs)
-    out = [x for x in (out if isinstance(out, tuple) else (out,)) if x.requires_grad]
+    out = out if isinstance(out, tuple) else (out,)
+    # Without `backward` nothing has a gradient, but an input that is returned shows its own.
+    out = [x for x in out if x.requires_grad and backward]
     grads = [torch.full_like(x, 0.1) for x in out] if grads is None else grads
     if out:
         torch.autograd.backward(out, grads)
@@ -410,7 +428,8 @@ def interleaved(
     calls: dict[str, Callable], inputs: list, backward: bool = False
 ) -> dict[str, float]:
     """Median seconds of each, after two calls to warm up, in which compilers run."""
-    times, flush = {name: [] for name in calls}, torch.empty(1 << 26, device=DEVICE)
+    times = {name: [] for name in calls}
+    flush = torch.empty(1 << 26, device=DEVICE)
     own = dict.fromkeys(calls, inputs)
     for name in IN_PLACE & calls.keys():
         own[name] = [own_copy(x) for x in inputs]
@@ -429,10 +448,8 @@ def probes() -> tuple[dict[str, Callable], dict[str, float]]:
     size, side = (1 << 30, 8192) if CUDA else (1 << 26, 1536)
     source, a = torch.randn(size // 4, device=DEVICE), normal(side, side, grad=False)
     target = torch.empty_like(source)
-    return (
-        {"copy": lambda *_: target.copy_(source), "matmul": lambda *_: a @ a},
-        {"copy": 2 * size, "matmul": 2 * side**3},
-    )
+    calls = {"copy": lambda *_: target.copy_(source), "matmul": lambda *_: a @ a}
+    return calls, {"copy": 2 * size, "matmul": 2 * side**3}
 
 
 def high_water() -> int:
@@ -445,12 +462,14 @@ def alone(name: str, index: int, contender: str) -> tuple[float, float]:
     """MB beyond inputs and gradients, and seconds, of one call."""
     torch.manual_seed(0)
     case = CASES[name]()[index]
-    inputs, mark = case.make(), torch.cuda.max_memory_allocated if CUDA else high_water
-    call, grads = case.contenders[contender], None
-    learning = (
-        [x for x in inputs if isinstance(x, Tensor) and x.requires_grad] if case.backward else []
-    )
-    gradients = [torch.ones_like(x) for x in learning]
+    inputs = case.make()
+    mark = torch.cuda.max_memory_allocated if CUDA else high_water
+    call = case.contenders[contender]
+    grads = None
+    gradients = []
+    for x in inputs:
+        if case.backward and isinstance(x, Tensor) and x.requires_grad:
+            gradients.append(torch.ones_like(x))
     if CUDA:
         grads = step(call, inputs, case.backward)  # compilers and autotuners run here
         torch.cuda.reset_peak_memory_stats()
@@ -470,7 +489,8 @@ def apart(*arguments) -> tuple[float, float]:
 
 def runs_apart(name: str, index: int, case: Case) -> tuple[dict[str, list], dict[str, str]]:
     """(peak, seconds) of each contender's runs; and who can't run, with the reason."""
-    runs, lost = {who: [] for who in case.contenders}, {}
+    runs = {who: [] for who in case.contenders}
+    lost = {}
     for who in list(case.contenders) * max(case.apart, 1):
         if who not in lost:
             try:
@@ -501,75 +521,65 @@ def in_turn(
 
 
 def measure(name: str, index: int, case: Case) -> list[dict]:
+    """Return the case's rows, one a contender."""
     if CUDA:
         torch._dynamo.reset()  # else the ninth shape would silently run eagerly
     runs, lost = runs_apart(name, index, case)
     torch.manual_seed(0)
     probe, work = probes()
-    memory = {who: max(mb for mb, _ in own) for who, own in runs.items() if who not in lost}
+    memory = {}
+    for who, own in runs.items():
+        if who not in lost:
+            memory[who] = max(mb for mb, _ in own)
     if case.apart:
-        taken = interleaved(probe, []) | {
-            who: statistics.median(t for _, t in runs[who]) for who in memory
-        }
+        taken = interleaved(probe, [])
+        for who in memory:
+            taken[who] = statistics.median(seconds for _, seconds in runs[who])
     else:
         taken = in_turn(case, memory, lost, probe)
+
     limit = "matmul" if case.flops else "copy"
     top = work[limit] / taken[limit]  # FLOP or bytes a second
-    unit, scale = ("tflop_per_s", 1e12) if case.flops else ("gb_per_s", 1e9)
-    ceiling = f"{limit} {top / 1e12:.3g} TFLOP/s" if case.flops else f"{limit} {top / 1e9:.4g} GB/s"
-    rows, way = [], "fwd+bwd" if case.backward else "fwd"
+    rows = []
     for who in case.contenders:
-        row = {
-            "case": name,
-            "kernel": case.kernel,
-            "shape": case.shape,
-            "backward": case.backward,
-            "contender": who,
-        }
+        row = dict(
+            case=name,
+            kernel=case.kernel,
+            shape=case.shape,
+            backward=case.backward,
+            contender=who,
+        )
         if who in lost:
-            rows.append(row | {"note": lost[who]})
-            print(f"{case.kernel} {case.shape} {way:8} {who:9} {lost[who]}", flush=True)
-            continue
-        rate = (case.flops or case.bytes) / taken[who]
-        rows.append(
-            row
-            | {
-                "ms": taken[who] * 1e3,
-                "peak_mb": memory[who],
-                unit: rate / scale,
-                "percent_of_ceiling": 100 * rate / top,
-                "ceiling": ceiling,
-            }
-        )
-        print(
-            f"{case.kernel} {case.shape} {way:8} {who:9} {taken[who] * 1e3:.3f} ms, "
-            f"{100 * rate / top:.1f} % of {ceiling}, peak {memory[who]:9.1f} MB",
-            flush=True,
-        )
+            row["note"] = lost[who]
+        else:
+            row |= reached(case, taken[who], memory[who], limit, top)
+        rows.append(row)
+        report_row(row)
     return rows
 
 
-def fused_rows() -> dict[int, int]:
-    """What linear_logprob.FUSED_ROWS should be: for each H, up to which N its fused forward
-    wins."""
-    table = {}
-    for h in (2048, 3584, 4096):
-        weight, table[h] = normal(VOCAB, h, scale=h**-0.5, grad=False), 0
-        for n in (1, 16, 64, 256, 1024, 4096, 16_384):
-            inputs = [
-                normal(n, h, grad=False),
-                weight,
-                torch.randint(VOCAB, (n,), device=DEVICE),
-                1.0,
-            ]
-            taken = interleaved(
-                {"fused": linear_logprob._forward_fused, "tiles": linear_logprob._forward_tiles},
-                inputs,
-            )
-            if taken["fused"] > taken["tiles"]:
-                break
-            table[h] = n
-    return table
+def reached(case: Case, taken: float, peak_mb: float, limit: str, top: float) -> dict:
+    """Return the columns of what a contender reached, beside the machine's ceiling `top`."""
+    rate = (case.flops or case.bytes) / taken
+    if case.flops:
+        own = {"tflop_per_s": rate / 1e12}
+        ceiling = f"{limit} {top / 1e12:.3g} TFLOP/s"
+    else:
+        own = {"gb_per_s": rate / 1e9}
+        ceiling = f"{limit} {top / 1e9:.4g} GB/s"
+    row = {"ms": taken * 1e3, "peak_mb": peak_mb} | own
+    return row | {"percent_of_ceiling": 100 * rate / top, "ceiling": ceiling}
+
+
+def report_row(row: dict) -> None:
+    way = "fwd+bwd" if row["backward"] else "fwd"
+    text = f"{row['kernel']} {row['shape']} {way:8} {row['contender']:9} "
+    if "note" in row:
+        text += row["note"]
+    else:
+        text += f"{row['ms']:.3f} ms, {row['percent_of_ceiling']:.1f} % of {row['ceiling']}, "
+        text += f"peak {row['peak_mb']:9.1f} MB"
+    print(text, flush=True)
 
 
 def versions() -> dict[str, str]:
@@ -591,7 +601,7 @@ def device_name() -> str:
 
 
 def main(names: list[str]) -> None:
-    if linear_logprob.INTERPRET:
+    if interpreted():
         raise SystemExit("TRITON_INTERPRET=1: the interpreter's times say nothing")
     if CUDA and "judged" in names:
         raise SystemExit(
@@ -601,24 +611,16 @@ def main(names: list[str]) -> None:
     file = RESULTS / (re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-") + ".json")
     old = json.loads(file.read_text()) if file.exists() else {}
     report = {"device": device_name(), "cuda": CUDA, "dtype": str(DTYPE), "versions": versions()}
-    report |= {"fused_rows": old["fused_rows"]} if "fused_rows" in old else {}
     report["rows"] = [row for row in old.get("rows", []) if row.get("case") not in names]
     print(device_name())
     for peer, (module, package) in PEERS.items():
         if not installed(peer):
             print(f"{peer} is left out: no module {module}; pip install '{package}'")
     RESULTS.mkdir(exist_ok=True)
-    write = lambda: file.write_text(json.dumps(report, indent=1) + "\n")  # noqa: E731
     for name in names:
         for index, case in enumerate(CASES[name]()):
             report["rows"] += measure(name, index, case)
-            write()
-    if CUDA and "linear_logprob" in names:
-        report["fused_rows"] = fused_rows()
-        write()
-        print(f"kernels/linear_logprob.py: FUSED_ROWS = {report['fused_rows']}")
-    elif "linear_logprob" in names:
-        print("kernels/linear_logprob.py: FUSED_ROWS needs a GPU to be measured; it stays a guess")
+            file.write_text(json.dumps(report, indent=1) + "\n")
     print(f"wrote {file}")
 
 

@@ -18,17 +18,17 @@ def time_and_memory(row: dict | None) -> str:
         return ""
     if "note" in row:
         return row["note"]
-    return f"{row['ms']:{'.3g' if row['ms'] < 100 else ',.0f'}} / {row['peak_mb']:,.0f}"
+    ms = f"{row['ms']:.3g}" if row["ms"] < 100 else f"{row['ms']:,.0f}"
+    return f"{ms} / {row['peak_mb']:,.0f}"
 
 
 def rate(row: dict) -> str:
     if "note" in row:
         return ""
-    value = (
-        f"{row['tflop_per_s']:.3g} TFLOP/s"
-        if "tflop_per_s" in row
-        else f"{row['gb_per_s']:.3g} GB/s"
-    )
+    if "tflop_per_s" in row:
+        value = f"{row['tflop_per_s']:.3g} TFLOP/s"
+    else:
+        value = f"{row['gb_per_s']:.3g} GB/s"
     return f"{value}, {row['percent_of_ceiling']:.0f} % of {row['ceiling']}"
 
 
@@ -46,8 +46,8 @@ def table(reports: list[dict]) -> str:
             cases.setdefault(key, {})[row["contender"]] = row
     peers = [peer for peer in PEERS if any(peer in found for found in cases.values())]
     lines = [
-        "Milliseconds / peak MB beyond inputs and gradients. The ceiling: a matmul or a copy, timed in "
-        "turn with the contenders. On:",
+        "Milliseconds / peak MB beyond inputs and gradients. The ceiling: a matmul or a copy, timed "
+        "in turn with the contenders. On:",
         "",
     ]
     for letter, report in zip("ABCDEFGH", reports, strict=False):

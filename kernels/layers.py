@@ -495,7 +495,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Return silu(gate) * up, of one shape. On CUDA the backward writes over gate and up.
 
     That is safe for outputs of linear layers, with or without adapters, as those are kept for no
-    other backward, and for one backward of a graph. It isn't for leaves, nor for one tensor as both.
+    other backward, and for one backward of a graph. It isn't for leaves, nor for one tensor as
+    both.
     """
     _check_equal(gate.shape, up.shape)
     if _on_liger(gate):

@@ -23,6 +23,7 @@ import model
 from kernels import interpreted
 from kernels.layers import add_rms_norm, qk_norm_rope, rms_norm, swiglu
 from kernels.linear_logprob import linear_logprob
+from kernels.packed_attention import gather_rows
 from kernels.policy_loss import FUSED_SURROGATES, LOSSES, policy_loss
 
 CUDA = torch.cuda.is_available() and not interpreted()
@@ -54,6 +55,12 @@ def loss_of(kind, logprob):
 
 
 FUSED = [kind for kind, loss in LOSSES.items() if loss.surrogate in FUSED_SURROGATES]
+
+
+def read_twice(rows):
+    return gather_rows(rows, torch.arange(len(rows), device=rows.device).repeat(2))
+
+
 HEADS = normal(5, 4, 8, seed=0), normal(5, 2, 8, seed=1)
 # Name: (call, its differentiable inputs). A new autograd function needs a call here that comes by
 # it.
@@ -66,6 +73,7 @@ CASES = {
     "swiglu": (swiglu, [normal(5, 24, seed=0), normal(5, 24, seed=1)]),
     "rope": (rotated, [*HEADS]),
     "qk_norm_rope": (rotated, [*HEADS, normal(8, seed=2), normal(8, seed=3)]),
+    "gather_rows": (read_twice, [normal(5, 8, seed=0)]),
     "linear_logprob": (logprobs, [normal(6, 16, seed=0), normal(40, 16, seed=1)]),
     **{f"policy_loss {kind}": (partial(loss_of, kind), [normal(7, seed=0)]) for kind in FUSED},
 }

@@ -122,8 +122,6 @@ def test_a_path_is_written_trained_and_asked(tiny_home, tmp_path):
     assert re.fullmatch(r"\d\.\d{3}(±\d\.\d{3})?", cell(printed, "PLAN", "accuracy"))
 
 
-AFTER_THE_MERGE = "written against the new kernels/, data/ and model/: runs once they are merged"
-
 LOSS = """
 import pytest
 import torch
@@ -148,7 +146,6 @@ with pytest.raises(ValueError, match="reinforce.*--no-fused-loss"):
 """
 
 
-@pytest.mark.skip(reason=AFTER_THE_MERGE)
 def test_a_loss_is_trained_by_its_reference_and_refused_by_the_kernel(tiny_home, tmp_path):
     copy = fork("A loss", tmp_path)
     run(copy, "-c", LOSS)
@@ -177,7 +174,6 @@ assert (example.path, example.question, example.answer) == ("lor", "Near?", "yes
 """
 
 
-@pytest.mark.skip(reason=AFTER_THE_MERGE)
 def test_a_data_set_is_read_and_checked(tmp_path):
     copy = fork("A data set", tmp_path)
     run(copy, "-c", DATA_SET, tmp_path)
@@ -206,7 +202,6 @@ assert marks["overall"] == marks["x"] == 50.0
 """
 
 
-@pytest.mark.skip(reason=AFTER_THE_MERGE)
 def test_a_benchmark_is_asked_and_scored(tiny_home, tmp_path):
     copy = fork("A benchmark", tmp_path)
     printed = run(copy, "-c", BENCHMARK, tmp_path, tiny_home / "tiny").splitlines()
@@ -246,7 +241,6 @@ assert "1000" in texts[0] and "1000" not in texts[1], texts
 """
 
 
-@pytest.mark.skip(reason=AFTER_THE_MERGE)
 def test_a_family_loads_and_answers(tiny_home, tmp_path):
     copy = fork("A model family", tmp_path)
     run(copy, "-c", FAMILY, tiny_home / "tiny", tmp_path / "lab")

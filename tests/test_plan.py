@@ -19,6 +19,7 @@ from transformers import AutoConfig
 import plan
 import train_rl
 import train_sft
+from errors import UserError
 from kernels import layers
 from kernels.linear_logprob import WORKSPACE
 from model.lora import adapters, attach
@@ -54,60 +55,61 @@ def tiny(family, layers=4):
 
 
 def spatial(model):
-    return sum(
-        p.numel() for part in (model.region, model.points, model.head3d) for p in part.parameters()
-    )
+    total = 0
+    for part in (model.region, model.points, model.head3d):
+        total += sum(p.numel() for p in part.parameters())
+    return total
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_counts_of_the_published_sizes(configs, name):
-    config, n = configs[name], count(configs[name], "all", 0)
+    config = configs[name]
+    n = count(config, "all", 0)
     with torch.device("meta"):
         extra = spatial(QwenVL(config))
-    assert round((n["all"] - extra) / 1e9, 3) == BILLIONS[name] and n["trained"] == n["all"]
-    lm, text = count(config, "lm", 0), config.text_config
-    assert (
-        lm["all"] == n["all"]
-        and lm["vision"] == 0
-        and lm["trained"] == n["all"] - n["vision"] - extra
-    )
-    assert lm["trained"] == text.num_hidden_layers * lm["layer"] + lm["outside"]
+    assert round((n.all - extra) / 1e9, 3) == BILLIONS[name] and n.trained == n.all
+    lm = count(config, "lm", 0)
+    text = config.text_config
+    assert lm.all == n.all and lm.vision == 0 and lm.trained == n.all - n.vision - extra
+    assert lm.trained == text.num_hidden_layers * lm.layer + lm.outside
     vocab = text.vocab_size * text.hidden_size
     copies = 1 if config.tie_word_embeddings else 2
-    assert lm["outside"] == vocab * copies + text.hidden_size and lm["head"] == vocab
+    assert lm.outside == vocab * copies + text.hidden_size and lm.head == vocab
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_counts_of_a_real_model(family):
     config = tiny(family)
     model = QwenVL(config)
-    assert count(config, "all", 0)["all"] == sum(p.numel() for p in model.parameters())
+    assert count(config, "all", 0).all == sum(p.numel() for p in model.parameters())
     model.requires_grad_(False)
     attach(model, 5)
     own = sum(p.numel() for p in model.parameters() if p.requires_grad)
     n = count(config, "lm", 5)
-    assert n["trained"] == own == sum(5 * sum(one.weight.shape) for one in adapters(model))
-    assert n["outside"] == n["head"] == n["vision"] == 0
-    assert n["all"] == sum(p.numel() for p in model.parameters())
-    assert count(config, "spatial", 0)["trained"] == spatial(model)
+    assert n.trained == own == sum(5 * sum(one.weight.shape) for one in adapters(model))
+    assert n.outside == n.head == n.vision == 0
+    assert n.all == sum(p.numel() for p in model.parameters())
+    assert count(config, "spatial", 0).trained == spatial(model)
 
 
 def test_bytes_by_closed_form(configs):
     """Qwen2.5-VL-3B by hand from its config: 36 layers, 2 key-value heads of 128, H 2048, I
     11008."""
-    config, cfg = configs["Qwen2.5-VL-3B"], Config("m", gpus=4, prompt_tokens=512, new_tokens=256)
+    config = configs["Qwen2.5-VL-3B"]
+    cfg = Config("m", gpus=4, prompt_tokens=512, new_tokens=256)
     n = count(config, "lm", 0)
     gb = estimate(config, cfg, Settings(slots=20, micro_tokens=1000), n)
-    assert gb["weights"] == pytest.approx(2 * n["all"] / 1e9)
-    assert gb["master and moments"] == pytest.approx(12 * n["trained"] / 1e9)
-    assert gb["reference"] == pytest.approx(2 * n["trained"] / 4 / 1e9)
+    assert gb["weights"] == pytest.approx(2 * n.all / 1e9)
+    assert gb["master and moments"] == pytest.approx(12 * n.trained / 1e9)
+    assert gb["reference"] == pytest.approx(2 * n.trained / 4 / 1e9)
     # 36,864 bytes a token
     assert gb["cache"] == pytest.approx((20 * 256 + 2 * 3 * 512) * 36864 / 1e9)
     assert gb["prefill"] == pytest.approx(2 * 3 * 512 * (36864 + 2 * (3 * 11008 + 6 * 2048)) / 1e9)
     assert gb["sampler"] == pytest.approx(20 * 3 * 4 * 151936 / 1e9)
     vocab = 151936 * 2048  # the largest weight, whose bf16 gradient moves into the fp32 one
-    assert gb["gradients"] == pytest.approx((4 * n["trained"] + 2 * vocab) / 1e9)
-    layer, gradients = 2 * (4 * 2048 + 2 * (2048 + 256) + 3 * 11008), 2 * 3 * 11008
+    assert gb["gradients"] == pytest.approx((4 * n.trained + 2 * vocab) / 1e9)
+    layer = 2 * (4 * 2048 + 2 * (2048 + 256) + 3 * 11008)
+    gradients = 2 * 3 * 11008
     assert gb["activations"] == pytest.approx(1000 * (36 * layer + gradients) / 1e9)
     assert gb["logits"] == pytest.approx((64 * 2**20 + 6 * 151936 * 2048) / 1e9)
     # gathered keys a token: 8 samples read their prompt
@@ -126,18 +128,19 @@ def test_bytes_by_closed_form(configs):
     assert less["gathered keys"] == pytest.approx(gb["gathered keys"] / 36)
     cut = estimate(config, cfg, Settings(shard=True, slots=20, micro_tokens=1000), n)
     assert cut["master and moments"] == pytest.approx(gb["master and moments"] / 4)
-    assert cut["weights"] == pytest.approx(2 * n["all"] / 1e9)  # the copy that samples
+    assert cut["weights"] == pytest.approx(2 * n.all / 1e9)  # the copy that samples
     sft = estimate(config, replace(cfg, prompts=0), Settings(shard=True, micro_tokens=1000), n)
-    assert sft["weights"] == pytest.approx(2 * (n["all"] - n["trained"]) / 1e9)
-    gathered = (2 * n["layer"] + n["outside"]) * 2 + (n["layer"] + n["outside"]) * 4
-    assert cut["gradients"] == pytest.approx((4 * n["trained"] / 4 + gathered) / 1e9)
+    assert sft["weights"] == pytest.approx(2 * (n.all - n.trained) / 1e9)
+    gathered = (2 * n.layer + n.outside) * 2 + (n.layer + n.outside) * 4
+    assert cut["gradients"] == pytest.approx((4 * n.trained / 4 + gathered) / 1e9)
     busy = estimate(config, cfg, Settings(slots=4000, micro_tokens=1000), n)
     assert busy["peak"] == pytest.approx(stays + busy["cache"] + busy["prefill"] + busy["sampler"])
 
 
 def test_the_reference_is_free_where_it_can_be(configs):
     config = configs["Qwen2.5-VL-3B"]
-    n, cfg = count(config, "lm", 0), Config("m", gpus=2)
+    n = count(config, "lm", 0)
+    cfg = Config("m", gpus=2)
     assert estimate(config, cfg, Settings(), n)["reference"] > 0
     for other in (replace(cfg, kl=0), replace(cfg, gpus=1)):
         assert estimate(config, other, Settings(), n)["reference"] == 0
@@ -146,7 +149,8 @@ def test_the_reference_is_free_where_it_can_be(configs):
 
 def bytes_kept(model, tokens):
     """Of the distinct storages that a forward of text saves for its backward, parameters apart."""
-    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
 
     def keep(tensor):
         storage = tensor.untyped_storage()
@@ -177,15 +181,16 @@ def test_activations_against_what_autograd_keeps(family, dtype, monkeypatch):
         monkeypatch.setattr(layers, "_rope_kernel", Silent())
         monkeypatch.setattr("liger_kernel.ops.rms_norm._rms_norm_forward_kernel", Silent())
         monkeypatch.setattr("liger_kernel.ops.swiglu._swiglu_forward_kernel", Silent())
-    config, tokens, size = tiny(family, layers=6), 256, {"fp32": 4, "bf16": 2}[dtype]
-    model = QwenVL(config).to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
-    cfg, counts = Config("m", dtype=dtype), count(config, "lm", 0)
+    config = tiny(family, layers=6)
+    tokens = 256
+    torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    model = QwenVL(config).to(torch_dtype)
+    cfg = Config("m", dtype=dtype)
+    counts = count(config, "lm", 0)
     # inside a layer, on the way back
-    gradients = tokens * 3 * config.text_config.intermediate_size * size
-    said = (
-        estimate(config, cfg, Settings(micro_tokens=tokens), counts)["activations"] * 1e9
-        - gradients
-    )
+    gradients = tokens * 3 * config.text_config.intermediate_size * torch_dtype.itemsize
+    whole = estimate(config, cfg, Settings(micro_tokens=tokens), counts)
+    said = whole["activations"] * 1e9 - gradients
     assert bytes_kept(model, tokens) == pytest.approx(said, rel=0.15)
     # the estimate has one layer whole: that which the backward computes again
     model.checkpoint_blocks()
@@ -195,8 +200,9 @@ def test_activations_against_what_autograd_keeps(family, dtype, monkeypatch):
 
 
 def test_the_cache_against_the_samplers_own():
-    """The sampler rounds prompts up to PROMPT_STEP tokens, and has SPARE_PLACES to spare in every slot."""
-    config, prompt = tiny("qwen3_vl"), PROMPT_STEP
+    """The sampler rounds prompts up to PROMPT_STEP, and each slot has SPARE_PLACES to spare."""
+    config = tiny("qwen3_vl")
+    prompt = PROMPT_STEP
     options = Options(n=4, max_new_tokens=64)
     held = Cache(QwenVL(config), options, slots=12).nbytes
     cfg = Config("m", group=4, prompt_tokens=prompt, new_tokens=64 + SPARE_PLACES, dtype="fp32")
@@ -211,20 +217,24 @@ class Alive(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.now, self.peak, self.known = 0, 0, set()
+        self.now = 0
+        self.peak = 0
+        self.known = set()
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         out = operator(*args, **(kwargs or {}))
-        for storage in (
-            t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)
-        ):
+        tensors = (t for t in tree_leaves(out) if isinstance(t, torch.Tensor))
+        for storage in (t.untyped_storage() for t in tensors):
             if storage._cdata not in self.known:
                 self.count(storage._cdata, storage.nbytes())
                 weakref.finalize(storage, self.count, storage._cdata, -storage.nbytes())
         return out
 
     def count(self, which, size):
-        (self.known.add if size >= 0 else self.known.discard)(which)
+        if size >= 0:
+            self.known.add(which)
+        else:
+            self.known.discard(which)
         self.now += size
         self.peak = max(self.peak, self.now)
 
@@ -292,20 +302,14 @@ def test_the_peak_of_a_whole_run(checkpoint, tmp_path, monkeypatch, script, flag
     ((config, sizes),) = asked
     sizes["prompt_tokens"] = len(Processor.from_pretrained(checkpoint).prompt_ids(rows[0]))
     wanted = Config("", train=cfg.train, lora=cfg.lora, dtype="fp32", **sizes)
-    said = (
-        estimate(
-            config,
-            wanted,
-            Settings(
-                checkpointing=cfg.checkpointing == "always",
-                lora=cfg.lora,
-                micro_tokens=max(passes),
-                slots=48 if script is train_rl else 0,
-            ),
-            count(config, cfg.train, cfg.lora),
-        )["peak"]
-        * 1e9
+    settings = Settings(
+        checkpointing=cfg.checkpointing == "always",
+        lora=cfg.lora,
+        micro_tokens=max(passes),
+        slots=48 if script is train_rl else 0,
     )
+    gb = estimate(config, wanted, settings, count(config, cfg.train, cfg.lora))
+    said = gb["peak"] * 1e9
     print(
         f"{script.__name__} {flags}: {memory.peak / 1e6:.0f} MB measured, {said / 1e6:.0f} planned"
     )
@@ -344,7 +348,7 @@ def test_where_fp32_masters_do_not_fit_lora_is_taken(configs):
     config = configs["Qwen2.5-VL-3B"]
     assert choose(config, Config("m", memory=40))[0].lora
     assert not choose(config, Config("m", memory=80))[0].lora
-    with pytest.raises(ValueError, match="nothing fits into 1 x 16 GB"):
+    with pytest.raises(plan.NothingFits, match="nothing fits into 1 x 16 GB"):
         choose(config, Config("m", memory=16, lora=0))
 
 
@@ -378,17 +382,9 @@ def test_a_tiny_model_fits_anywhere():
 def test_the_cache_stays_where_the_update_fits_beside_it(configs, name, cfg, keep):
     """Else it is released, and the run fits all the same."""
     s, gb = choose(configs[name], cfg)
-    update = sum(
-        gb[part] for part in ("gradients", "activations", "gathered keys", "pixels", "logits")
-    )
-    both = (
-        gb["weights"]
-        + gb["master and moments"]
-        + gb["reference"]
-        + update
-        + gb["cache"]
-        + gb["sampler"]
-    )
+    stays = ("weights", "master and moments", "reference")
+    update = ("gradients", "activations", "gathered keys", "pixels", "logits")
+    both = sum(gb[part] for part in (*stays, *update, "cache", "sampler"))
     room = (cfg.memory - plan.RESERVE[0]) * (1 - plan.RESERVE[1])
     assert gb["cache kept"] >= both - 1e-9 and gb["peak"] <= room
     assert s.keep == (gb["cache kept"] <= room) == keep
@@ -432,7 +428,7 @@ def test_the_command_prints_parts_and_settings(configs, capsys):
     ],
 )
 def test_bad_input_is_named(tmp_path, flags, reason):
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(UserError, match=reason):
         plan.main(Config(str(tmp_path), **flags))
 
 
@@ -444,8 +440,8 @@ def test_the_script_ends_in_one_line(tmp_path):
 
 
 def test_another_family_is_named(tmp_path):
-    with pytest.raises(ValueError, match="./none: no such directory, nor hub id"):
+    with pytest.raises(UserError, match="./none: no such directory, nor hub id"):
         plan.main(Config("./none"))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(ValueError, match="model_type 'llama' is not supported"):
+    with pytest.raises(UserError, match="model_type 'llama' is not supported"):
         plan.main(Config(str(tmp_path)))

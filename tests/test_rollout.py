@@ -120,7 +120,7 @@ def test_greedy_equals_transformers(tiny):
 def test_the_prompts_images_are_there_for_the_update(tiny):
     model, processor, _ = tiny
     asked, images = examples(), DeviceImages(model.device)
-    processor.expect(asked)
+    processor.prefetch(asked)
     shared = generate(model, processor, asked, n=2, max_new_tokens=3, seed=1, images=images)
     kept = dict(images.uploaded)
     assert len(kept) == 4
