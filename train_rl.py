@@ -1,15 +1,14 @@
 """GRPO on both paths, top to bottom: roll out, score, advantage, filter, loss, step, log.
 
-    1 GPU    python train_rl.py --model out/sft/step-002000 --data scenes:out/train --out out/rl
-    8 GPUs   torchrun --nproc_per_node 8 train_rl.py (the same flags; --prompts stays the global
-             number)
+    1 GPU    python train_rl.py --model out/sft/step-002000 --data DIR --out out/rl
+    8 GPUs   torchrun --nproc_per_node 8 train_rl.py (the same flags; --prompts stays global)
 
 A step takes --prompts prompts, as many of each path that the data have (each path walks its own
 shuffled order: the rows of one question in two paths are not kept together), and --group
 completions of each.
 
     r = srreal.score(text, example).total          A = (r - mean) / (std + 1e-6) in the group
-    loss = policy loss(log p, A) + kl * k3(ref)    over completion tokens of the groups that are kept
+    loss = policy loss(log p, A) + kl * k3(ref)    over completion tokens of kept groups
 
 A group is kept if the accuracies in it differ (--filter accuracy): where all are right or all
 wrong, only noise in the smaller parts would be learnt. Three policies stand beside the one that
@@ -74,7 +73,7 @@ from model.lora import LORA_RANK
 from model.processor import Processor
 from model.qwen_vl import QwenVL
 from model.rollout import Engine, Rollout, default_slots
-from srreal import PATHS, REWARDS, Example, Scores, score
+from srreal import REWARDS, Example, Scores, score, weights_of
 from training import checkpoints, ranks, run
 from training.batches import (
     Order,
@@ -182,7 +181,7 @@ class Prompt:
 
 
 class PromptOrder:
-    """An endless row of prompts. Number i is of path i mod k; each path has its own shuffled order."""
+    """An endless row of prompts: number i is of path i mod k. Each path has its own order."""
 
     def __init__(self, examples: list[Example], seed):
         self.paths = sorted({example.path for example in examples})
@@ -283,7 +282,7 @@ def finite_score(text: str, example: Example, rules: str) -> Scores:
     scores = score(text, example, rules)
     if math.isfinite(scores.total):
         return scores
-    return Scores(0.0, *[0.0] * len(REWARDS))
+    return Scores(0.0)
 
 
 def add_advantages(groups: list[Group], device: torch.device) -> None:
@@ -294,11 +293,9 @@ def add_advantages(groups: list[Group], device: torch.device) -> None:
     weights = []
     starts = [0]
     for group in groups:
-        path = PATHS[group.example.path]
-        own = path.weights if group.example.objects else path.weights_without_objects
-        weights.append([own.get(name, 0.0) for name in REWARDS])
+        weights.append(list(weights_of(group.example).values()))
         for scores in group.scores:
-            parts.append([scores.parts[name] for name in REWARDS])
+            parts.append(list(scores.parts.values()))
         starts.append(len(parts))
     _, advantages, keep = rewards_and_advantages(
         torch.tensor(parts, dtype=torch.float64, device=device),
@@ -361,7 +358,7 @@ class MicroBatch:
 
 @dataclass
 class Piece:
-    """Some completions of a group: a group that is longer than a pass is split, its prompt repeated."""
+    """Some completions of a group: one that is longer than a pass is split, its prompt repeated."""
 
     prompt: Prompt
     rollouts: list[Rollout]

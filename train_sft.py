@@ -1,7 +1,7 @@
 """Cold start: supervised fine-tuning on both paths, one loop.
 
-    1 GPU    python train_sft.py --model Qwen/Qwen2.5-VL-3B-Instruct --data scenes:out/train --out out/sft
-    8 GPUs   torchrun --nproc_per_node 8 train_sft.py (the same flags; --batch stays the global number)
+    1 GPU    python train_sft.py --model Qwen/Qwen2.5-VL-3B-Instruct --data DIR --out out/sft
+    8 GPUs   torchrun --nproc_per_node 8 train_sft.py (the same flags; --batch stays global)
 
 The model learns to write `srreal.target` after `srreal.prompt`, and its 3D head where a region's
 object is:
@@ -21,9 +21,11 @@ update.
 
 Departures from the paper and the official code:
  1. The loss is divided by the global number of target tokens, not by micro-batch.
- 2. Point maps are metric where the data have depth and intrinsics, and dropped at random; theirs relative.
+ 2. Point maps are metric where the data have depth and intrinsics, and dropped at random; theirs
+    are relative.
  3. The 3D head is ours; the paper writes centres as text only (we do both).
- 4. Questions of one image share a batch and its encoding. A row comes once an epoch: no random repeats.
+ 4. Questions of one image share a batch and its encoding. A row comes once an epoch: no random
+    repeats.
 """
 
 import random
@@ -110,7 +112,7 @@ COLUMNS = {
     "tokens_per_second": "6.0f",
     "seconds": "6.2f",
 }
-# What a question costs beside its target, in characters of the target: the prompt's share of a pass.
+# What a question costs beside its target, in characters of the target.
 PROMPT_COST = 200
 
 
@@ -142,7 +144,7 @@ def drop_depths(examples: list[Example], probability: float, seed: str) -> list[
 
 
 class Sampler:
-    """Which examples this rank takes at a step: a pure function of the step, so it can look ahead."""
+    """Which examples this rank takes: a pure function of the step, so that it can look ahead."""
 
     def __init__(self, examples: list[Example], cfg: Config, rank: int, world: int):
         # One path a run: answers of like length.
@@ -232,7 +234,7 @@ def prefetched_microbatches(
 
 
 def losses(output: Output, mb: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Return sums: -log p of the target tokens, the head's loss, its centres' distances in metres."""
+    """Return sums: -log p of target tokens, the head's loss, its centres' distances in metres."""
     text = -output.logprob[: mb.target_tokens].sum()
     head = head_loss(output.centres, output.sizes, mb.batch.centres, mb.batch.sizes)
     distances = (output.centres - mb.batch.centres).detach().norm(dim=1)

@@ -183,7 +183,8 @@ def best(thoughts: list[str], e: Example) -> str | None:
 # ---- the expert
 
 HINT = (
-    "\n\nThe right answer is {answer}.{graph} Write the reply for a textbook: {low} to {high} words "
+    "\n\nThe right answer is {answer}.{graph} Write the reply for a textbook: {low} to {high} "
+    "words "
     "of reasoning that\nlead from what the image shows to this answer{use}, as one who was told "
     "nothing. End with: So the answer is\n{answer}."
 )

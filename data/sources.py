@@ -40,7 +40,7 @@ def is_srreal(row: dict) -> bool:
     return bool(row.keys() & MARKS.keys()) and not is_spar(row)
 
 
-# How a kind is read: (path, image root or None) -> rows; and where its kind is not said, recognised:
+# How a kind is read: (path, image root or None) -> rows; and, where it is not said, recognised:
 # by patterns of names in a folder, and by a function of a file's first row.
 Source = namedtuple("Source", "read folder row", defaults=((), None))
 

@@ -121,7 +121,9 @@ def test_the_prompts_images_are_there_for_the_update(tiny):
     model, processor, _ = tiny
     asked, images = examples(), DeviceImages(model.device)
     processor.prefetch(asked)
-    shared = generate(model, processor, asked, n=2, max_new_tokens=3, seed=1, images=images)
+    shared = list(
+        sample_groups(model, processor, asked, n=2, max_new_tokens=3, seed=1, images=images)
+    )
     kept = dict(images.uploaded)
     assert len(kept) == 4
     processor(asked, [[[5, 6]]] * len(asked)).to(model.device, images)

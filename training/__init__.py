@@ -2,11 +2,12 @@
 
 In the order of a run:
 
-    run           flags -> Config -> main; user errors end in one line; data, processor, settings, log
+    run           flags -> Config -> main; user errors in one line; data, processor, settings, log
     ranks         torchrun's environment -> rank, world, device; sums over ranks; shares of the work
     policy        the model that trains (sharded or not), the one that samples, the reference
     optim         torch.optim on fp32 masters; learning rates
     batches       order of the data, micro-batches packed by tokens
+    metrics       what an RL step adds up to, by path, over all ranks
     checkpoints   step-000123/: a checkpoint, and trainer/ with all that a resumed run needs
 
 Several ranks give the numbers of one: losses are divided by global counts, gradients are summed,

@@ -13,7 +13,7 @@ weight, it would vanish.
 
     bf16 on one GPU        image (parameter) 2 B, master 4 B, gradient 4 B, moments 8 B a weight
     fp32 on a CPU          master = image = parameter 4 B, gradient 4 B, moments 8 B
-    FSDP2 over N ranks     master = parameter: (4 + 4 + 8) B / N; image, where something samples, 2 B
+    FSDP2 over N ranks     master = parameter: (4 + 4 + 8) B / N; image, if anything samples, 2 B
 
 Gradients are summed in fp32: over the passes of a step (a bf16 parameter's gradient moves into its
 master's as soon as a backward has made it), and over the ranks. A parameter that no batch touched
@@ -63,9 +63,9 @@ def shard_like(full: Tensor, like: Tensor) -> Tensor:
 
 
 def sum_over_replicas(tensors: list[Tensor]) -> None:
-    """Sum each tensor over all ranks, in place, in its own dtype, to the same bits on every
-    rank."""
-    bucket, size = [], 0
+    """Sum each tensor over all ranks, in place, in its dtype, to the same bits on every rank."""
+    bucket = []
+    size = 0
     for i, tensor in enumerate(tensors):
         bucket.append(tensor)
         size += tensor.numel()
@@ -75,12 +75,12 @@ def sum_over_replicas(tensors: list[Tensor]) -> None:
         dist.all_reduce(flat)
         for t, summed in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
             t.copy_(summed.view_as(t))
-        bucket, size = [], 0
+        bucket = []
+        size = 0
 
 
 def accumulate_in_master(master: Tensor, param: Tensor) -> None:
-    """Move the gradient that a backward has just made from a 16-bit parameter to its fp32
-    master."""
+    """Move a gradient, which a backward has just made, from a 16-bit parameter to its master."""
     if master.grad is None:
         master.grad = param.grad.float()
     else:
@@ -139,8 +139,7 @@ class Optimizer:
         self._init_state()
 
     def _init_state(self) -> None:
-        """Moments of zero from the start, as torch.optim makes them at the first step: they can be
-        saved before."""
+        """Give torch.optim its zero moments now, as they may be saved before the first step."""
         for name, master in self.masters.items():
             zeros = partial(torch.zeros_like, master, requires_grad=False)
             if name in self.muon_names:
@@ -183,8 +182,7 @@ class Optimizer:
         return norm
 
     def _gradients(self) -> list[Tensor]:
-        """The fp32 gradients of all masters, zero where no batch has touched one, summed over
-        replicas."""
+        """Return all masters' gradients, zero where no batch touched one, summed over replicas."""
         for master in self.masters.values():
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
@@ -202,14 +200,16 @@ class Optimizer:
                 image.copy_(whole(master.detach().to(image.dtype)))
 
     def _state_of(self, name: str) -> dict[str, Tensor]:
-        """What belongs to a name: its master and what torch.optim keeps of it."""
+        """Return what belongs to a name: its master, and what torch.optim keeps of it."""
         optimizer = self.optimizers[-1] if name in self.muon_names else self.optimizers[0]
         master = self.masters[name]
         return {"master": master, **optimizer.state[master]}
 
     def state(self, kind: str) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, whole tensor) of each master that has this kind. Collective: every rank
-        walks all of it."""
+        """Yield (name, whole tensor) of each master that has this kind of state.
+
+        Collective: every rank has to walk all of it.
+        """
         for name in self.masters:
             state = self._state_of(name)
             if kind in state:
@@ -242,7 +242,9 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
-    """Return the rate of step `step` (from 0) of `steps`: up over `warmup` steps, then the
-    schedule. Never 0."""
+    """Return the learning rate of step `step` (from 0) of `steps`; it is never 0.
+
+    It rises over `warmup` steps, then follows the schedule.
+    """
     done = max(0, step - warmup) / max(1, steps - warmup)
     return peak * min((step + 1) / (warmup + 1), SCHEDULES[schedule](done))

@@ -1,4 +1,4 @@
-"""The process group of a run: who am I, what do all ranks sum up to, which share of the work is mine.
+"""The process group of a run: its ranks, their sums, and their shares of the work.
 
 A plain `python` run has one rank and needs no group. Under torchrun each rank has one GPU, or one
 process of a CPU. Host tensors travel by gloo, device tensors by NCCL.
@@ -85,12 +85,15 @@ def watch() -> None:
 
     gloo's own timeout ends in an exception; NCCL's watchdog ends the process, and knows no phase.
     """
-    seen, since, said = "", time.monotonic(), ""
+    seen = ""
+    said = ""
+    since = time.monotonic()
     while True:
         time.sleep(min(10.0, timeout() / 10))
         name = current_phase()
         if name != seen:
-            seen, since = name, time.monotonic()
+            seen = name
+            since = time.monotonic()
         seconds = time.monotonic() - since
         if name != said and seconds > 0.7 * timeout():
             said = name
