@@ -120,7 +120,7 @@ def make_examples(row: Row, headers: Headers) -> tuple[list[Example], list]:
 
 def print_notes(rows: list[Row]) -> None:
     """Print what each source counted while its rows were made."""
-    # Many rows share their notes; two parts of a source are one.
+    # Many rows share their notes, which are counted once; two parts of a source are one.
     shared = {id(row.notes): row for row in rows}
     totals: dict[str, Counter] = {}
     for row in shared.values():
@@ -132,6 +132,7 @@ def print_notes(rows: list[Row]) -> None:
 
 
 def print_skipped(bad: list[tuple], total: int) -> None:
+    # A reason's text up to the first colon is its kind; behind it stand the row's own values.
     kinds = Counter(f"{field}: {reason.partition(':')[0]}" for *_, field, reason in bad)
     why = "; ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
     say(f"skipped {count_rows(bad)} of {total} rows: {why}")

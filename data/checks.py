@@ -105,6 +105,7 @@ def check_depths(example, sizes, headers):
             yield "depths", found
         elif not isinstance(size, str) and found != size:
             yield "depths", f"wrong size: {found}, not {size}"
+    # Arrays and maps whose file can't be read have no mode.
     for depth in example.depths:
         file = file_of(depth)
         header = headers[file] if isinstance(file, str) else None
@@ -136,6 +137,7 @@ def check_views(example):
     """Check that it is clear which view each centre is of, and that dtr has one to detect."""
     truths = example.objects.values()
     by_view = [truth for truth in truths if isinstance(truth, dict)]
+    # Plain: one centre, of the only view or of the frame that is asked for.
     has_plain = len(by_view) < len(truths)
     count = len(example.images)
     frame = example.frame
@@ -217,12 +219,13 @@ def measure(files: list[str], decoded: int = 20_000) -> Headers:
     stamps = {file: stamp(file) for file in files}
     headers = {}
     fresh = []
-    # Only what is sound is remembered: what is wrong may be mended without changing its size.
+    # Only what is sound is remembered: what is wrong is looked at again, as it may have been mended.
     for file in files:
         if file in known and known[file][:2] == stamps[file]:
             headers[file] = Header(*known[file][2:])
         else:
             fresh.append(file)
+    # Decoding millions takes too long; the rest is decoded at use, and a failure names its row.
     decode = [index < decoded for index in range(len(fresh))]
     with ThreadPoolExecutor() as pool:
         headers |= zip(fresh, pool.map(read_header, fresh, decode), strict=True)

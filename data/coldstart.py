@@ -184,9 +184,8 @@ def best(thoughts: list[str], e: Example) -> str | None:
 
 HINT = (
     "\n\nThe right answer is {answer}.{graph} Write the reply for a textbook: {low} to {high} "
-    "words "
-    "of reasoning that\nlead from what the image shows to this answer{use}, as one who was told "
-    "nothing. End with: So the answer is\n{answer}."
+    "words of reasoning that\nlead from what the image shows to this answer{use}, as one who was "
+    "told nothing. End with: So the answer is\n{answer}."
 )
 
 
@@ -220,7 +219,7 @@ def computed(cfg):
 
 
 def written(cfg):
-    # Here alone a model is needed.
+    # Here alone a model is needed: computed rationales work without torch.
     import torch
 
     from model import Processor, QwenVL, generate
@@ -277,6 +276,7 @@ def as_file(item, out: Path, file: str) -> str | None:
     """Return the path of an image or depth map relative to `out`, in `file` if it is in none."""
     if item is None:
         return None
+    # Files stay where they are; a moved --out loses them.
     if isinstance(item, str | Path):
         return os.path.relpath(item, out)
     if not (out / file).is_file():
@@ -373,6 +373,7 @@ def with_frame(e: Example) -> Example:
     """
     if e.frame is not None or not several_views(e):
         return e
+    # The first view that the question names wins over the view of its first mark.
     named = [k for k, words in enumerate(VIEWS) if re.search(words, e.question, re.I)]
     marked = [view for view, _ in e.regions]
     frame = next(iter(named + marked), None)
@@ -383,6 +384,7 @@ def with_frame(e: Example) -> Example:
 
 def try_question(e: Example, texts: list, cfg: Config, kept: set) -> dict:
     """Judge the samples of a question; return its line of tried.jsonl. kept grows by the best."""
+    # Samples are judged before one is kept, so they can't be each other's duplicates.
     good = []
     thrown_out = Counter()
     for text in texts:

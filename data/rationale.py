@@ -145,6 +145,7 @@ def anchor_of(question, match, things):
     if not match["than"]:
         parts = re.split(r"\b(?:to|from)\b", behind)
         behind = parts[-1] if " to " in behind else ""
+    # Closer to the camera, to the observer, to you.
     if OBSERVER.match(behind):
         return CAMERA
     named = [thing for thing in things if thing.mention in behind]
@@ -284,6 +285,7 @@ def rule_for(e: Example, count: int) -> Rule | None:
     return None
 
 
+# Options hold words by which a rule would be chosen that the question doesn't call for.
 def asked_of(e: Example, rule: Rule) -> str:
     """Return the question, without its options where these don't say what is asked for."""
     if rule.find in (relation, perspective):
@@ -299,6 +301,7 @@ def conclude(found: float | list[str], e: Example) -> str:
         is_true = abs(found - number(e.answer)) < max(unit + 0.01, 0.02 * found)
         return e.answer if is_true else str(found)
     options = dict(OPTION.findall(e.question)) or {e.answer: e.answer}
+    # An open question has its own truth as the only option.
     fits = []
     for letter, text in options.items():
         if all(re.search(word, text, re.I) for word in found):

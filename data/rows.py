@@ -89,6 +89,7 @@ class Row:
         return self.files() if callable(self.files) else self.files
 
 
+# Reported late, with all other bad rows, and only where a mixture takes the row.
 def broken(file, number: int, error: Bad) -> Row:
     """Return a Row that reports the error when it is made."""
 
@@ -142,6 +143,7 @@ def files_of(path: Path, suffixes: tuple, notes: Notes | None = None) -> list[Pa
         found = sorted(file for file in path.rglob("*") if file.suffix in suffixes)
     if not found:
         raise MissingFile(f"{path}: no {' or '.join(suffixes)} in this folder")
+    # Readers whose sets come without splits pass no notes.
     return found if notes is None else training(path, found, notes)
 
 
@@ -227,6 +229,7 @@ def single_object(file: Path) -> Iterator:
 def elements(file: Path, prefix: str = "item") -> Iterator:
     """Yield the elements of an array as they come: tens of GB pass through a few MB."""
     with open(file, "rb") as stream:
+        # use_float: ijson's numbers are Decimals otherwise.
         try:
             yield from ijson.items(stream, prefix, use_float=True)
         except ijson.JSONError as error:
@@ -303,6 +306,7 @@ def turns(row: dict) -> list[tuple[str, str]]:
     """
     texts = [part.get("value", "").strip() for part in row["conversations"]]
     speakers = [part.get("from") for part in row["conversations"]]
+    # Names differ from set to set; what counts is that nobody speaks in the other's place.
     in_turn = len(texts) % 2 == 0
     in_turn = in_turn and not {"gpt", "assistant"} & {*speakers[::2]}
     in_turn = in_turn and not {"human", "user"} & {*speakers[1::2]}
@@ -354,6 +358,7 @@ def depth_map(file: str | None, image_size: tuple[int, int], headers: Headers):
     if file is None or isinstance(headers[file], str) or headers[file][:2] == image_size:
         return file
     width, height = headers[file][:2]
+    # Up to rounding: a map of another shape is cut out of the image, nobody knows where.
     stretch = width / height / (image_size[0] / image_size[1])
     if not abs(stretch - 1) < 0.02:
         asked = f"{image_size[0]} x {image_size[1]}"

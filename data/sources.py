@@ -40,8 +40,8 @@ def is_srreal(row: dict) -> bool:
     return bool(row.keys() & MARKS.keys()) and not is_spar(row)
 
 
-# How a kind is read: (path, image root or None) -> rows; and, where it is not said, recognised:
-# by patterns of names in a folder, and by a function of a file's first row.
+# How a kind is read: (path, image root or None) -> rows; and how it is recognised where no kind is
+# said: by patterns of names in a folder, or by a function of a file's first row.
 Source = namedtuple("Source", "read folder row", defaults=((), None))
 
 # The first that fits counts.

@@ -107,7 +107,8 @@ def test_the_sound_response_passes_until_it_is_a_duplicate():
 
 def test_choice_claims_and_language_only_numbers():
     choice = replace(ONE, path="lor", question=QUESTION + " A. far B. near", answer="B")
-    text = "<think>It stands about 7.77 m away, right in front of the wall. {}</think><answer>B</answer>"
+    think = "It stands about 7.77 m away, right in front of the wall."
+    text = f"<think>{think} {{}}</think><answer>B</answer>"
     # LOR detects nothing
     assert judge(text.format("So the answer is B."), choice, CONFIG, set()) is None
     assert judge(text.format("So option (A)."), choice, CONFIG, set()) == "answer"
@@ -341,19 +342,20 @@ def test_computed_rationales_answer_the_rooms_questions(rooms, tmp_path):
             "4.52",
         ),
         (
-            "By how much do the lamp (red bbox <mask>) and the chair (blue bbox <mask>) differ in depth?",
+            "By how much do the lamp (red bbox <mask>) and the chair (blue bbox <mask>) differ in "
+            "depth?",
             "1.55",
             "2.97 - 4.52",
         ),
         (
-            "Where is the lamp (red bbox <mask>) seen from the chair (blue bbox <mask>)? (A) right, above "
-            "(B) left, above (C) left, below",
+            "Where is the lamp (red bbox <mask>) seen from the chair (blue bbox <mask>)? "
+            "(A) right, above (B) left, above (C) left, below",
             "B",
             "0.61 - 1.08 = -0.47",
         ),
         (
-            "Which is nearer to the camera, the lamp (red bbox <mask>) or the chair (blue bbox <mask>)?\n"
-            "A. red bbox\nB. blue bbox",
+            "Which is nearer to the camera, the lamp (red bbox <mask>) or the chair "
+            "(blue bbox <mask>)?\nA. red bbox\nB. blue bbox",
             "B",
             "2.97 < 4.52",
         ),
@@ -427,12 +429,14 @@ SPAR = [  # task, question, answer: red at (0, 0, 2), blue at (3, 0, 2), green a
     ("distance_prediction_oo", f"What is the gap between {RED} and {BLUE}?", "3.0"),
     (
         "distance_infer_center_oo",
-        f"Which is closer: {GREEN} or {BLUE} to {RED}? A. the chair (green point) B. the box (blue point)",
+        f"Which is closer: {GREEN} or {BLUE} to {RED}? "
+        "A. the chair (green point) B. the box (blue point)",
         "A",
     ),
     (
         "distance_infer_center_oo_mv",
-        f"Which is farther from {RED}: {GREEN} or {BLUE}? A. chair (green point) B. box (blue point)",
+        f"Which is farther from {RED}: {GREEN} or {BLUE}? "
+        "A. chair (green point) B. box (blue point)",
         "B",
     ),
     (

@@ -23,7 +23,7 @@ Part = namedtuple("Part", "profile centre half paint", defaults=((0, 0, 0), (1, 
 Kind = namedtuple("Kind", "smallest largest parts")
 
 # A thing in the world: the name of its kind; centre (3,), half size (3,) and yaw of its box; its
-# paints (3, 3), two for its parts and one for its pattern; the axes (3, 1) along which that
+# paints (3, 3), two for its parts and one for its pattern; the axes (3, 1) along which the pattern
 # changes.
 Thing = namedtuple("Thing", "name centre half yaw paints pattern")
 
