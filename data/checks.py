@@ -219,7 +219,7 @@ def measure(files: list[str], decoded: int = 20_000) -> Headers:
     stamps = {file: stamp(file) for file in files}
     headers = {}
     fresh = []
-    # Only what is sound is remembered: what is wrong is looked at again, as it may have been mended.
+    # Only what is sound is remembered: what was wrong may have been mended since.
     for file in files:
         if file in known and known[file][:2] == stamps[file]:
             headers[file] = Header(*known[file][2:])
