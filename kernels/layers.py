@@ -28,6 +28,9 @@ Shapes: T tokens; H width; A query heads, K key-value heads, D head width; a row
 head.
 """
 
+import functools
+import sys
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -42,6 +45,9 @@ TILE = 2048
 INTERPRETED_TILE = 1 << 14
 # At most so many sum up a weight's gradient: a guess, four to an H100's multiprocessor.
 PROGRAMS = 4 * 132
+# Liger's casting mode: all in fp32, rounded once. ("llama" rounds twice, as transformers does for
+# Qwen: in bf16 an error 1.4 times as large, and twice as large in the weight's gradient.)
+ROUND_ONCE = "gemma"
 
 
 # ---- The references
@@ -430,10 +436,17 @@ class _Rope(torch.autograd.Function):
 # ---- The public calls
 
 
+@functools.cache
 def _liger():
-    """Return Liger's operations, imported for the first CUDA tensor: macOS has no such package."""
-    from liger_kernel import ops
+    """Return Liger's operations, or None where the package is missing: PyTorch's take over then.
 
+    They are imported for the first CUDA tensor, which takes 1.7 s; macOS has no such package.
+    """
+    try:
+        from liger_kernel import ops
+    except ImportError:
+        print("liger-kernel is not installed: norms and SwiGLU take more launches", file=sys.stderr)
+        return None
     return ops
 
 
@@ -442,7 +455,7 @@ def _on_triton(x):
 
 
 def _on_liger(x):
-    return x.is_cuda and x.dtype != torch.float64 and x.numel() > 0
+    return x.is_cuda and x.dtype != torch.float64 and x.numel() > 0 and _liger() is not None
 
 
 def _check_equal(*shapes):
@@ -456,9 +469,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """Norm x (..., H) with weight (H,); return (..., H), differentiable in both."""
     _check_equal(x.shape[-1:], weight.shape)
     if _on_liger(x):
-        # "llama": rounded where transformers' Llama, and Qwen, round. False: not in place, which
-        # would write over the gradient of y; another operation may hold that, too.
-        return _liger().LigerRMSNormFunction.apply(x, weight, eps, 0.0, "llama", False)
+        # Not in place, which would write over the gradient of y: another operation may hold it.
+        return _liger().LigerRMSNormFunction.apply(x, weight, eps, 0.0, ROUND_ONCE, False)
     if torch.is_grad_enabled():
         return _Norm.apply(x, None, weight, eps)
     return torch_norm(x, None, weight, eps)[1]
@@ -487,7 +499,9 @@ def _add_norm_liger(x, delta, weight, eps):
     if torch.is_grad_enabled():
         h = x + delta
         return h, rms_norm(h, weight, eps)
-    y, h = _liger().LigerFusedAddRMSNormFunction.apply(x, delta, weight, eps, 0.0, "llama", False)
+    y, h = _liger().LigerFusedAddRMSNormFunction.apply(
+        x, delta, weight, eps, 0.0, ROUND_ONCE, False
+    )
     return h, y
 
 

@@ -1,4 +1,4 @@
-"""trainer.py without a model: data order, cuts, checkpoints on disk, the log, and the words of
+"""training/ without a model: data order, cuts, checkpoints on disk, the log, and the words of
 errors."""
 
 import gc
@@ -190,7 +190,7 @@ def test_log_keeps_rows_up_to_the_checkpoint(tmp_path, capsys):
 
 
 def test_a_metric_that_is_not_finite_is_null_and_said(tmp_path, capsys):
-    """A loss that isn't ends the run before: optim.py."""
+    """A loss that isn't ends the run before: training/optim.py."""
     log = run.Log(Config(str(tmp_path)), 0, {"loss": ".1f", "kl": ".1f"})
     log({"step": 1, "loss": 0.5, "kl": math.nan, "ratio_max": math.inf, "tokens": 7})
     log({"step": 2, "loss": 0.5, "kl": 0.0})

@@ -27,7 +27,7 @@ from training.optim import Optimizer
 def compute_dtype(device: torch.device) -> torch.dtype:
     """Return what forward and backward compute in: bf16 on CUDA, fp32 on a CPU.
 
-    What learns is fp32 in both cases (optim.py).
+    What learns is fp32 in both cases (training/optim.py).
     """
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
