@@ -82,6 +82,7 @@ class SampleStream:
             decoder.slots.load(admitted, decoder.cache.prompts)
             decoder.link(scheduler.running)
         decoder.step()
+        # On CUDA this lags by up to two looks: an ended slot goes on for nobody until it is seen.
         ended = decoder.take_ended(scheduler.running)
         if ended:
             decoder.slots.clear(ended)
@@ -96,6 +97,7 @@ class SampleStream:
         prompts = self.decoder.cache.prompts
         if not prompts.free:
             return False
+        # A prompt at least; how many more depends on their lengths.
         groups = list(self.scheduler.unencoded)[: len(prompts.free)]
         examples = [group.example for group in groups]
         lengths = lengths_within(self.processor, examples, self.prefill_tokens)
