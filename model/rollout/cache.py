@@ -211,6 +211,7 @@ class Cache:
 
     def table(self, lengths: Tensor, extent: Extent) -> Table:
         """Return what attention has to know; lengths (S,): tokens of each slot's suffix."""
+        # Lengths differ by slot and are read on the device, so that a graph serves all steps.
         prompts = extent.prompts
         return Table(
             self.prompts.lengths[:prompts],
@@ -221,6 +222,10 @@ class Cache:
 
     def keys_and_values(self, layer: int, extent: Extent) -> tuple:
         """Return a layer's (prompt keys, values, suffix keys, values) as far as a step reads."""
-        prompts = self.prompts.layers[layer][:, : extent.prompts, :, : extent.prompt_keys]
-        suffixes = self.suffixes[layer][:, : extent.slots, :, : extent.suffix_keys]
-        return (*prompts, *suffixes)
+        # Views: nothing is copied.
+        prompts = self.prompts.layers[layer][:, : extent.prompts]
+        suffixes = self.suffixes[layer][:, : extent.slots]
+        return (
+            *prompts[..., : extent.prompt_keys, :],
+            *suffixes[..., : extent.suffix_keys, :],
+        )

@@ -43,6 +43,7 @@ class RowCache:
 
     def make_room(self, length: int) -> bool:
         has_room = self.prompts.make_room(length + self.max_new_tokens)
+        # A row that had to go took its slot along.
         self.free_slots = [slot for slot in self.free_slots if slot < self.slot_count]
         return has_room
 
@@ -60,8 +61,8 @@ class RowCache:
 
     def keys_and_values(self, layer: int, extent: Extent) -> tuple:
         keys = extent.prompt_keys + extent.suffix_keys
-        rows = self.prompts.layers[layer][:, : extent.slots, :, :keys]
-        return (None, None, *rows)
+        rows = self.prompts.layers[layer]
+        return (None, None, *rows[:, : extent.slots, :, :keys])
 
 
 class CpuLayer:
@@ -119,7 +120,8 @@ class CpuDecoder:
         self.cache = make_cache(model, options, slots)
         self.slots = Slots(model, options, slots)
         self.extent = Extent(slots, 0, 0, 0)
-        self.oldest = 0  # the clock when the oldest running sequence began
+        # The clock when the oldest running sequence began: none has a longer suffix.
+        self.oldest = 0
         self.frequencies = rope_frequencies(model)
         sizes = model.decoder.sizes
         with torch.inference_mode():
@@ -144,13 +146,14 @@ class CpuDecoder:
         self.extent.prompt_keys = max(lengths)
         # Where each slot's 2 K heads start in a layer's suffixes as a list of (D,): (S, 2 K).
         _, slots, heads, room, _ = self.cache.suffixes[0].shape
-        starts = torch.arange(0, 2 * slots * heads * room, room)
-        self.head_starts = starts.view(2, slots, heads).transpose(0, 1).flatten(1)
+        places = 2 * slots * heads * room
+        starts = torch.arange(0, places, room).view(2, slots, heads)
+        self.head_starts = starts.transpose(0, 1).flatten(1)
 
     @torch.inference_mode()
     def step(self) -> None:
         extent = self.extent
-        # With this step's token; no sequence has more.
+        # With the token of this step.
         extent.suffix_keys = self.clock - self.oldest + 1
         tokens, positions = self.slots.sample_tokens(self.model.head_weight, extent.slots)
         cos, sin = rotation(positions, self.frequencies, self.model.dtype)
@@ -177,7 +180,10 @@ class CpuDecoder:
 
     def tidy(self, running: list[Sequence], some_ended: bool, refill: bool) -> None:
         """Move sequences and prompts together when nothing waits any more and many slots idle."""
-        if refill or not running or len(running) > COMPACT_BELOW * self.extent.slots:
+        if refill or not running:
+            return
+        # Now and then: a move copies the keys of what moves.
+        if len(running) > COMPACT_BELOW * self.extent.slots:
             return
         groups = {sequence.group for sequence in running}
         slots = self.slots

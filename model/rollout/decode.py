@@ -42,7 +42,7 @@ class FusedLayer:
             qkv = F.linear(x, *fused).unflatten(-1, (-1, attn.head_dim))
             qkv = qkv.split(heads, 1)
         else:
-            # Adapters have products of their own.
+            # Weights that lie apart, or that have adapters.
             qkv = [proj(x).unflatten(-1, (-1, attn.head_dim)) for proj in projections]
         keys, values = suffix
         return qk_norm_rope_write(*qkv, cos, sin, keys, values, at, *attn.qk_norm)
@@ -61,6 +61,7 @@ class FusedLayer:
 def rope_frequencies(model) -> Tensor:
     """Return (D,) radians per position; for text mRoPE is the plain rotary embedding."""
     sizes = model.decoder.sizes
+    # 1 / theta^(2 j / D) for frequency j, on both halves of a head
     exponent = torch.arange(0, sizes.head_dim, 2, device=model.device) / sizes.head_dim
     frequencies = 1.0 / sizes.theta**exponent
     return torch.cat((frequencies, frequencies))
@@ -114,6 +115,7 @@ class Decoder:
         self.clock = 0  # steps since the last reset
         self.graph = None
         self.addresses: list[int] = []  # of the weights that the graph reads
+        # None: the host reads the slots' state itself.
         self.host_state = None
         if model.device.type == "cuda":
             self.host_state = HostState(self.slots)

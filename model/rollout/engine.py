@@ -83,6 +83,7 @@ class SampleStream:
             decoder.slots.load(admitted, decoder.cache.prompts)
             decoder.link(scheduler.running)
         decoder.step()
+        # On CUDA this lags by up to two looks: an ended slot goes on for nobody until it is seen.
         ended = decoder.take_ended(scheduler.running)
         if ended:
             decoder.slots.clear(ended)
@@ -97,6 +98,7 @@ class SampleStream:
         prompts = self.decoder.cache.prompts
         if not prompts.free:
             return False
+        # A prompt at least; how many more depends on their lengths.
         groups = list(self.scheduler.unencoded)[: len(prompts.free)]
         encoded = prompts_within(self.processor, (g.source for g in groups), self.prefill_tokens)
         if not self.decoder.make_room(max(len(prompt.ids) for prompt in encoded)):

@@ -40,6 +40,7 @@ def predict_centres(model, processor, examples: list[Example]) -> list[np.ndarra
         centres, _ = model.head3d(hidden[batch.region_token])
         region_token = batch.region_token.cpu().numpy()
         centres = centres.cpu().numpy()
+        # A segment is an example: its regions are the <mask> tokens inside.
         for start, end, *_ in batch.segments:
             inside = (region_token >= start) & (region_token < end)
             out.append(centres[inside])
