@@ -162,6 +162,7 @@ def _attend_keys(
         if UPCAST:
             key = key.to(tl.float32)
             value = value.to(tl.float32)
+        # -inf, not HIDDEN: a block has at least one key, so that the peak is finite.
         score = tl.dot(query, key.trans(), input_precision="ieee") * scale
         score = tl.where((j < end)[None, :], score, -float("inf"))
         higher = tl.maximum(peak, tl.max(score, 1))
@@ -270,6 +271,7 @@ def _prefix_kernel(
     at = slot.to(tl.int32) * q_heads + head * group + i % group  # (ROWS,) of S * A
     query = _load_query(q, at, rows, D, WIDE, UPCAST)
 
+    # Rows of the buffers without a live sample read nothing.
     begin = split * chunk
     end = tl.minimum(tl.load(lengths + row).to(tl.int32), begin + chunk)
     any_query = tl.max(rows.to(tl.int32), 0) > 0

@@ -116,6 +116,7 @@ def _fold_kernel(
     peak = tl.maximum(m, tl.max(z, 0))
     e = tl.exp(z - peak)
     scale = tl.exp(m - peak)
+    # Behind the last column e is 0 and z - peak may overflow: 0 * -inf would be nan.
     folded = tl.sum(e * tl.maximum(z - peak, MIN_), 0)
     tl.store(state, peak)
     tl.store(state + state_stride, s * scale + tl.sum(e, 0))
@@ -329,6 +330,7 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature):
         m, s, x, t = _forward_tiles(hidden, weight, targets, temperature)
+        # A log-prob near 0 must not be rounded to above it, nor an entropy to below.
         log_s = s.log()
         logprob = (t - m - log_s).clamp_(max=0)
         entropy = (log_s - x / s).clamp_(min=0)

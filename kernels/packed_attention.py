@@ -82,6 +82,7 @@ def gather_rows(rows: Tensor, index: Tensor) -> Tensor:
 class Lengths:
     """N sequences one behind the other, as the variable-length call takes them."""
 
+    # `longest` is on the host: the launch needs it, and reading it from the device would be a wait.
     starts: Tensor  # (N + 1,) int32 on the device; sequence i is rows starts[i] to starts[i + 1]
     longest: int
 
@@ -235,9 +236,9 @@ def reference_window_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[in
     out = [None] * len(lengths)
     for length in set(lengths):
         own = [i for i, other in enumerate(lengths) if other == length]
-        query, key, value = (
-            torch.stack([t[i] for i in own]) for t in (queries, keys, values)
-        )  # (windows, A, length, D)
+        query = torch.stack([queries[i] for i in own])  # (windows, A, length, D)
+        key = torch.stack([keys[i] for i in own])
+        value = torch.stack([values[i] for i in own])
         attended = F.scaled_dot_product_attention(query, key, value)
         for i, window in zip(own, attended.unbind(), strict=True):
             out[i] = window

@@ -346,6 +346,7 @@ def _token_kernel(
         log_ratio = _load(sequence_means, s, mask)
         slope_weight = _load(sequence_means + sequences, s, mask)
     loss, slope, ratio, binds = _surrogate(log_ratio, A, new, low, high, dual_clip, SURROGATE)
+    # The weight carries no gradient.
     loss = loss * weight
     slope = slope * slope_weight
 

@@ -188,12 +188,3 @@ def rewards_and_advantages(
     if scale == "batch":
         advantage /= _std_of_all(total) + EPS
     return total, advantage, keep
-
-
-def group_advantages(total: Tensor, accuracy: Tensor, group_start: Tensor) -> tuple[Tensor, Tensor]:
-    """Return advantage[N] and keep[G] of finished totals[N] and accuracies[N]."""
-    # TODO: goes as soon as train_rl.py calls rewards_and_advantages.
-    parts = torch.stack((total, accuracy), 1)
-    weights = torch.tensor([1.0, 0.0], device=parts.device).expand(len(group_start) - 1, 2)
-    found = rewards_and_advantages(parts, weights, group_start, accuracy_column=1)
-    return found[1:]
