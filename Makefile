@@ -15,7 +15,7 @@ speedrun: $(READY)
 	PYTHON="$(PYTHON)" sh runs/speedrun.sh
 
 test: $(READY)
-	$(PYTHON) -m pytest -q
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .

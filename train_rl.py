@@ -606,6 +606,7 @@ def main(cfg: Config) -> None:
 
     def validation() -> dict[str, float]:
         own = local_share(exam, rank, world)
+        engine.release()  # it needs the cache's room
         return validate(rollout_model, processor, own, exam_paths, cfg)
 
     engine = Engine(
