@@ -175,14 +175,14 @@ def clocked(device: torch.device, work, *args) -> tuple[float, object]:
     return time.perf_counter() - start, result
 
 
-def groups_of(examples: list[Example], rollouts: list) -> list[train_rl.Group]:
+def groups_of(examples: list[Example], rollouts: list, processor) -> list[train_rl.Group]:
     """Made-up advantages: half of a group is good."""
     groups = []
     for i, (example, own) in enumerate(zip(examples, rollouts, strict=True)):
         advantages = [1.0 if k % 2 else -1.0 for k in range(len(own))]
-        groups.append(
-            train_rl.Group(train_rl.Prompt(example, i), own, advantages=advantages, differs=True)
-        )
+        prompt = train_rl.Prompt(example, i)
+        train_rl.encode([prompt], processor)
+        groups.append(train_rl.Group(prompt, own, advantages=advantages, differs=True))
     return groups
 
 
@@ -212,7 +212,12 @@ def ours(cfg: Config, model, processor, optimizer, examples, seed: int) -> dict[
 
     def pack():
         return train_rl.pack(
-            groups_of(examples, rollouts), processor, ["lor"], cfg.micro_tokens, 1, model.device
+            groups_of(examples, rollouts, processor),
+            processor,
+            ["lor"],
+            cfg.micro_tokens,
+            1,
+            model.device,
         )
 
     def learn():

@@ -277,9 +277,9 @@ def test_the_peak_of_a_whole_run(checkpoint, tmp_path, monkeypatch, script, flag
     hidden = QwenVL.hidden
     settle = run.resolve_auto_settings
 
-    def count_tokens(model, batch):
+    def count_tokens(model, batch, **options):
         passes.append(len(batch.input_ids))
-        return hidden(model, batch)
+        return hidden(model, batch, **options)
 
     def listen(cfg, config, device, world, **sizes):
         asked.append((config, sizes))

@@ -511,6 +511,7 @@ def gradients(source, share, dtype, shard):
     model.checkpoint_blocks()
     groups = fixed_groups()
     own = [groups[i] for i in (SHARES[share][rank] if world > 1 else range(4))]
+    train_rl.encode([group.prompt for group in own], processor)
     micros = train_rl.pack(own, processor, ["lor"], 90, world, device)
     (tokens,), losses = ranks.all_reduce([sum(len(one.rollout_logprob) for one in micros)]), []
     for one in micros:

@@ -220,10 +220,12 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     slots: int | None = None,
+    **options,
 ) -> list[list[Rollout]]:
     """Return n completions of each example, in the examples' order.
 
-    temperature 0 is greedy; slots: sequences that run at a time, None: as many as fit.
+    temperature 0 is greedy; slots: sequences that run at a time, None: as many as fit; options: the
+    other fields of `Options`.
     """
     return list(
         sample_groups(
@@ -236,5 +238,6 @@ def generate(
             temperature=temperature,
             top_p=top_p,
             slots=slots,
+            **options,
         )
     )
