@@ -7,7 +7,6 @@ import re
 
 import numpy as np
 from PIL import Image, ImageDraw
-from pycocotools import mask as coco
 
 from data.rows import Bad
 
@@ -59,6 +58,9 @@ def rle(code: dict, shape: tuple[int, int]) -> np.ndarray:
 
 def decode(counts, height: int, width: int) -> np.ndarray | None:
     """Return the mask of run lengths, or None where these don't fill the image exactly."""
+    # Here, so that only sets with run lengths need the package.
+    from pycocotools import mask as coco
+
     if isinstance(counts, list):
         # frPyObjects looks at neither.
         if not counts or min(counts) < 0 or sum(counts) != height * width:
@@ -76,6 +78,8 @@ def decode(counts, height: int, width: int) -> np.ndarray | None:
 
 
 def decode_text(counts: str, height: int, width: int) -> np.ndarray | None:
+    from pycocotools import mask as coco
+
     try:
         return coco.decode({"size": [height, width], "counts": counts})
     except ValueError:  # more pixels than the image has
