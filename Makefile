@@ -1,5 +1,5 @@
 # make speedrun   scenes -> tiny checkpoint -> SFT -> RL -> eval -> report, on a CPU or a GPU     (out/speedrun)
-# make test       the tests
+# make test       the tests, in two processes of one thread each where pytest-xdist is installed
 # make bench      kernels, rollout, a whole training step and the data path on this device     (bench/results)
 # make lint       ruff
 # .venv is made on first use; PYTHON=python3 uses that interpreter as it is, and installs nothing.
@@ -15,7 +15,7 @@ speedrun: $(READY)
 	PYTHON="$(PYTHON)" sh runs/speedrun.sh
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q $$($(PYTHON) -c "import xdist; print('-n 2 --dist loadfile')" 2>/dev/null)
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .
