@@ -49,9 +49,9 @@ from training.batches import (
     dummy_example,
     equalize_passes,
     images_key,
+    needs_dummy,
     pack_by_tokens,
     prefetched,
-    with_dummy,
 )
 from training.optim import Optimizer, learning_rate
 from training.policy import load_policy, synced_passes
@@ -187,24 +187,29 @@ def make_microbatches(
 ) -> list[MicroBatch]:
     """Pack examples into forward passes of at most `budget` tokens.
 
-    Neighbours with the same images share one copy of them, which counts once.
+    Neighbours with the same images share one copy of them, which counts once. Each prompt is built
+    once, for its length and for the batch.
     """
     targets = [processor.target_ids(example) for example in examples]
-    prompts = [processor.prompt_ids(example) for example in examples]
+    prompts = [processor.prompt(example) for example in examples]
     keys = [images_key(example) for example in examples]
     lengths = []
     shared = []
     for i, (prompt, answer) in enumerate(zip(prompts, targets, strict=True)):
-        lengths.append(len(prompt) + len(answer))
+        lengths.append(len(prompt.ids) + len(answer))
         same_images = i > 0 and keys[i] == keys[i - 1]
-        shared.append(prompt.count(processor.image_token_id) if same_images else 0)
+        image_tokens = prompt.ids == processor.image_token_id
+        shared.append(int(image_tokens.sum()) if same_images else 0)
     out = []
     for run_of_rows in pack_by_tokens(lengths, budget, shared):
-        answers = targets[run_of_rows]
-        padded = with_dummy(examples[run_of_rows], world)
-        dummies = [processor.target_ids(example) for example in padded[len(answers) :]]
-        completions = [[answer] for answer in answers + dummies]
-        out.append(MicroBatch(processor(padded, completions), len(answers)))
+        packed = prompts[run_of_rows]
+        completions = [[answer] for answer in targets[run_of_rows]]
+        sequences = len(completions)
+        if needs_dummy(examples[run_of_rows], world):
+            dummy = dummy_example()
+            packed.append(processor.prompt(dummy))
+            completions.append([processor.target_ids(dummy)])
+        out.append(MicroBatch(processor.pack(packed, completions), sequences))
     return out
 
 

@@ -345,11 +345,6 @@ def estimated(image: str) -> str | None:
     return file if os.path.isfile(file) else None
 
 
-def maps_of(named: list, images: list[str]) -> list:
-    """Return each image's depth file: the one that is named, else the estimated one, or None."""
-    return [file or estimated(image) for file, image in zip(named, images, strict=True)]
-
-
 def depth_map(file: str | None, image_size: tuple[int, int], headers: Headers):
     """Return what reads a depth file at the size of its image.
 

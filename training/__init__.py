@@ -12,5 +12,5 @@ In the order of a run:
 
 Several ranks give the numbers of one: losses are divided by global counts, gradients are summed,
 not averaged. All ranks run the same passes over the same parameters (`batches.equalize_passes`,
-`batches.with_dummy`): to skip a collective is to hang them all.
+`batches.needs_dummy`): to skip a collective is to hang them all.
 """

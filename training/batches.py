@@ -128,12 +128,8 @@ def dummy_example() -> Example:
     )
 
 
-def with_dummy(examples: list[Example], world: int) -> list[Example]:
-    """Append the dummy where a pass might leave out parameters whose gradients others reduce."""
-    return [*examples, dummy_example()] if needs_dummy(examples, world) else examples
-
-
 def needs_dummy(examples: list[Example], world: int) -> bool:
+    """Return whether a pass might leave out parameters whose gradients other ranks reduce."""
     return world > 1 and not any(touches_all_parameters(example) for example in examples)
 
 
