@@ -1,7 +1,7 @@
 """The reward of the paper's official code, bugs included: what score(..., rules="official") gives.
 
 It is there to compare with runs of that code, and to show what its reward pays for
-(tests/test_hacks.py has every hole beside what srreal.py makes of it). It was written from a
+(tests/method/test_hacks.py has every hole beside what srreal.py makes of it). It was written from a
 description of what the official code computes, not from its text.
 """
 

@@ -16,7 +16,7 @@ Three tables hold what a fork adds to, and everything else derives from them (do
     SECTIONS  tag -> what the prompt shows of it, and how a target writes it
 
 Departures from the official code's reward (rules="official" has its numbers: official.py;
-tests/test_hacks.py shows both):
+tests/method/test_hacks.py shows both):
  1. Frames are read as integers: frame 10 is not 1, and frame 0 of a "first image" question counts.
  2. Detection divides by max(boxes, objects): neither silence nor spam pays. Mentions match whole.
  3. A centre is exactly three plain numbers. A repeated mention is a false positive, no second try.

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import ROOT
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
@@ -35,7 +36,6 @@ from training import batches, checkpoints, policy, ranks, run
 from training.metrics import Metrics
 from training.optim import Optimizer
 
-ROOT = Path(__file__).parent.parent
 SCRIPTS = {"sft": train_sft, "rl": train_rl}
 ONE = {"OMP_NUM_THREADS": "1"}
 
@@ -647,7 +647,7 @@ def test_two_ranks_equal_one(home, tmp_path, capsys):
         __file__,
         home,
         tmp_path / "two",
-        PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}",
+        PYTHONPATH=f"{ROOT}:{ROOT / 'tests' / 'support'}",
     )
     assert ranks.returncode == 0, ranks.stderr[-3000:]
     run_all(home, tmp_path / "one")

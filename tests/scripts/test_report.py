@@ -9,9 +9,9 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from eval_set import example, stand_in, write_set
 from markupsafe import escape
 from PIL import Image
-from test_eval import example, stand_in, write_set
 
 import eval as evaluation
 import report

@@ -5,7 +5,8 @@ import re
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from commands import ROOT
+
 # Which of our own modules a part may import: srreal <- data <- scripts; kernels, srreal <- model <-
 # scripts.
 MAY_IMPORT = {

@@ -11,12 +11,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from commands import ROOT
 from interpreter import needs_interpreter
 
-ROOT = Path(__file__).parent.parent
 # A micro checkpoint, and short runs on it. The random model earns nothing: it is paid for its
 # text's parity.
 MAKE = """if True:

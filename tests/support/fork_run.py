@@ -1,6 +1,6 @@
 """Train and evaluate inside of a fork: started by test_fork.py in the root of a changed copy.
 
-    python tests/fork_run.py HOME OUT PATH [FLAG VALUE]...
+    python tests/support/fork_run.py HOME OUT PATH [FLAG VALUE]...
 
 One RL step on rows of HOME/scenes, put on that path, and an eval of them with --path PATH. The
 further flags are train_rl.py's. OUT gets rl/ and eval/.

@@ -2,30 +2,17 @@
 byte."""
 
 import contextlib
-import functools
 import io
 import json
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load
+from tiny_checkpoint import FAMILIES, checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 from model import tiny
 from model.processor import Processor
-
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-
-
-@functools.cache
-def checkpoint(family: str, seed: int = 0) -> Path:
-    """Written once a test run; shared with test_processor.py."""
-    out = Path(tempfile.mkdtemp(prefix=f"tiny_{family}_"))
-    with contextlib.redirect_stderr(io.StringIO()):
-        tiny.write(family, out, seed)
-    return out
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -13,15 +13,12 @@ from pathlib import Path
 
 import pytest
 import triton
+from commands import ROOT
+from compiling import build, compiled_for_sm90, in_fp64, not_interpreted, pointers, scalars
 from interpreter import needs_interpreter
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource
 
-from kernels import interpreted, layers, linear_logprob, policy_loss, rewards, sample
+from kernels import layers, linear_logprob, policy_loss, rewards, sample
 
-ROOT = Path(__file__).parent.parent
-not_interpreted = pytest.mark.skipif(interpreted(), reason="interpreted functions don't compile")
 # all of what runs on Triton, at sizes that an interpreter of about 1 ms a program can do
 INTERPRETED = [
     (
@@ -39,15 +36,6 @@ INTERPRETED = [
 
 # The one kernel that computes in fp64, as the host does: see its header.
 IN_FP64 = "rewards"
-
-
-def pointers(names, types):
-    """{name: pointer type} of names and types that stand in two strings in the same order."""
-    return {name: "*" + kind for name, kind in zip(names.split(), types.split(), strict=True)}
-
-
-def scalars(names, kind):
-    return dict.fromkeys(names.split(), kind)
 
 
 def token_kernel(kind, extra):
@@ -159,43 +147,6 @@ for kind, loss in policy_loss.LOSSES.items():
         KERNELS[f"token-{kind}"] = token_kernel(kind, extra=kind != "grpo")
 
 
-def compiled_for_sm90(kernel, signature, constants, options):
-    """Compile with pointers 16-byte aligned, as torch's are, and an i32:16 divisible by 16."""
-    names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else signature[name] for name in names}
-    sixteen = [(i,) for i, name in enumerate(names) if re.search(r"^\*|:16$", signature[name])]
-    source = ASTSource(
-        kernel,
-        {name: kind.removesuffix(":16") for name, kind in signature.items()},
-        {(names.index(k),): v for k, v in constants.items()},
-        {i: [["tt.divisibility", 16]] for i in sixteen},
-    )
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-
-
-def in_fp64(ptx):
-    """Whether a kernel computes in fp64.
-
-    It does, where none was meant, at a constant below fp32's smallest normal number, 1.18e-38: such
-    a constant is fp64 to Triton, and so is what it meets.
-    """
-    return ".f64" in ptx
-
-
-def build(folder, *kernel):
-    """Return PTX, ptxas's report and the bytes of shared memory."""
-    compiled = compiled_for_sm90(*kernel)
-    file = folder / "kernel.ptx"
-    file.write_text(compiled.asm["ptx"])
-    done = subprocess.run(
-        [get_ptxas(90).path, "-arch=sm_90a", "-v", file, "-o", folder / "kernel.cubin"],
-        text=True,
-        capture_output=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return compiled.asm["ptx"], done.stdout + done.stderr, compiled.metadata.shared
-
-
 @not_interpreted
 @pytest.mark.parametrize("name", KERNELS)
 def test_compiles_for_sm90(name, tmp_path, monkeypatch):
@@ -242,7 +193,7 @@ def test_triton_interpreted_equals_the_references():
     """The kernels' own tests once more, with Triton in the place of the references."""
     for file, selection in INTERPRETED:
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-        command += [f"tests/{file}", "-k", selection]
+        command += [f"tests/kernels/{file}", "-k", selection]
         done = subprocess.run(
             command,
             cwd=ROOT,

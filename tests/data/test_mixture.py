@@ -4,11 +4,11 @@ training step."""
 import json
 import random
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
 import rooms
+from commands import ROOT
 from PIL import Image
 
 import data
@@ -16,8 +16,6 @@ from data.mixture import Part, parse_source
 from data.rows import Row
 from data.sources import open_source
 from errors import UserError
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ memory."""
 import re
 
 import pytest
-from test_compile_gate import build, in_fp64, not_interpreted, pointers
+from compiling import build, in_fp64, not_interpreted, pointers
 
 from kernels import decode_attention as attention
 

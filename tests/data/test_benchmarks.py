@@ -14,10 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from commands import ROOT
+from eval_set import stand_in
 from PIL import Image, ImageDraw
 from published import IMAGE
 from published import parquet as write
-from test_eval import stand_in
 
 import eval as evaluation
 from data import BadRows, benchmarks
@@ -31,7 +32,6 @@ from model import tiny
 from srreal import Example
 from training import run
 
-ROOT = Path(__file__).parent.parent
 PICTURES = [scene(7, k, (96, 72))[1][0] for k in range(4)]
 
 

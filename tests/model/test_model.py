@@ -9,8 +9,9 @@ import shutil
 import pytest
 import torch
 from PIL import Image
+from published_sizes import BILLIONS, published
 from safetensors.torch import load_file, save_file
-from test_tiny import checkpoint
+from tiny_checkpoint import checkpoint
 from tiny_models import FAMILIES, inputs, make, reference_logits
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
@@ -25,133 +26,6 @@ from srreal import Example
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="a GPU's kernels and attention")
-
-IDS = dict(
-    image_token_id=151655,
-    video_token_id=151656,
-    vision_start_token_id=151652,
-    vision_end_token_id=151653,
-)
-
-
-def published() -> dict[str, dict]:
-    """The config.json of each dense size, as published: Qwen2-VL and Qwen2.5-VL flat, Qwen3-VL
-    nested."""
-    rope = {"type": "mrope", "mrope_section": [16, 24, 24]}
-
-    def qwen2(hidden, inner, layers, heads, kv, vocab, tied):
-        return dict(
-            hidden_size=hidden,
-            intermediate_size=inner,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv,
-            vocab_size=vocab,
-            tie_word_embeddings=tied,
-            rope_scaling=rope,
-            rope_theta=1e6,
-            rms_norm_eps=1e-6,
-            use_sliding_window=False,
-            **IDS,
-        )
-
-    def vision2(hidden):
-        return dict(
-            depth=32,
-            embed_dim=1280,
-            mlp_ratio=4,
-            num_heads=16,
-            in_chans=3,
-            hidden_size=hidden,
-            patch_size=14,
-            spatial_merge_size=2,
-            spatial_patch_size=14,
-            temporal_patch_size=2,
-        )
-
-    def vision25(out):
-        return dict(
-            depth=32,
-            hidden_act="silu",
-            hidden_size=1280,
-            intermediate_size=3420,
-            num_heads=16,
-            in_chans=3,
-            out_hidden_size=out,
-            patch_size=14,
-            spatial_merge_size=2,
-            window_size=112,
-            fullatt_block_indexes=[7, 15, 23, 31],
-            tokens_per_second=2,
-            temporal_patch_size=2,
-        )
-
-    def qwen3(hidden, inner, layers, heads, tied, vision):
-        rope = dict(mrope_interleaved=True, mrope_section=[24, 20, 20], rope_type="default")
-        text = dict(
-            model_type="qwen3_vl_text",
-            hidden_size=hidden,
-            intermediate_size=inner,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=8,
-            head_dim=128,
-            vocab_size=151936,
-            rms_norm_eps=1e-6,
-            rope_theta=5e6,
-            rope_scaling=rope,
-            attention_bias=False,
-            tie_word_embeddings=tied,
-        )
-        depth, width, mlp, deep = vision
-        tower = dict(
-            model_type="qwen3_vl",
-            depth=depth,
-            hidden_size=width,
-            intermediate_size=mlp,
-            num_heads=16,
-            patch_size=16,
-            hidden_act="gelu_pytorch_tanh",
-            out_hidden_size=hidden,
-            deepstack_visual_indexes=deep,
-            num_position_embeddings=2304,
-            spatial_merge_size=2,
-            temporal_patch_size=2,
-        )
-        return dict(
-            model_type="qwen3_vl",
-            text_config=text,
-            vision_config=tower,
-            tie_word_embeddings=tied,
-            **IDS,
-        )
-
-    small, large = (24, 1024, 4096, [5, 11, 17]), (27, 1152, 4304, [8, 16, 24])
-    return {
-        "Qwen2-VL-2B": qwen2(1536, 8960, 28, 12, 2, 151936, True)
-        | dict(model_type="qwen2_vl", vision_config=vision2(1536)),
-        "Qwen2-VL-7B": qwen2(3584, 18944, 28, 28, 4, 152064, False)
-        | dict(model_type="qwen2_vl", vision_config=vision2(3584)),
-        "Qwen2.5-VL-3B": qwen2(2048, 11008, 36, 16, 2, 151936, True)
-        | dict(model_type="qwen2_5_vl", vision_config=vision25(2048)),
-        "Qwen2.5-VL-7B": qwen2(3584, 18944, 28, 28, 4, 152064, False)
-        | dict(model_type="qwen2_5_vl", vision_config=vision25(3584)),
-        "Qwen3-VL-2B": qwen3(2048, 6144, 28, 16, True, small),
-        "Qwen3-VL-4B": qwen3(2560, 9728, 36, 32, True, small),
-        "Qwen3-VL-8B": qwen3(4096, 12288, 36, 32, False, large),
-    }
-
-
-# Billions of parameters as the published safetensors indices count them (tied heads once).
-BILLIONS = {
-    "Qwen2-VL-2B": 2.209,
-    "Qwen2-VL-7B": 8.291,
-    "Qwen2.5-VL-3B": 3.755,
-    "Qwen2.5-VL-7B": 8.292,
-    "Qwen3-VL-2B": 2.128,
-    "Qwen3-VL-4B": 4.438,
-    "Qwen3-VL-8B": 8.767,
-}
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

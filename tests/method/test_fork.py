@@ -58,7 +58,7 @@ def run(copy: Path, *command, **environment: str) -> str:
 
 def train_and_eval(copy: Path, home: Path, out: Path, path: str, *flags) -> tuple[dict, list[str]]:
     """Return the row of metrics.jsonl and what was printed, by lines."""
-    printed = run(copy, "tests/fork_run.py", home, out, path, *flags)
+    printed = run(copy, "tests/support/fork_run.py", home, out, path, *flags)
     (row,) = (out / "rl" / "metrics.jsonl").read_text().splitlines()
     return json.loads(row), printed.splitlines()
 
@@ -251,4 +251,14 @@ def test_the_tests_of_the_registries_stay_green(title, tmp_path):
     """No test freezes a list that a fork has to extend."""
     copy = fork(title, tmp_path)
     names = "fields or weights or named or unpack or round_trip or target or prompt or fork or earn"
-    run(copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_srreal.py", "-k", names)
+    run(
+        copy,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/method/test_srreal.py",
+        "-k",
+        names,
+    )

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import rooms
+from commands import ROOT
 from published import IMAGE, embodiedscan, parquet, scan
 
 import data
@@ -25,7 +26,6 @@ from data.sets.spar_marks import draw_marks
 from model import tiny
 from srreal import score, target
 
-ROOT = Path(__file__).parent.parent
 HEADING = "## From the public sets to a benchmark table"
 PROGRAMS = ["data.coldstart", "train_sft.py", "train_rl.py", "eval.py"]
 FEWER = {

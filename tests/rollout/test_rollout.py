@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import ROOT
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
@@ -31,8 +32,6 @@ from model.tiny import write
 from srreal import Example, Scores
 from training import policy, ranks, run
 from training.optim import Optimizer
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
