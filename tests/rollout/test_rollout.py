@@ -608,7 +608,11 @@ def test_ranks_with_uneven_work(tmp_path):
         str(tmp_path / "tiny"),
         str(tmp_path / "run"),
     ]
-    own = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RANK_TIMEOUT": "100"}
+    own = os.environ | {
+        "PYTHONPATH": f"{ROOT}:{ROOT}/tests/support",
+        "OMP_NUM_THREADS": "1",
+        "RANK_TIMEOUT": "100",
+    }
     done = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [
