@@ -102,6 +102,7 @@ def _decode_cpu(q, prefix_k, prefix_v, suffix_k, suffix_v, table):
         table.prefix_mask = length_mask(table.prefix_lengths, prefix_k)
     prompts, n = table.members.shape
     readers = grouped.index_select(0, table.members.flatten().clamp(min=0))
+    # (B n, K, A / K, D) -> (B, K, n A / K, D): all that read the same keys are rows of one matrix.
     queries = readers.unflatten(0, (prompts, n)).transpose(1, 2).flatten(2, 3)
     shared, shared_lse = FLASH(queries, prefix_k, prefix_v, attn_mask=table.prefix_mask)
 
@@ -165,6 +166,7 @@ def _attend_keys(
         # -inf, not HIDDEN: a block has at least one key, so that the peak is finite.
         score = tl.dot(query, key.trans(), input_precision="ieee") * scale
         score = tl.where((j < end)[None, :], score, -float("inf"))
+        # Online softmax: what was summed before is scaled to the new maximum.
         higher = tl.maximum(peak, tl.max(score, 1))
         weight = tl.exp(score - higher[:, None])
         shrink = tl.exp(peak - higher)
@@ -331,6 +333,7 @@ def _suffix_kernel(
     query = _load_query(q, at, rows, D, WIDE, UPCAST)
 
     # There are no parts of a slot without a prompt, whose member_index is another's place.
+    # member_index: where in `members` this slot should stand; it does if its prompt is live.
     member = tl.load(members + tl.load(member_index + slot))
     has_parts = (member == slot) & (split == 0)
     peak, total, summed = _merge_parts(
@@ -399,6 +402,7 @@ def _attend_prefixes(q, k, v, table):
     rows = triton.next_power_of_2(min(max(queries, 16), max_rows))
     query_blocks = triton.cdiv(queries, rows)
     # Of the prompts in the buffers so many are read, if all n samples of a prompt are live.
+    # The other rows hold no live sample, and their programs end at once.
     live = triton.cdiv(slots, n)
     min_keys = INTERPRETED_MIN_KEYS if interpreted() else MIN_PREFIX_KEYS
     splits, chunk = splits_for(live * kv_heads * query_blocks, room, min_keys)

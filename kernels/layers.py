@@ -79,6 +79,7 @@ def reference_qk_norm_rope(q, k, cos, sin, q_weight=None, k_weight=None, eps=1e-
     def rotate(x, weight):
         if weight is not None:
             x = reference_rms_norm(x, weight, eps)
+        # Halves, not even and odd places: the layout of Hugging Face's checkpoints.
         first, second = x.chunk(2, -1)
         turned = x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
         return turned.to(x.dtype)  # cos and sin may be wider
@@ -90,6 +91,7 @@ def reference_qk_norm_rope_write(
     q, k, v, cos, sin, cache_k, cache_v, at, q_weight=None, k_weight=None, eps=1e-6
 ):
     q, k = reference_qk_norm_rope(q, k, cos, sin, q_weight, k_weight, eps)
+    # Slot i writes at its own place at[i]: samples differ in length.
     row = torch.arange(len(at), device=at.device)
     cache_k[row, :, at] = k
     cache_v[row, :, at] = v
@@ -119,6 +121,7 @@ def _norm_grad_torch(h, weight, d_out, d_summed, eps):
     ms). d_summed: the gradient that h gets as the residual stream, or None.
     """
     # d_h = scale (g - n mean(g n)) with n = h scale: the kernel's formula.
+    # The header's formula comes from y = w h (mean h^2 + eps)^(-1/2), by the product rule.
     n = h.to(torch.promote_types(h.dtype, torch.float32))
     scale = (n.square().mean(-1, keepdim=True) + eps).rsqrt_()
     n = n * scale
@@ -189,15 +192,18 @@ def _rotate(
     Without weight no norm, without cos no rotation; BACK: by the opposite angle. x_token, out_*:
     strides (a token of x is contiguous); at: a token's place in a cache.
     """
+    # A program takes ROWS heads of neighbouring tokens; each half of a head is a contiguous load.
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, HALF)[None, :]
     rows = tokens * heads
     token = (r // heads).to(tl.int64)
     head = r % heads
     mask = (r < rows)[:, None] & (c < half)
+    # int64: T heads D passes 2^31 elements at 500k tokens.
     a, b = _pair(x, (token * x_token + head * 2 * half)[:, None] + c, half, mask)
     if weight is not None:
         w_a, w_b = _pair(weight, c, half, c < half)
+        # Padding beyond half is 0, so that it adds nothing to the sum.
         scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * half) + eps)[:, None]
         a = a * scale * w_a
         b = b * scale * w_b
@@ -207,6 +213,8 @@ def _rotate(
         sine = _load(sin, angle, mask)
         if BACK:
             sine = -sine
+        # Rotate each pair (a, b) by its angle. cos and sin repeat in their second half, which isn't
+        # read.
         turned_a = a * cosine - b * sine
         b = b * cosine + a * sine
         a = turned_a
@@ -235,6 +243,7 @@ def _norm_grad_kernel(
     """
     c = tl.arange(0, BLOCK)
     w = _load(weight, c, c < width)[None, :]
+    # In registers over all rows that the program takes.
     d_weight = tl.zeros([BLOCK], tl.float32)
     for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
         r = first + tl.arange(0, ROWS)
@@ -257,6 +266,7 @@ def _norm_grad_triton(h, weight, d_out, eps):
     rows = h.numel() // width
     block = triton.next_power_of_2(width)
     tile = max(_tile() // block, 1)
+    # Few enough that adding up `partial` costs nothing, enough to fill the device.
     programs = min(triton.cdiv(rows, tile), PROGRAMS)
     d_h = torch.empty_like(h)
     partial = h.new_empty(programs, width, dtype=torch.float32)

@@ -43,6 +43,7 @@ def reference_linear_logprob(hidden, weight, targets, temperature=1.0):
     """Specify `linear_logprob`: logits in fp32 (fp64 for fp64), all in memory, several times."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     logits_NV = hidden.to(wide) @ weight.to(wide).T / temperature
+    # N x V in fp32: this is the tensor that the tiles avoid.
     logp_NV = logits_NV.log_softmax(-1)
     logprob = logp_NV.gather(1, targets[:, None].long()).squeeze(1)
     entropy = -(logp_NV.exp() * logp_NV).sum(-1)
@@ -59,11 +60,13 @@ def _target_columns(targets_R, column, cols):
 
 
 def _fold_torch(tile_RC, scratch_RC, targets_R, column, inv_temperature, state_4R):
+    # Views of one buffer; the steps below write into it.
     m, s, x, t = state_4R
     cols = tile_RC.shape[1]
     if inv_temperature != 1.0:
         tile_RC.mul_(inv_temperature)
     local, inside = _target_columns(targets_R, column, cols)
+    # Of the rows whose target isn't in this tile, some logit is gathered and not used.
     z = tile_RC.gather(1, local.clamp(0, cols - 1)[:, None])[:, 0]
     t.copy_(torch.where(inside, z, t))
 
@@ -94,6 +97,7 @@ def _dlogits_torch(tile_RC, scratch_RC, targets_R, column, inv_temperature, stat
     tile_RC.mul_(scratch_RC)
     local, inside = _target_columns(targets_R, column, tile_RC.shape[1])
     row = inside.nonzero()[:, 0]
+    # The 1[v = t] of the formula, for the rows that have their target here.
     tile_RC[row, local[row]] += g_logprob[row] * inv_temperature
     return tile_RC
 
@@ -121,6 +125,7 @@ def _fold_kernel(
     tl.store(state, peak)
     tl.store(state + state_stride, s * scale + tl.sum(e, 0))
     tl.store(state + 2 * state_stride, scale * (x + (m - peak) * s) + folded)
+    # The target's logit is read once more, from the cache, instead of being searched in z.
     t = tl.load(targets + row) - column
     inside = (t >= 0) & (t < cols)
     z_target = tl.load(tile + row * cols + t, mask=inside, other=0.0) * inv_temperature
@@ -151,6 +156,7 @@ def _dlogits_kernel(
     g_logprob = tl.load(grads + row)
     g_entropy = tl.load(grads + grads_stride + row)
     logp = (z - m) - log_s
+    # 1[v = t] g_logprob
     hit = tl.where(c == tl.load(targets + row) - column, g_logprob, 0.0)
     dz = hit - tl.exp(logp) * (g_logprob + g_entropy * (logp + entropy))
     tl.store(out + row * cols + c, dz * inv_temperature, mask=c < cols)
@@ -282,6 +288,7 @@ class _Tiles:
 def _forward_tiles(hidden, weight, targets, temperature):
     walk = _Tiles(hidden, weight, backward=False)
     state_4N = hidden.new_zeros(4, len(hidden), dtype=walk.wide)
+    # An empty row: no maximum yet, sums of 0.
     state_4N[0] = MIN
     for chunk, hidden_RH in walk.chunks():
         targets_R = targets[chunk]
@@ -298,6 +305,7 @@ def _backward_tiles(
 
     Within a chunk dhidden is summed over the tiles; dweight over the chunks, in fp32 throughout.
     """
+    # The logits are made again, by one more product: cheaper than to keep 5 GB of them.
     walk = _Tiles(hidden, weight, backward=True)
     d_hidden = torch.empty_like(hidden) if need_hidden else None
     d_weight = None
@@ -334,6 +342,7 @@ class _LinearLogprob(torch.autograd.Function):
         log_s = s.log()
         logprob = (t - m - log_s).clamp_(max=0)
         entropy = (log_s - x / s).clamp_(min=0)
+        # Three numbers a token are all that is kept of the softmax.
         ctx.save_for_backward(hidden, weight, targets, torch.stack((m, log_s, entropy)))
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)

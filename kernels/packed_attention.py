@@ -147,6 +147,7 @@ class Packing:
             return None
         pieces = []
         for start, end, low, high in self.filled:
+            # The prefix first, then its own: flash's mask aligns the ends of both.
             pieces += [np.arange(low, high), np.arange(start, end)]
         return upload(np.concatenate(pieces), self.device)
 
@@ -156,6 +157,7 @@ def flash_prefix_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing) ->
     if not packing.filled:
         return q
     if packing.key_index is not None:
+        # P + R keys for each completion: the copy that the header speaks of.
         k = gather_rows(k, packing.key_index)
         v = gather_rows(v, packing.key_index)
     return flash_attention(q, k, v, packing.queries, packing.keys, causal=True)
@@ -176,6 +178,7 @@ def reference_prefix_attention(q: Tensor, k: Tensor, v: Tensor, segments: list[S
     lengths = [end - start for start, end, _, _ in segments]
     queries, keys, values = (t.transpose(0, 1).split(lengths, 1) for t in (q, k, v))
     index = {start: i for i, (start, _, _, _) in enumerate(segments) if lengths[i]}
+    # Completions of a group are often equally long, so that a mask serves several.
     masks = {}
     out = []
     for i, (_, _, prefix_start, prefix_end) in enumerate(segments):
@@ -185,6 +188,8 @@ def reference_prefix_attention(q: Tensor, k: Tensor, v: Tensor, segments: list[S
         mask = None
         prefix = prefix_end - prefix_start
         if prefix:
+            # A prefix is always a whole earlier segment, so its keys are at hand as they were
+            # split.
             before = index[prefix_start]
             key = torch.cat((keys[before], key), 1)
             value = torch.cat((values[before], value), 1)

@@ -46,6 +46,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels import interpreted, on_triton
 
+# exp(80) = 5.5e34, and fp32 ends at 3.4e38.
 MAX_EXPONENT = 80.0
 
 
@@ -57,6 +58,9 @@ def clipped_surrogate(
 ) -> tuple[Tensor, Tensor]:
     """Return -min(r A, clip(r, low, high) A), and where the clip binds."""
     unclipped = -ratio * advantage
+    # PPO's pessimism: of the two the larger loss. So a clip never stops what undoes a step that
+    # went too far: it binds above 1 + clip_high only where A > 0, below 1 - clip_low only where A <
+    # 0.
     clipped = -ratio.clamp(low, high) * advantage
     binds = clipped > unclipped
     return torch.where(binds, clipped, unclipped), binds
@@ -69,6 +73,7 @@ def clipped_weight(
 
     REINFORCE with clipped weights: unlike above, every token keeps a gradient. There is no `low`.
     """
+    # The gradient is that of -weight A logprob: the weight itself is a constant.
     weight = ratio.detach().clamp(max=high)
     binds = (ratio > high) & (advantage != 0)
     return -weight * advantage * logprob, binds
@@ -111,6 +116,7 @@ def clip_range(kind: str, clip_low: float | None, clip_high: float | None) -> tu
     return 1 - low, 1 + high
 
 
+# One number for all micro-batches and ranks, so that their losses add up to the loss of the step.
 def _denominator(kind, tokens, sequences, max_tokens, denominator):
     divided_by = LOSSES[kind].divided_by
     if denominator is None:
@@ -130,6 +136,7 @@ def _k3(d: Tensor) -> Tensor:
 
 
 def _mean(x: Tensor) -> Tensor:
+    # Summed in at least fp32: a bf16 sum stops growing at 256 ones.
     x = x.detach()
     wide = torch.promote_types(x.dtype, torch.float32)
     return x.sum(dtype=wide) / max(len(x), 1)
@@ -170,6 +177,7 @@ def reference_policy_loss(
     # r = p / p_old, of a token; or the geometric mean over a sequence.
     log_ratio = logprob - old
     if loss.sequence_ratio:
+        # Each token adds its share of the mean, so that no sequence needs a loop of its own.
         zeros = torch.zeros_like(advantage, dtype=dtype)
         mean = zeros.index_add(0, sequence, log_ratio / length)
         log_ratio = mean[sequence]
@@ -192,6 +200,7 @@ def reference_policy_loss(
     k3 = torch.zeros_like(logprob)
     if ref_logprob is not None:
         k3 = _k3(ref_logprob.detach().to(dtype) - logprob)
+    # Beside the surrogate and not in the reward, as in GRPO: so it is never clipped.
     token_loss = token_loss + kl * k3
 
     if loss.sequence_mean:
@@ -212,6 +221,8 @@ def reference_policy_loss(
 
 # ---- The kernels
 
+# A forker edits the reference above first. What follows is the same once more, for CUDA, with the
+# slope of each line written beside it, as no autograd runs through a kernel.
 # The surrogates that `_surrogate` below has a branch for.
 FUSED_SURROGATES = (clipped_surrogate, clipped_weight)
 
@@ -249,6 +260,8 @@ def _sequence_kernel(
     end = tl.load(cu_seqlens + s + 1)
     ratios = tl.zeros([BLOCK], tl.float32)
     weights = tl.zeros([BLOCK], tl.float32)
+    # Sequences differ in length by a factor of a hundred: a loop, not a block that holds the
+    # longest.
     for first in range(start, end, BLOCK):
         i = first + tl.arange(0, BLOCK)
         mask = i < end
@@ -257,6 +270,7 @@ def _sequence_kernel(
         weight = tl.zeros([BLOCK], tl.float32) + 1.0
         if rollout_logprob is not None:
             weight = _weight(old, _load(rollout_logprob, i, mask), cap)
+        # Lanes behind the end have loaded zeros: exp(0 - 0) would count as a weight of 1.
         weights += tl.where(mask, weight, 0.0)
     tl.store(out + s, tl.sum(ratios, 0) / (end - start))
     tl.store(out + sequences + s, tl.sum(weights, 0) / (end - start))
@@ -266,6 +280,7 @@ def _sequence_kernel(
 def _surrogate(log_ratio, A, logprob, low, high, dual_clip, SURROGATE: tl.constexpr):
     """Return the loss before weights, its slope in logprob, the ratio, and where it is clipped."""
     ratio = tl.exp(tl.where(log_ratio > 80.0, 80.0, log_ratio))
+    # constexpr: only one branch is compiled.
     if SURROGATE == "clipped_weight":
         binds = (ratio > high) & (A != 0)
         slope = -tl.where(ratio > high, high, ratio) * A
@@ -274,6 +289,7 @@ def _surrogate(log_ratio, A, logprob, low, high, dual_clip, SURROGATE: tl.conste
         clipped_ratio = tl.where(ratio > high, high, tl.where(ratio < low, low, ratio))
         unclipped = -ratio * A
         clipped = -clipped_ratio * A
+        # max(-r A, -clip(r) A), and nan where r is nan: tl.maximum might drop it.
         binds = clipped > unclipped
         loss = tl.where(binds, clipped, unclipped)
         # dr/dlogprob = r; clipped, and at the end of the exponents, the loss is flat.
@@ -289,6 +305,8 @@ def _surrogate(log_ratio, A, logprob, low, high, dual_clip, SURROGATE: tl.conste
 def _sequence_of(i, mask, cu_seqlens, sequences, steps, BLOCK: tl.constexpr):
     """Return each token's sequence s, cu_seqlens[s] <= i < cu_seqlens[s + 1], by bisection."""
     s = tl.zeros([BLOCK], tl.int32)
+    # bit_length(S) steps halve the range [s, after) to one sequence. Tokens of a block lie side by
+    # side, so that nearly all loads come from the cache.
     after = tl.zeros([BLOCK], tl.int32) + sequences
     for _ in range(steps):
         middle = (s + after) // 2
@@ -363,6 +381,8 @@ def _token_kernel(
         slope = slope / length
     tl.store(gradient + i, slope, mask=mask)
 
+    # Six numbers a block, each row contiguous for the finaliser. Atomics would add in any order,
+    # and the loss would differ in its last bits from run to run.
     clipped_low = (binds & (ratio < low)).to(tl.float32)
     clipped_high = (binds & (ratio > high)).to(tl.float32)
     blocks = tl.num_programs(0)
@@ -378,6 +398,7 @@ def _token_kernel(
 @triton.jit
 def _finaliser(partial_sums, out, blocks, tokens, BLOCK: tl.constexpr):
     """Add up the blocks' sums, in their order: the loss, the five metrics, T. One program."""
+    # Row 0 is the loss, a sum; 1 to 4 are means over the tokens; 5 is a maximum.
     for row in tl.static_range(6):
         total = tl.zeros([BLOCK], tl.float32)
         for first in range(0, blocks, BLOCK):
@@ -405,6 +426,8 @@ class _PolicyLoss(torch.autograd.Function):
         low, high, dual_clip = clips
         tokens = len(logprob)
         sequences = len(advantage)
+        # The interpreter spends its time by operation and goes wrong on large tiles, so it gets
+        # small ones.
         block = 32 if interpreted() else 256
         blocks = triton.cdiv(tokens, block)
         partial_sums = logprob.new_empty(6, blocks, dtype=torch.float32)
@@ -439,7 +462,11 @@ class _PolicyLoss(torch.autograd.Function):
                 SEQUENCE_MEAN=loss.sequence_mean,
                 BLOCK=block,
             )
+        # It runs without tokens, too: a rank whose groups were all filtered out still reports
+        # zeros.
         _finaliser[(1,)](partial_sums, out, blocks, tokens, BLOCK=block)
+        # The gradient is finished here, so that the backward is one product, and nothing else is
+        # kept.
         ctx.save_for_backward(gradient)
         ctx.dtype = logprob.dtype
         ctx.mark_non_differentiable(out)

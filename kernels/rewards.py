@@ -40,6 +40,7 @@ def reference_rewards_and_advantages(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Specify `rewards_and_advantages`, in plain PyTorch."""
     parts = parts.double()
+    # Which group each completion is of: (0, 0, 0, 1, 1, ...).
     count = group_start.diff()
     groups = torch.arange(len(count), device=parts.device)
     group = torch.repeat_interleave(groups, count, output_size=len(parts))  # (N,)
@@ -49,6 +50,7 @@ def reference_rewards_and_advantages(
     # count is 0 in an empty group, count - 1 in a group of one.
     zero = total.new_zeros(len(count))
     mean = zero.index_add(0, group, total) / count.clamp(min=1)
+    # The group's mean is GRPO's baseline: there is no value network.
     centred = total - mean[group]
     squares = zero.index_add(0, group, centred.square())
     std = (squares / (count - 1).clamp(min=1)).sqrt()
@@ -56,6 +58,8 @@ def reference_rewards_and_advantages(
     accuracy = parts[:, accuracy_column]
     highest = zero.scatter_reduce(0, group, accuracy, "amax", include_self=False)
     lowest = zero.scatter_reduce(0, group, accuracy, "amin", include_self=False)
+    # Accuracy alone decides, not the total: a group whose answers are all right still differs in
+    # the detection reward, and would be trained on for that.
     keep = highest - lowest > EPS
 
     if scale == "none":
@@ -65,6 +69,7 @@ def reference_rewards_and_advantages(
     return total, centred / (std + EPS)[group], keep
 
 
+# Of all completions of the call, unbiased as well.
 def _std_of_all(total: Tensor) -> Tensor:
     squares = (total - total.sum() / max(len(total), 1)).square().sum()
     return (squares / max(len(total) - 1, 1)).sqrt()
@@ -100,6 +105,8 @@ def _rewards_kernel(
     for start in range(first, last, BLOCK):
         n = start + lane
         mask = n < last
+        # Rewards are few (three, until a fork adds one), so a loop over columns costs less than a
+        # padded tile.
         total = zero
         for r in range(rewards):
             part = tl.load(parts + n * rewards + r, mask=mask, other=0.0)
@@ -128,6 +135,7 @@ def _rewards_kernel(
         n = start + lane
         advantage = tl.load(total_out + n, mask=n < last, other=0.0) - mean
         if DIVIDE:
+            # Where all totals are equal, 0 / 1e-6: the advantage is 0, not nan.
             advantage = advantage / (std + 1e-6)
         tl.store(advantage_out + n, advantage, mask=n < last)
 

@@ -79,6 +79,7 @@ def _row_words(keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
 
     Integers wrap; the shifts are arithmetic.
     """
+    # A row's two words are mixed in 64 bits once; what follows for each of V tokens is 32-bit work.
     x = (keys ^ (positions.long() * GOLDEN64)) * MIX64_A
     x = (x ^ (x >> 32)) * MIX64_B
     x = (x ^ (x >> 29))[:, None]
@@ -92,6 +93,8 @@ def race_times(keys: Tensor, positions: Tensor, vocab: int) -> Tensor:
     """
     first, second = _row_words(keys, positions)
     token = torch.arange(vocab, dtype=torch.int32, device=keys.device)
+    # Weyl steps: neighbouring ids start far apart. One word is added before the mixing and one
+    # xored within, so that rows whose first words agree still differ.
     x = token * GOLDEN32 + first
     scratch = torch.empty_like(x)
     _xorshift_(x, 16, scratch).mul_(MIX32_A)
@@ -99,6 +102,7 @@ def race_times(keys: Tensor, positions: Tensor, vocab: int) -> Tensor:
     _xorshift_(x, 15, scratch).mul_(MIX32_B)
     _xorshift_(x, 15, scratch)
     x.bitwise_and_(0x7FFFFFFF)
+    # 31 bits -> u in (0, 1) -> E = -log(1 - u), each in place: a row of 151,936 is 0.6 MB.
     return x.to(torch.float32).add_(0.5).mul_(-UNIT).log1p_().neg_()
 
 
@@ -115,6 +119,7 @@ def reference_sample(logits, keys, positions, temperature=1.0, top_p=1.0, banned
     """Specify `sample`, in plain PyTorch."""
     z = logits.float() / (temperature or 1.0)
     peak = z.amax(-1, keepdim=True)
+    # Over all tokens: what the trainer's softmax will say, whatever is banned.
     logsumexp = peak[:, 0] + (z - peak).exp_().sum(-1).log_()
 
     allowed = z
@@ -125,6 +130,7 @@ def reference_sample(logits, keys, positions, temperature=1.0, top_p=1.0, banned
     if temperature > 0:
         # p / E may underflow, this can't
         allowed = allowed - race_times(keys, positions, z.shape[1]).log_()
+    # The only step that picks; ties go to the lower id.
     token = allowed.argmax(-1)
     logprob = z.gather(1, token[:, None])[:, 0] - logsumexp
     return token, logprob.clamp_(max=0)
@@ -194,12 +200,15 @@ def _part_kernel(
     part = tl.program_id(1)
     i = part * BLOCK + tl.arange(0, BLOCK)
     z = tl.load(logits + row * stride + i, mask=i < vocab, other=-float("inf")).to(tl.float32)
+    # The maximum needs no scaling, as temperature is positive: one product an element is saved.
     scale = inv_temperature * LOG2E_
+    # A part whose logits are all -inf: finite, so that -inf - peak is no nan.
     peak = tl.maximum(tl.max(z, 0), -1e38)
     total = tl.sum(tl.exp2((z - peak) * scale), 0)
 
     score = z
     if not GREEDY:
+        # The row's words, hashed again by every part: cheaper than a launch that stores them.
         x = (tl.load(keys + row) ^ (tl.load(positions + row).to(tl.int64) * GOLDEN64_)) * MIX64_A_
         x = (x ^ (x >> 32)) * MIX64_B_
         x = x ^ (x >> 29)
@@ -232,6 +241,7 @@ def _row_kernel(
     part_total = tl.load(part_floats + 1, mask=mask, other=0.0)
     part_best = tl.load(part_floats + 2, mask=mask, other=-float("inf"))
 
+    # Merge the parts' sums by the row's maximum, as in an online softmax.
     peak = tl.max(part_peak, 0)
     total = tl.sum(part_total * tl.exp2((part_peak - peak) * (inv_temperature * LOG2E_)), 0)
     token = tl.load(ids + row * parts + tl.argmax(part_best, 0))
@@ -246,6 +256,7 @@ def _sample_triton(logits, keys, positions, temperature, banned):
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     inv_temperature = 1 / (temperature or 1.0)
+    # One warp a program, so that the reductions need no shared memory.
     block = 512 if interpreted() else BLOCK
     parts = triton.cdiv(vocab, block)
     floats = logits.new_empty(rows, parts, 3, dtype=torch.float32)
