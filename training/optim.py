@@ -71,6 +71,7 @@ def sum_over_replicas(tensors: list[Tensor]) -> None:
         size += tensor.numel()
         if size < BUCKET and i + 1 < len(tensors):
             continue
+        # One message for many small tensors: a call of its own for each norm would be all latency.
         flat = torch.cat([t.flatten() for t in bucket])
         dist.all_reduce(flat)
         for t, summed in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
@@ -82,9 +83,11 @@ def sum_over_replicas(tensors: list[Tensor]) -> None:
 def accumulate_in_master(master: Tensor, param: Tensor) -> None:
     """Move a gradient, which a backward has just made, from a 16-bit parameter to its master."""
     if master.grad is None:
+        # The first pass of a step makes the fp32 gradient, later ones add to it.
         master.grad = param.grad.float()
     else:
         master.grad.add_(param.grad)
+    # Freed at once: a whole model's 16-bit gradients never stand beside its fp32 ones.
     param.grad = None
 
 
@@ -108,6 +111,7 @@ class Optimizer:
         muon: bool = False,
         vector_lr_scale: float = 1.0,
     ):
+        # In the model's own order, which is the same on every rank and in every run.
         params = {name: p for name, p in named if p.requires_grad}
         self.images = (
             params if images is None else {name: images[name] for name in params if name in images}
@@ -117,11 +121,14 @@ class Optimizer:
         for name, param in params.items():
             self.masters[name] = self._master_of(param)
 
+        # FSDP2 reduces the gradients of its shards by itself; whole replicas are summed in `step`.
         sharded = any(isinstance(master, DTensor) for master in self.masters.values())
         self.replicated = dist.is_initialized() and not sharded
         self.muon_names = [
             n for n, p in params.items() if muon and p.ndim == 2 and BLOCK_MATRIX.search(n)
         ]
+        # Weight decay pulls towards 0: right for a matrix, wrong for a norm's gain, whose neutral
+        # value is 1.
         matrices = [n for n, p in params.items() if p.ndim >= 2 and n not in self.muon_names]
         vectors = [n for n, p in params.items() if p.ndim < 2]
         self.optimizers = []
@@ -133,6 +140,8 @@ class Optimizer:
         if groups:
             self.optimizers.append(torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True))
         if self.muon_names:
+            # Muon makes the momentum of a matrix orthogonal: all its directions take steps of one
+            # length, which doesn't depend on the gradient's.
             group = {"params": self._of(self.muon_names), "lr_scale": MUON_LR_SCALE}
             options = {"weight_decay": weight_decay, "adjust_lr_fn": "match_rms_adamw"}
             self.optimizers.append(torch.optim.Muon([group], **options))
@@ -166,13 +175,17 @@ class Optimizer:
         `name`, if it or the norm isn't finite; nothing is updated then. One host sync. Frees the
         gradients.
         """
+        # The global norm, over every rank's shards: the clip has to be the same everywhere.
         grads = self._gradients()
         total_norm = whole(get_total_norm(grads))
+        # The one wait for the device in a step; all ranks read the same number, so all stop or
+        # none.
         norm = total_norm.item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(f"{name}: the loss is {loss}, the gradient norm {norm}")
         clip_grads_with_norm_(self.masters.values(), clip_norm, total_norm)
         for optimizer in self.optimizers:
+            # The schedule sets one number; each group has its own scale of it.
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
             optimizer.step()
@@ -185,6 +198,8 @@ class Optimizer:
         """Return all masters' gradients, zero where no batch touched one, summed over replicas."""
         for master in self.masters.values():
             if master.grad is None:
+                # Not skipped: torch.optim would leave out its decay and its moments, on this rank
+                # only.
                 master.grad = torch.zeros_like(master)
         grads = [master.grad for master in self.masters.values()]
         if self.replicated:
@@ -197,6 +212,7 @@ class Optimizer:
         for name, image in self.images.items():
             master = self.masters[name]
             if image is not master:
+                # Rounded before it is gathered: half the bytes between ranks.
                 image.copy_(whole(master.detach().to(image.dtype)))
 
     def _state_of(self, name: str) -> dict[str, Tensor]:
@@ -226,6 +242,8 @@ class Optimizer:
         for name in self.masters:
             state = self._state_of(name)
             if "step" in state:
+                # All parameters have made the same number of steps, as zeros stand for absent
+                # gradients.
                 state.pop("step").fill_(updates)
             for kind, tensor in state.items():
                 tensor.copy_(shard_like(read(kind, name).to(tensor.device), tensor))

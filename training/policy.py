@@ -73,6 +73,7 @@ def load_policy(
     checkpoint's own pages on the host.
     """
     if settings.shard:
+        # First what samples: what is frozen in it serves training as well.
         rollout_model = load_model(source, device, cfg.train, cfg.lora) if samples else None
         host = torch.device("cpu")
         model = QwenVL.from_pretrained(source, host, compute_dtype(device), fuse=False)
@@ -109,6 +110,7 @@ def shard(
     if local_world == world:
         mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
     else:
+        # Shards travel within a box, where links are fast; only sums of gradients cross boxes.
         boxes = world // local_world
         mesh = init_device_mesh(
             device.type, (boxes, local_world), mesh_dim_names=("boxes", "shard")
@@ -116,7 +118,10 @@ def shard(
     master = torch.promote_types(compute, torch.float32)
     # cast_forward_inputs would round the vision tower's fp32 angles.
     precision = MixedPrecisionPolicy(compute, reduce_dtype=master, cast_forward_inputs=False)
+    # Each layer is a unit that FSDP2 gathers and frees; the last unit, the model, takes what is
+    # left.
     for block in [*model.decoder.layers, *model.vision.blocks, model]:
+        # Of the whole model these are DTensors already, but for embeddings, norms and heads.
         learning = [p for p in block.parameters() if p.requires_grad]
         if not learning:
             continue
@@ -139,6 +144,7 @@ def place_frozen(
             continue
         weight = shared[name].data if name in shared else p.data.to(device)
         placed = nn.Parameter(weight, requires_grad=False)
+        # A parameter can't change its device in place: another takes its name.
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, placed)
         frozen.add(placed)
@@ -156,6 +162,8 @@ def synced_passes(model: QwenVL, microbatches: Sequence) -> Iterator:
     """Yield each micro-batch; with several boxes, gradients cross them behind the last alone."""
     for i, microbatch in enumerate(microbatches):
         if isinstance(model, FSDPModule):
+            # Within a box gradients are reduced behind each pass, as keeping them whole would cost
+            # memory.
             model.set_requires_all_reduce(i + 1 == len(microbatches))
         yield microbatch
 
@@ -184,10 +192,12 @@ class Reference:
 
         self.world = ranks.world_size()
         first = ranks.rank() if self.world > 1 else 0
+        # Rank r keeps weights r, r + world, ...: together one copy of the model.
         mine = range(first, len(self.weights), self.world)
         copies = copy_into_buffer([self.weights[i] for i in mine], on_host=self.world == 1)
         self.kept = dict(zip(mine, copies, strict=True))  # index -> what the run began with
 
+        # By identity: equal tensors may be different weights.
         masters = {id(master) for master in optimizer.masters.values()}
         self.own_masters = [weight for weight in self.weights if id(weight) in masters]
         self.current: list[Tensor] = []  # of own_masters, while the reference is in their place
@@ -199,6 +209,7 @@ class Reference:
         self.current = [weight.clone() for weight in self.own_masters]
         for i, weight in enumerate(self.weights):
             if i in self.kept:
+                # From pinned memory, so that the copies run one behind the other without the host.
                 weight.copy_(self.kept[i], non_blocking=True)
             if self.world > 1:
                 dist.broadcast(weight.detach(), i % self.world)
@@ -220,6 +231,7 @@ def copy_into_buffer(weights: list[nn.Parameter], on_host: bool) -> list[Tensor]
     """
     if not weights:
         return []
+    # One buffer, not hundreds of pinned tensors: each would be rounded up by itself.
     sizes = [weight.numel() for weight in weights]
     like = weights[0]
     if on_host:

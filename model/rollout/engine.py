@@ -64,6 +64,7 @@ class SampleStream:
         if self.closed or self.returned == len(self.scheduler.groups):
             self.close()
             raise StopIteration
+        # Others may have finished long ago; they are returned when it is their turn.
         group = self.scheduler.groups[self.returned]
         while group.unfinished:
             self.advance()
@@ -105,6 +106,7 @@ class SampleStream:
             return False
         # Wider rows may be fewer.
         encoded = encoded[: len(prompts.free)]
+        # One packed forward, without padding, as in training.
         batch = self.processor.pack(encoded).to(prompts.lengths.device, self.images)
         rows = prompts.take([len(prompt.ids) for prompt in encoded])
         hidden, layers = self.decoder.model.prefill(batch)
