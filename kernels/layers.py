@@ -1,11 +1,12 @@
 """What stands between a decoder's matrix products: RMSNorm, SwiGLU, QK-norm and mRoPE.
 
-    rms_norm              y = x / sqrt(mean(x^2) + eps) * weight, over the last axis
+    rms_norm              y = x / sqrt(mean(x^2) + eps) * (offset + weight), over the last axis
     add_rms_norm          h = x + delta,  y = rms_norm(h)
     swiglu                gate * sigmoid(gate) * up
     swiglu_joint          the same of (gate, up) side by side, for decoding
     qk_norm_rope          n = rms_norm of a head (Qwen3), or the head itself (Qwen2, 2.5);
-                          with its halves, (n_1 cos - n_2 sin, n_2 cos + n_1 sin)
+                          with its halves, (n_1 cos - n_2 sin, n_2 cos + n_1 sin); where cos and sin
+                          are narrower than a head, so much of its front turns, and the rest stays
     qk_norm_rope_write    the same for decoding: the new keys and values go straight into the cache
 
 cos and sin hold mRoPE already: the model makes them once a forward for all layers, from the axis
@@ -53,18 +54,30 @@ ROUND_ONCE = "gemma"
 # ---- The references
 
 
-def reference_rms_norm(x, weight, eps=1e-6):
-    """Norm as transformers does: 16 bits are rounded before the product with the weight, too."""
+def reference_rms_norm(x, weight, eps=1e-6, offset=0.0):
+    """Norm as transformers does: 16 bits are rounded before the product with the weight, too.
+
+    Not so with an offset (Qwen3.5), where all is fp32 and rounded once.
+    """
     if x.dtype in (torch.float32, torch.float64):
-        return F.rms_norm(x, weight.shape, weight, eps)
+        return F.rms_norm(x, weight.shape, add_offset(weight, offset), eps)
     wide = x.float()
     scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    if offset:
+        return (wide * scale * add_offset(weight, offset)).to(x.dtype)
     return weight * (wide * scale).to(x.dtype)
 
 
-def reference_add_rms_norm(x, delta, weight, eps=1e-6):
+def add_offset(weight, offset):
+    """Return offset + weight, in fp32 at least: 1 + 0.001 would be 1 in 16 bits."""
+    if not offset:
+        return weight
+    return weight.to(torch.promote_types(weight.dtype, torch.float32)) + offset
+
+
+def reference_add_rms_norm(x, delta, weight, eps=1e-6, offset=0.0):
     h = x + delta
-    return h, reference_rms_norm(h, weight, eps)
+    return h, reference_rms_norm(h, weight, eps, offset)
 
 
 def reference_swiglu(gate, up):
@@ -75,22 +88,28 @@ def reference_swiglu_joint(gate_up):
     return reference_swiglu(*gate_up.chunk(2, -1))
 
 
-def reference_qk_norm_rope(q, k, cos, sin, q_weight=None, k_weight=None, eps=1e-6):
+def reference_qk_norm_rope(q, k, cos, sin, q_weight=None, k_weight=None, eps=1e-6, offset=0.0):
+    rotary = cos.shape[-1]
+
     def rotate(x, weight):
         if weight is not None:
-            x = reference_rms_norm(x, weight, eps)
+            x = reference_rms_norm(x, weight, eps, offset)
+        front = x[..., :rotary]
         # Halves, not even and odd places: the layout of Hugging Face's checkpoints.
-        first, second = x.chunk(2, -1)
-        turned = x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
-        return turned.to(x.dtype)  # cos and sin may be wider
+        first, second = front.chunk(2, -1)
+        turned = front * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
+        turned = turned.to(x.dtype)  # cos and sin may be wider
+        if rotary == x.shape[-1]:
+            return turned
+        return torch.cat((turned, x[..., rotary:]), -1)
 
     return rotate(q, q_weight), rotate(k, k_weight)
 
 
 def reference_qk_norm_rope_write(
-    q, k, v, cos, sin, cache_k, cache_v, at, q_weight=None, k_weight=None, eps=1e-6
+    q, k, v, cos, sin, cache_k, cache_v, at, q_weight=None, k_weight=None, eps=1e-6, offset=0.0
 ):
-    q, k = reference_qk_norm_rope(q, k, cos, sin, q_weight, k_weight, eps)
+    q, k = reference_qk_norm_rope(q, k, cos, sin, q_weight, k_weight, eps, offset)
     # Slot i writes at its own place at[i]: samples differ in length.
     row = torch.arange(len(at), device=at.device)
     cache_k[row, :, at] = k
@@ -163,11 +182,6 @@ def _load(pointer, at, mask):
 
 
 @triton.jit
-def _pair(pointer, at, half, mask):
-    return _load(pointer, at, mask), _load(pointer, at + half, mask)
-
-
-@triton.jit
 def _rotate(
     x,
     weight,
@@ -178,52 +192,57 @@ def _rotate(
     tokens,
     heads,
     x_token,
+    x_head,
     out_token,
     out_head,
     out_place,
-    half,
+    width,
+    rotary,
     eps,
+    offset,
     ROWS: tl.constexpr,
-    HALF: tl.constexpr,
+    WIDE: tl.constexpr,
     BACK: tl.constexpr,
 ):
-    """Norm, rotate and store ROWS heads; a and b are the halves of each.
+    """Norm, rotate and store ROWS heads.
 
-    Without weight no norm, without cos no rotation; BACK: by the opposite angle. x_token, out_*:
-    strides (a token of x is contiguous); at: a token's place in a cache.
+    Each channel is read with its partner, half of `rotary` away, with which it turns; channels from
+    `rotary` on don't. Without weight no norm, without cos no rotation; BACK: by the opposite angle.
+    x_*, out_*: strides; at: a token's place in a cache.
     """
-    # A program takes ROWS heads of neighbouring tokens; each half of a head is a contiguous load.
+    # A program takes ROWS heads of neighbouring tokens; partners come from the cache.
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    c = tl.arange(0, HALF)[None, :]
+    c = tl.arange(0, WIDE)[None, :]
     rows = tokens * heads
+    # int64: T heads D passes 2^31 elements at 500k tokens.
     token = (r // heads).to(tl.int64)
     head = r % heads
-    mask = (r < rows)[:, None] & (c < half)
-    # int64: T heads D passes 2^31 elements at 500k tokens.
-    a, b = _pair(x, (token * x_token + head * 2 * half)[:, None] + c, half, mask)
+    mask = (r < rows)[:, None] & (c < width)
+    row = (token * x_token + head * x_head)[:, None]
+    y = _load(x, row + c, mask)
+    scale = 1.0
     if weight is not None:
-        w_a, w_b = _pair(weight, c, half, c < half)
-        # Padding beyond half is 0, so that it adds nothing to the sum.
-        scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * half) + eps)[:, None]
-        a = a * scale * w_a
-        b = b * scale * w_b
+        # Padding behind the head is 0, so that it adds nothing to the sum.
+        scale = tl.rsqrt(tl.sum(y * y, 1) / width + eps)[:, None]
+        y = y * scale * (_load(weight, c, c < width) + offset)
     if cos is not None:
-        angle = (token * 2 * half)[:, None] + c
-        cosine = _load(cos, angle, mask)
-        sine = _load(sin, angle, mask)
+        partner = tl.where(c < rotary // 2, c + rotary // 2, c - rotary // 2)
+        turns = mask & (c < rotary)
+        other = _load(x, row + partner, turns)
+        if weight is not None:
+            other = other * scale * (_load(weight, partner, c < rotary) + offset)
+        # (a, b) -> (a cos - b sin, b cos + a sin). cos and sin repeat in their second half.
+        angle = (token * rotary)[:, None] + c
+        cosine = tl.load(cos + angle, mask=turns, other=1.0).to(tl.float32)
+        sine = _load(sin, angle, turns)
         if BACK:
             sine = -sine
-        # Rotate each pair (a, b) by its angle. cos and sin repeat in their second half, which isn't
-        # read.
-        turned_a = a * cosine - b * sine
-        b = b * cosine + a * sine
-        a = turned_a
+        y = y * cosine + tl.where(c < rotary // 2, -other, other) * sine
     place = token * out_token + head * out_head
     if at is not None:
         # A cache's row: (heads, places, D).
         place += tl.load(at + token, mask=r < rows, other=0) * out_place
-    tl.store(out + place[:, None] + c, a, mask=mask)
-    tl.store(out + place[:, None] + c + half, b, mask=mask)
+    tl.store(out + place[:, None] + c, y, mask=mask)
 
 
 def _tile() -> int:
@@ -232,9 +251,19 @@ def _tile() -> int:
 
 @triton.jit
 def _norm_grad_kernel(
-    h, weight, d_out, d_h, partial, rows, width, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    h,
+    weight,
+    d_out,
+    d_h,
+    partial,
+    rows,
+    width,
+    eps,
+    offset,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Take the norm's gradient, of heads. With n = h scale, g = d_out weight:
+    """Take the norm's gradient, of heads. With n = h scale, g = d_out (offset + weight):
 
         d_h = scale (g - n mean(g n)),  d_weight = sum d_out n
 
@@ -242,7 +271,7 @@ def _norm_grad_kernel(
     run.
     """
     c = tl.arange(0, BLOCK)
-    w = _load(weight, c, c < width)[None, :]
+    w = _load(weight, c, c < width)[None, :] + offset
     # In registers over all rows that the program takes.
     d_weight = tl.zeros([BLOCK], tl.float32)
     for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
@@ -260,7 +289,7 @@ def _norm_grad_kernel(
     tl.store(partial + tl.program_id(0) * width + c, d_weight, mask=c < width)
 
 
-def _norm_grad_triton(h, weight, d_out, eps):
+def _norm_grad_triton(h, weight, d_out, eps, offset):
     """Return d_h and d_weight of heads h (T, heads, D) and their gradient, contiguous both."""
     width = len(weight)
     rows = h.numel() // width
@@ -271,7 +300,18 @@ def _norm_grad_triton(h, weight, d_out, eps):
     d_h = torch.empty_like(h)
     partial = h.new_empty(programs, width, dtype=torch.float32)
     _norm_grad_kernel[(programs,)](
-        h, weight, d_out, d_h, partial, rows, width, eps, ROWS=tile, BLOCK=block, num_warps=8
+        h,
+        weight,
+        d_out,
+        d_h,
+        partial,
+        rows,
+        width,
+        eps,
+        offset,
+        ROWS=tile,
+        BLOCK=block,
+        num_warps=8,
     )
     return d_h, partial.sum(0)
 
@@ -293,19 +333,23 @@ def _rope_kernel(
     q_heads,
     k_heads,
     q_token,
+    q_head,
     k_token,
     v_token,
     out_token,
     out_head,
     out_place,
-    half,
+    width,
+    rotary,
     eps,
+    offset,
     ROWS: tl.constexpr,
-    HALF: tl.constexpr,
+    WIDE: tl.constexpr,
     BACK: tl.constexpr,
 ):
     """Rotate queries in programs (i, 0) and keys in (i, 1); copy values in (i, 2)."""
     if tl.program_id(1) == 0:
+        heads = q_heads * width
         _rotate(
             q,
             q_weight,
@@ -316,13 +360,16 @@ def _rope_kernel(
             tokens,
             q_heads,
             q_token,
-            q_heads * 2 * half,
-            2 * half,
+            q_head,
+            heads,
+            width,
             0,
-            half,
+            width,
+            rotary,
             eps,
+            offset,
             ROWS,
-            HALF,
+            WIDE,
             BACK,
         )
     elif tl.program_id(1) == 1:
@@ -336,13 +383,16 @@ def _rope_kernel(
             tokens,
             k_heads,
             k_token,
+            width,
             out_token,
             out_head,
             out_place,
-            half,
+            width,
+            rotary,
             eps,
+            offset,
             ROWS,
-            HALF,
+            WIDE,
             BACK,
         )
     elif v is not None:
@@ -356,13 +406,16 @@ def _rope_kernel(
             tokens,
             k_heads,
             v_token,
+            width,
             out_token,
             out_head,
             out_place,
-            half,
+            width,
+            rotary,
             eps,
+            offset,
             ROWS,
-            HALF,
+            WIDE,
             BACK,
         )
 
@@ -372,21 +425,21 @@ def _with_adjacent_heads(x: Tensor) -> Tensor:
 
 
 def _rope_triton(
-    q, k, cos, sin, q_weight, k_weight, eps, k_out, v=None, v_out=None, at=None, back=False
+    q, k, cos, sin, q_weight, k_weight, eps, offset, k_out, v=None, v_out=None, at=None, back=False
 ):
     """Return the queries; write keys and values to k_out and v_out (T, K, [places,] D).
 
-    Of q, k and v the heads of a token lie together, as in parts of a joint projection; tokens may
-    lie anywhere.
+    Of k and v the heads of a token lie together, as in parts of a joint projection; tokens, and
+    heads of q, may lie anywhere.
     """
     tokens, heads, width = q.shape
     k_heads = k.shape[1]
-    q = _with_adjacent_heads(q)
+    q = q if q.stride(2) == 1 else q.contiguous()
     k = _with_adjacent_heads(k)
     v = None if v is None else _with_adjacent_heads(v)
     q_out = q.new_empty(q.shape)
-    half = triton.next_power_of_2(width // 2)
-    rows = _tile() // half
+    wide = triton.next_power_of_2(width)
+    rows = max(_tile() // wide, 1)
     blocks = triton.cdiv(tokens * max(heads, k_heads), rows)
     # Keys and values take as many programs as queries, although they have fewer rows: those beyond
     # do nothing, and one launch is cheaper than three.
@@ -405,15 +458,17 @@ def _rope_triton(
         tokens,
         heads,
         k_heads,
-        q.stride(0),
+        *q.stride()[:2],
         k.stride(0),
         0 if v is None else v.stride(0),
         *k_out.stride()[:2],
         0 if at is None else k_out.stride(2),
-        width // 2,
+        width,
+        cos.shape[1],
         eps,
+        offset,
         ROWS=rows,
-        HALF=half,
+        WIDE=wide,
         BACK=back,
         num_warps=8,
     )
@@ -424,28 +479,34 @@ class _Rope(torch.autograd.Function):
     """Backward: the rotation by the opposite angle, which is its inverse; then the norm's own."""
 
     @staticmethod
-    def forward(ctx, q, k, cos, sin, q_weight, k_weight, eps):
+    def forward(ctx, q, k, cos, sin, q_weight, k_weight, eps, offset):
         cos = cos.contiguous()
         sin = sin.contiguous()
         normed = () if q_weight is None else (q, k, q_weight, k_weight)
         ctx.save_for_backward(cos, sin, *normed)
         ctx.eps = eps
+        ctx.offset = offset
         k_out = k.new_empty(k.shape)
-        return _rope_triton(q, k, cos, sin, q_weight, k_weight, eps, k_out), k_out
+        q_out = _rope_triton(q, k, cos, sin, q_weight, k_weight, eps, offset, k_out)
+        return q_out, k_out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_q, d_k):
         # Once: under non-reentrant checkpointing saved tensors can be unpacked a single time.
         cos, sin, *normed = ctx.saved_tensors
+        eps = ctx.eps
+        offset = ctx.offset
         turned_k = d_k.new_empty(d_k.shape)
-        turned_q = _rope_triton(d_q, d_k, cos, sin, None, None, ctx.eps, turned_k, back=True)
+        turned_q = _rope_triton(d_q, d_k, cos, sin, None, None, eps, offset, turned_k, back=True)
         if not normed:
-            return turned_q, turned_k, None, None, None, None, None
+            return turned_q, turned_k, *[None] * 6
         q, k, q_weight, k_weight = normed
-        d_q, d_q_weight = _norm_grad_triton(q.contiguous(), q_weight, turned_q, ctx.eps)
-        d_k, d_k_weight = _norm_grad_triton(k.contiguous(), k_weight, turned_k, ctx.eps)
-        return d_q, d_k, None, None, d_q_weight.to(q.dtype), d_k_weight.to(q.dtype), None
+        d_q, d_q_weight = _norm_grad_triton(q.contiguous(), q_weight, turned_q, eps, offset)
+        d_k, d_k_weight = _norm_grad_triton(k.contiguous(), k_weight, turned_k, eps, offset)
+        d_q_weight = d_q_weight.to(q_weight.dtype)
+        d_k_weight = d_k_weight.to(k_weight.dtype)
+        return d_q, d_k, None, None, d_q_weight, d_k_weight, None, None
 
 
 # ---- The public calls
@@ -480,31 +541,33 @@ def _check_equal(*shapes):
         raise ValueError(f"shapes must agree: {listed}")
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-    """Norm x (..., H) with weight (H,); return (..., H), differentiable in both."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, offset: float = 0.0) -> Tensor:
+    """Norm x (..., H) with offset + weight (H,); return (..., H), differentiable in both."""
     _check_equal(x.shape[-1:], weight.shape)
     if _on_liger(x):
         # Not in place, which would write over the gradient of y: another operation may hold it.
-        return _liger().LigerRMSNormFunction.apply(x, weight, eps, 0.0, ROUND_ONCE, False)
+        return _liger().LigerRMSNormFunction.apply(x, weight, eps, offset, ROUND_ONCE, False)
+    weight = add_offset(weight, offset)
     if torch.is_grad_enabled():
         return _Norm.apply(x, None, weight, eps)
     return torch_norm(x, None, weight, eps)[1]
 
 
 def add_rms_norm(
-    x: Tensor, delta: Tensor, weight: Tensor, eps: float = 1e-6
+    x: Tensor, delta: Tensor, weight: Tensor, eps: float = 1e-6, offset: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Return the residual stream h = x + delta, and rms_norm(h), all (..., H)."""
     _check_equal(x.shape, delta.shape)
     _check_equal(x.shape[-1:], weight.shape)
     if _on_liger(x):
-        return _add_norm_liger(x, delta, weight, eps)
+        return _add_norm_liger(x, delta, weight, eps, offset)
+    weight = add_offset(weight, offset)
     if torch.is_grad_enabled():
         return _Norm.apply(x, delta, weight, eps)
     return torch_norm(x, delta, weight, eps)
 
 
-def _add_norm_liger(x, delta, weight, eps):
+def _add_norm_liger(x, delta, weight, eps, offset):
     """Take one launch without gradients; an addition and a norm with them.
 
     The backward of Liger 0.8.5's fused call takes ceil(tokens / 132) as a constant: it would
@@ -513,9 +576,9 @@ def _add_norm_liger(x, delta, weight, eps):
     """
     if torch.is_grad_enabled():
         h = x + delta
-        return h, rms_norm(h, weight, eps)
+        return h, rms_norm(h, weight, eps, offset)
     y, h = _liger().LigerFusedAddRMSNormFunction.apply(
-        x, delta, weight, eps, 0.0, ROUND_ONCE, False
+        x, delta, weight, eps, offset, ROUND_ONCE, False
     )
     return h, y
 
@@ -551,21 +614,24 @@ def qk_norm_rope(
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
+    offset: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Norm q (T, A, D) and k (T, K, D), where both weights (D,) are given, and rotate them.
 
-    cos, sin (T, D): two equal halves; they may be wider than q and k: fp32 beside bf16. q and k may
-    be parts of a joint projection; they aren't copied. Differentiable in q, k and the weights.
+    cos, sin (T, R), R <= D: two equal halves, for the first R channels of each head; they may be of
+    a wider type than q and k: fp32 beside bf16. q and k may be parts of a joint projection; they
+    aren't copied. The norm multiplies by offset + weight. Differentiable in q, k and the weights.
     """
-    _check_equal(q.shape[::2], k.shape[::2], cos.shape, sin.shape)
+    _check_equal(q.shape[::2], k.shape[::2])
+    _check_equal(cos.shape, sin.shape, (len(q), min(cos.shape[1], q.shape[2])))
     for weight in (q_weight, k_weight):
         if weight is not None:
             _check_equal(q.shape[2:], weight.shape)
     if _on_triton(q):
-        return _Rope.apply(q, k, cos, sin, q_weight, k_weight, eps)
+        return _Rope.apply(q, k, cos, sin, q_weight, k_weight, eps, offset)
     if q_weight is not None:
-        q = rms_norm(q, q_weight, eps)
-        k = rms_norm(k, k_weight, eps)
+        q = rms_norm(q, q_weight, eps, offset)
+        k = rms_norm(k, k_weight, eps, offset)
     return reference_qk_norm_rope(q, k, cos, sin)
 
 
@@ -582,6 +648,7 @@ def qk_norm_rope_write(
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
+    offset: float = 0.0,
 ) -> Tensor:
     """Do the same for one new token of each of T sequences; return the queries (T, A, D).
 
@@ -590,7 +657,7 @@ def qk_norm_rope_write(
     """
     if not _on_triton(q):
         return reference_qk_norm_rope_write(
-            q, k, v, cos, sin, cache_k, cache_v, at, q_weight, k_weight, eps
+            q, k, v, cos, sin, cache_k, cache_v, at, q_weight, k_weight, eps, offset
         )
     if cache_k.stride() != cache_v.stride() or cache_k.stride(3) != 1:
         raise ValueError(
@@ -598,4 +665,4 @@ def qk_norm_rope_write(
         )
     cos = cos.contiguous()
     sin = sin.contiguous()
-    return _rope_triton(q, k, cos, sin, q_weight, k_weight, eps, cache_k, v, cache_v, at)
+    return _rope_triton(q, k, cos, sin, q_weight, k_weight, eps, offset, cache_k, v, cache_v, at)

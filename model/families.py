@@ -7,7 +7,7 @@ the model that reads it.
 `DecoderSizes` and `VisionSizes` are what the model needs of transformers' config object.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +22,14 @@ class Family:
     qk_norm: bool = False
     # How rotary frequencies are dealt out to time, row and column: T H W T H W ..., or in blocks.
     mrope_interleaved: bool = False
+    # Only some channels of a head rotate: the config says which share.
+    partial_rotary: bool = False
+    # The decoder's norms multiply by 1 + weight.
+    norm_offset: float = 0.0
+    # Each query head has a gate, whose rows follow the query's own: out * sigmoid(gate).
+    attention_gate: bool = False
+    # Some layers, which the config lists, are gated delta nets (delta.py).
+    has_delta_layers: bool = False
     # Whether the config says how wide a head is; else it is the hidden width / heads.
     head_dim_field: bool = False
     # Whether the config has a switch for a sliding window, which must be off.
@@ -40,7 +48,9 @@ class Family:
     has_windows: bool = False
     # A table of position vectors is added to the patches.
     has_learnt_positions: bool = False
-    # Features of early blocks go into the decoder's first layers; with it came a new merger.
+    # The merger's names: norm, linear_fc1, linear_fc2; else ln_q, mlp.
+    has_flat_merger: bool = False
+    # Features of early blocks go into the decoder's first layers.
     has_deepstack: bool = False
 
     # ---- Text
@@ -59,6 +69,10 @@ class Family:
     tiny_sections: tuple[int, int, int]
     # The sizes of its tower, by the config's names.
     tiny_vision: dict
+    # Further sizes of its decoder.
+    tiny_text: dict = field(default_factory=dict)
+    # What its rope_parameters have beside theta and sections.
+    tiny_rope: dict = field(default_factory=dict)
 
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -115,6 +129,7 @@ QWEN3_VL = Family(
     mlp_names=("linear_fc1", "linear_fc2"),
     patch_bias=True,
     has_learnt_positions=True,
+    has_flat_merger=True,
     has_deepstack=True,
     box='{{"bbox_2d": [{}, {}, {}, {}]}}',
     box_scale=1000,
@@ -123,6 +138,8 @@ QWEN3_VL = Family(
     pixel_mean=(0.5, 0.5, 0.5),
     pixel_std=(0.5, 0.5, 0.5),
     tiny_sections=(6, 5, 5),
+    tiny_text=dict(head_dim=32),
+    tiny_rope=dict(mrope_interleaved=True),
     tiny_vision=dict(
         hidden_size=64,
         out_hidden_size=128,
@@ -131,7 +148,46 @@ QWEN3_VL = Family(
         deepstack_visual_indexes=[0],
     ),
 )
-FAMILIES = {family.name: family for family in (QWEN2_VL, QWEN2_5_VL, QWEN3_VL)}
+# Qwen3.5, 3.6 and 3.8 (dense) are one model_type.
+QWEN3_5 = Family(
+    name="qwen3_5",
+    qk_norm=True,
+    mrope_interleaved=True,
+    head_dim_field=True,
+    partial_rotary=True,
+    norm_offset=1.0,
+    attention_gate=True,
+    has_delta_layers=True,
+    width_field="hidden_size",
+    output_field="out_hidden_size",
+    norm="layer",
+    mlp_names=("linear_fc1", "linear_fc2"),
+    patch_bias=True,
+    has_learnt_positions=True,
+    has_flat_merger=True,
+    box='{{"bbox_2d": [{}, {}, {}, {}]}}',
+    box_scale=1000,
+    system_prompt=None,
+    has_think_tokens=True,
+    pixel_mean=(0.5, 0.5, 0.5),
+    pixel_std=(0.5, 0.5, 0.5),
+    tiny_sections=(3, 3, 2),
+    tiny_vision=dict(
+        hidden_size=64,
+        out_hidden_size=128,
+        intermediate_size=256,
+        num_position_embeddings=256,
+    ),
+    tiny_text=dict(
+        head_dim=32,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=32,
+        linear_value_head_dim=32,
+    ),
+    tiny_rope=dict(mrope_interleaved=True, partial_rotary_factor=0.5),
+)
+FAMILIES = {family.name: family for family in (QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_5)}
 
 
 def family_of(config) -> Family:
@@ -141,6 +197,40 @@ def family_of(config) -> Family:
             f"model_type {config.model_type!r} is not supported; this is for {', '.join(FAMILIES)}"
         )
     return FAMILIES[config.model_type]
+
+
+@dataclass(frozen=True)
+class DeltaSizes:
+    """The sizes of a gated delta net."""
+
+    key_heads: int
+    value_heads: int  # a multiple of key_heads
+    key_dim: int
+    value_dim: int
+    taps: int  # of the convolution
+
+    @property
+    def channels(self) -> int:
+        """Of the convolution: queries, keys and values."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+    @classmethod
+    def of(cls, text) -> "DeltaSizes":
+        """Read the text part of transformers' config object."""
+        for name, allowed in (
+            ("output_gate_type", ("silu", "swish")),
+            ("attn_output_gate", (True,)),
+        ):
+            value = getattr(text, name, allowed[0])
+            if value not in allowed:
+                raise ValueError(f"{name} {value!r} is not supported (only {allowed[0]!r})")
+        return cls(
+            key_heads=text.linear_num_key_heads,
+            value_heads=text.linear_num_value_heads,
+            key_dim=text.linear_key_head_dim,
+            value_dim=text.linear_value_head_dim,
+            taps=text.linear_conv_kernel_dim,
+        )
 
 
 @dataclass(frozen=True)
@@ -159,6 +249,17 @@ class DecoderSizes:
     theta: float
     sections: tuple[int, int, int]  # how many rotary frequencies listen to time, row, column
     tied: bool  # the head is the embedding
+    rotary: int  # channels of a head that rotate, the first ones
+    attends: tuple[bool, ...]  # of each layer: whether it attends, or is a gated delta net
+    delta: DeltaSizes | None  # of the gated delta nets
+
+    @property
+    def attention_layers(self) -> int:
+        return sum(self.attends)
+
+    @property
+    def delta_layers(self) -> int:
+        return self.layers - self.attention_layers
 
     @classmethod
     def of(cls, config) -> "DecoderSizes":
@@ -175,6 +276,15 @@ class DecoderSizes:
         head_dim = text.hidden_size // text.num_attention_heads
         if family.head_dim_field:
             head_dim = text.head_dim
+        rotary = head_dim
+        if family.partial_rotary:
+            rotary = int(head_dim * rope["partial_rotary_factor"])
+        sections = tuple(rope["mrope_section"])
+        if 2 * sum(sections) != rotary:
+            raise ValueError(f"mrope_section {list(sections)} should sum to {rotary // 2}")
+        attends = (True,) * text.num_hidden_layers
+        if family.has_delta_layers:
+            attends = tuple(kind == "full_attention" for kind in text.layer_types)
         return cls(
             family=family,
             vocab=text.vocab_size,
@@ -186,8 +296,11 @@ class DecoderSizes:
             head_dim=head_dim,
             eps=text.rms_norm_eps,
             theta=rope["rope_theta"],
-            sections=tuple(rope["mrope_section"]),
+            sections=sections,
             tied=config.tie_word_embeddings,
+            rotary=rotary,
+            attends=attends,
+            delta=DeltaSizes.of(text) if family.has_delta_layers else None,
         )
 
 

@@ -31,7 +31,13 @@ TRAIN = {
     "spatial": ("region.", "points.", "head3d."),
 }
 LORA_RANK = 32  # of --train lora
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Of attention, of gated delta nets, of MLPs. in_proj_b and in_proj_a are left out: their few rows
+# have no rank to spare.
+PROJECTIONS = (
+    *("q_proj", "k_proj", "v_proj", "o_proj"),
+    *("in_proj_qkv", "in_proj_z", "out_proj"),
+    *("gate_proj", "up_proj", "down_proj"),
+)
 SCALE = 2.0  # alpha / rank
 
 
@@ -80,7 +86,7 @@ def attach(model, rank: int, seed: int = 0) -> None:
     # On the host: the same on every rank and device.
     generator = torch.Generator().manual_seed(seed)
     for layer in model.decoder.layers:
-        for block in (layer.self_attn, layer.mlp):
+        for block in (layer.token_mixer, layer.mlp):
             projections = [name for name, _ in block.named_children() if name in PROJECTIONS]
             for name in projections:
                 linear = block.get_submodule(name)

@@ -7,11 +7,14 @@ SwiGLU, residuals. What is Qwen-VL's own:
     mRoPE      a token has three positions (time, row, column), equal for text; each rotary
                frequency listens to one of them: in blocks (Qwen2, 2.5) or interleaved (Qwen3)
     biases     on q, k, v (Qwen2, 2.5), or an RMSNorm on every query and key head instead (Qwen3)
+    gates      Qwen3.5: three layers in four are gated delta nets (delta.py), whose state stands in
+               for keys and values; in the others attention's output is gated, head by head, and
+               only a quarter of a head's channels rotate
     deepstack  Qwen3-VL adds features of early vision blocks to the image tokens after the first
                layers (which family has what is data in families.py)
 
 What is ours: `<mask>` tokens become region tokens (region.py), depth enters and 3D centres leave
-(head3d.py), and the attention is handed in as a function, `attend(layer, q, k, v)`: the same layers
+(head3d.py), and the attention is handed in as a function of a `Mixer`: the same layers
 train on packed segments with shared prefixes, prefill a cache and decode from it. Logits never
 exist in training: log-probs and entropies come from `linear_logprob`. Parameter names are those of
 the published checkpoints, below our own prefixes.
@@ -20,9 +23,9 @@ T packed tokens, L target tokens, R regions, P patches, M image tokens; H hidden
 heads, K key-value heads, D head width, V vocabulary rows.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -34,70 +37,121 @@ from kernels.linear_logprob import linear_logprob
 from kernels.packed_attention import Packing, gather_rows, prefix_attention, upload
 from model import checkpoint
 from model.batch import Batch, expanded_positions
+from model.delta import GatedDeltaNet, Walk
 from model.families import DecoderSizes
 from model.files import read_config, resolve
 from model.head3d import Head3D, PointEmbedding
 from model.region import RegionToken
 from model.vision import RMSNorm, SwiGLU, VisionTower
 
-# (layer, q (T, A, D), k (T, K, D), v (T, K, D)) -> (T, A, D)
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-
-
 # ---- The decoder
 
 
+class Mixer(Protocol):
+    """How tokens learn of each other: a pass over packed segments, and a decode step, have theirs.
+
+    Attention hands over queries (T, A, D), keys and values (T, K, D) of a layer and gets (T, A, D);
+    a gated delta net hands over itself and its input x (T, H), and gets (T, H).
+    """
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+
+    def recur(self, net: GatedDeltaNet, x: Tensor) -> Tensor: ...
+
+
+@dataclass
+class PackedMixer:
+    """Tokens see their own segment and its prefix; a cache is given what each layer leaves."""
+
+    packing: Packing
+    walk: Walk | None  # of the delta layers, where there are any
+    cache: list | None = None
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.cache is not None:
+            self.cache.append((k, v))
+        return prefix_attention(q, k, v, self.packing)
+
+    def recur(self, net: GatedDeltaNet, x: Tensor) -> Tensor:
+        return net(x, self.walk, self.cache)
+
+
 class Attention(nn.Module):
-    """Project, norm (Qwen3), rotate, attend, project."""
+    """Project, norm (Qwen3), rotate, attend, gate (Qwen3.5), project."""
 
     def __init__(self, s: DecoderSizes, layer: int):
         super().__init__()
         self.layer = layer
         self.head_dim = s.head_dim
+        self.gated = s.family.attention_gate
         query_width = s.heads * s.head_dim
         kv_width = s.kv_heads * s.head_dim
         bias = s.family.qkv_bias
-        self.q_proj = nn.Linear(s.hidden, query_width, bias=bias)
+        # A gate's rows stand behind those of its query, head by head.
+        q_width = 2 * query_width if self.gated else query_width
+        self.q_proj = nn.Linear(s.hidden, q_width, bias=bias)
         self.k_proj = nn.Linear(s.hidden, kv_width, bias=bias)
         self.v_proj = nn.Linear(s.hidden, kv_width, bias=bias)
         self.o_proj = nn.Linear(query_width, s.hidden, bias=False)
         self.q_norm = None
         self.k_norm = None
         if s.family.qk_norm:
-            self.q_norm = RMSNorm(s.head_dim, s.eps)
-            self.k_norm = RMSNorm(s.head_dim, s.eps)
+            self.q_norm = RMSNorm(s.head_dim, s.eps, s.family.norm_offset)
+            self.k_norm = RMSNorm(s.head_dim, s.eps, s.family.norm_offset)
 
     @property
     def qk_norm(self) -> tuple:
-        """The last arguments of `qk_norm_rope`: both norms' weights and eps; () without norms."""
+        """The last arguments of `qk_norm_rope`: both weights, eps, offset; () without norms."""
         if self.q_norm is None:
             return ()
-        return self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
+        return self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, self.q_norm.offset
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, A, D)
+    def split_gate(self, q: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return queries (T, A, D), and their gates or None, of what q_proj made."""
+        if not self.gated:
+            return q.unflatten(-1, (-1, self.head_dim)), None
+        q, gate = q.unflatten(-1, (-1, 2, self.head_dim)).unbind(-2)
+        return q, gate
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mixer: Mixer) -> Tensor:
+        q, gate = self.split_gate(self.q_proj(x))  # (T, A, D)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, K, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         q, k = qk_norm_rope(q, k, cos, sin, *self.qk_norm)
-        out = attend(self.layer, q, k, v)  # (T, A, D)
+        out = mixer.attend(self.layer, q, k, v)  # (T, A, D)
+        if gate is not None:
+            out = out * gate.sigmoid()
         return self.o_proj(out.flatten(-2))
 
 
 class Layer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + mix(norm(x)), then x + mlp(norm(x)). It mixes by attention, or by a gated delta net."""
 
     def __init__(self, s: DecoderSizes, layer: int):
         super().__init__()
-        self.self_attn = Attention(s, layer)
+        self.attends = s.attends[layer]
+        # The checkpoints' names.
+        if self.attends:
+            self.self_attn = Attention(s, layer)
+        else:
+            self.linear_attn = GatedDeltaNet(s, layer)
         self.mlp = SwiGLU(s.hidden, s.inner)
-        self.input_layernorm = RMSNorm(s.hidden, s.eps)
-        self.post_attention_layernorm = RMSNorm(s.hidden, s.eps)
+        self.input_layernorm = RMSNorm(s.hidden, s.eps, s.family.norm_offset)
+        self.post_attention_layernorm = RMSNorm(s.hidden, s.eps, s.family.norm_offset)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), cos, sin, attend)
+    @property
+    def token_mixer(self) -> nn.Module:
+        return self.self_attn if self.attends else self.linear_attn
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mixer: Mixer) -> Tensor:
+        normed = self.input_layernorm(x)
+        if self.attends:
+            mixed = self.self_attn(normed, cos, sin, mixer)
+        else:
+            mixed = mixer.recur(self.linear_attn, normed)
         # The sum and its norm in one pass over memory.
         norm = self.post_attention_layernorm
-        x, normed = add_rms_norm(x, attended, norm.weight, norm.eps)
+        x, normed = add_rms_norm(x, mixed, norm.weight, norm.eps, norm.offset)
         return x + self.mlp(normed)
 
 
@@ -109,13 +163,13 @@ class Decoder(nn.Module):
         self.sizes = s
         self.embed_tokens = nn.Embedding(s.vocab, s.hidden)
         self.layers = nn.ModuleList([Layer(s, i) for i in range(s.layers)])
-        self.norm = RMSNorm(s.hidden, s.eps)
+        self.norm = RMSNorm(s.hidden, s.eps, s.family.norm_offset)
 
     def forward(
         self,
         x: Tensor,
         position_ids: Tensor,
-        attend: Attend,
+        mixer: Mixer,
         image_at: Tensor | None = None,
         deepstack: tuple[Tensor, ...] = (),
     ) -> Tensor:
@@ -125,30 +179,30 @@ class Decoder(nn.Module):
         """
         cos, sin = self.angles(position_ids, x.dtype)
         for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, attend)
+            x = layer(x, cos, sin, mixer)
             if i < len(deepstack):
                 # One term a token, and its gradient is one: nothing is summed in 16 bits.
                 x = x.index_add(0, image_at, deepstack[i].to(x.dtype))
         return self.norm(x)
 
     def angles(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return cos and sin (T, D) of mRoPE, computed in fp32.
+        """Return cos and sin (T, R) of mRoPE, computed in fp32, for the R channels that rotate.
 
         Frequency j turns by the position on the axis that it listens to.
         """
         s = self.sizes
         device = position_ids.device
         # In fp32: bf16 knows a position of 10,000 to within 64 only.
-        even = torch.arange(0, s.head_dim, 2, device=device, dtype=torch.float)
-        inv_freq = 1.0 / s.theta ** (even / s.head_dim)  # (D / 2,)
-        axes = upload(rope_axes(s.sections, s.family.mrope_interleaved), device)  # (D / 2,)
-        angles = position_ids[axes].T.float() * inv_freq  # (T, D / 2)
+        even = torch.arange(0, s.rotary, 2, device=device, dtype=torch.float)
+        inv_freq = 1.0 / s.theta ** (even / s.rotary)  # (R / 2,)
+        axes = upload(rope_axes(s.sections, s.family.mrope_interleaved), device)  # (R / 2,)
+        angles = position_ids[axes].T.float() * inv_freq  # (T, R / 2)
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rope_axes(sections: tuple[int, int, int], interleaved: bool) -> Tensor:
-    """Return the axis (0 time, 1 row, 2 column) that every rotary frequency listens to: (D / 2,).
+    """Return the axis (0 time, 1 row, 2 column) that every rotary frequency listens to: (R / 2,).
 
     sections: how many listen to each, in blocks or interleaved: T H W T H W ... and the rest T.
     """
@@ -175,6 +229,15 @@ def fuse_linears(*layers: nn.Linear) -> None:
     join_parameters([layer.weight for layer in layers])
     if layers[0].bias is not None:
         join_parameters([layer.bias for layer in layers])
+
+
+def input_projections(layer: Layer) -> tuple[nn.Module, ...]:
+    """Return the linear layers that a decoder layer multiplies its normed input with first."""
+    if layer.attends:
+        mixer = layer.self_attn
+        return mixer.q_proj, mixer.k_proj, mixer.v_proj
+    mixer = layer.linear_attn
+    return mixer.in_proj_qkv, mixer.in_proj_z, mixer.in_proj_b, mixer.in_proj_a
 
 
 def join_parameters(parameters: list[nn.Parameter]) -> None:
@@ -315,8 +378,7 @@ class QwenVL(nn.Module):
     def fuse_linears(self) -> None:
         """Put weights that the sampler multiplies one input with side by side."""
         for layer in self.decoder.layers:
-            attention = layer.self_attn
-            fuse_linears(attention.q_proj, attention.k_proj, attention.v_proj)
+            fuse_linears(*input_projections(layer))
             fuse_linears(layer.mlp.gate_proj, layer.mlp.up_proj)
         if self.device.type == "cuda":
             # The room that they had apart is free for others.
@@ -366,7 +428,8 @@ class QwenVL(nn.Module):
     def prefill(self, batch: Batch) -> tuple[Tensor, list]:
         """Return the hidden states (T, H) of a batch of prompts, and its cache.
 
-        The cache is a pair a layer: the rotated keys and the values, (T, K, D) each.
+        The cache is a pair a layer: the rotated keys and the values, (T, K, D) each; of a delta
+        layer the states that the prompts end in, and the last rows before its convolution.
         """
         cache = []
         return self.hidden(batch, cache=cache), cache
@@ -378,13 +441,9 @@ class QwenVL(nn.Module):
 
         pixel_values for a batch without patches; a cache is given each layer's keys and values.
         """
-        packing = Packing(batch.segments, self.device)
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if cache is not None:
-                cache.append((k, v))
-            return prefix_attention(q, k, v, packing)
-
+        delta = self.decoder.sizes.delta
+        walk = Walk(batch.segments, delta.taps, self.device) if delta else None
+        mixer = PackedMixer(Packing(batch.segments, self.device), walk, cache)
         # The embedding's gradient sums in fp32, but for at most 3,072 tokens: then, on CUDA, 32 at
         # a time, rounded in between. Placeholders, the one token that comes by the thousand, hand
         # on none.
@@ -394,7 +453,7 @@ class QwenVL(nn.Module):
         if pixel_values is None:
             if len(batch.image_at):
                 raise ValueError(f"{len(batch.image_at)} image placeholders, but no pixel_values")
-            return self.decoder(x, batch.position_ids, attend)
+            return self.decoder(x, batch.position_ids, mixer)
 
         # Images: the tower's patch features, with the point map's embedding added where there is
         # depth, so that regions and image tokens know where they are.
@@ -416,7 +475,7 @@ class QwenVL(nn.Module):
                 len(batch.region_token),
             )  # (R, H)
             x = x.index_copy(0, batch.region_token, region_tokens.to(x.dtype))
-        return self.decoder(x, batch.position_ids, attend, batch.image_at, deepstack)
+        return self.decoder(x, batch.position_ids, mixer, batch.image_at, deepstack)
 
     @torch.no_grad()
     def logits(

@@ -35,6 +35,7 @@ from srreal import Example, prompt, target
 STD = 0.05  # of all weights but these
 EMBEDDING_STD = 0.5
 HEAD_STD = 0.02
+DT_BIAS = -4.0  # a gated delta net keeps nine tenths of its state a token, in the median
 SPECIAL = [
     "<|endoftext|>",
     "<|im_start|>",
@@ -93,8 +94,6 @@ def tiny_shape(family: str) -> Shape:
         num_key_value_heads=2,
         max_position_embeddings=4096,
     )
-    if FAMILIES[family].head_dim_field:
-        text["head_dim"] = 32
     vision = dict(depth=2, num_heads=4, patch_size=8, temporal_patch_size=2, spatial_merge_size=2)
     # 256 x 192 pixels become 128 x 96: 16 x 12 patches, 48 tokens.
     images = dict(
@@ -104,6 +103,7 @@ def tiny_shape(family: str) -> Shape:
         size={"shortest_edge": 32 * 32, "longest_edge": 128 * 96},
     )
     sections = list(FAMILIES[family].tiny_sections)
+    text |= FAMILIES[family].tiny_text
     return Shape(text, sections, vision | FAMILIES[family].tiny_vision, images)
 
 
@@ -183,8 +183,7 @@ def configuration(family: str, ids: dict[str, int], shape: Shape | None = None):
     # A multiple of 64, with at least 16 rows to spare, as in every published checkpoint.
     rows = -(-(max(ids.values()) + 17) // 64) * 64
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": shape.sections}
-    if FAMILIES[family].mrope_interleaved:
-        rope["mrope_interleaved"] = True
+    rope |= FAMILIES[family].tiny_rope
     text = dict(
         vocab_size=rows,
         rope_parameters=rope,
@@ -215,6 +214,10 @@ def write(family: str, out: Path, seed: int = 0, shape: Shape | None = None) -> 
     # Loud embeddings and a quiet head: from transformers' own start nothing is learnt in minutes.
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=EMBEDDING_STD)
     torch.nn.init.normal_(model.get_output_embeddings().weight, std=HEAD_STD)
+    # transformers starts gated delta nets such that they forget at once.
+    for name, p in model.named_parameters():
+        if name.endswith("dt_bias"):
+            torch.nn.init.constant_(p, DT_BIAS)
     pad = ids["<|endoftext|>"]
     end = [ids["<|im_end|>"], pad]
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad)

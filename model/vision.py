@@ -36,15 +36,16 @@ EPS = 1e-6
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis."""
+    """x / rms(x) * (offset + weight) over the last axis."""
 
-    def __init__(self, width: int, eps: float):
+    def __init__(self, width: int, eps: float, offset: float = 0.0):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
+        self.weight = nn.Parameter(torch.full((width,), 1 - offset))
         self.eps = eps
+        self.offset = offset
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, self.offset)
 
 
 class GeluMLP(nn.Module):
@@ -173,8 +174,8 @@ class Merger(nn.Module):
         return self.mlp(joined)
 
 
-class DeepstackMerger(nn.Module):
-    """Qwen3-VL: the same under other names. Those of early blocks norm the joined patches."""
+class FlatMerger(nn.Module):
+    """From Qwen3-VL on: the same under other names. Deepstack's norm the joined patches."""
 
     def __init__(self, s: VisionSizes, norm_joined: bool):
         super().__init__()
@@ -206,15 +207,15 @@ class VisionTower(nn.Module):
         proj = nn.Conv3d(s.channels, s.width, kernel, kernel, bias=bias)
         self.patch_embed = nn.ModuleDict({"proj": proj})
         self.blocks = nn.ModuleList([VisionBlock(s) for _ in range(s.depth)])
-        if s.family.has_deepstack:
-            self.merger = DeepstackMerger(s, norm_joined=False)
+        if s.family.has_flat_merger:
+            self.merger = FlatMerger(s, norm_joined=False)
         else:
             self.merger = Merger(s)
         # What only some families have.
         if s.family.has_learnt_positions:
             self.pos_embed = nn.Embedding(s.positions, s.width)
         if s.family.has_deepstack:
-            mergers = [DeepstackMerger(s, norm_joined=True) for _ in s.deepstack_blocks]
+            mergers = [FlatMerger(s, norm_joined=True) for _ in s.deepstack_blocks]
             self.deepstack_merger_list = nn.ModuleList(mergers)
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> tuple[Tensor, list[Tensor]]:

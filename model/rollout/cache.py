@@ -1,5 +1,8 @@
 """Keys and values: a row for each prompt, which its samples share, and a suffix for each slot.
 
+Of a gated delta layer (Qwen3.5) a prompt leaves a state instead, of a fixed size, which is copied
+to the slot of each of its samples: at the first token they part.
+
 B prompt rows, S slots, n samples a prompt; P room of a prompt row, R room of a suffix; T packed
 tokens, H hidden width, K key-value heads, D head width.
 """
@@ -40,9 +43,11 @@ def default_slots(model, n: int, max_new_tokens: int, prompt: int = 1024) -> int
 
     On a CPU this follows from shapes alone, on CUDA from the memory that is free now.
     """
-    places = spare_bytes(model.device) / token_bytes(model)
     # The cache has two prompt rows for every n slots.
-    slots = places // (max_new_tokens + 2 * prompt / n)
+    tokens = max_new_tokens + 2 * prompt / n
+    states = 1 + 2 / n
+    slot = tokens * token_bytes(model) + states * state_bytes(model)
+    slots = spare_bytes(model.device) // slot
     return int(max(1, min(MAX_SLOTS, slots)))
 
 
@@ -57,9 +62,30 @@ def spare_bytes(device: torch.device) -> float:
 
 
 def token_bytes(model) -> int:
-    """Return the bytes of one token's keys and values in all layers."""
+    """Return the bytes of one token's keys and values in all layers that attend."""
     sizes = model.decoder.sizes
-    return 2 * sizes.layers * sizes.kv_heads * sizes.head_dim * model.dtype.itemsize
+    return 2 * sizes.attention_layers * sizes.kv_heads * sizes.head_dim * model.dtype.itemsize
+
+
+def state_bytes(model) -> int:
+    """Return the bytes of one sequence's states in all gated delta layers."""
+    return sum(t.nbytes for pair in new_states(model, 1, "meta") for t in pair)
+
+
+def new_states(model, count: int, device=None) -> list[tuple[Tensor, Tensor]]:
+    """Return zeros for each delta layer: states (count, V, D, E) fp32, and rings (count, w, C)."""
+    sizes = model.decoder.sizes
+    delta = sizes.delta
+    if delta is None:
+        return []
+    device = device or model.device
+    state = (count, delta.value_heads, delta.key_dim, delta.value_dim)
+    ring = (count, delta.taps, delta.channels)
+    states = []
+    for _ in range(sizes.delta_layers):
+        zeros = torch.zeros(state, dtype=torch.float32, device=device)
+        states.append((zeros, torch.zeros(ring, dtype=model.dtype, device=device)))
+    return states
 
 
 @dataclass
@@ -81,8 +107,10 @@ class PromptRows:
         self.token_bytes = token_bytes(model)
         like = model.decoder.norm.weight.detach()
         shape = (2, count, sizes.kv_heads, options.prompt_step, sizes.head_dim)
-        # Keys and values of each layer, (2, B, K, P, D).
-        self.layers = [like.new_zeros(shape) for _ in range(sizes.layers)]
+        # Keys and values of each layer that attends, (2, B, K, P, D).
+        self.layers = [like.new_zeros(shape) for _ in range(sizes.attention_layers)]
+        self.states = new_states(model, count)
+        self.attends = sizes.attends
         self.last_hidden = like.new_zeros(count, sizes.hidden)
         self.next_position = like.new_zeros(count, dtype=torch.int64)
         self.lengths = like.new_zeros(count, dtype=torch.int64)
@@ -151,9 +179,14 @@ class PromptRows:
         starts = torch.tensor([start for start, *_ in batch.segments])
         within = torch.minimum(torch.arange(longest), lengths[:, None] - 1)
         index = upload(starts[:, None] + within, device)
-        for rooms, packed in zip(self.layers, layers, strict=True):
-            for room, tokens in zip(rooms, packed, strict=True):  # keys, values
-                room[at, :, :longest] = tokens[index].transpose(1, 2)
+        caches = iter(self.layers)
+        states = iter(self.states)
+        for attends, left in zip(self.attends, layers, strict=True):
+            for room, new in zip(next(caches if attends else states), left, strict=True):
+                if attends:  # keys, then values
+                    room[at, :, :longest] = new[index].transpose(1, 2)
+                else:  # state, then ring
+                    room[at] = new
 
 
 class Cache:
@@ -166,8 +199,9 @@ class Cache:
         like = self.prompts.last_hidden
         room = options.max_new_tokens + SPARE_PLACES
         shape = (2, slots, sizes.kv_heads, room, sizes.head_dim)
-        # Keys and values of each layer, (2, S, K, R, D).
-        self.suffixes = [like.new_zeros(shape) for _ in range(sizes.layers)]
+        # Keys and values of each layer that attends, (2, S, K, R, D).
+        self.suffixes = [like.new_zeros(shape) for _ in range(sizes.attention_layers)]
+        self.states = new_states(model, slots)
         # (B, n) the slots that read a row, -1 for none; (S,) where a slot stands in that table.
         self.readers = like.new_zeros(len(self.prompts.lengths), options.n, dtype=torch.int64)
         self.reader_index = like.new_zeros(slots, dtype=torch.int64)
@@ -176,7 +210,8 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (*self.prompts.layers, *self.suffixes))
+        states = [t for pair in (*self.prompts.states, *self.states) for t in pair]
+        return sum(t.nbytes for t in (*self.prompts.layers, *self.suffixes, *states))
 
     def reset(self) -> None:
         self.prompts.reset()
@@ -193,6 +228,17 @@ class Cache:
     def take_slot(self, row: int) -> int:
         """Return a free slot for a sample of the prompt in `row`."""
         return self.free_slots.pop()
+
+    def fork(self, sequences: list[Sequence]) -> None:
+        """Copy the states of their prompts' ends to the slots of sequences that begin."""
+        if not self.states:
+            return
+        device = self.reader_index.device
+        places = [(sequence.slot, sequence.group.row) for sequence in sequences]
+        slots, rows = upload(places, device).T
+        for own, prompts in zip(self.states, self.prompts.states, strict=True):
+            for slot_part, prompt_part in zip(own, prompts, strict=True):
+                slot_part[slots] = prompt_part[rows]
 
     def link(self, running: list[Sequence]) -> None:
         """Write down which slots read which prompt row."""

@@ -8,13 +8,15 @@
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.decode_attention import Table, decode_attention
-from kernels.layers import torch_norm
+from kernels.delta_step import delta_step
+from kernels.layers import add_offset, torch_norm
 from model.qwen_vl import fused_linears
 from model.rollout.cache import Cache, Extent, Options, PromptRows
 from model.rollout.decode import decode, rope_frequencies, rotation
@@ -41,6 +43,10 @@ class RowCache:
     def suffixes(self) -> list[Tensor]:
         return self.prompts.layers
 
+    @property
+    def states(self) -> list[tuple[Tensor, Tensor]]:
+        return self.prompts.states
+
     def make_room(self, length: int) -> bool:
         has_room = self.prompts.make_room(length + self.max_new_tokens)
         # A row that had to go took its slot along.
@@ -50,6 +56,9 @@ class RowCache:
     def take_slot(self, row: int) -> int:
         self.free_slots.remove(row)
         return row
+
+    def fork(self, sequences: list[Sequence]) -> None:
+        """Do nothing: a prompt's state is its only sample's."""
 
     def link(self, running: list[Sequence]) -> None:
         """Do nothing: every slot reads its own row."""
@@ -65,50 +74,121 @@ class RowCache:
         return (None, None, *rows[:, : extent.slots, :, :keys])
 
 
-class CpuLayer:
-    """A decoder layer's products around attention, in few and large operations."""
+@dataclass
+class CpuStep:
+    """As decode.Step; cos and sin are (S, 1, R), the first half of sin negative."""
 
-    def __init__(self, layer, sizes):
-        attn = layer.self_attn
-        mlp = layer.mlp
+    cache: "Cache | RowCache"
+    extent: Extent
+    table: Table
+    cos: Tensor
+    sin: Tensor
+    at: Tensor  # (S,) which token of its slot this is
+    places: Tensor  # (S * 2 K,) where keys and values go, of all (D,) in a layer's suffixes
+    ended: Tensor  # (S,)
+
+
+class CpuAttention:
+    """A layer's attention in few and large operations; index: which of those that attend."""
+
+    def __init__(self, attn, sizes, index: int):
+        self.index = index
         self.heads = sizes.heads
         self.rotated_heads = sizes.heads + sizes.kv_heads
         self.width = sizes.head_dim
+        self.gated = attn.gated
         self.qkv = joint_linear(attn.q_proj, attn.k_proj, attn.v_proj)
         self.output = joint_linear(attn.o_proj)
-        self.gate_up = joint_linear(mlp.gate_proj, mlp.up_proj)
-        self.down = joint_linear(mlp.down_proj)
         self.eps = sizes.eps
         self.norm_weight = None
         if attn.q_norm is not None:
             # Of all query and key heads, (A + K, D): one norm serves both.
             queries = attn.q_norm.weight.expand(sizes.heads, -1)
             keys = attn.k_norm.weight.expand(sizes.kv_heads, -1)
-            self.norm_weight = torch.cat((queries, keys))
+            weight = torch.cat((queries, keys))
+            self.norm_weight = add_offset(weight, attn.q_norm.offset)
 
-    def queries(self, x: Tensor, cos: Tensor, sin: Tensor, suffix: Tensor, places: Tensor):
-        """Return rotated queries (S, A, D) of x (S, H); write keys and values to `places`.
-
-        cos, sin (S, 1, D), the first half of sin negative; places (S * 2 K,) of all (D,) in suffix.
-        """
+    def __call__(self, x: Tensor, step: CpuStep) -> Tensor:
+        """Return (S, H) of x (S, H); the new keys and values go to the step's places."""
         width = self.width
         qkv = self.qkv(x).view(len(x), -1, width)
-        # Queries and keys lie side by side: one norm, one rotation, in place.
-        rotated = qkv[:, : self.rotated_heads]
-        normed = rotated
-        if self.norm_weight is not None:
-            _, normed = torch_norm(rotated, None, self.norm_weight, self.eps)
-        # (n_1 cos - n_2 sin, n_2 cos + n_1 sin) of a head's halves n_1, n_2
-        swapped = normed.roll(width // 2, -1)
-        torch.addcmul(normed * cos, swapped, sin, out=rotated)
+        gate = None
+        if self.gated:
+            # Each query head has its gate's behind it; without them all lie as they do ungated.
+            gate = qkv[:, 1 : 2 * self.heads : 2]
+            qkv = torch.cat((qkv[:, : 2 * self.heads : 2], qkv[:, 2 * self.heads :]), 1)
+        self.rotate(qkv[:, : self.rotated_heads], step)
         # Keys and values lie side by side, too: one write for all slots and heads.
         written = qkv[:, self.heads :].reshape(-1, width)
-        suffix.view(-1, width).index_copy_(0, places, written)
-        return qkv[:, : self.heads]
+        step.cache.suffixes[self.index].view(-1, width).index_copy_(0, step.places, written)
+        cached = step.cache.keys_and_values(self.index, step.extent)
+        out = decode_attention(qkv[:, : self.heads], *cached, step.table)
+        if gate is not None:
+            out = out * gate.sigmoid()
+        return self.output(out.flatten(1))
+
+    def rotate(self, heads: Tensor, step: CpuStep) -> None:
+        """Norm and rotate queries and keys (S, A + K, D), which lie side by side, in place."""
+        normed = heads
+        if self.norm_weight is not None:
+            _, normed = torch_norm(heads, None, self.norm_weight, self.eps)
+        rotary = step.cos.shape[-1]
+        front = normed[..., :rotary]
+        # (n_1 cos - n_2 sin, n_2 cos + n_1 sin) of a head's halves n_1, n_2
+        swapped = front.roll(rotary // 2, -1)
+        torch.addcmul(front * step.cos, swapped, step.sin, out=heads[..., :rotary])
+        if rotary < self.width and normed is not heads:
+            heads[..., rotary:] = normed[..., rotary:]
+
+
+class CpuDeltaNet:
+    """A gated delta net; index: which of those layers it is."""
+
+    def __init__(self, net, index: int):
+        self.net = net
+        self.index = index
+        self.inputs = joint_linear(net.in_proj_qkv, net.in_proj_z, net.in_proj_b, net.in_proj_a)
+        self.output = joint_linear(net.out_proj)
+        heads = net.sizes.value_heads
+        self.parts = (net.sizes.channels, heads * net.sizes.value_dim, heads, heads)
+
+    def __call__(self, x: Tensor, step: CpuStep) -> Tensor:
+        """Return (S, H) of x (S, H); the slots' states move on."""
+        mixed, z, b, a = self.inputs(x).split(self.parts, -1)
+        z = z.unflatten(-1, (-1, self.net.sizes.value_dim))
+        slots = step.extent.slots
+        state, ring = step.cache.states[self.index]
+        weights = self.net.step_weights
+        y = delta_step(mixed, z, b, a, weights, state[:slots], ring[:slots], step.at, step.ended)
+        return self.output(y)
+
+
+class CpuLayer:
+    """A decoder layer: `mix`, its attention or delta net, and `mlp`."""
+
+    def __init__(self, mlp, mix: Callable[[Tensor, CpuStep], Tensor]):
+        self.mix = mix
+        self.gate_up = joint_linear(mlp.gate_proj, mlp.up_proj)
+        self.down = joint_linear(mlp.down_proj)
 
     def mlp(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, -1)
         return self.down(F.silu(gate).mul_(up))
+
+
+def cpu_layers(decoder) -> list[CpuLayer]:
+    """Return the decoder's layers as a step calls them."""
+    layers = []
+    attention = delta = 0
+    for layer in decoder.layers:
+        if layer.attends:
+            mix = CpuAttention(layer.self_attn, decoder.sizes, attention)
+            attention += 1
+        else:
+            mix = CpuDeltaNet(layer.linear_attn, delta)
+            delta += 1
+        layers.append(CpuLayer(layer.mlp, mix))
+    return layers
 
 
 class CpuDecoder:
@@ -123,9 +203,8 @@ class CpuDecoder:
         # The clock when the oldest running sequence began: none has a longer suffix.
         self.oldest = 0
         self.frequencies = rope_frequencies(model)
-        sizes = model.decoder.sizes
         with torch.inference_mode():
-            self.layers = [CpuLayer(layer, sizes) for layer in model.decoder.layers]
+            self.layers = cpu_layers(model.decoder)
         self.clock = 0
 
     def reset(self, processor) -> None:
@@ -165,13 +244,10 @@ class CpuDecoder:
         table = self.cache.table(self.slots.length[: extent.slots], extent)
         last = table.suffix_lengths - 1
         places = self.head_starts[: extent.slots] + last[:, None]
-        places = places.flatten()
-
-        def attend(i: int, layer: CpuLayer, x: Tensor) -> Tensor:
-            query = layer.queries(x, cos, sin, self.cache.suffixes[i], places)
-            return decode_attention(query, *self.cache.keys_and_values(i, extent), table)
-
-        hidden = decode(self.model.decoder, self.layers, tokens, attend)
+        at = self.slots.length[: extent.slots] - 1
+        ended = self.slots.ended[: extent.slots]
+        step = CpuStep(self.cache, extent, table, cos, sin, at, places.flatten(), ended)
+        hidden = decode(self.model.decoder, self.layers, tokens, step)
         self.slots.hidden[: extent.slots].copy_(hidden)
         self.clock += 1
 
@@ -196,6 +272,8 @@ class CpuDecoder:
         if self.cache.suffixes is not prompts.layers:
             for layer in self.cache.suffixes:
                 by_slot += layer
+        for state in self.cache.states:
+            by_slot += state
         new_slots = move_down([sequence.slot for sequence in running], by_slot)
         new_rows = move_down(sorted({group.row for group in groups}), by_row)
         for old, new in new_rows.items():

@@ -8,12 +8,14 @@ S slots, H hidden width, A query heads, K key-value heads, D head width, R room 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.decode_attention import decode_attention
+from kernels.decode_attention import Table, decode_attention
+from kernels.delta_step import delta_step
 from kernels.layers import add_rms_norm, qk_norm_rope_write, swiglu_joint
 from model.qwen_vl import fused_linears
 from model.rollout.cache import Cache, Extent, Options
@@ -21,34 +23,80 @@ from model.rollout.scheduler import Sequence
 from model.rollout.slots import HostState, Slots, take_ended
 
 
-class FusedLayer:
-    """A decoder layer's products around attention, in few launches."""
+@dataclass
+class Step:
+    """What a step's layers read beside the tokens' hidden states; one for all layers."""
 
-    def __init__(self, layer, sizes):
-        self.attn = layer.self_attn
-        self.mlp_module = layer.mlp
+    cache: Cache
+    extent: Extent
+    table: Table
+    cos: Tensor  # (S, R) of the R channels of a head that rotate
+    sin: Tensor
+    at: Tensor  # (S,) where a slot's new token goes in its suffix
+    ended: Tensor  # (S,) slots whose tokens nobody reads
+
+
+class FusedAttention:
+    """A layer's attention in few launches; index: which of the layers that attend it is."""
+
+    def __init__(self, attn, sizes, index: int):
+        self.attn = attn
         self.sizes = sizes
+        self.index = index
 
-    def queries(self, x: Tensor, cos: Tensor, sin: Tensor, suffix: Tensor, at: Tensor) -> Tensor:
-        """Return rotated queries (S, A, D) of x (S, H); write keys and values to the suffixes.
-
-        cos, sin (S, D); suffix (2, S, K, R, D), written at [:, slot, :, at[slot]].
-        """
+    def __call__(self, x: Tensor, step: Step) -> Tensor:
+        """Return (S, H) of x (S, H); the new keys and values go into the suffixes."""
         attn = self.attn
-        projections = (attn.q_proj, attn.k_proj, attn.v_proj)
-        fused = fused_linears(*projections)
-        if fused:
-            heads = (self.sizes.heads, self.sizes.kv_heads, self.sizes.kv_heads)
-            qkv = F.linear(x, *fused).unflatten(-1, (-1, attn.head_dim))
-            qkv = qkv.split(heads, 1)
-        else:
-            # Weights that lie apart, or that have adapters.
-            qkv = [proj(x).unflatten(-1, (-1, attn.head_dim)) for proj in projections]
-        keys, values = suffix
-        return qk_norm_rope_write(*qkv, cos, sin, keys, values, at, *attn.qk_norm)
+        q, k, v = project(x, attn.q_proj, attn.k_proj, attn.v_proj)
+        q, gate = attn.split_gate(q)
+        k = k.unflatten(-1, (-1, attn.head_dim))
+        v = v.unflatten(-1, (-1, attn.head_dim))
+        keys, values = step.cache.suffixes[self.index]
+        query = qk_norm_rope_write(
+            q, k, v, step.cos, step.sin, keys, values, step.at, *attn.qk_norm
+        )
+        cached = step.cache.keys_and_values(self.index, step.extent)
+        out = decode_attention(query, *cached, step.table)
+        if gate is not None:
+            out = out * gate.sigmoid()
+        return attn.o_proj(out.flatten(1))
 
-    def output(self, attended: Tensor) -> Tensor:
-        return self.attn.o_proj(attended)
+
+class FusedDeltaNet:
+    """A gated delta net in three launches; index: which of those layers it is."""
+
+    def __init__(self, net, index: int):
+        self.net = net
+        self.index = index
+
+    def __call__(self, x: Tensor, step: Step) -> Tensor:
+        """Return (S, H) of x (S, H); the slots' states move on."""
+        net = self.net
+        mixed, z, b, a = project(x, net.in_proj_qkv, net.in_proj_z, net.in_proj_b, net.in_proj_a)
+        z = z.unflatten(-1, (-1, net.sizes.value_dim))
+        state, ring = step.cache.states[self.index]
+        slots = len(x)
+        y = delta_step(
+            mixed, z, b, a, net.step_weights, state[:slots], ring[:slots], step.at, step.ended
+        )
+        return net.out_proj(y)
+
+
+def project(x: Tensor, *layers) -> list[Tensor] | tuple[Tensor, ...]:
+    """Return each linear layer of x (S, H): from one product where their weights adjoin."""
+    fused = fused_linears(*layers)
+    if fused is None:
+        # Weights that lie apart, or that have adapters.
+        return [layer(x) for layer in layers]
+    return F.linear(x, *fused).split([layer.weight.shape[0] for layer in layers], -1)
+
+
+class FusedLayer:
+    """A decoder layer in few launches: `mix`, its attention or delta net, and `mlp`."""
+
+    def __init__(self, layer, mix: Callable[[Tensor, Step], Tensor]):
+        self.mix = mix
+        self.mlp_module = layer.mlp
 
     def mlp(self, x: Tensor) -> Tensor:
         """Return the MLP of x (S, H): gate and up from one product where their weights adjoin."""
@@ -58,40 +106,54 @@ class FusedLayer:
         return self.mlp_module.down_proj(swiglu_joint(F.linear(x, *fused)))
 
 
+def fused_layers(decoder) -> list[FusedLayer]:
+    """Return the decoder's layers as a step calls them."""
+    layers = []
+    attention = delta = 0
+    for layer in decoder.layers:
+        if layer.attends:
+            mix = FusedAttention(layer.self_attn, decoder.sizes, attention)
+            attention += 1
+        else:
+            mix = FusedDeltaNet(layer.linear_attn, delta)
+            delta += 1
+        layers.append(FusedLayer(layer, mix))
+    return layers
+
+
 def rope_frequencies(model) -> Tensor:
-    """Return (D,) radians per position; for text mRoPE is the plain rotary embedding."""
+    """Return (R,) radians per position; for text mRoPE is the plain rotary embedding."""
     sizes = model.decoder.sizes
-    # 1 / theta^(2 j / D) for frequency j, on both halves of a head
-    exponent = torch.arange(0, sizes.head_dim, 2, device=model.device) / sizes.head_dim
+    # 1 / theta^(2 j / R) for frequency j, on both halves of the R channels of a head that rotate
+    exponent = torch.arange(0, sizes.rotary, 2, device=model.device) / sizes.rotary
     frequencies = 1.0 / sizes.theta**exponent
     return torch.cat((frequencies, frequencies))
 
 
 def rotation(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return cos and sin (S, D) of positions (S,), computed in fp32 and rounded when written."""
+    """Return cos and sin (S, R) of positions (S,), computed in fp32 and rounded when written."""
     angles = positions[:, None] * frequencies
     cos = torch.cos(angles, out=angles.new_empty(angles.shape, dtype=dtype))
     sin = torch.sin(angles, out=angles.new_empty(angles.shape, dtype=dtype))
     return cos, sin
 
 
-def decode(decoder, layers: list, tokens: Tensor, attend: Callable) -> Tensor:
+def decode(decoder, layers: list, tokens: Tensor, step: Step) -> Tensor:
     """Return the decoder's final hidden states (S, H) of one text token per slot, tokens (S,).
 
-    layers: an object per layer with `output` and `mlp` as FusedLayer has them; attend(i, layer, x):
-    layer i's attention (S, A, D) from its normed input (S, H).
+    layers: an object per layer with `mix` and `mlp` as FusedLayer has them.
     """
     x = decoder.embed_tokens(tokens)
     normed = decoder.layers[0].input_layernorm(x)
     next_norms = [layer.input_layernorm for layer in decoder.layers[1:]]
     next_norms.append(decoder.norm)
     for i, layer in enumerate(layers):
-        attended = attend(i, layer, normed).flatten(1)
         norm = decoder.layers[i].post_attention_layernorm
-        x, normed = add_rms_norm(x, layer.output(attended), norm.weight, norm.eps)
+        mixed = layer.mix(normed, step)
+        x, normed = add_rms_norm(x, mixed, norm.weight, norm.eps, norm.offset)
         # The MLP's residual goes into the next layer's norm: one launch less a layer.
         norm = next_norms[i]
-        x, normed = add_rms_norm(x, layer.mlp(normed), norm.weight, norm.eps)
+        x, normed = add_rms_norm(x, layer.mlp(normed), norm.weight, norm.eps, norm.offset)
     return normed
 
 
@@ -110,8 +172,7 @@ class Decoder:
         self.slots = Slots(model, options, slots)
         self.suffix_keys = options.max_new_tokens
         self.frequencies = rope_frequencies(model)
-        sizes = model.decoder.sizes
-        self.layers = [FusedLayer(layer, sizes) for layer in model.decoder.layers]
+        self.layers = fused_layers(model.decoder)
         self.clock = 0  # steps since the last reset
         self.graph = None
         self.addresses: list[int] = []  # of the weights that the graph reads
@@ -178,17 +239,14 @@ class Decoder:
         table = self.cache.table(self.slots.length, extent)
         # Where the new token's keys and values go; its length counts it already.
         at = self.slots.length - 1
-
-        def attend(i: int, layer: FusedLayer, x: Tensor) -> Tensor:
-            query = layer.queries(x, cos, sin, self.cache.suffixes[i], at)
-            return decode_attention(query, *self.cache.keys_and_values(i, extent), table)
-
-        self.slots.hidden.copy_(decode(self.model.decoder, self.layers, tokens, attend))
+        step = Step(self.cache, extent, table, cos, sin, at, self.slots.ended)
+        self.slots.hidden.copy_(decode(self.model.decoder, self.layers, tokens, step))
 
     def _record(self) -> torch.cuda.CUDAGraph:
         """Capture the step over all slots and the whole of the buffers."""
         # Once without a graph: what compiles a kernel or sets up a library can't be captured. No
-        # slot takes part in that step, so it changes only these:
+        # slot takes part in that step, and delta nets leave ended slots as they are, so it changes
+        # only these:
         slots = self.slots
         first_places = [suffix[..., 0, :] for suffix in self.cache.suffixes]
         changed = [slots.hidden, slots.length, slots.ended, *first_places]

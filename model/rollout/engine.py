@@ -82,6 +82,7 @@ class SampleStream:
             admitted += scheduler.admit(decoder.cache, decoder.clock)
         if admitted:
             decoder.slots.load(admitted, decoder.cache.prompts)
+            decoder.cache.fork(admitted)
             decoder.link(scheduler.running)
         decoder.step()
         # On CUDA this lags by up to two looks: an ended slot goes on for nobody until it is seen.

@@ -1,4 +1,4 @@
-"""Small random models of the three families, with odd sizes, made by transformers: the oracle of
+"""Small random models of every family, with odd sizes, made by transformers: the oracle of
 the model tests.
 
 (The embedded demo's checkpoint comes from `model.tiny`; these here are smaller and stranger.)
@@ -10,11 +10,13 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
 IMAGE, VISION_START, VISION_END = 300, 298, 299
 _SPECIAL = dict(
     image_token_id=IMAGE,
@@ -60,6 +62,8 @@ def make(family: str, seed: int = 0, tied: bool = False):
             text_config=_TEXT, vision_config=vision, tie_word_embeddings=tied, **_SPECIAL
         )
         cls = Qwen2_5_VLForConditionalGeneration
+    elif family == "qwen3_5":
+        return make_qwen3_5(seed, tied)
     else:
         rope = dict(
             rope_type="default", rope_theta=1e4, mrope_section=[5, 3, 2], mrope_interleaved=True
@@ -79,11 +83,52 @@ def make(family: str, seed: int = 0, tied: bool = False):
             text_config=text, vision_config=vision, tie_word_embeddings=tied, **_SPECIAL
         )
         cls = Qwen3VLForConditionalGeneration
+    return randomised(cls, config, seed)
+
+
+def randomised(cls, config, seed: int):
     torch.manual_seed(seed)
     model = cls(config).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.05)
+    return model
+
+
+def make_qwen3_5(seed: int = 0, tied: bool = False, key_heads: int = 2, value_heads: int = 6):
+    """A Qwen3.5 whose delta heads forget fast, as transformers starts them, and slowly, in turn."""
+    rope = dict(rope_type="default", rope_theta=1e4, mrope_section=[3, 2, 1])
+    delta = dict(
+        linear_num_key_heads=key_heads,
+        linear_num_value_heads=value_heads,
+        linear_key_head_dim=12,
+        linear_value_head_dim=20,
+        linear_conv_kernel_dim=4,
+    )
+    text = _TEXT | dict(
+        num_hidden_layers=4,
+        head_dim=24,
+        rope_parameters=rope | dict(partial_rotary_factor=0.5),
+        layer_types=["linear_attention", "full_attention", "linear_attention", "linear_attention"],
+        **delta,
+    )
+    vision = dict(
+        depth=3,
+        hidden_size=32,
+        out_hidden_size=48,
+        num_heads=2,
+        intermediate_size=40,
+        patch_size=6,
+        num_position_embeddings=25,
+    )
+    config = Qwen3_5Config(
+        text_config=text, vision_config=vision, tie_word_embeddings=tied, **_SPECIAL
+    )
+    model = randomised(Qwen3_5ForConditionalGeneration, config, seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("dt_bias"):
+                p[::2] -= 5
     return model
 
 
