@@ -30,6 +30,9 @@ from kernels.packed_attention import Segment, gather_rows, upload
 from kernels.short_conv import short_conv
 from model.families import DecoderSizes
 
+# Rounded to bf16, decays would move logits by some 1e-3; there are a few hundred numbers a layer.
+IN_FP32 = (".linear_attn.A_log", ".linear_attn.norm.weight")
+
 
 @dataclass
 class Walk:

@@ -37,7 +37,7 @@ from kernels.linear_logprob import linear_logprob
 from kernels.packed_attention import Packing, gather_rows, prefix_attention, upload
 from model import checkpoint
 from model.batch import Batch, expanded_positions
-from model.delta import GatedDeltaNet, Walk
+from model.delta import IN_FP32, GatedDeltaNet, Walk
 from model.families import DecoderSizes
 from model.files import read_config, resolve
 from model.head3d import Head3D, PointEmbedding
@@ -345,7 +345,8 @@ class QwenVL(nn.Module):
         # One after the other, so that no second copy of all is in memory.
         dtype = dtype or origin.dtypes["decoder.norm.weight"]
         for name in list(weights):
-            weights[name] = weights[name].to(device=device, dtype=dtype)
+            wide = name.endswith(IN_FP32) and dtype.itemsize < 4
+            weights[name] = weights[name].to(device, torch.float32 if wide else dtype)
         model.load_state_dict(weights, strict=False, assign=True)
         if not spatial:
             model._init_spatial(device, dtype)

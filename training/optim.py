@@ -121,9 +121,6 @@ class Optimizer:
         for name, param in params.items():
             self.masters[name] = self._master_of(param)
 
-        # FSDP2 reduces the gradients of its shards by itself; whole replicas are summed in `step`.
-        sharded = any(isinstance(master, DTensor) for master in self.masters.values())
-        self.replicated = dist.is_initialized() and not sharded
         self.muon_names = [
             n for n, p in params.items() if muon and p.ndim == 2 and BLOCK_MATRIX.search(n)
         ]
@@ -134,8 +131,12 @@ class Optimizer:
         self.optimizers = []
         groups = [
             {"params": self._of(matrices), "weight_decay": weight_decay, "lr_scale": 1.0},
-            {"params": self._of(vectors), "weight_decay": 0.0, "lr_scale": vector_lr_scale},
         ]
+        # torch.optim's fused step takes shards or whole tensors, but not both in one group.
+        for kind in self._by_kind():
+            own = {id(master) for master in kind}
+            params = [master for master in self._of(vectors) if id(master) in own]
+            groups.append({"params": params, "weight_decay": 0.0, "lr_scale": vector_lr_scale})
         groups = [group for group in groups if group["params"]]
         if groups:
             self.optimizers.append(torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True))
@@ -176,14 +177,16 @@ class Optimizer:
         gradients.
         """
         # The global norm, over every rank's shards: the clip has to be the same everywhere.
-        grads = self._gradients()
-        total_norm = whole(get_total_norm(grads))
+        kinds = self._gradients()
+        norms = [whole(get_total_norm(grads)) for grads in kinds if grads]
+        total_norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
         # The one wait for the device in a step; all ranks read the same number, so all stop or
         # none.
         norm = total_norm.item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(f"{name}: the loss is {loss}, the gradient norm {norm}")
-        clip_grads_with_norm_(self.masters.values(), clip_norm, total_norm)
+        for masters in self._by_kind():
+            clip_grads_with_norm_(masters, clip_norm, total_norm)
         for optimizer in self.optimizers:
             # The schedule sets one number; each group has its own scale of it.
             for group in optimizer.param_groups:
@@ -194,17 +197,26 @@ class Optimizer:
         self.publish()
         return norm
 
-    def _gradients(self) -> list[Tensor]:
-        """Return all masters' gradients, zero where no batch touched one, summed over replicas."""
+    def _by_kind(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Return the masters that are whole on every rank, and those that are shards."""
+        replicated = []
+        sharded = []
+        for master in self.masters.values():
+            (sharded if isinstance(master, DTensor) else replicated).append(master)
+        return replicated, sharded
+
+    def _gradients(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the gradients of both kinds of masters, zero where no batch touched one."""
         for master in self.masters.values():
             if master.grad is None:
                 # Not skipped: torch.optim would leave out its decay and its moments, on this rank
                 # only.
                 master.grad = torch.zeros_like(master)
-        grads = [master.grad for master in self.masters.values()]
-        if self.replicated:
-            sum_over_replicas(grads)
-        return grads
+        replicated, sharded = ([master.grad for master in kind] for kind in self._by_kind())
+        # FSDP2 has reduced the gradients of shards by itself.
+        if dist.is_initialized():
+            sum_over_replicas(replicated)
+        return replicated, sharded
 
     @torch.no_grad()
     def publish(self) -> None:

@@ -106,6 +106,8 @@ def shard(
     skip a frozen tower.
     """
     frozen = place_frozen(model, device, rollout_model)
+    # FSDP2 takes one dtype a group: what computes in fp32 stays whole on each rank.
+    whole = keep_wide(model, device, compute)
     local_world = ranks.local_world_size(world)
     if local_world == world:
         mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
@@ -122,13 +124,13 @@ def shard(
     # left.
     for block in [*model.decoder.layers, *model.vision.blocks, model]:
         # Of the whole model these are DTensors already, but for embeddings, norms and heads.
-        learning = [p for p in block.parameters() if p.requires_grad]
+        learning = [p for p in block.parameters() if p.requires_grad and p not in whole]
         if not learning:
             continue
         for p in learning:
             if not isinstance(p, DTensor):
                 p.data = p.data.to(device, master)
-        fully_shard(block, mesh=mesh, ignored_params=frozen, mp_policy=precision)
+        fully_shard(block, mesh=mesh, ignored_params=frozen | whole, mp_policy=precision)
         block.set_gradient_divide_factor(1.0)  # the loss is divided by global counts already
         block.set_force_sum_reduction_for_comms(True)  # gloo can't scale while it sums
 
@@ -149,6 +151,18 @@ def place_frozen(
         setattr(model.get_submodule(owner), leaf, placed)
         frozen.add(placed)
     return frozen
+
+
+def keep_wide(model: QwenVL, device: torch.device, compute: torch.dtype) -> set[nn.Parameter]:
+    """Put what learns and computes in a wider dtype than the rest on the device; return it."""
+    wide = set()
+    for name, p in list(model.named_parameters()):
+        if p.requires_grad and p.dtype != compute:
+            placed = nn.Parameter(p.data.to(device))
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, placed)
+            wide.add(placed)
+    return wide
 
 
 def reshard(model: QwenVL) -> None:
@@ -227,10 +241,18 @@ class Reference:
 def copy_into_buffer(weights: list[nn.Parameter], on_host: bool) -> list[Tensor]:
     """Return copies of the weights, as views of one buffer on their device, or on the host.
 
-    On the host it is pinned for CUDA, whose allocator rounds it up to a power of two.
+    On the host it is pinned for CUDA, whose allocator rounds it up to a power of two. A buffer for
+    each dtype, in truth: a gated delta net has weights in fp32.
     """
-    if not weights:
-        return []
+    copies = {}
+    for dtype in sorted({weight.dtype for weight in weights}, key=str):
+        alike = [weight for weight in weights if weight.dtype == dtype]
+        views = copy_of_one_dtype(alike, on_host)
+        copies |= {id(weight): view for weight, view in zip(alike, views, strict=True)}
+    return [copies[id(weight)] for weight in weights]
+
+
+def copy_of_one_dtype(weights: list[nn.Parameter], on_host: bool) -> list[Tensor]:
     # One buffer, not hundreds of pinned tensors: each would be rounded up by itself.
     sizes = [weight.numel() for weight in weights]
     like = weights[0]
