@@ -398,7 +398,10 @@ def _attend_prefixes(q, k, v, table):
     prompts, kv_heads, room, _ = k.shape
     n = table.members.shape[1]
     queries = n * q_heads // kv_heads
-    max_rows = INTERPRETED_MAX_ROWS if interpreted() else MAX_ROWS
+    # 64 queries of 256 channels (Qwen3.5) don't fit into the registers.
+    max_rows = MAX_ROWS if d <= 128 else MAX_ROWS // 2
+    if interpreted():
+        max_rows = INTERPRETED_MAX_ROWS
     rows = triton.next_power_of_2(min(max(queries, 16), max_rows))
     query_blocks = triton.cdiv(queries, rows)
     # Of the prompts in the buffers so many are read, if all n samples of a prompt are live.

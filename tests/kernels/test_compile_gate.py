@@ -17,7 +17,7 @@ from commands import ROOT
 from compiling import build, compiled_for_sm90, in_fp64, not_interpreted, pointers, scalars
 from interpreter import needs_interpreter
 
-from kernels import layers, linear_logprob, policy_loss, rewards, sample
+from kernels import delta_step, layers, linear_logprob, policy_loss, rewards, sample, short_conv
 
 # all of what runs on Triton, at sizes that an interpreter of about 1 ms a program can do
 INTERPRETED = [
@@ -30,6 +30,7 @@ INTERPRETED = [
     ("test_sample.py", "triton or greedy or bad_input"),
     ("test_layers.py", "not float64 and not dtype2"),
     ("test_decode_attention.py", ""),
+    ("test_delta.py", "conv or steps"),
     ("test_checkpointing.py", "not commands"),
 ]
 
@@ -58,30 +59,57 @@ def token_kernel(kind, extra):
     return policy_loss._token_kernel, signature, constants | dict(BLOCK=256), {}
 
 
-def layer_kernels(head=128):
-    """Heads of 128, 8 KB of bf16 a program, as shipped. What is Liger's isn't compiled here."""
+def bf16(names):
+    return pointers(names, " ".join(["bf16"] * len(names.split())))
 
-    def bf16(names):
-        return pointers(names, " ".join(["bf16"] * len(names.split())))
 
+def layer_kernels(head, suffix=""):
+    """Heads so wide, 8 KB of bf16 a program, as shipped. What is Liger's isn't compiled here."""
     warps = dict(num_warps=8)
-    half = dict(ROWS=layers.TILE // (head // 2), HALF=head // 2, BACK=False)
-    strides = "tokens q_heads k_heads q_token k_token v_token out_token out_head out_place half"
+    tile = dict(ROWS=layers.TILE // head, WIDE=head, BACK=False)
+    strides = "tokens q_heads k_heads q_token q_head k_token v_token out_token out_head out_place"
     rope = bf16("q k v cos sin q_weight k_weight q_out k_out v_out")
-    rope |= dict(at="*i64", eps="fp32") | scalars(strides, "i32")
-    normed = half | dict.fromkeys(("v", "v_out", "at"))
+    rope |= dict(at="*i64") | scalars("eps offset", "fp32")
+    rope |= scalars(f"{strides} width rotary", "i32")
+    normed = tile | dict.fromkeys(("v", "v_out", "at"))
     plain = normed | dict.fromkeys(("q_weight", "k_weight"))
     wide_angles = rope | pointers("cos sin", "fp32 fp32")
-    grad = bf16("h weight d_out d_h") | dict(partial="*fp32", rows="i32", width="i32", eps="fp32")
+    grad = bf16("h weight d_out d_h") | dict(partial="*fp32")
+    grad |= scalars("rows width", "i32") | scalars("eps offset", "fp32")
     grad_tile = dict(ROWS=layers.TILE // head, BLOCK=head)
-    return {
-        "rope-write": (layers._rope_kernel, rope, half, warps),
+    kernels = {
+        "rope-write": (layers._rope_kernel, rope, tile, warps),
         "rope-normed": (layers._rope_kernel, rope, normed, warps),
         "rope": (layers._rope_kernel, rope, plain, warps),
         "rope-back": (layers._rope_kernel, rope, plain | dict(BACK=True), warps),
         "rope-fp32-angles": (layers._rope_kernel, wide_angles, plain, warps),
         "norm-grad": (layers._norm_grad_kernel, grad, grad_tile, warps),
     }
+    return {name + suffix: case for name, case in kernels.items()}
+
+
+def delta_kernels():
+    """The published sizes of Qwen3.5: 16 key heads, 16 to 48 value heads, 128 wide, 4 taps."""
+    tile = dict(TAPS=4, ROWS=short_conv.ROWS, CHANNELS=short_conv.CHANNELS)
+    conv = bf16("x weight out") | dict(before="*i64") | scalars("rows channels", "i32")
+    grad = conv | bf16("d_out d_x") | dict(partial="*fp32")
+    kernels = {
+        "conv": (short_conv._conv_kernel, conv, tile, {}),
+        "conv-grad": (
+            short_conv._conv_grad_kernel,
+            grad,
+            tile | dict(ROW_BLOCKS=short_conv.ROW_BLOCKS),
+            {},
+        ),
+    }
+    step = bf16("mixed z b a conv dt_bias ring out")
+    step |= pointers("A_log norm state place ended", "fp32 fp32 fp32 i64 i1")
+    step |= scalars("mixed_slot z_slot b_slot a_slot", "i32") | scalars("eps scale", "fp32")
+    for value_heads in (16, 32, 48):
+        sizes = dict(key_heads=16, heads=value_heads, D=128, E=128, WIDE_D=128, WIDE_E=128, TAPS=4)
+        kernel = delta_step._delta_step_kernel
+        kernels[f"delta-step-{value_heads}"] = (kernel, step, sizes, dict(num_warps=8))
+    return kernels
 
 
 def sample_part(greedy):
@@ -140,7 +168,9 @@ KERNELS = {  # name: kernel, signature, constants, options
         dict(PARTS=triton.next_power_of_2(triton.cdiv(151_936, sample.BLOCK))),
         dict(num_warps=1),
     ),
-    **layer_kernels(),
+    **layer_kernels(128),
+    **layer_kernels(256, "-256"),
+    **delta_kernels(),
 }
 for kind, loss in policy_loss.LOSSES.items():
     if loss.surrogate in policy_loss.FUSED_SURROGATES:

@@ -16,17 +16,17 @@ SUFFIX = STRIDES | pointers(
 )
 
 
-def sizes(heads, kv, rows):
-    return dict(q_heads=heads, kv_heads=kv, D=128, WIDE=128, ROWS=rows, BLOCK=64, UPCAST=False)
+def sizes(heads, kv, rows, width=128):
+    return dict(q_heads=heads, kv_heads=kv, D=width, WIDE=width, ROWS=rows, BLOCK=64, UPCAST=False)
 
 
-def prefix(heads, kv, rows, n=8):
-    return attention._prefix_kernel, PREFIX, sizes(heads, kv, rows) | dict(N=n)
+def prefix(heads, kv, rows, n=8, width=128):
+    return attention._prefix_kernel, PREFIX, sizes(heads, kv, rows, width) | dict(N=n)
 
 
-def suffix(heads, kv, splits, prefix_splits=8):
+def suffix(heads, kv, splits, prefix_splits=8, width=128):
     """With one split it writes the result itself, in bf16."""
-    constants = sizes(heads, kv, 16) | dict(PREFIX_SPLITS=prefix_splits)
+    constants = sizes(heads, kv, 16, width) | dict(PREFIX_SPLITS=prefix_splits)
     if splits == 1:
         signature = SUFFIX | pointers("out", "bf16")
         return attention._suffix_kernel, signature, constants | dict(lse=None)
@@ -40,6 +40,11 @@ KERNELS = {
     **{f"suffix-{gqa}": suffix(*heads, splits=1) for gqa, heads in HEADS.items()},
     "suffix-gqa7-split": suffix(28, 4, splits=4),
     "suffix-gqa8-most-parts": suffix(16, 2, splits=1, prefix_splits=attention.MAX_SPLITS),
+    # Qwen3.5: 0.8B and 2B, 4B and 9B, 27B. Heads of 256.
+    "prefix-gqa4-256": prefix(8, 2, 32, width=256),
+    "prefix-gqa6-256": prefix(24, 4, 32, width=256),
+    "suffix-gqa4-256": suffix(16, 4, splits=1, width=256),
+    "suffix-gqa6-256": suffix(24, 4, splits=4, width=256),
     "merge": (
         attention._merge_kernel,
         pointers("parts lse out", "fp32 fp32 bf16") | dict(splits="i32"),
