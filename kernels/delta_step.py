@@ -29,6 +29,7 @@ from torch import Tensor
 
 from kernels import on_triton
 from kernels.delta_rule import unit
+from kernels.gated_norm import reference_gated_norm
 
 
 @dataclass
@@ -47,15 +48,6 @@ def log_decay(a: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
     """Return g (..., V), the log of what a head keeps of its state, in fp32 (or fp64)."""
     wide = torch.promote_types(a.dtype, torch.float32)
     return -A_log.to(wide).exp() * F.softplus(a.to(wide) + dt_bias.to(wide))
-
-
-def reference_gated_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Norm each head (..., E), gate it by silu(z); rounded to x's dtype as transformers does."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    normed = x.to(wide)
-    normed = normed * torch.rsqrt(normed.square().mean(-1, keepdim=True) + eps)
-    normed = weight * normed.to(x.dtype)
-    return (normed * F.silu(z.to(wide))).to(x.dtype)
 
 
 def reference_delta_step(

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from kernels.delta_rule import Chunks, delta_rule
-from kernels.delta_step import StepWeights, log_decay, reference_gated_norm
+from kernels.delta_step import StepWeights, log_decay
+from kernels.gated_norm import gated_norm
 from kernels.packed_attention import Segment, gather_rows, upload
 from kernels.short_conv import short_conv
 from model.families import DecoderSizes
@@ -198,7 +199,7 @@ class GatedDeltaNet(nn.Module):
             rings = mixed[index] * there[..., None].to(mixed.dtype)
             cache.append((states, rings))
 
-        gated = reference_gated_norm(out, z, self.norm.weight, self.eps)
+        gated = gated_norm(out, z, self.norm.weight, self.eps)
         return self.out_proj(gated.flatten(-2))
 
     def _convolve(self, mixed: Tensor, walk: Walk) -> Tensor:

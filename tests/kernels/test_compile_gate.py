@@ -17,7 +17,16 @@ from commands import ROOT
 from compiling import build, compiled_for_sm90, in_fp64, not_interpreted, pointers, scalars
 from interpreter import needs_interpreter
 
-from kernels import delta_step, layers, linear_logprob, policy_loss, rewards, sample, short_conv
+from kernels import (
+    delta_step,
+    gated_norm,
+    layers,
+    linear_logprob,
+    policy_loss,
+    rewards,
+    sample,
+    short_conv,
+)
 
 # all of what runs on Triton, at sizes that an interpreter of about 1 ms a program can do
 INTERPRETED = [
@@ -30,7 +39,7 @@ INTERPRETED = [
     ("test_sample.py", "triton or greedy or bad_input"),
     ("test_layers.py", "not float64 and not dtype2"),
     ("test_decode_attention.py", ""),
-    ("test_delta.py", "conv or steps"),
+    ("test_delta.py", "conv or steps or norm"),
     ("test_checkpointing.py", "not commands"),
 ]
 
@@ -102,6 +111,12 @@ def delta_kernels():
             {},
         ),
     }
+    norm_tile = dict(ROWS=gated_norm.TILE // 128, BLOCK=128)
+    norm = bf16("x z out") | pointers("weight", "fp32")
+    norm |= scalars("rows width", "i32") | dict(eps="fp32")
+    norm_grad = norm | bf16("d_out d_x d_z") | dict(partial="*fp32")
+    kernels["gated-norm"] = (gated_norm._norm_kernel, norm, norm_tile, {})
+    kernels["gated-norm-grad"] = (gated_norm._grad_kernel, norm_grad, norm_tile, {})
     step = bf16("mixed z b a conv dt_bias ring out")
     step |= pointers("A_log norm state place ended", "fp32 fp32 fp32 i64 i1")
     step |= scalars("mixed_slot z_slot b_slot a_slot", "i32") | scalars("eps scale", "fp32")

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from kernels import interpreted
 from kernels.delta_rule import Chunks, delta_rule
 from kernels.delta_step import StepWeights, delta_step
+from kernels.gated_norm import gated_norm
 from kernels.short_conv import reference_short_conv, short_conv
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -133,6 +134,25 @@ def test_the_reference_is_differentiable_twice_over():
     weight = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     before = torch.tensor([0, 1, 2, 3, 0, 1, 0, 1, 2])
     assert torch.autograd.gradcheck(lambda *a: reference_short_conv(*a, before), (x, weight))
+
+
+# ---- The gated norm
+
+
+@pytest.mark.parametrize("width", [20, 128])
+def test_gated_norm_equals_autograd_in_fp64(width):
+    torch.manual_seed(0)
+    shapes = ((7, 3, width), (7, 3, width), (width,))
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    x, z, weight = inputs
+    truth = weight * F.rms_norm(x, (width,), None, 1e-6) * F.silu(z)
+    d_out = torch.randn_like(truth)
+    truth_grads = torch.autograd.grad(truth, inputs, d_out)
+    mine = [t.detach().float().to(DEVICE).requires_grad_() for t in inputs]
+    found = gated_norm(*mine)
+    grads = torch.autograd.grad(found, mine, d_out.float().to(DEVICE))
+    for a, b in zip((found, *grads), (truth, *truth_grads), strict=True):
+        torch.testing.assert_close(a.double().cpu(), b, rtol=1e-5, atol=1e-5)
 
 
 # ---- The decode step
