@@ -14,16 +14,21 @@ the decoder and its MLP; D of a head.
                         masters
     reference           T b / N; with one GPU on the host; none at --kl 0; with LoRA next to nothing
     cache               rollout: (slots R + 2 prompts P) 2 layers (key-value heads) D b
+                        and (slots + 2 prompts) states of gated delta nets (Qwen3.5): a layer, a
+                        matrix in fp32 for each value head, and some rows of its convolution
     prefill             rollout: keys and values, and an MLP, of PREFILL tokens
     sampler             rollout: 3 fp32 rows of logits a slot
     gradients           update: 4 T, / N if sharded; and the largest weight's own in b, or, sharded,
                         two layers' and the embeddings' whole ones in b, a layer's and theirs in
                         fp32
     activations         update: t layers (4 H + 2 (query + key-value heads) D + 3 I) b, and t 3 I b
-                        of a layer's gradients; with checkpointing t layers H b, and one layer whole
+                        of a layer's gradients; with checkpointing t layers H b, and one layer
+                        whole. A gated delta net has other terms (`delta_activations`), with
+                        fla-core's kernels; without them it takes several times as much
     gathered keys       update: on CUDA, of a layer (of all, without checkpointing) the keys and
                         values as the completions read them, each with its prompt's:
-                        t (P + G (P + R)) / (P + G R)
+                        t (P + G (P + R)) / (P + G R); and the state that each completion's delta
+                        nets go on from
     logits              update: 64 MB, and the head's gradient in fp32 and in b
     pixels              update: the vision tower's patches of t, and its activations where it learns
 
@@ -123,7 +128,7 @@ def tally(model) -> Counts:
     return Counts(
         all=sum(p.numel() for p in model.parameters()),
         trained=trained(model),
-        layer=trained(layers[0]),
+        layer=max(trained(layer) for layer in layers),
         largest=max((p.numel() for p in model.parameters() if p.requires_grad), default=0),
         outside=outside,
         vision=trained(model.vision),
@@ -149,6 +154,10 @@ class Parts:
         self.query = sizes.heads * sizes.head_dim
         self.kv = sizes.kv_heads * sizes.head_dim
         self.qk_norm = sizes.family.qk_norm
+        self.gate = sizes.family.attention_gate
+        self.attention_layers = sizes.attention_layers
+        self.delta_layers = sizes.delta_layers
+        self.delta = sizes.delta
 
         vision = VisionSizes.of(config)
         self.tower_depth = vision.depth
@@ -185,10 +194,24 @@ class Parts:
 
     def cache(self) -> float:
         tokens = self.settings.slots * self.cfg.new_tokens + self.prompt_rows()
-        return tokens * 2 * self.layers * self.kv * self.size
+        return tokens * 2 * self.attention_layers * self.kv * self.size
+
+    def layer_state(self) -> float:
+        """Bytes of one sequence's state in a delta layer, in fp32."""
+        if not self.delta:
+            return 0
+        return self.delta.value_heads * self.delta.key_dim * self.delta.value_dim * 4
+
+    def states(self) -> float:
+        if not self.delta:
+            return 0
+        ring = self.delta.taps * self.delta.channels * self.size
+        prompts = math.ceil(self.settings.slots / self.cfg.group)
+        sequences = self.settings.slots + 2 * prompts
+        return sequences * self.delta_layers * (self.layer_state() + ring)
 
     def prefill(self) -> float:
-        keys_and_values = 2 * self.layers * self.kv
+        keys_and_values = 2 * self.attention_layers * self.kv
         a_layer = 3 * self.inner + 6 * self.hidden
         return min(self.prompt_rows(), PREFILL) * (keys_and_values + a_layer) * self.size
 
@@ -208,19 +231,36 @@ class Parts:
             return own + counts.largest * self.size  # until its fp32 master has it
         return own
 
-    def layer_activations(self) -> float:
-        """Bytes a token that a layer's backward needs."""
+    def attention_activations(self) -> float:
+        """Bytes a token that the backward of a layer needs that attends."""
         values = 4 * self.hidden + 2 * (self.query + self.kv) + 3 * self.inner
         if self.qk_norm:
             values += self.query + self.kv
+        if self.gate:
+            values += 2 * self.query
         if self.size == 4:
             values += 3 * self.query + self.inner  # a CPU's rotations and SwiGLU aren't fused
         return values * self.size
 
+    def delta_activations(self) -> float:
+        """Bytes a token that the backward of a gated delta net's layer needs."""
+        delta = self.delta
+        if not delta:
+            return 0
+        values = delta.value_heads * delta.value_dim
+        # The projection, its rows as they are walked, the convolution's, and normed q and k.
+        convolved = 3 * delta.channels + 2 * delta.key_heads * delta.key_dim
+        # The rule's output before and behind its order, its gate, and both as one.
+        kept = 4 * self.hidden + convolved + 4 * values + 3 * self.inner
+        # The inverse of a chunk of 64 tokens, in the compute dtype; gates in fp32.
+        return (kept + 64 * delta.value_heads) * self.size + 16 * delta.value_heads
+
     def activations(self) -> float:
-        kept = self.layers * self.layer_activations()
+        attention = self.attention_activations()
+        delta = self.delta_activations()
+        kept = self.attention_layers * attention + self.delta_layers * delta
         if self.settings.checkpointing:
-            kept = self.layers * self.hidden * self.size + self.layer_activations()
+            kept = self.layers * self.hidden * self.size + max(attention, delta)
         gradients = 3 * self.inner * self.size
         return self.settings.micro_tokens * (kept + gradients)
 
@@ -230,8 +270,15 @@ class Parts:
         cfg = self.cfg
         tokens = cfg.prompt_tokens + cfg.group * cfg.new_tokens
         keys = cfg.prompt_tokens + cfg.group * (cfg.prompt_tokens + cfg.new_tokens)
-        layers = 1 if self.settings.checkpointing else self.layers
+        layers = 1 if self.settings.checkpointing else self.attention_layers
         return self.settings.micro_tokens * keys / tokens * 2 * self.kv * self.size * layers
+
+    def forked_states(self) -> float:
+        cfg = self.cfg
+        tokens = cfg.prompt_tokens + cfg.group * cfg.new_tokens
+        sequences = self.settings.micro_tokens / tokens * cfg.group
+        layers = 1 if self.settings.checkpointing else self.delta_layers
+        return sequences * self.layer_state() * layers
 
     def pixels(self) -> float:
         # At most: prompts that are all image, as many as go into a pass.
@@ -258,14 +305,14 @@ def estimate(config, cfg: Config, settings: Settings, counts: Counts) -> dict[st
         "reference": parts.reference(),
     }
     rollout = {
-        "cache": parts.cache(),
+        "cache": parts.cache() + parts.states(),
         "prefill": parts.prefill(),
         "sampler": parts.sampler(),
     }
     update = {
         "gradients": parts.gradients(),
         "activations": parts.activations(),
-        "gathered keys": parts.gathered_keys(),
+        "gathered keys": parts.gathered_keys() + parts.forked_states(),
         "pixels": parts.pixels(),
         "logits": parts.logits(),
     }

@@ -63,7 +63,8 @@ def test_published_sizes(name, tmp_path):
 
 
 LAYOUTS = [(family, layout) for family in FAMILIES for layout in ("older", "newer")]
-LAYOUTS.remove(("qwen3_vl", "older"))  # never published so, and transformers does not read it
+# Never published so, and transformers does not read it.
+LAYOUTS = [case for case in LAYOUTS if case not in (("qwen3_vl", "older"), ("qwen3_5", "older"))]
 
 
 @pytest.mark.parametrize(("family", "layout"), LAYOUTS)

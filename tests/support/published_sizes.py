@@ -100,6 +100,58 @@ def published() -> dict[str, dict]:
             **IDS,
         )
 
+    def qwen35(hidden, inner, layers, heads, kv, value_heads, tied, vision):
+        rope = dict(rope_type="default", rope_theta=1e7, partial_rotary_factor=0.25)
+        rope |= dict(mrope_section=[11, 11, 10], mrope_interleaved=True)
+        text = dict(
+            model_type="qwen3_5_text",
+            hidden_size=hidden,
+            intermediate_size=inner,
+            num_hidden_layers=layers,
+            full_attention_interval=4,
+            num_attention_heads=heads,
+            num_key_value_heads=kv,
+            head_dim=256,
+            linear_num_key_heads=16,
+            linear_num_value_heads=value_heads,
+            linear_key_head_dim=128,
+            linear_value_head_dim=128,
+            linear_conv_kernel_dim=4,
+            vocab_size=248320,
+            rms_norm_eps=1e-6,
+            rope_parameters=rope,
+            attn_output_gate=True,
+            mamba_ssm_dtype="float32",
+            tie_word_embeddings=tied,
+        )
+        depth, width, mlp, heads = vision
+        tower = dict(
+            model_type="qwen3_5",
+            depth=depth,
+            hidden_size=width,
+            intermediate_size=mlp,
+            num_heads=heads,
+            patch_size=16,
+            hidden_act="gelu_pytorch_tanh",
+            out_hidden_size=hidden,
+            deepstack_visual_indexes=[],
+            num_position_embeddings=2304,
+            spatial_merge_size=2,
+            temporal_patch_size=2,
+        )
+        return dict(
+            model_type="qwen3_5",
+            text_config=text,
+            vision_config=tower,
+            tie_word_embeddings=tied,
+            image_token_id=248056,
+            video_token_id=248057,
+            vision_start_token_id=248053,
+            vision_end_token_id=248054,
+        )
+
+    middle = (24, 1024, 4096, 16)
+    huge = (27, 1152, 4304, 16)
     small, large = (24, 1024, 4096, [5, 11, 17]), (27, 1152, 4304, [8, 16, 24])
     return {
         "Qwen2-VL-2B": qwen2(1536, 8960, 28, 12, 2, 151936, True)
@@ -113,6 +165,11 @@ def published() -> dict[str, dict]:
         "Qwen3-VL-2B": qwen3(2048, 6144, 28, 16, True, small),
         "Qwen3-VL-4B": qwen3(2560, 9728, 36, 32, True, small),
         "Qwen3-VL-8B": qwen3(4096, 12288, 36, 32, False, large),
+        "Qwen3.5-0.8B": qwen35(1024, 3584, 24, 8, 2, 16, True, (12, 768, 3072, 12)),
+        "Qwen3.5-2B": qwen35(2048, 6144, 24, 8, 2, 16, True, middle),
+        "Qwen3.5-4B": qwen35(2560, 9216, 32, 16, 4, 32, True, middle),
+        "Qwen3.5-9B": qwen35(4096, 12288, 32, 16, 4, 32, False, huge),
+        "Qwen3.5-27B": qwen35(5120, 17408, 64, 24, 4, 48, False, huge),
     }
 
 
@@ -125,4 +182,10 @@ BILLIONS = {
     "Qwen3-VL-2B": 2.128,
     "Qwen3-VL-4B": 4.438,
     "Qwen3-VL-8B": 8.767,
+    # Without the 15 tensors of the multi-token prediction head.
+    "Qwen3.5-0.8B": 0.853,
+    "Qwen3.5-2B": 2.213,
+    "Qwen3.5-4B": 4.539,
+    "Qwen3.5-9B": 9.410,
+    "Qwen3.5-27B": 27.357,
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from model import tiny
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
 
 
 @functools.cache
