@@ -35,7 +35,7 @@ from kernels.packed_attention import Packing, gather_rows, prefix_attention, upl
 from model import checkpoint
 from model.batch import Batch, expanded_positions
 from model.families import DecoderSizes
-from model.files import read_config, resolve
+from model.files import check_patches, read_config, resolve, rows_for_regions
 from model.head3d import Head3D, PointEmbedding
 from model.region import RegionToken
 from model.vision import RMSNorm, SwiGLU, VisionTower
@@ -257,7 +257,12 @@ class QwenVL(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, source: str, device=None, dtype: torch.dtype | None = None, fuse: bool = True
+        cls,
+        source: str,
+        device=None,
+        dtype: torch.dtype | None = None,
+        fuse: bool = True,
+        regions: str = "token",
     ) -> "QwenVL":
         """Load a directory or hub id of a Qwen2-VL, Qwen2.5-VL or dense Qwen3-VL checkpoint.
 
@@ -265,19 +270,30 @@ class QwenVL(nn.Module):
         (spatial.safetensors) are cast to it, too: they come back to the bit where they were saved
         in that dtype. fuse: put weights that the sampler multiplies one input with side by side;
         without it, a model on a CPU in the dtype on disk takes no memory of its own: its weights
-        are the file's pages. Raises CheckpointError (one line) for what can't be loaded.
+        are the file's pages. regions: "token" needs a row of the embedding for <mask>, which grows
+        where it was cut to its vocabulary. Raises CheckpointError (one line) for what can't be
+        loaded.
         """
         device = device or "cpu"
         directory = resolve(str(source))
         config = read_config(directory)
-        with torch.device("meta"):
-            model = cls(config)
-        # Everything is checked before anything is moved to a device.
-        weights, origin = checkpoint.read_weights(directory, tied=model.lm_head is None)
+        check_patches(directory, config)
+        weights, origin = checkpoint.read_weights(directory)
+        config.tie_word_embeddings = checkpoint.tie_head(
+            weights, origin, config.tie_word_embeddings
+        )
         spatial = checkpoint.read_spatial(directory)
         weights |= spatial
+        # Everything is checked before anything is moved to a device.
+        model = cls.without_weights(config)
         shapes = {name: p.shape for name, p in model.named_parameters()}
         checkpoint.check_weights(directory, weights, shapes, spatial=bool(spatial))
+        text_config = config.get_text_config()
+        rows = rows_for_regions(directory, text_config.vocab_size, regions)
+        if rows > text_config.vocab_size:
+            checkpoint.grow_vocabulary(weights, rows)
+            text_config.vocab_size = rows
+            model = cls.without_weights(config)
 
         # One after the other, so that no second copy of all is in memory.
         dtype = dtype or origin.dtypes["decoder.norm.weight"]
@@ -292,6 +308,12 @@ class QwenVL(nn.Module):
             model.fuse_linears()
         model.origin = origin
         return model.eval()
+
+    @classmethod
+    def without_weights(cls, config) -> "QwenVL":
+        """Return a model whose parameters have shapes only."""
+        with torch.device("meta"):
+            return cls(config)
 
     def _init_spatial(self, device, dtype: torch.dtype) -> None:
         """Start the extra weights, such that a pretrained model's logits don't change."""

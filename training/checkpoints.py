@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from errors import UserError
 from model import checkpoint as model_files
+from model.files import check_readable, missing_file
 from model.qwen_vl import QwenVL
 from srreal import Example
 from training import ranks
@@ -70,21 +70,26 @@ def save(cfg, step: int, model: QwenVL, processor, optimizer: Optimizer, **same)
     """
     final = Path(cfg.out) / f"step-{step:06d}"
     aside = final.with_suffix(".partial")
-    weights = gather_weights(model)
     if ranks.is_first():
         shutil.rmtree(aside, ignore_errors=True)
         (aside / "trainer").mkdir(parents=True)
-        model_files.write(aside, weights, model.origin, processor)
-    del weights  # before the moments come: they are twice as large
+    record = model.origin.record
     for kind in KINDS:
         state = {}
         for name, full in optimizer.state(kind):
             if ranks.is_first():
                 state[name] = full.cpu()
+                record.note_moment(name, kind, state[name])
         if ranks.is_first():
-            save_file(state, aside / "trainer" / f"{kind}.safetensors")
+            model_files.save_tensors(state, aside / "trainer" / f"{kind}.safetensors")
+    del state  # before the weights come
+    if processor.has_read_regions:
+        record.regions = processor.regions
+    weights = gather_weights(model)
     if ranks.is_first():
-        save_file({"torch": torch.get_rng_state()}, aside / "trainer" / "random.safetensors")
+        model_files.write(aside, weights, model.origin, processor)
+        random_states = {"torch": torch.get_rng_state()}
+        model_files.save_tensors(random_states, aside / "trainer" / "random.safetensors")
         write_state(aside, step, optimizer.updates, same)
         model_files.replace(aside, final)
         if cfg.keep:
@@ -137,6 +142,7 @@ def restore(checkpoint: Path | None, optimizer: Optimizer, **same) -> None:
     if before != world:
         ranks.say(f"going on with {world} ranks after {before}: the same run, but not to the bit")
     folder = checkpoint / "trainer"
+    check_readable(folder)
     try:
         files = {kind: safe_open(folder / f"{kind}.safetensors", "pt") for kind in KINDS}
         random_states = safe_open(folder / "random.safetensors", "pt")
@@ -148,19 +154,6 @@ def restore(checkpoint: Path | None, optimizer: Optimizer, **same) -> None:
 
 def read_state(checkpoint: Path) -> dict:
     return json.loads((checkpoint / "trainer" / "state.json").read_text())
-
-
-def missing_file(checkpoint: Path) -> str | None:
-    """Return what a checkpoint lacks to resume from: its files and sizes are on record in it."""
-    try:
-        for name, size in read_state(checkpoint)["files"].items():
-            if (checkpoint / name).stat().st_size != size:
-                return name
-    except OSError as error:
-        return error.filename
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return "trainer/state.json"
-    return None
 
 
 def newest(out: Path, say_skipped: bool = True) -> Path | None:
