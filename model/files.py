@@ -214,12 +214,33 @@ def image_settings(directory: Path) -> list[tuple[Path, dict, dict]]:
     return [(path, content, settings) for path, content, settings in found if settings]
 
 
+def read_image_processor(directory: Path) -> Qwen2VLImageProcessorPil:
+    """Read transformers' image processor; CheckpointError for settings that it can't work with."""
+    path = image_settings(directory)[-1][0]
+    try:
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(directory)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {str(error).strip().splitlines()[0]}") from error
+    needed = {
+        "size.shortest_edge (or min_pixels)": image_processor.size.shortest_edge,
+        "size.longest_edge (or max_pixels)": image_processor.size.longest_edge,
+        "rescale_factor": image_processor.rescale_factor,
+    }
+    if image_processor.do_normalize:
+        needed["image_mean"] = image_processor.image_mean
+        needed["image_std"] = image_processor.image_std
+    for name, value in needed.items():
+        if value is None:
+            raise CheckpointError(f"{path}: no {name}; copy it from the original checkpoint")
+    return image_processor
+
+
 def check_patches(directory: Path, config) -> None:
     """Compare the image settings, if there are any, with config.json's vision tower."""
     settings = image_settings(directory)
     if not settings:
         return
-    image_processor = Qwen2VLImageProcessorPil.from_pretrained(directory)
+    image_processor = read_image_processor(directory)
     tower = VisionSizes.of(config)
     sizes = {"patch_size": tower.patch, "merge_size": tower.merge}
     sizes["temporal_patch_size"] = tower.frames

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import srreal
 from model.batch import Batch, Prompt, Region, mrope_positions, pack
@@ -23,6 +22,7 @@ from model.files import (
     copy_files,
     image_settings,
     read_config,
+    read_image_processor,
     read_json,
     read_tokenizer,
     resolve,
@@ -147,7 +147,7 @@ class Processor:
         self.image_token_id = self.config.image_token_id
         self._read_special_tokens()
 
-        image_processor = Qwen2VLImageProcessorPil.from_pretrained(files)
+        image_processor = read_image_processor(files)
         self.image_processor = image_processor
         self.is_resized = max_pixels is not None
         self.max_pixels = max_pixels or image_processor.size["longest_edge"]

@@ -332,6 +332,11 @@ class QwenVL(nn.Module):
         weights = {name: p.detach() for name, p in self.named_parameters()}
         checkpoint.save(directory, weights, self.origin, processor)
 
+    @property
+    def record(self) -> checkpoint.SpatialRecord:
+        """How it was trained to read regions, and which of the extra parts have learnt."""
+        return self.origin.record
+
     # -- How it computes
 
     def fuse_linears(self) -> None:

@@ -73,7 +73,7 @@ def save(cfg, step: int, model: QwenVL, processor, optimizer: Optimizer, **same)
     if ranks.is_first():
         shutil.rmtree(aside, ignore_errors=True)
         (aside / "trainer").mkdir(parents=True)
-    record = model.origin.record
+    record = model.record
     for kind in KINDS:
         state = {}
         for name, full in optimizer.state(kind):
