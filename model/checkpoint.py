@@ -92,16 +92,6 @@ class SpatialRecord:
             trained = set(filter(None, trained.split(",")))
         return cls(metadata.get("regions"), trained)
 
-    def note_moment(self, name: str, kind: str, moment: Tensor) -> None:
-        """Note a part that has learnt: an optimiser's moment is zero until a gradient is not.
-
-        So what --train leaves out doesn't count, nor a loss of weight 0, nor depth that no row has.
-        """
-        part = name.partition(".")[0]
-        is_moment = kind in ("exp_avg_sq", "momentum_buffer")
-        if self.trained is not None and part in PARTS and is_moment and moment.any():
-            self.trained.add(part)
-
     def metadata(self) -> dict[str, str]:
         """Return what safetensors writes of it."""
         metadata = {"points": "metric"}
@@ -287,22 +277,32 @@ def check_weights(
     if not spatial:
         missing = [name for name in missing if not name.startswith(SPATIAL)]
     # All names are compared before any shape: a wrong config.json shows in the names.
-    for what, names, remedy in (
-        ("lacks", missing, ""),
-        ("has the unknown tensor", surplus, " (a save would drop what has no place in the model)"),
-    ):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise CheckpointError(
-                f"{directory}: the checkpoint {what} {on_disk(names[0])}{more};"
-                f" is config.json of these weights?{remedy}"
-            )
+    if missing == [HEAD]:
+        raise CheckpointError(
+            f"{directory}: the checkpoint lacks {HEAD}, and config.json does not tie the head to"
+            " the embedding; is its tie_word_embeddings of these weights?"
+        )
+    if missing:
+        raise CheckpointError(
+            f"{directory}: the checkpoint lacks {listed(missing)}; is config.json of these weights?"
+        )
+    if surplus:
+        raise CheckpointError(
+            f"{directory}: the checkpoint has the unknown tensor {listed(surplus)}, which a save"
+            " would drop; is config.json of these weights?"
+        )
     for name, tensor in weights.items():
         if tensor.shape != wanted[name]:
             raise CheckpointError(
                 f"{directory}: {on_disk(name)} is {tuple(tensor.shape)},"
                 f" config.json wants {tuple(wanted[name])}"
             )
+
+
+def listed(names: list[str]) -> str:
+    """Name the first tensor as the files do, and how many there are beside it."""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return on_disk(names[0]) + more
 
 
 # ---- Saving

@@ -23,6 +23,7 @@ heads, K key-value heads, D head width, V vocabulary rows.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -275,45 +276,47 @@ class QwenVL(nn.Module):
         loaded.
         """
         device = device or "cpu"
-        directory = resolve(str(source))
+        # Everything is checked before anything is moved to a device.
+        model, weights = cls._read(resolve(str(source)), regions)
+
+        # One after the other, so that no second copy of all is in memory.
+        dtype = dtype or model.origin.dtypes["decoder.norm.weight"]
+        for name in list(weights):
+            weights[name] = weights[name].to(device=device, dtype=dtype)
+        model.load_state_dict(weights, strict=False, assign=True)
+        if not any(name.startswith(checkpoint.SPATIAL) for name in weights):
+            model._init_spatial(device, dtype)
+        # So that memory is freed as soon as layers are fused.
+        del weights
+        if fuse:
+            model.fuse_linears()
+        return model.eval()
+
+    @classmethod
+    def _read(cls, directory: Path, regions: str) -> tuple["QwenVL", dict[str, Tensor]]:
+        """Return a model whose parameters have shapes only, and the weights for them, by name."""
         config = read_config(directory)
         check_patches(directory, config)
         weights, origin = checkpoint.read_weights(directory)
-        config.tie_word_embeddings = checkpoint.tie_head(
-            weights, origin, config.tie_word_embeddings
-        )
+        tied = checkpoint.tie_head(weights, origin, config.tie_word_embeddings)
+        config.tie_word_embeddings = tied
         spatial = checkpoint.read_spatial(directory)
         weights |= spatial
-        # Everything is checked before anything is moved to a device.
-        model = cls.without_weights(config)
+        with torch.device("meta"):
+            model = cls(config)
         shapes = {name: p.shape for name, p in model.named_parameters()}
         checkpoint.check_weights(directory, weights, shapes, spatial=bool(spatial))
+
+        # A vocabulary that was cut has no row for <mask>.
         text_config = config.get_text_config()
         rows = rows_for_regions(directory, text_config.vocab_size, regions)
         if rows > text_config.vocab_size:
             checkpoint.grow_vocabulary(weights, rows)
             text_config.vocab_size = rows
-            model = cls.without_weights(config)
-
-        # One after the other, so that no second copy of all is in memory.
-        dtype = dtype or origin.dtypes["decoder.norm.weight"]
-        for name in list(weights):
-            weights[name] = weights[name].to(device=device, dtype=dtype)
-        model.load_state_dict(weights, strict=False, assign=True)
-        if not spatial:
-            model._init_spatial(device, dtype)
-        # So that memory is freed as soon as layers are fused.
-        del weights, spatial
-        if fuse:
-            model.fuse_linears()
+            with torch.device("meta"):
+                model = cls(config)
         model.origin = origin
-        return model.eval()
-
-    @classmethod
-    def without_weights(cls, config) -> "QwenVL":
-        """Return a model whose parameters have shapes only."""
-        with torch.device("meta"):
-            return cls(config)
+        return model, weights
 
     def _init_spatial(self, device, dtype: torch.dtype) -> None:
         """Start the extra weights, such that a pretrained model's logits don't change."""

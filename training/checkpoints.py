@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from errors import UserError
 from model import checkpoint as model_files
+from model.checkpoint import PARTS, save_tensors
 from model.files import check_readable, missing_file
 from model.qwen_vl import QwenVL
 from srreal import Example
@@ -70,32 +71,43 @@ def save(cfg, step: int, model: QwenVL, processor, optimizer: Optimizer, **same)
     """
     final = Path(cfg.out) / f"step-{step:06d}"
     aside = final.with_suffix(".partial")
+    note_learnt(model, processor, optimizer)
+    weights = gather_weights(model)
     if ranks.is_first():
         shutil.rmtree(aside, ignore_errors=True)
         (aside / "trainer").mkdir(parents=True)
-    record = model.record
+        model_files.write(aside, weights, model.origin, processor)
+    del weights  # before the moments come: they are twice as large
     for kind in KINDS:
         state = {}
         for name, full in optimizer.state(kind):
             if ranks.is_first():
                 state[name] = full.cpu()
-                record.note_moment(name, kind, state[name])
         if ranks.is_first():
-            model_files.save_tensors(state, aside / "trainer" / f"{kind}.safetensors")
-    del state  # before the weights come
-    if processor.has_read_regions:
-        record.regions = processor.regions
-    weights = gather_weights(model)
+            save_tensors(state, aside / "trainer" / f"{kind}.safetensors")
     if ranks.is_first():
-        model_files.write(aside, weights, model.origin, processor)
-        random_states = {"torch": torch.get_rng_state()}
-        model_files.save_tensors(random_states, aside / "trainer" / "random.safetensors")
+        save_tensors({"torch": torch.get_rng_state()}, aside / "trainer" / "random.safetensors")
         write_state(aside, step, optimizer.updates, same)
         model_files.replace(aside, final)
         if cfg.keep:
             for old in step_folders(Path(cfg.out))[: -cfg.keep]:
                 shutil.rmtree(old / "trainer", ignore_errors=True)
     ranks.all_reduce([0.0])  # nobody goes on before it is there
+
+
+def note_learnt(model: QwenVL, processor, optimizer: Optimizer) -> None:
+    """Put on the model's record how it reads regions now, and which parts have learnt. Collective.
+
+    A part has learnt if a gradient of it was not zero: what --train leaves out doesn't count, nor a
+    loss of weight 0, nor depth that no row has.
+    """
+    record = model.record
+    learnt = [optimizer.has_learnt(f"{part}.") for part in PARTS]
+    learnt = ranks.all_reduce(learnt, "MAX")
+    if record.trained is not None:
+        record.trained.update(part for part, flag in zip(PARTS, learnt, strict=True) if flag)
+    if processor.has_read_regions:
+        record.regions = processor.regions
 
 
 def gather_weights(model: QwenVL) -> dict[str, torch.Tensor]:

@@ -329,7 +329,7 @@ def test_what_can_not_be_used_is_refused_by_name(tmp_path):
             folder / "model.safetensors",
         )
     )
-    assert "unknown tensor mtp.weight" in surplus and "a save would drop" in surplus
+    assert "unknown tensor mtp.weight" in surplus and "which a save would drop" in surplus
     # An adapter in the target would be taken for one of what is saved there.
     model = QwenVL.from_pretrained(checkpoint("qwen3_vl"))
     model.save_pretrained(tmp_path / "out")
