@@ -161,9 +161,11 @@ def weight_files(directory: Path) -> list[Path]:
     others = other_weights(directory, names)
     missing = [name for name in names if not (directory / name).is_file()]
     if others and missing == ["model.safetensors"]:
+        remedy = "load it in transformers and save it again with save_pretrained()"
+        if others[0].endswith(".safetensors"):
+            remedy = f"copy {INDEX} too, which says what they are"
         raise CheckpointError(
-            f"{directory}: no model.safetensors, and {', '.join(others)} can't be read;"
-            " load it in transformers and save it again with save_pretrained()"
+            f"{directory}: no model.safetensors, and {', '.join(others)} can't be read; {remedy}"
         )
     if missing:
         raise CheckpointError(

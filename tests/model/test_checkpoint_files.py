@@ -304,6 +304,15 @@ def test_what_can_not_be_used_is_refused_by_name(tmp_path):
         said = refused(only(name))
         assert name in said and "save_pretrained()" in said
 
+    def without_index(folder):
+        split_weights(folder)
+        (folder / "model.safetensors.index.json").unlink()
+
+    said = refused(without_index)
+    assert (
+        "model-00001-of-00002.safetensors" in said and "copy model.safetensors.index.json" in said
+    )
+
     def adapter(folder):
         edit_json(folder / "adapter_config.json", base_model_name_or_path="Qwen/Base")
 
