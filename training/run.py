@@ -18,6 +18,7 @@ from tqdm import tqdm
 import data
 import plan
 from errors import UserError
+from model.files import checkpoint_of
 from model.processor import Processor
 from srreal import Example
 from training import checkpoints, ranks
@@ -40,6 +41,8 @@ def launch(main: Callable, config: type) -> None:
     description = sys.modules[main.__module__].__doc__.split("\n\n")[0]
     cfg = tyro.cli(config, prog=name, description=description)
     try:
+        if cfg.model:
+            cfg.model = checkpoint_of(cfg.model, ranks.say)
         main(cfg)
     except data.BadRows as bad:
         end(f"{name}: {bad}\n(--skip-bad-rows goes on without them)", 2)
@@ -142,8 +145,17 @@ def load_data(cfg, more: Callable | None = None) -> tuple[list[Example], list[Ex
     return training, validation
 
 
-def load_processor(source: str, cfg) -> Processor:
+def load_processor(
+    source: str,
+    cfg,
+    examples: list[Example],
+    learning: tuple[str, ...] = (),
+    head: bool = False,
+) -> Processor:
     """Return the checkpoint's processor, with the workers that read images ahead.
+
+    Parts of the model that the examples use, though they never learnt, are named; but for those
+    that are learning (prefixes of their tensors). head: whether the 3D head is read.
 
     --workers None: on CUDA a rank's share of the cores but one, at most 8; on a CPU, which
     computes, 0.
@@ -152,9 +164,12 @@ def load_processor(source: str, cfg) -> Processor:
     if workers is None and torch.cuda.is_available():
         cores = len(os.sched_getaffinity(0)) // ranks.local_world_size(1)
         workers = min(max(cores - 1, 0), 8)
-    return Processor.from_pretrained(
+    processor = Processor.from_pretrained(
         source, max_pixels=cfg.max_pixels, regions=cfg.regions, workers=workers or 0
     )
+    for sentence in processor.untrained_parts(examples, learning, head):
+        ranks.say(sentence)
+    return processor
 
 
 def resolve_auto_settings(cfg, config, device: torch.device, world: int, **sizes) -> plan.Settings:
