@@ -48,6 +48,8 @@ from model.files import (
 # Our extra parts, by the prefix of their tensors.
 PARTS = {"region": "region token", "points": "point map", "head3d": "3D head"}
 SPATIAL = tuple(f"{part}." for part in PARTS)
+# Qwen3.5's head for several tokens at once, which is neither used nor trained here, but served.
+CARRIED = "mtp."
 SHARD_BYTES = 4_000_000_000
 INDEX = "model.safetensors.index.json"
 EMBEDDING = "decoder.embed_tokens.weight"
@@ -63,7 +65,7 @@ PREFIXES = (
 # What a save may write. An old file of these must not stand beside the new ones: a reader might
 # prefer it.
 WRITTEN_BY_SAVE = re.compile(
-    r"(model(-\d+-of-\d+)?|spatial)\.safetensors(\.index\.json)?|merges\.txt"
+    r"(model(\.safetensors)?(-\d+-of-\d+)?|spatial)\.safetensors(\.index\.json)?|merges\.txt"
     r"|chat_template\.\w+|additional_chat_templates"
     r"|((generation|\w*processor|tokenizer)_)?config\.json"
     r"|(tokenizer|vocab|added_tokens|special_tokens_map)\.json"
@@ -110,6 +112,8 @@ class Origin:
     names: dict[str, str]
     dtypes: dict[str, torch.dtype]
     record: SpatialRecord = field(default_factory=SpatialRecord)
+    # Tensors that are copied as they are when the model is saved: name on disk -> file.
+    carried: dict[str, Path] = field(default_factory=dict)
 
 
 # ---- Names
@@ -196,6 +200,9 @@ def read_weights(directory: Path) -> tuple[dict[str, Tensor], Origin]:
     for path in weight_files(directory):
         with open_tensors(path) as file:
             for name_on_disk in file.keys():  # noqa: SIM118 (not a dict)
+                if name_on_disk.startswith(CARRIED):
+                    origin.carried[name_on_disk] = path
+                    continue
                 name = rename(name_on_disk)
                 # The rotary frequencies follow from the config.
                 if name.endswith("rotary_emb.inv_freq"):
@@ -372,8 +379,22 @@ def write(directory: Path, weights: dict[str, Tensor], origin: Origin, processor
         elif name in origin.names:
             tensor = tensor.to("cpu", origin.dtypes[name])
             published[origin.names[name]] = tensor.contiguous()
+    published |= read_carried(origin)
     save_tensors(spatial, directory / "spatial.safetensors", origin.record.metadata())
     write_shards(published, directory)
+
+
+def read_carried(origin: Origin) -> dict[str, Tensor]:
+    """Read the tensors that a save copies as they are, by their names on disk."""
+    carried = {}
+    for path in sorted(set(origin.carried.values())):
+        if not path.is_file():
+            raise CheckpointError(f"{path}: has gone, and {CARRIED}* is to be copied from it")
+        with open_tensors(path) as file:
+            for name, place in origin.carried.items():
+                if place == path:
+                    carried[name] = file.get_tensor(name)
+    return carried
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict | None = None) -> None:

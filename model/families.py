@@ -58,6 +58,11 @@ class Family:
     box: str
     box_scale: int | None
 
+    # What ends a turn beside what generation_config.json and the tokenizer say.
+    turn_end: str | None = None
+    # Where text is cut before it is tokenized, whatever tokenizer.json says: its files disagree.
+    pretokenizer: str | None = None
+
     # ---- What a tiny checkpoint needs to look like a published one
     # The chat template's system prompt, where the user gives none.
     system_prompt: str | None
@@ -148,6 +153,12 @@ QWEN3_VL = Family(
         deepstack_visual_indexes=[0],
     ),
 )
+# As transformers cuts text for Qwen3.5 since 5.18: unlike Qwen2's, combining marks go with letters.
+# Before, it took Qwen2's, and so do some tokenizer.json files.
+QWEN3_5_PRETOKENIZER = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # Qwen3.5, 3.6 and 3.8 (dense) are one model_type.
 QWEN3_5 = Family(
     name="qwen3_5",
@@ -167,6 +178,8 @@ QWEN3_5 = Family(
     has_flat_merger=True,
     box='{{"bbox_2d": [{}, {}, {}, {}]}}',
     box_scale=1000,
+    turn_end="<|im_end|>",
+    pretokenizer=QWEN3_5_PRETOKENIZER,
     system_prompt=None,
     has_think_tokens=True,
     pixel_mean=(0.5, 0.5, 0.5),
@@ -190,13 +203,31 @@ QWEN3_5 = Family(
 FAMILIES = {family.name: family for family in (QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_5)}
 
 
+MOE = "a mixture of experts, of which a rollout needs a whole copy on every rank"
+# Relatives that are refused, and why.
+REFUSED = {
+    "qwen3_vl_moe": MOE,
+    "qwen3_5_moe": MOE,
+    "qwen3_5_text": "an export of the decoder alone, without a vision tower",
+    "qwen3_next": "a language model without a vision tower",
+    "qwen4_exp": "its hyper-connections, n-gram embeddings and sparse attention aren't written",
+}
+
+
 def family_of(config) -> Family:
     """Look up the family of transformers' config object; ValueError for any other model."""
-    if config.model_type not in FAMILIES:
-        raise ValueError(
-            f"model_type {config.model_type!r} is not supported; this is for {', '.join(FAMILIES)}"
-        )
+    check_family(config.model_type)
     return FAMILIES[config.model_type]
+
+
+def check_family(model_type: str) -> None:
+    """Raise ValueError, which says why, for what isn't one of FAMILIES."""
+    if model_type in FAMILIES:
+        return
+    reason = f"this is for {', '.join(FAMILIES)}"
+    if model_type in REFUSED:
+        reason = f"{REFUSED[model_type]}; {reason}"
+    raise ValueError(f"model_type {model_type!r} is not supported: {reason}")
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import huggingface_hub
+from tokenizers import Regex, pre_tokenizers
 from transformers import AddedToken, AutoConfig, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.processing_utils import ProcessorMixin
 
 from errors import UserError
-from model.families import DecoderSizes, VisionSizes
+from model.families import FAMILIES, DecoderSizes, VisionSizes, check_family
 
 WEIGHTS = (
     ".safetensors",
@@ -176,6 +177,8 @@ def read_config(directory: Path):
             " take the checkpoint that they were made from"
         )
     try:
+        # Before transformers, which knows of some only that it doesn't know them.
+        check_family(str(read_json(path).get("model_type")))
         config = AutoConfig.from_pretrained(directory)
         DecoderSizes.of(config)
     except (KeyError, AttributeError) as error:
@@ -283,7 +286,7 @@ def read_tokenizer(directory: Path, rows: int, regions: str = "token"):
     row. Where there is none, the embedding has to grow; with regions "text" nobody needs it.
     """
     check_files(directory)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = load_tokenizer(directory)
     known = tokenizer.get_vocab()
     if max(known.values()) >= rows:
         raise CheckpointError(
@@ -295,11 +298,27 @@ def read_tokenizer(directory: Path, rows: int, regions: str = "token"):
     # Published checkpoints have hundreds of rows to spare; some were cut to their vocabulary.
     if tokenizer.convert_tokens_to_ids("<mask>") >= rows:
         if regions == "text":
-            tokenizer = AutoTokenizer.from_pretrained(directory)
+            tokenizer = load_tokenizer(directory)
         else:
             rows = (rows // ROW_MULTIPLE + 1) * ROW_MULTIPLE
     tokenizer.chat_template = read_chat_template(directory, tokenizer.chat_template)
     return tokenizer, rows
+
+
+def load_tokenizer(directory: Path):
+    """Return transformers' tokenizer, which cuts text as its family does in every version."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    family = FAMILIES.get(read_json(directory / "config.json").get("model_type"))
+    if family is not None and family.pretokenizer is not None:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer(family.pretokenizer)
+    return tokenizer
+
+
+def pre_tokenizer(pieces: str) -> pre_tokenizers.PreTokenizer:
+    """Return what cuts text where a regular expression says, for byte-level BPE within pieces."""
+    split = pre_tokenizers.Split(Regex(pieces), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([split, byte_level])
 
 
 def rows_for_regions(directory: Path, rows: int, regions: str) -> int:

@@ -167,8 +167,13 @@ class Processor:
         eos = self.tokenizer.eos_token_id
         if end is None or end == []:  # 0 is an id
             end = eos
-        self.end_ids = end if isinstance(end, list) else [end]
+        self.end_ids = list(end) if isinstance(end, list) else [end]
         self.end_id = eos if eos in self.end_ids else self.end_ids[0]
+        if self.family.turn_end in vocab:
+            # Some checkpoints come without a generation_config.json, and with another eos.
+            self.end_id = vocab[self.family.turn_end]
+            if self.end_id not in self.end_ids:
+                self.end_ids.append(self.end_id)
 
         rows = self.config.get_text_config().vocab_size
         # Rows that no token has, and what would open an image. The ban doesn't enter log-probs.
@@ -247,11 +252,13 @@ class Processor:
             content.append({"type": "text", "text": part})
         content = [item for item in content if item.get("text") != ""]
         chat = [{"role": "user", "content": content}]
+        # Qwen3.8 writes a system turn about the effort of reasoning unless thinking is off.
         rendered = self.tokenizer.apply_chat_template(
-            chat, tokenize=False, add_generation_prompt=True
+            chat, tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
-        # A Thinking checkpoint's template opens <think> itself; our paths do so, or don't.
-        return self.encode(re.sub(r"<think>\s*$", "", rendered))
+        # A template may open <think> itself, or write an empty block: our paths begin with their
+        # own first tag.
+        return self.encode(re.sub(r"<think>(\s*</think>)?\s*$", "", rendered))
 
     # ---- Prompts
 

@@ -20,7 +20,15 @@ from typing import Literal
 
 import torch
 import tyro
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -29,6 +37,7 @@ from transformers import (
 )
 
 from model.families import FAMILIES
+from model.files import pre_tokenizer
 from model.qwen_vl import QwenVL
 from srreal import Example, prompt, target
 
@@ -144,10 +153,11 @@ def tokenizer(family: str, shape: Shape | None = None) -> PreTrainedTokenizerFas
     """Train a family's tokenizer, with its special tokens and chat template."""
     shape = shape or tiny_shape(family)
     # As Qwen's: byte-level BPE within pieces of text.
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    pieces = pre_tokenizers.Split(Regex(PIECES), "isolated")
     model = Tokenizer(models.BPE())
-    model.pre_tokenizer = pre_tokenizers.Sequence([pieces, byte_level])
+    model.pre_tokenizer = pre_tokenizer(FAMILIES[family].pretokenizer or PIECES)
+    if FAMILIES[family].pretokenizer is not None:
+        # transformers' class of that family puts both in the place of what tokenizer.json says.
+        model.normalizer = normalizers.NFC()
     model.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=shape.vocabulary,

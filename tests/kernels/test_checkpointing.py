@@ -21,10 +21,12 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 import model
 from kernels import interpreted
+from kernels.gated_norm import gated_norm
 from kernels.layers import add_rms_norm, qk_norm_rope, rms_norm, swiglu
 from kernels.linear_logprob import linear_logprob
 from kernels.packed_attention import gather_rows
 from kernels.policy_loss import FUSED_SURROGATES, LOSSES, policy_loss
+from kernels.short_conv import short_conv
 
 CUDA = torch.cuda.is_available() and not interpreted()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -61,6 +63,11 @@ def read_twice(rows):
     return gather_rows(rows, torch.arange(len(rows), device=rows.device).repeat(2))
 
 
+def convolved(x, weight):
+    before = torch.tensor([0, 1, 2, 0, 1, 2, 3], device=x.device)
+    return short_conv(x, weight, before)
+
+
 HEADS = normal(5, 4, 8, seed=0), normal(5, 2, 8, seed=1)
 # Name: (call, its differentiable inputs). A new autograd function needs a call here that comes by
 # it.
@@ -73,6 +80,11 @@ CASES = {
     "swiglu": (swiglu, [normal(5, 24, seed=0), normal(5, 24, seed=1)]),
     "rope": (rotated, [*HEADS]),
     "qk_norm_rope": (rotated, [*HEADS, normal(8, seed=2), normal(8, seed=3)]),
+    "short_conv": (convolved, [normal(7, 12, seed=0), normal(12, 4, seed=1)]),
+    "gated_norm": (
+        gated_norm,
+        [normal(5, 3, 16, seed=0), normal(5, 3, 16, seed=1), normal(16, seed=2)],
+    ),
     "gather_rows": (read_twice, [normal(5, 8, seed=0)]),
     "linear_logprob": (logprobs, [normal(6, 16, seed=0), normal(40, 16, seed=1)]),
     **{f"policy_loss {kind}": (partial(loss_of, kind), [normal(7, seed=0)]) for kind in FUSED},

@@ -9,6 +9,7 @@ from tiny_models import inputs, make, reference_logits
 from transformers import AutoModelForImageTextToText
 
 from errors import UserError
+from model.delta import IN_FP32
 from model.lora import PROJECTIONS, SCALE, LoRALinear, adapters, add_adapter, attach, merge, off
 from model.processor import Processor
 from model.qwen_vl import QwenVL
@@ -17,7 +18,7 @@ from model.tiny import write
 from srreal import Example
 from training.optim import Optimizer
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -56,16 +57,27 @@ def test_silent_at_the_start_and_base_when_off(checkpoint):
     assert torch.equal(model.logits(**batch), loud)
 
 
+def projections(attends):
+    """(block, name) of a layer's adapted projections."""
+    names = {"mlp": ("gate_proj", "up_proj", "down_proj")}
+    if attends:
+        names["self_attn"] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    else:
+        names["linear_attn"] = ("in_proj_qkv", "in_proj_z", "out_proj")
+    return [(block, name) for block, found in names.items() for name in found]
+
+
 def test_every_projection_of_the_decoder_and_nothing_else(checkpoint):
     base, model = QwenVL.from_pretrained(checkpoint), QwenVL.from_pretrained(checkpoint)
     model.requires_grad_(True)
     attach(model, 2)
-    assert len(adapters(model)) == 7 * len(base.decoder.layers)
+    sizes = base.decoder.sizes
+    assert len(adapters(model)) == 7 * sizes.attention_layers + 6 * sizes.delta_layers
     new = {n for n, _ in model.named_parameters()} - {n for n, _ in base.named_parameters()}
     assert new == {
-        f"decoder.layers.{i}.{'mlp' if p in PROJECTIONS[4:] else 'self_attn'}.{p}.lora_{x}"
+        f"decoder.layers.{i}.{block}.{p}.lora_{x}"
         for i in range(len(base.decoder.layers))
-        for p in PROJECTIONS
+        for block, p in projections(attends=sizes.attends[i])
         for x in "ab"
     }
     learns = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -91,7 +103,9 @@ def test_only_the_adapters_move_in_a_step_and_merging_changes_nothing(checkpoint
     apart = model.logits(**batch)
     base = QwenVL.from_pretrained(checkpoint).logits(**batch)
     together = QwenVL.from_pretrained(checkpoint)
-    name, wrapped = "decoder.layers.0.self_attn.q_proj.weight", adapters(model)[0]
+    layer = next(i for i, attends in enumerate(model.decoder.sizes.attends) if attends)
+    name = f"decoder.layers.{layer}.self_attn.q_proj.weight"
+    wrapped = model.decoder.layers[layer].self_attn.q_proj
     whole = merge(weights(model))
     torch.testing.assert_close(whole[name], before[name] + SCALE * wrapped.lora_b @ wrapped.lora_a)
     together.load_state_dict(whole)
@@ -197,7 +211,9 @@ def test_a_crash_inside_leaves_the_model_whole(checkpoint):
 def test_bf16_adapters_have_the_weights_dtype(checkpoint):
     model = QwenVL.from_pretrained(checkpoint, dtype=torch.bfloat16)
     attach(model, 3)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    # A delta net's decays stay in fp32.
+    kept = [p for n, p in model.named_parameters() if not n.endswith(IN_FP32)]
+    assert {p.dtype for p in kept} == {torch.bfloat16}
     one = stirred(model) and adapters(model)[0]
     wide = one.weight.double() + SCALE * one.lora_b.double() @ one.lora_a.double()
     whole = add_adapter(one.weight, one.lora_a, one.lora_b)

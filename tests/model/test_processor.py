@@ -75,6 +75,12 @@ PREPROCESSORS = {  # as published: patch, mean and std, size in the old or the n
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     ),
+    "qwen3_5": dict(
+        patch_size=16,
+        size={"longest_edge": 30000, "shortest_edge": 65536 // 8},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    ),
 }
 
 

@@ -4,16 +4,24 @@ Other codebases' leaks, each a test here: ms-swift#9565, slime#1686, lmms-engine
 Automodel#2147, transformers#46093.
 """
 
+import json
+import shutil
+
 import pytest
 import torch
+from hub import edit_json
 from published_sizes import published
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from tiny_checkpoint import checkpoint
 from tiny_models import make_qwen3_5
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from model.batch import Batch
 from model.delta import Walk
+from model.files import CheckpointError
+from model.processor import Processor
 from model.qwen_vl import QwenVL
+from srreal import Example
 
 
 def load(reference, folder, dtype=None) -> QwenVL:
@@ -188,3 +196,118 @@ def test_layers_without_a_list_attend_every_fourth():
         False,
         True,
     ] * 6
+
+
+# ---- Files
+
+
+def carrying(folder, source):
+    """A copy of a checkpoint with a head for several tokens at once, as published ones have."""
+    shutil.copytree(source, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["mtp.fc.weight"] = torch.randn(8, 16).to(torch.bfloat16)
+    weights["mtp.norm.weight"] = torch.randn(8)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return {name: weights[name] for name in ("mtp.fc.weight", "mtp.norm.weight")}
+
+
+def test_the_head_for_several_tokens_is_carried_through(tmp_path, capsys):
+    """It isn't loaded, isn't spoken of, and comes out with its bytes and dtypes; twice over."""
+    kept = carrying(tmp_path / "a", checkpoint("qwen3_5"))
+    for source, target in (("a", "b"), ("b", "c")):
+        model = QwenVL.from_pretrained(str(tmp_path / source))
+        assert not any("mtp" in name for name, _ in model.named_parameters())
+        model.save_pretrained(tmp_path / target)
+    saved = load_file(tmp_path / "c/model.safetensors")
+    for name, tensor in kept.items():
+        assert saved[name].dtype == tensor.dtype and torch.equal(saved[name], tensor)
+    assert "mtp" not in capsys.readouterr().err
+    theirs = AutoModelForImageTextToText.from_pretrained(tmp_path / "c")
+    ids = tokens(20)[None]
+    ours = QwenVL.from_pretrained(str(tmp_path / "c"))
+    with torch.no_grad():
+        assert (theirs(input_ids=ids).logits - ours.logits(ids)).abs().max() < 1e-4
+
+
+def test_a_single_file_may_be_called_a_shard(tmp_path):
+    """As 2B-Base is published: a save leaves no stale file of that name."""
+    name = "model.safetensors-00001-of-00001.safetensors"
+    folder = tmp_path / "a"
+    shutil.copytree(checkpoint("qwen3_5"), folder)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / name)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, name)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    QwenVL.from_pretrained(str(folder)).save_pretrained(folder)
+    assert not (folder / name).exists() and not (folder / "model.safetensors.index.json").exists()
+    QwenVL.from_pretrained(str(folder))
+
+
+TAILS = {
+    "0.8B": "<think>\n\n</think>\n\n",
+    "4B": "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n"
+    "{% else %}<think>\n{% endif %}",
+    "always open": "<think>\n",
+    "none": "",
+}
+
+
+def test_prompts_of_all_templates_are_one(tmp_path):
+    """With an empty block, an open one, one that a switch empties, and none."""
+    e = Example("e", "lor", [], "How far is it?", "1.0")
+    prompts = []
+    for name, tail in TAILS.items():
+        folder = tmp_path / name
+        shutil.copytree(checkpoint("qwen3_5"), folder)
+        template = (folder / "chat_template.jinja").read_text()
+        text = template.replace("assistant\n'", "assistant\n' }}" + tail + "{{ ''")
+        (folder / "chat_template.jinja").write_text(text)
+        processor = Processor.from_pretrained(folder)
+        prompts.append(list(processor.prompt_ids(e)))
+        assert processor.decode(prompts[-1]).endswith("<|im_start|>assistant\n")
+    assert all(ids == prompts[0] for ids in prompts)
+
+
+def test_words_with_combining_marks_are_cut_as_published(tmp_path):
+    """Also where tokenizer.json and tokenizer_config.json say that they are Qwen2's."""
+    folder = tmp_path / "m"
+    shutil.copytree(checkpoint("qwen3_5"), folder)
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    (split, _) = tokenizer["pre_tokenizer"]["pretokenizers"]
+    split["pattern"]["Regex"] = split["pattern"]["Regex"].replace(r"[\p{L}\p{M}]", r"\p{L}")
+    path.write_text(json.dumps(tokenizer))
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")
+    word = "हिन्दी"
+    cut = Processor.from_pretrained(folder).tokenizer.backend_tokenizer.pre_tokenizer
+    assert len(cut.pre_tokenize_str(word)) == 1
+    expected = Processor.from_pretrained(checkpoint("qwen3_5"))
+    assert Processor.from_pretrained(folder).encode(word).tolist() == expected.encode(word).tolist()
+
+
+def test_a_turn_ends_without_a_generation_config(tmp_path):
+    """config.json's own eos is <|endoftext|>, which never ends a turn."""
+    folder = tmp_path / "m"
+    shutil.copytree(checkpoint("qwen3_5"), folder)
+    (folder / "generation_config.json").unlink()
+    edit_json(folder / "tokenizer_config.json", eos_token="<|endoftext|>")
+    processor = Processor.from_pretrained(folder)
+    vocab = processor.tokenizer.get_vocab()
+    assert set(processor.end_ids) == {vocab["<|endoftext|>"], vocab["<|im_end|>"]}
+    assert processor.end_id == vocab["<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    "model_type, reason",
+    [
+        ("qwen3_5_moe", "mixture of experts"),
+        ("qwen4_exp", "hyper-connections"),
+        ("llama", "this is for"),
+    ],
+)
+def test_relatives_are_refused_with_the_reason(model_type, reason, tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(checkpoint("qwen3_5"), folder)
+    edit_json(folder / "config.json", model_type=model_type)
+    with pytest.raises(CheckpointError, match=f"'{model_type}' is not supported: .*{reason}"):
+        QwenVL.from_pretrained(str(folder))

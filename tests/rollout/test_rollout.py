@@ -21,7 +21,7 @@ import train_rl
 from model import lora
 from model.images import DeviceImages
 from model.processor import Processor
-from model.qwen_vl import QwenVL, fuse_linears, fused_linears
+from model.qwen_vl import QwenVL, fuse_linears, fused_linears, input_projections
 from model.rollout import Engine, generate, predict_centres, sample_groups
 from model.rollout.cache import Options, PromptRows, token_bytes
 from model.rollout.cpu import joint_linear
@@ -34,7 +34,7 @@ from training import policy, ranks, run
 from training.optim import Optimizer
 
 
-@pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
 def tiny(request, tmp_path_factory):
     """A tiny checkpoint of each family: our model, its processor, and the directory."""
     path = tmp_path_factory.mktemp(request.param)
@@ -486,8 +486,7 @@ def test_loaded_weights_lie_together(tiny):
     """Also when they learn; and what learns is what is sampled from."""
     _, processor, path = tiny
     model = QwenVL.from_pretrained(str(path))
-    attn = model.decoder.layers[0].self_attn
-    projections = attn.q_proj, attn.k_proj, attn.v_proj
+    projections = input_projections(model.decoder.layers[0])
     weight, bias = fused_linears(*projections)
     before, optimizer = weight.clone(), Optimizer(model.named_parameters())
     model(processor(examples()[:1], [[[50, 51]]])).logprob.sum().backward()
@@ -496,10 +495,10 @@ def test_loaded_weights_lie_together(tiny):
     assert torch.equal(weight, torch.cat([p.weight for p in projections]))
     assert bias is None or torch.equal(bias, torch.cat([p.bias for p in projections]))
     other = copy.deepcopy(model)
-    attn = other.decoder.layers[0].self_attn
-    assert fused_linears(attn.q_proj, attn.k_proj, attn.v_proj) is None
+    projections = input_projections(other.decoder.layers[0])
+    assert fused_linears(*projections) is None
     other.fuse_linears()
-    assert torch.equal(fused_linears(attn.q_proj, attn.k_proj, attn.v_proj)[0], weight)
+    assert torch.equal(fused_linears(*projections)[0], weight)
     mlp = other.decoder.layers[0].mlp
     both = torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight))
     assert torch.equal(fused_linears(mlp.gate_proj, mlp.up_proj)[0], both)

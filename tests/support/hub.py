@@ -35,6 +35,8 @@ PUBLISHED = {
     "qwen2_vl": COMMON,
     "qwen2_5_vl": COMMON,
     "qwen3_vl": COMMON | {"video_preprocessor_config.json"},
+    "qwen3_5": COMMON - {"chat_template.json", "generation_config.json"}
+    | {"video_preprocessor_config.json", "chat_template.jinja"},
 }
 
 
@@ -43,17 +45,21 @@ def published(family: str, folder: Path) -> Path:
     shutil.copytree(checkpoint(family), folder)
     (folder / "spatial.safetensors").unlink()
     split_weights(folder)
-    template = (folder / "chat_template.jinja").read_text()
-    (folder / "chat_template.jinja").unlink()
-    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
-    own = TEXT_ONLY if family == "qwen2_5_vl" else template
-    edit_json(folder / "tokenizer_config.json", chat_template=own)
+    if family == "qwen3_5":
+        # As of 9B: nothing says that <|im_end|> ends a turn but the tokenizer.
+        (folder / "generation_config.json").unlink()
+    else:
+        template = (folder / "chat_template.jinja").read_text()
+        (folder / "chat_template.jinja").unlink()
+        (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+        own = TEXT_ONLY if family == "qwen2_5_vl" else template
+        edit_json(folder / "tokenizer_config.json", chat_template=own)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())["model"]
     (folder / "vocab.json").write_text(json.dumps(tokenizer["vocab"]))
     merges = [" ".join(merge) for merge in tokenizer["merges"]]
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
     config = json.loads((folder / "config.json").read_text())
-    if family == "qwen3_vl":
+    if family in ("qwen3_vl", "qwen3_5"):
         images = json.loads((folder / "preprocessor_config.json").read_text())
         (folder / "video_preprocessor_config.json").write_text(json.dumps(images))
     else:
