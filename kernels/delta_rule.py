@@ -32,6 +32,8 @@ from functools import cached_property
 
 import numpy as np
 import torch
+import triton
+from packaging.version import Version
 from torch import Tensor
 
 from kernels.packed_attention import upload
@@ -191,6 +193,24 @@ def fla_rule():
         )
         return None
     return chunk_gated_delta_rule
+
+
+def why_not_train(device: torch.device) -> str | None:
+    """Return why fla-core's backward can't be used on this device, or None.
+
+    On Hopper its gradients were wrong with Triton 3.4 up to 3.7.0 (fla#640), and it refuses to run
+    there: in the first backward, which is late to learn of it.
+    """
+    if device.type != "cuda" or fla_rule() is None:
+        return None
+    on_hopper = torch.cuda.get_device_capability(device)[0] == 9
+    version = Version(triton.__version__)
+    if on_hopper and Version("3.4.0") <= version < Version("3.7.1"):
+        return (
+            f"fla-core does not train on Hopper with triton {version} (3.4.0 to 3.7.0 miscompile its"
+            " backward); take torch 2.13, which comes with 3.7.1"
+        )
+    return None
 
 
 def delta_rule(

@@ -22,6 +22,7 @@ from model.files import checkpoint_of
 from model.processor import Processor
 from srreal import Example
 from training import checkpoints, ranks
+from training.policy import check_kernels
 
 MEMORY_FLAGS = ("micro_tokens", "slots", "max_pixels")
 # Words of a collective that took too long, or whose other end is gone.
@@ -179,6 +180,7 @@ def resolve_auto_settings(cfg, config, device: torch.device, world: int, **sizes
     and whether their cache may stay during the update. config: the checkpoint's (transformers');
     sizes: prompts (of all ranks), group, new_tokens, kl of the plan.
     """
+    check_kernels(config, device)
     ranks.phase("loading and sharding")
     local_world = ranks.local_world_size(world)
     sizes["prompts"] = math.ceil(sizes["prompts"] * local_world / world)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import interpreted
-from kernels.delta_rule import Chunks, delta_rule
+from kernels.delta_rule import Chunks, delta_rule, why_not_train
 from kernels.delta_step import StepWeights, delta_step
 from kernels.gated_norm import gated_norm
 from kernels.short_conv import reference_short_conv, short_conv
@@ -224,3 +224,17 @@ def test_steps_equal_the_recurrence(heads):
     for slot in (0, 2):
         torch.testing.assert_close(state[slot].double().cpu(), truth[slot][1], rtol=0, atol=2e-5)
     assert torch.equal(state[1], stopped[0]) and torch.equal(ring[1], stopped[1])
+
+
+@pytest.mark.parametrize(
+    "version, major, refused",
+    [("3.6.0", 9, True), ("3.7.0", 9, True), ("3.7.1", 9, False), ("3.6.0", 10, False)],
+)
+def test_training_by_fla_is_refused_where_its_backward_is_wrong(
+    version, major, refused, monkeypatch
+):
+    monkeypatch.setattr("kernels.delta_rule.fla_rule", lambda: object())
+    monkeypatch.setattr("kernels.delta_rule.triton.__version__", version)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    assert bool(why_not_train(torch.device("cuda"))) == refused
+    assert why_not_train(torch.device("cpu")) is None
