@@ -207,8 +207,8 @@ def why_not_train(device: torch.device) -> str | None:
     version = Version(triton.__version__)
     if on_hopper and Version("3.4.0") <= version < Version("3.7.1"):
         return (
-            f"fla-core does not train on Hopper with triton {version} (3.4.0 to 3.7.0 miscompile its"
-            " backward); take torch 2.13, which comes with 3.7.1"
+            f"fla-core does not train on Hopper with triton {version}: 3.4.0 to 3.7.0 miscompile"
+            " its backward; take torch 2.13, which comes with 3.7.1"
         )
     return None
 

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kernels.delta_rule import Chunks, delta_rule
+from errors import UserError
+from kernels.delta_rule import Chunks, delta_rule, why_not_train
 from kernels.delta_step import StepWeights, log_decay
 from kernels.gated_norm import gated_norm
 from kernels.packed_attention import Segment, gather_rows, upload
@@ -33,6 +34,14 @@ from model.families import DecoderSizes
 
 # Rounded to bf16, decays would move logits by some 1e-3; there are a few hundred numbers a layer.
 IN_FP32 = (".linear_attn.A_log", ".linear_attn.norm.weight")
+
+
+def check_kernels(config, device: torch.device) -> None:
+    """Raise UserError where a kernel that this model needs can't train here."""
+    if DecoderSizes.of(config).delta_layers:
+        problem = why_not_train(device)
+        if problem is not None:
+            raise UserError(problem)
 
 
 @dataclass

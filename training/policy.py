@@ -17,10 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from errors import UserError
-from kernels.delta_rule import why_not_train
 from model import lora
-from model.families import DecoderSizes
 from model.qwen_vl import QwenVL
 from plan import Settings
 from training import ranks
@@ -50,14 +47,6 @@ def load_model(
     model = QwenVL.from_pretrained(source, device, compute_dtype(device), regions=regions)
     lora.learn(model, train, lora_rank)
     return model
-
-
-def check_kernels(config, device: torch.device) -> None:
-    """Raise UserError where a kernel that this model needs can't train here."""
-    if DecoderSizes.of(config).delta_layers:
-        problem = why_not_train(device)
-        if problem is not None:
-            raise UserError(problem)
 
 
 @dataclass

@@ -18,11 +18,11 @@ from tqdm import tqdm
 import data
 import plan
 from errors import UserError
+from model.delta import check_kernels
 from model.files import checkpoint_of
 from model.processor import Processor
 from srreal import Example
 from training import checkpoints, ranks
-from training.policy import check_kernels
 
 MEMORY_FLAGS = ("micro_tokens", "slots", "max_pixels")
 # Words of a collective that took too long, or whose other end is gone.
