@@ -34,7 +34,7 @@ NO_ARTICLE = (
 ANY_LETTER = re.compile(ALONE.format("[A-H]"))
 SURE_LETTER = re.compile(ALONE.format(NO_ARTICLE))
 SAID_NUMBER = re.compile(SAYS + r"\(?" + QUANTITY.pattern + r"(?![\w.]*\w)")
-ANY_NUMBER = re.compile(rf"(?<![\w.,^+-]){QUANTITY.pattern}(?![\w^]|[.,][0-9])")
+ANY_NUMBER = re.compile(rf"(?<![\w.,^+\u2212-]){QUANTITY.pattern}(?![\w^]|[.,][0-9])")
 ASKED_UNIT = re.compile(rf"\b(?:in|how many) ({'|'.join(UNITS)})\b", re.I)
 FEW = 4  # words of a response that can be an answer by itself; more is prose
 
