@@ -9,6 +9,7 @@ from collections import namedtuple
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from data.folders import Found, walk
 from data.rows import BadSource, MissingFile, Row, first_byte, records
 from data.schema import own_rows
 from data.sets.ca1m import ca1m_rows
@@ -89,11 +90,15 @@ def open_source(source: str) -> Iterator[Row]:
 def recognise(path: Path) -> str:
     """Return the kind of a path that says none."""
     if path.is_dir():
+        found = None
         for kind, source in SOURCES.items():
-            if any(holds(path, pattern) for pattern in source.folder):
-                return kind
-        found = (file for file in sorted(path.rglob("*.json*")) if file.is_file())
-        path = next(found, path)
+            for pattern in source.folder:
+                # What lies in the folder itself is tried without a look at all that lies below.
+                if "/" in pattern and found is None:
+                    found = walk(path)
+                if holds(path, pattern, found):
+                    return kind
+        path = next((found or walk(path)).files_like("*.json*"), path)
     if path.suffix == ".parquet":
         return "refcoco"
     if path.suffix not in (".json", ".jsonl"):
@@ -112,8 +117,12 @@ def recognise(path: Path) -> str:
     return recognise_row(next(rows, {}))
 
 
-def holds(folder: Path, pattern: str) -> bool:
-    return next(folder.glob(pattern), None) is not None
+def holds(folder: Path, pattern: str, found: Found | None) -> bool:
+    """Say whether a name lies in a folder or, after **/, anywhere below it."""
+    name = pattern.removeprefix("**/")
+    if name == pattern:
+        return next(folder.glob(name), None) is not None
+    return any(found.files_like(name)) or any(found.folders_like(name))
 
 
 def recognise_object(file: Path) -> str | None:

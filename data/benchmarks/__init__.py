@@ -39,7 +39,7 @@ from data.benchmarks.schema import Benchmark, Row
 from data.benchmarks.spar_bench import SPAR_BENCH, TINY
 from data.benchmarks.spatialrgpt_bench import SPATIALRGPT_BENCH
 from data.parquet import parquet_rows
-from data.rows import Bad, BadSource, MissingFile, records
+from data.rows import Bad, BadSource, MissingFile, look_below, records
 from data.sets.spar_marks import PHRASE
 from srreal import Example
 
@@ -141,8 +141,9 @@ def find_files(name: str, root) -> tuple[Path, list[Path]]:
             raise MissingFile(f"{name}: no such directory, nor a hub id: {root}")
         root = download(str(root), benchmark)
     # The first pattern that finds any: a folder may hold the set in two formats.
+    below = look_below(root)
     for pattern in benchmark.files:
-        if files := sorted(root.glob(pattern)):
+        if files := list(below.files_like(pattern.removeprefix("**/"))):
             return root, files
     raise MissingFile(f"{name}: no {' or '.join(benchmark.files)} in {root}")
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from data.benchmarks.answers import mra, read_number, read_text, robust
 from data.benchmarks.schema import TEST, Benchmark, Item, Row, averages, inside, mean, means
+from data.folders import walk
 from data.marks import DepthMap, Marked, opened
 from data.rows import Bad, BadSource, matches, pinhole, typed
 from data.sets.embodiedscan import SCANNET
@@ -85,7 +86,7 @@ def read(row: Row) -> Iterator[Item]:
 def region_prompts(folder: Path) -> dict:
     """Return SR-REAL's sparbench_region_prompts.json, by id, where it lies under the folder."""
     # It isn't part of the set, but is put beside it: in SR-REAL's repository it has this name.
-    file = next(folder.glob("**/sparbench_region_prompts.json"), None)
+    file = next(walk(folder).files_like("sparbench_region_prompts.json"), None)
     if file is None:
         return {}
     try:

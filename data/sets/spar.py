@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from data.marks import Marked
 from data.rows import (
     Bad,
     BadSource,
@@ -188,7 +189,8 @@ class Question:
             regions=[(mark.view, mark.pixels(shapes[mark.view])) for mark in masks],
             frame=0 if several and FIRST.search(question) else None,
         )
-        if not (self.scenes and marks):
+        in_files = all(isinstance(image, str) for image in images)
+        if not (self.scenes and marks and in_files):
             return [lor]
         # Centres go to both paths: on lor, they are only what eval compares with.
         # An estimated depth cannot tell what is hidden.
@@ -199,8 +201,10 @@ class Question:
         return [replace(lor, path=path, **truth) for path in ("lor", "dtr")]
 
 
-def intrinsics(image: str, shape: tuple[int, int], notes: Notes) -> tuple | None:
+def intrinsics(image: str | Marked, shape: tuple[int, int], notes: Notes) -> tuple | None:
     """Return (fx, fy, cx, cy) of the image's scene, or None where none fits its size."""
+    if isinstance(image, Marked):  # in the row itself, so beside no camera
+        return None
     scene = Path(image).absolute().parent.parent
     camera = matrix(scene / "intrinsic" / "intrinsic_color.txt")
     if camera is None:
