@@ -27,7 +27,7 @@ from srreal import Example, truth_kind
 
 TASKS_SHOWN = 10
 
-__all__ = ["SOURCES", "BadRows", "Loaded", "load", "read", "say"]
+__all__ = ["SOURCES", "BadRows", "Loaded", "load", "read", "say", "usable"]
 
 
 @dataclass
@@ -230,7 +230,8 @@ def print_counts(examples: list[Example]) -> None:
         # Many sets name no tasks.
         if list(counts) == [""]:
             continue
-        commonest = [f"{kind} {count}" for kind, count in counts.most_common(TASKS_SHOWN)]
+        shown = counts.most_common(TASKS_SHOWN)
+        commonest = [f"{kind or '(none)'} {count}" for kind, count in shown]
         rest = len(counts) - len(commonest)
         if rest:
             commonest.append(f"and {rest} more")

@@ -352,7 +352,12 @@ def questions(cfg: Config) -> list[Example]:
         raise UserError(
             f"--samples {cfg.samples} --words {least} {most}: at least 1, and least <= most"
         )
-    loaded = data.load(cfg.data, cfg.skip_bad_rows)
+    # Each once, however often it comes an epoch.
+    try:
+        loaded = {(e.id, e.path): e for e in data.load(cfg.data, cfg.skip_bad_rows)}.values()
+    except data.BadRows as bad:
+        told = bad.told(cfg.out)
+        raise UserError(f"{told}\n(--skip-bad-rows goes on without them)") from bad
     asked = [with_frame(e) for e in loaded if e.path in ("lor", "dtr")]
     examples = [e for e in asked if is_teachable(e, e.path)]
     left_out = len(asked) - len(examples)

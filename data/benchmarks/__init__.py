@@ -96,7 +96,7 @@ def load(name: str, root=None, path: str = "both", skip_bad_rows: bool = False) 
     if bad and not (skip_bad_rows and examples):
         raise BadRows(bad)
     if bad:
-        say_left_out(name, bad, total)
+        say(f"{name}: left out {BadRows(bad).summary(total)}")
     if not examples:
         missing = f"no task {task!r}" if task else "no rows"
         raise BadSource(f"{name}: {missing} in {folder}")
@@ -166,13 +166,6 @@ def rename_known(examples: list[Example], seen: set, number: int) -> None:
         if key in seen:
             example.id += f"#{number}"
         seen.add(key)
-
-
-def say_left_out(name: str, bad: list[tuple], total: int) -> None:
-    kinds = Counter(f"{field}: {reason.partition(':')[0]}" for *_, field, reason in bad)
-    counts = "; ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
-    rows = {(file, number) for file, number, _, _ in bad}
-    say(f"{name}: left out {len(rows)} of {total} rows: {counts}")
 
 
 def warn_of_count(name: str, folder: Path, total: int, examples: list[Example]) -> None:
