@@ -366,17 +366,20 @@ UNITS = {
     "mm": (1, 1000),
     "km": (1000, 1),
 }
-# Beyond DECIMAL, the sign may be U+2212, and commas may part the thousands: `1,000`, not `5,0`.
+UNIT = rf"(?:\s*((?ai:{'|'.join(UNITS)})))?(?:(?<!\.)\.)?"
+UNSIGNED = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
+# `5`, `5 m`, `5.` and `5 m.`, but not `5..`; unlike a centre's, its sign may be U+2212.
+QUANTITY = re.compile(rf"([+\u2212-]?{UNSIGNED}){UNIT}")
+# An answer that is nothing else may part the thousands by commas: `1,000`, but not `5,0`.
 GROUPED = r"[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]*)?"
-NUMERAL = rf"[+\u2212-]?(?:{GROUPED}|[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
-# `5`, `5 m`, `5.` and `5 m.`, but not `5..`
-QUANTITY = re.compile(rf"({NUMERAL})(?:\s*((?ai:{'|'.join(UNITS)})))?(?:(?<!\.)\.)?")
+NUMERAL = rf"[+\u2212-]?(?:{GROUPED}|{UNSIGNED})"
+NUMBER = re.compile(rf"({NUMERAL}){UNIT}")
 # What may stand around the number of a truth: one word before it and one behind. An answer has to
 # do without, or it could hedge.
 BEFORE = "about|around|approximately|roughly|nearly|almost|~|≈"
 BEHIND = "away|apart|far|wide|tall|high|long|deep|thick|across"
-TRUE_QUANTITY = re.compile(
-    rf"(?:(?ai:{BEFORE})\s*)?(?P<number>{QUANTITY.pattern})(?:\s+(?ai:{BEHIND})\.?)?"
+TRUE_NUMBER = re.compile(
+    rf"(?:(?ai:{BEFORE})\s*)?(?P<number>{NUMBER.pattern})(?:\s+(?ai:{BEHIND})\.?)?"
 )
 # direction of a camera motion -> (axis, sign)
 DIRECTIONS = {
@@ -440,7 +443,7 @@ def true_letter(truth: str) -> str | None:
 
 def as_answer(truth: str) -> str:
     """Return a truth as an answer has to say it: `2.4 meters` of `about 2.4 meters away`."""
-    match = TRUE_QUANTITY.fullmatch(truth.strip())
+    match = TRUE_NUMBER.fullmatch(truth.strip())
     if match is None or match["number"] == truth.strip():
         return truth
     return match["number"]
@@ -448,7 +451,7 @@ def as_answer(truth: str) -> str:
 
 def number(text: str) -> float:
     """Read one decimal number with at most a unit behind it, in metres; nan for anything else."""
-    match = QUANTITY.fullmatch(text.strip())
+    match = NUMBER.fullmatch(text.strip())
     if not match:
         return math.nan
     numeral, unit = match.groups()

@@ -4,6 +4,7 @@ A set is often linked together from several disks. What is skipped is said in on
 """
 
 import fnmatch
+import heapq
 import os
 import re
 from collections.abc import Iterator
@@ -46,82 +47,95 @@ def like(paths: list[str], patterns: tuple[str, ...]) -> Iterator[Path]:
             yield Path(path)
 
 
-def walk(folder: Path) -> Found:
+def walk(folder: Path, without: tuple[str, ...] = ()) -> Found:
     """Return all that lies below a folder, whichever way a link leads to it.
 
     What is reached in several ways is found once: where it really lies, if that is below `folder`.
-    A link to a folder that it lies in itself leads nowhere new.
+    A link to a folder that it lies in itself leads nowhere new. without: names of folders that
+    aren't looked into, as they hold millions of images.
     """
-    found = Found()
-    seen: set[str] = set()  # real paths of folders, and of files that links lead to
-    links = look_into(str(folder), found, seen)
+    walker = Walker(without)
+    walker.look_into(str(folder))
     # Links come last, as what they lead to may lie here as well; and those to files behind those to
     # folders, for the same reason.
-    to_files = []
-    while links:
-        links.sort(reverse=True)
-        link = links.pop()
-        if os.path.isdir(link):
-            links += follow(link, found, seen)
-        else:
-            to_files.append(link)
-    for link in to_files:
-        add_file(link, found, seen)
+    while walker.folder_links:
+        walker.follow(heapq.heappop(walker.folder_links))
+    for link in sorted(walker.file_links):
+        walker.add_file(link)
+    found = walker.found
     for paths in (found.files, found.folders, found.leftovers, found.dead_links):
         paths.sort(key=by_parts)
     return found
 
 
-def look_into(folder: str, found: Found, seen: set) -> list[str]:
-    """Add what lies in a folder and below to `found`; return the links on the way."""
-    links = []
-    folders = [folder]
-    seen.add(os.path.realpath(folder))
-    while folders:
-        folder = folders.pop()
-        try:
-            entries = list(os.scandir(folder))
-        except OSError as error:
-            raise UserError(f"{folder}: {error.strerror}") from error
-        # Asking for the folder's alone is quicker than for that of each file.
-        real_folder = os.path.realpath(folder)
-        for entry in entries:
-            real = os.path.join(real_folder, entry.name)
-            if LEFTOVER.fullmatch(entry.name):
-                found.leftovers.append(entry.path)
-            elif entry.is_symlink():
-                links.append(entry.path)
-            elif not entry.is_dir():
-                found.files.append(entry.path)
-            elif real not in seen:
-                seen.add(real)
-                found.folders.append(entry.path)
-                folders.append(entry.path)
-    return links
+class Walker:
+    """A walk under way."""
 
+    def __init__(self, without: tuple[str, ...]):
+        self.without = without
+        self.found = Found()
+        self.seen: set[str] = set()  # real paths of folders, and of files that links lead to
+        self.folder_links: list[str] = []  # a heap: the first by name goes first
+        self.file_links: list[str] = []
 
-def follow(link: str, found: Found, seen: set) -> list[str]:
-    """Look into the folder that a link leads to, unless it was found; return the links in it."""
-    real = os.path.realpath(link)
-    here = os.path.realpath(os.path.dirname(link))
-    if real in seen or os.path.commonpath([real, here]) == real:
-        return []
-    found.folders.append(link)
-    return look_into(link, found, seen)
+    def look_into(self, folder: str) -> None:
+        """Add what lies in a folder and below, and keep the links for later."""
+        folders = [folder]
+        self.seen.add(os.path.realpath(folder))
+        while folders:
+            folder = folders.pop()
+            try:
+                entries = list(os.scandir(folder))
+            except OSError as error:
+                raise UserError(f"{folder}: {error.strerror}") from error
+            # Asking for the folder's alone is quicker than for that of each file.
+            real_folder = os.path.realpath(folder)
+            for entry in entries:
+                if LEFTOVER.fullmatch(entry.name):
+                    self.found.leftovers.append(entry.path)
+                elif entry.is_symlink():
+                    self.keep_link(entry)
+                elif not entry.is_dir():
+                    self.found.files.append(entry.path)
+                elif self.enter(entry.path, os.path.join(real_folder, entry.name)):
+                    folders.append(entry.path)
 
+    def keep_link(self, entry: os.DirEntry) -> None:
+        if entry.is_dir():
+            heapq.heappush(self.folder_links, entry.path)
+        else:
+            self.file_links.append(entry.path)
 
-def add_file(link: str, found: Found, seen: set) -> None:
-    """Add the file that a link leads to, unless it was found under its own name."""
-    real = os.path.realpath(link)
-    if not os.path.exists(real):
-        found.dead_links.append(link)
-        return
-    # Where downloads are kept by their hashes, only the links have the files' endings.
-    has_ending = os.path.splitext(real)[1] == os.path.splitext(link)[1]
-    if real in seen or (has_ending and os.path.dirname(real) in seen):
-        return
-    seen.add(real)
-    found.files.append(link)
+    def enter(self, folder: str, real: str) -> bool:
+        """Add a folder that wasn't found before; return whether it is to be looked into."""
+        if real in self.seen:
+            return False
+        self.found.folders.append(folder)
+        if os.path.basename(folder) in self.without:
+            return False
+        self.seen.add(real)
+        return True
+
+    def follow(self, link: str) -> None:
+        """Look into the folder that a link leads to."""
+        real = os.path.realpath(link)
+        here = os.path.realpath(os.path.dirname(link))
+        leads_up = os.path.commonpath([real, here]) == real
+        if not leads_up and self.enter(link, real):
+            self.look_into(link)
+
+    def add_file(self, link: str) -> None:
+        """Add the file that a link leads to, unless it was found under its own name."""
+        real = os.path.realpath(link)
+        if not os.path.exists(real):
+            self.found.dead_links.append(link)
+            return
+        # Where downloads are kept by their hashes, only the links have the files' endings.
+        same_ending = os.path.splitext(real)[1] == os.path.splitext(link)[1]
+        if real in self.seen or (same_ending and os.path.dirname(real) in self.seen):
+            return
+        self.seen.add(real)
+        self.found.files.append(link)
 
 
 def by_parts(path: str) -> list[str]:

@@ -142,24 +142,26 @@ def each(path: Path, suffixes: tuple, build: Callable) -> Iterator[Row]:
                 yield broken(file, number, error)
 
 
-def files_of(path: Path, suffixes: tuple, notes: Notes | None = None) -> list[Path]:
+def files_of(
+    path: Path, suffixes: tuple, notes: Notes | None = None, without: tuple[str, ...] = ()
+) -> list[Path]:
     """Return the file itself, or all such files in a folder, in order of their names.
 
-    With notes, those of val and test splits are left out and counted.
+    With notes, those of val and test splits are left out and counted. without: as in folders.walk.
     """
     if path.is_file():
         found = [path]
     else:
-        found = list(look_below(path).files_like(*[f"*{suffix}" for suffix in suffixes]))
+        found = list(look_below(path, without).files_like(*[f"*{suffix}" for suffix in suffixes]))
     if not found:
         raise MissingFile(f"{path}: no {' or '.join(suffixes)} in this folder")
     # Readers whose sets come without splits pass no notes.
     return found if notes is None else training(path, found, notes)
 
 
-def look_below(path: Path) -> Found:
+def look_below(path: Path, without: tuple[str, ...] = ()) -> Found:
     """Return what lies below a folder; a line says what there is no data."""
-    below = walk(path)
+    below = walk(path, without)
     skipped = leftovers_line(path, below)
     if skipped:
         say(skipped)

@@ -90,15 +90,19 @@ def open_source(source: str) -> Iterator[Row]:
 def recognise(path: Path) -> str:
     """Return the kind of a path that says none."""
     if path.is_dir():
-        found = None
-        for kind, source in SOURCES.items():
-            for pattern in source.folder:
-                # What lies in the folder itself is tried without a look at all that lies below.
-                if "/" in pattern and found is None:
-                    found = walk(path)
-                if holds(path, pattern, found):
-                    return kind
-        path = next((found or walk(path)).files_like("*.json*"), path)
+        # What lies in the folder itself is tried before a look at all that lies below, and folders
+        # of images last.
+        found = Found()
+        for look in (None, ("images",), ()):
+            if look is not None:
+                found = walk(path, without=look)
+            kind = recognise_folder(path, found)
+            if kind is not None:
+                return kind
+            rows = next(found.files_like("*.json*"), None)
+            if rows is not None:
+                path = rows
+                break
     if path.suffix == ".parquet":
         return "refcoco"
     if path.suffix not in (".json", ".jsonl"):
@@ -117,7 +121,14 @@ def recognise(path: Path) -> str:
     return recognise_row(next(rows, {}))
 
 
-def holds(folder: Path, pattern: str, found: Found | None) -> bool:
+def recognise_folder(path: Path, found: Found) -> str | None:
+    for kind, source in SOURCES.items():
+        if any(holds(path, pattern, found) for pattern in source.folder):
+            return kind
+    return None
+
+
+def holds(folder: Path, pattern: str, found: Found) -> bool:
     """Say whether a name lies in a folder or, after **/, anywhere below it."""
     name = pattern.removeprefix("**/")
     if name == pattern:

@@ -135,7 +135,7 @@ def robust(response: str, example: Example) -> float | None:
     if truth in tuple(LETTERS):
         letter = read_choice(response, example.question)
         return None if letter is None else float(letter == truth)
-    if math.isfinite(number(truth)):
+    if QUANTITY.fullmatch(truth) and math.isfinite(number(truth)):
         value = read_number(response, example.question)
         true = read_number(truth, example.question)
         return None if value is None else float(math.isclose(value, true, abs_tol=1e-9))

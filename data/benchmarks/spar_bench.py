@@ -28,7 +28,7 @@ from data.sets.embodiedscan import SCANNET
 from data.sets.found_marks import find_marks
 from data.sets.regions import FIELDS, placed
 from data.sets.spar_marks import insert_masks
-from srreal import Example, motion, number
+from srreal import QUANTITY, Example, motion
 
 KINDS = ("oc", "oo", "oc_mv", "oo_mv")  # object to camera, object to object; _mv: several views
 LOW = [f"depth_prediction_{kind}" for kind in KINDS]
@@ -225,7 +225,7 @@ def robust_mra(response: str, example: Example) -> float | None:
             return None
         pairs = zip(axes, motion(example.answer), strict=True)
         return mean(mra(value, true, SLACK) for value, true in pairs)
-    if example.task in LOW and math.isfinite(number(example.answer)):
+    if example.task in LOW and QUANTITY.fullmatch(example.answer.strip()):
         value = read_number(response, example.question)
         true = read_number(example.answer, example.question)
         return None if value is None else mra(value, true, SLACK)

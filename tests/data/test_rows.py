@@ -166,6 +166,16 @@ def test_a_benchmark_may_be_linked_together(tmp_path):
 # ---- Rows
 
 
+def test_folders_of_images_are_not_looked_into_where_a_set_says_so(tmp_path):
+    for name in ("a/images/deep/1.jsonl", "a/images.jsonl"):
+        write(tmp_path / name)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "images").symlink_to(tmp_path / "a")
+    found = walk(tmp_path, without=("images",))
+    assert [os.path.relpath(path, tmp_path) for path in found.files] == ["a/images.jsonl"]
+    assert len(found.folders) == 3
+
+
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 def test_blank_lines_pass_and_count(tmp_path, end, mark):

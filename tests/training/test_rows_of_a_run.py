@@ -68,12 +68,12 @@ def test_the_whole_list_of_bad_rows_lies_beside_the_run(tmp_path, tiny_home):
     several = ("--data", bad_rows(tmp_path / "many", 1000), "--data", good)
     ended = start(*command, *several, "--out", tmp_path / "out")
     few = start(*command, "--data", bad_rows(tmp_path / "few", 2), "--out", tmp_path / "none")
-    said = "".join(ended.communicate(timeout=TIMEOUT))
+    said = ended.communicate(timeout=TIMEOUT)[0]
     assert ended.returncode == 2 and len(said.splitlines()) < 12
     assert "1000 x row: unreadable" in said and "--skip-bad-rows" in said
     assert f"the whole list is in {tmp_path}/out/bad_rows.txt" in said
     assert len((tmp_path / "out" / "bad_rows.txt").read_text().splitlines()) == 1000
-    assert "2 rows cannot be used" in "".join(few.communicate(timeout=TIMEOUT))
+    assert "2 rows cannot be used" in few.communicate(timeout=TIMEOUT)[0]
     assert few.returncode == 2 and not (tmp_path / "none").exists()  # all of it was said
 
 
