@@ -102,6 +102,7 @@ def examples_of(rows: list[Row], more: Callable | None) -> tuple[Loaded, set[str
     loaded = Loaded(rows=len(rows))
     used = set()
     known = Known()
+    seen = set()
     with ThreadPoolExecutor() as pool:
         # In a pool, as some rows look things up in depth maps.
         made = pool.map(partial(make_examples, headers=headers), rows)
@@ -116,7 +117,8 @@ def examples_of(rows: list[Row], more: Callable | None) -> tuple[Loaded, set[str
                 else:
                     examples[place] = before
             for example in fresh:
-                problems += check(example, headers, set())
+                seen.discard((example.id, example.path))  # `known` has named it, with both places
+                problems += check(example, headers, seen)
             if more is not None and not problems:
                 for example in fresh:
                     problems += more(example)

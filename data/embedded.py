@@ -2,11 +2,14 @@
 
 import base64
 import binascii
+import io
 import os
 import re
 from urllib.parse import unquote_to_bytes
 
-from data.marks import Marked, opened
+from PIL import Image
+
+from data.marks import Marked
 from data.rows import Bad
 
 # data:image/png;base64,iVBOR...
@@ -37,7 +40,7 @@ def decode(text: str, header: str, field: str) -> Marked:
             raise Bad(field, f"broken data URI: {about(text)}: {error}") from error
     try:
         # Of a PNG this also checks that all of it is there.
-        opened(content).verify()
+        Image.open(io.BytesIO(content)).verify()
     except Exception as error:  # Pillow raises all sorts on bad bytes
         reason = f"{type(error).__name__}" if len(str(error)) > 80 else error
         raise Bad(field, f"broken data URI: {about(text)}: {reason}") from error
