@@ -75,6 +75,9 @@ def parse_row(row: dict) -> OwnRow:
     unknown = [name for name in row if name not in OwnRow.model_fields]
     # Not left to pydantic, which stops at a name with half a surrogate pair; ascii prints it, too.
     problems = [(ascii(name)[1:-1], "unknown field") for name in unknown]
+    # Only a question without reasoning can be about no image.
+    if "images" not in row and row.get("path") != "direct":
+        problems.append(("images", "missing"))
     known = {name: value for name, value in row.items() if name not in unknown}
     try:
         parsed = OwnRow.model_validate(known)

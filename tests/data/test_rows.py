@@ -270,9 +270,10 @@ def test_rows_of_text_alone_are_for_path_direct(tmp_path):
         [write(tmp_path / "rows.jsonl", own(), text, text | {"id": "u", "images": []})]
     )
     assert [len(e.images) for e in read] == [1, 0, 0]
-    file = write(tmp_path / "rows.jsonl", text | {"path": "lor"})
-    with pytest.raises(data.BadRows, match="images: no image, on path lor"):
-        data.load([file])
+    for change, why in (({}, "images: missing"), ({"images": []}, "images: no image, on path lor")):
+        file = write(tmp_path / "rows.jsonl", text | {"path": "lor"} | change)
+        with pytest.raises(data.BadRows, match=why):
+            data.load([file])
     file = write(tmp_path / "rows.jsonl", text | {"question": "<image> what?"})
     with pytest.raises(data.BadRows, match="<image> count: 1 for 0"):
         data.load([file])
