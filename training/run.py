@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import data
 import plan
+from argv import join_repeated
 from errors import UserError
 from model.processor import Processor
 from srreal import Example
@@ -38,11 +39,12 @@ def launch(main: Callable, config: type) -> None:
     """
     name = Path(sys.argv[0]).name
     description = sys.modules[main.__module__].__doc__.split("\n\n")[0]
-    cfg = tyro.cli(config, prog=name, description=description)
+    args = join_repeated(sys.argv[1:], config)
+    cfg = tyro.cli(config, prog=name, description=description, args=args)
     try:
         main(cfg)
     except data.BadRows as bad:
-        end(f"{name}: {bad}\n(--skip-bad-rows goes on without them)", 2)
+        end(f"{name}: {bad.told(cfg.out)}\n(--skip-bad-rows goes on without them)", 2)
     except UserError as error:
         end(f"{name}: {error}", 2)
     except KeyboardInterrupt:
@@ -127,16 +129,18 @@ def load_data(cfg, more: Callable | None = None) -> tuple[list[Example], list[Ex
 
     more: example -> [(field, reason)], what else makes a row unusable, as in data.load.
     """
-    sets: list[list[Example]] = []
+    sets = []
     bad = []
     for sources in (cfg.data, cfg.eval_data):
-        try:
-            sets.append(data.load(sources, cfg.skip_bad_rows, more) if sources else [])
-        except data.BadRows as error:
-            bad.extend(error.rows)
-    if bad:
-        raise data.BadRows(list(dict.fromkeys(bad)))
-    training, validation = sets
+        loaded = data.read(sources, more) if sources else data.Loaded()
+        sets.append(loaded)
+        bad += loaded.bad
+    bad = data.BadRows(list(dict.fromkeys(bad)))
+    if bad.rows and not cfg.skip_bad_rows:
+        raise bad
+    training, validation = [data.usable(loaded, cfg.skip_bad_rows) for loaded in sets]
+    if bad.rows:
+        ranks.say(bad.write(cfg.out))
     if not training:
         raise UserError("no row is left to train on: see what --data takes")
     return training, validation
