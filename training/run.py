@@ -6,7 +6,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -148,14 +148,14 @@ def load_data(cfg, more: Callable | None = None) -> tuple[list[Example], list[Ex
 def load_processor(
     source: str,
     cfg,
-    examples: list[Example],
+    examples: Sequence[Example] = (),
     learning: tuple[str, ...] = (),
     head: bool = False,
 ) -> Processor:
     """Return the checkpoint's processor, with the workers that read images ahead.
 
-    Parts of the model that the examples use, though they never learnt, are named; but for those
-    that are learning (prefixes of their tensors). head: whether the 3D head is read.
+    Parts of the model that the examples use though they never learnt are named, but for those that
+    are learning now (prefixes of their tensors). head: whether the 3D head is read.
 
     --workers None: on CUDA a rank's share of the cores but one, at most 8; on a CPU, which
     computes, 0.
@@ -167,8 +167,9 @@ def load_processor(
     processor = Processor.from_pretrained(
         source, max_pixels=cfg.max_pixels, regions=cfg.regions, workers=workers or 0
     )
-    for sentence in processor.untrained_parts(examples, learning, head):
-        ranks.say(sentence)
+    if examples:
+        for sentence in processor.untrained_parts(examples, learning, head):
+            ranks.say(sentence)
     return processor
 
 
