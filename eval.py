@@ -547,8 +547,11 @@ def main(config: Config) -> dict | None:
     """Return the summary; None on all ranks but 0."""
     examples = questions(config)
     rank, _, device = ranks.start_ranks()
-    processor = run.load_processor(config.model, config)
-    model = load_model(config.model, device)
+    shown = examples
+    if config.blind or not config.depth:
+        shown = [replace(example, depths=None) for example in examples]
+    processor = run.load_processor(config.model, config, shown, (), True)  # the head is read
+    model = load_model(config.model, device, None, 0, config.regions)
 
     # File -> the settings that its questions are asked with, and the questions.
     runs = {PREDICTIONS: (config, examples)}

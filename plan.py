@@ -49,7 +49,7 @@ from transformers import AutoConfig
 
 from errors import UserError
 from model.families import DecoderSizes, VisionSizes
-from model.files import read_config
+from model.files import checkpoint_of, read_config
 from model.lora import LORA_RANK, learn
 from model.qwen_vl import QwenVL
 
@@ -369,7 +369,7 @@ def check(cfg: Config) -> None:
 
 def read(model: str):
     """Return transformers' config object of a directory or hub id."""
-    folder = Path(model)
+    folder = Path(checkpoint_of(model))
     if folder.is_dir():
         return read_config(folder)
     try:

@@ -571,7 +571,7 @@ def main(cfg: Config) -> None:
     exam = validation_prompts(held_out, cfg.eval_limit)
     exam_paths = sorted({example.path for example in held_out})
 
-    processor = run.load_processor(str(checkpoint or cfg.model), cfg)
+    processor = run.load_processor(str(checkpoint or cfg.model), cfg, examples)
     sizes = plan_sizes(cfg, processor, examples)
     settings = run.resolve_auto_settings(cfg, processor.config, device, world, **sizes)
     policy = load_policy(cfg.model, cfg, device, world, settings, samples=True)

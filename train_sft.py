@@ -39,7 +39,7 @@ from torch import Tensor
 
 from model.batch import Batch
 from model.head3d import head_loss
-from model.lora import LORA_RANK
+from model.lora import LORA_RANK, TRAIN
 from model.processor import Processor
 from model.qwen_vl import Output, QwenVL
 from srreal import PATHS, Example, target
@@ -311,7 +311,8 @@ def main(cfg: Config) -> None:
     examples, held_out = run.load_data(cfg, why_not_trainable)
     sampler = Sampler(examples, cfg, rank, world)
 
-    processor = run.load_processor(str(checkpoint or cfg.model), cfg)
+    source = str(checkpoint or cfg.model)
+    processor = run.load_processor(source, cfg, examples, TRAIN[cfg.train])
     settings = run.resolve_auto_settings(
         cfg, processor.config, device, world, prompts=0, group=1, new_tokens=256, kl=0.0
     )

@@ -234,7 +234,7 @@ def written(cfg):
 
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans for every new shape
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = QwenVL.from_pretrained(cfg.expert, device)
+    model = QwenVL.from_pretrained(cfg.expert, device, regions=cfg.regions)
     processor = Processor.from_pretrained(
         cfg.expert, max_pixels=cfg.max_pixels, regions=cfg.regions
     )

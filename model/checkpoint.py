@@ -20,7 +20,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 
@@ -32,11 +32,26 @@ from torch import Tensor
 
 from errors import UserError
 from model import lora
-from model.files import CheckpointError, copy_files, read_json, read_tokenizer, retired
+from model.files import (
+    WEIGHTS,
+    CheckpointError,
+    copy_files,
+    note,
+    read_config,
+    read_json,
+    read_tokenizer,
+    retired,
+    save_tokenizer,
+    set_vocab_size,
+)
 
-SPATIAL = ("region.", "points.", "head3d.")
+# Our extra parts, by the prefix of their tensors.
+PARTS = {"region": "region token", "points": "point map", "head3d": "3D head"}
+SPATIAL = tuple(f"{part}." for part in PARTS)
 SHARD_BYTES = 4_000_000_000
 INDEX = "model.safetensors.index.json"
+EMBEDDING = "decoder.embed_tokens.weight"
+HEAD = "lm_head.weight"
 # Longest first; `model.` alone is the older layout's decoder.
 PREFIXES = (
     ("model.language_model.", "decoder."),
@@ -48,10 +63,43 @@ PREFIXES = (
 # What a save may write. An old file of these must not stand beside the new ones: a reader might
 # prefer it.
 WRITTEN_BY_SAVE = re.compile(
-    r"(model(-\d+-of-\d+)?|spatial)\.safetensors(\.index\.json)?|chat_template\.\w+|merges\.txt"
+    r"(model(-\d+-of-\d+)?|spatial)\.safetensors(\.index\.json)?|merges\.txt"
+    r"|chat_template\.\w+|additional_chat_templates"
     r"|((generation|\w*processor|tokenizer)_)?config\.json"
     r"|(tokenizer|vocab|added_tokens|special_tokens_map)\.json"
 )
+
+
+@dataclass
+class SpatialRecord:
+    """What is on record of a checkpoint's extra parts, in spatial.safetensors' metadata."""
+
+    # How it was trained to read regions: token or text; None: it never was, or isn't known.
+    regions: str | None = None
+    # Names of PARTS that have learnt; None: not known, of an older file.
+    trained: set[str] | None = field(default_factory=set)
+
+    @classmethod
+    def read(cls, directory: Path) -> "SpatialRecord":
+        """Read a checkpoint's record; without extra weights nothing has learnt."""
+        path = directory / "spatial.safetensors"
+        if not path.is_file():
+            return cls()
+        with open_tensors(path) as file:
+            metadata = file.metadata() or {}
+        trained = metadata.get("trained")
+        if trained is not None:
+            trained = set(filter(None, trained.split(",")))
+        return cls(metadata.get("regions"), trained)
+
+    def metadata(self) -> dict[str, str]:
+        """Return what safetensors writes of it."""
+        metadata = {"points": "metric"}
+        if self.regions is not None:
+            metadata["regions"] = self.regions
+        if self.trained is not None:
+            metadata["trained"] = ",".join(sorted(self.trained))
+        return metadata
 
 
 @dataclass
@@ -61,6 +109,7 @@ class Origin:
     directory: Path
     names: dict[str, str]
     dtypes: dict[str, torch.dtype]
+    record: SpatialRecord = field(default_factory=SpatialRecord)
 
 
 # ---- Names
@@ -101,35 +150,61 @@ def open_tensors(path: Path) -> Iterator:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """List the files that hold the published weights: those of the index, else the single one."""
+    """List the files that hold the weights, as transformers does: the single one before an index.
+
+    What else lies there and looks like weights is named.
+    """
     names = ["model.safetensors"]
-    if (directory / INDEX).is_file():
+    if not (directory / names[0]).is_file() and (directory / INDEX).is_file():
         places = read_json(directory / INDEX, "weight_map").values()
         names = sorted({str(name) for name in places})
+    others = other_weights(directory, names)
     missing = [name for name in names if not (directory / name).is_file()]
+    if others and missing == ["model.safetensors"]:
+        remedy = "load it in transformers and save it again with save_pretrained()"
+        if others[0].endswith(".safetensors"):
+            remedy = f"copy {INDEX} too, which says what they are"
+        raise CheckpointError(
+            f"{directory}: no model.safetensors, and {', '.join(others)} can't be read; {remedy}"
+        )
     if missing:
         raise CheckpointError(
             f"{directory}: {missing[0]} is missing ({len(missing)} of {len(names)} files);"
             " copy it again"
         )
+    if others:
+        note(f"{directory}: {names[0]} is read; not {', '.join(others)}")
     return [directory / name for name in names]
 
 
-def read_weights(directory: Path, tied: bool) -> tuple[dict[str, Tensor], Origin]:
-    """Read the published weights by our names; on a CPU they are the file's own pages.
+def other_weights(directory: Path, names: list[str]) -> list[str]:
+    """List the files beside those named that look like weights."""
+    known = {*names, "spatial.safetensors"}
+    if names != ["model.safetensors"]:
+        known.add(INDEX)
+    others = []
+    for path in sorted(directory.iterdir()):
+        if path.name.endswith(WEIGHTS) and path.name not in known:
+            others.append(path.name)
+    return others
 
-    tied: the head is the embedding, so one that stands in the file as well is left out.
-    """
+
+def read_weights(directory: Path) -> tuple[dict[str, Tensor], Origin]:
+    """Read the published weights by our names; on a CPU they are the file's own pages."""
     weights = {}
-    origin = Origin(directory.absolute(), {}, {})
+    origin = Origin(directory.absolute(), {}, {}, SpatialRecord.read(directory))
     for path in weight_files(directory):
         with open_tensors(path) as file:
             for name_on_disk in file.keys():  # noqa: SIM118 (not a dict)
                 name = rename(name_on_disk)
-                is_repeated = tied and name == "lm_head.weight"
                 # The rotary frequencies follow from the config.
-                if is_repeated or name.endswith("rotary_emb.inv_freq"):
+                if name.endswith("rotary_emb.inv_freq"):
                     continue
+                if name in weights:
+                    raise CheckpointError(
+                        f"{path}: {name_on_disk} and {origin.names[name]} are one tensor's names;"
+                        " delete one of them"
+                    )
                 tensor = file.get_tensor(name_on_disk)
                 if not tensor.is_floating_point() or tensor.element_size() < 2:
                     kind = str(tensor.dtype).removeprefix("torch.")
@@ -140,6 +215,42 @@ def read_weights(directory: Path, tied: bool) -> tuple[dict[str, Tensor], Origin
                 origin.names[name] = name_on_disk
                 origin.dtypes[name] = tensor.dtype
     return weights, origin
+
+
+def tie_head(weights: dict[str, Tensor], origin: Origin, tied: bool) -> bool:
+    """Return whether the head is the embedding, as transformers decides it.
+
+    tied: what config.json says. It counts unless the file has both, and they differ. A tied head is
+    left out; where it stands alone, it is the embedding.
+    """
+    if not tied or HEAD not in weights:
+        return tied
+    if EMBEDDING not in weights:
+        weights[EMBEDDING] = weights.pop(HEAD)
+        origin.names[EMBEDDING] = origin.names.pop(HEAD)
+        origin.dtypes[EMBEDDING] = origin.dtypes.pop(HEAD)
+        return True
+    if torch.equal(weights[HEAD], weights[EMBEDDING]):
+        for table in (weights, origin.names, origin.dtypes):
+            del table[HEAD]
+        return True
+    note(
+        f"{origin.directory}: config.json ties the head to the embedding, but the weights have"
+        " another one: it is used and saved, as in transformers"
+    )
+    return False
+
+
+def grow_vocabulary(weights: dict[str, Tensor], rows: int) -> None:
+    """Give embedding and head new rows up to `rows`: the mean of the old ones.
+
+    So a new token's logit is the mean logit, and the others' log-probs stay as good as they are.
+    """
+    for name in (EMBEDDING, HEAD):
+        if name in weights:
+            old = weights[name]
+            mean = old.float().mean(0, keepdim=True).to(old.dtype)
+            weights[name] = torch.cat((old, mean.expand(rows - len(old), -1)))
 
 
 def read_spatial(directory: Path) -> dict[str, Tensor]:
@@ -168,19 +279,32 @@ def check_weights(
     if not spatial:
         missing = [name for name in missing if not name.startswith(SPATIAL)]
     # All names are compared before any shape: a wrong config.json shows in the names.
-    for what, names in (("lacks", missing), ("has the unknown tensor", surplus)):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise CheckpointError(
-                f"{directory}: the checkpoint {what} {on_disk(names[0])}{more};"
-                " is config.json of these weights?"
-            )
+    if missing == [HEAD]:
+        raise CheckpointError(
+            f"{directory}: the checkpoint lacks {HEAD}, and config.json does not tie the head to"
+            " the embedding; is its tie_word_embeddings of these weights?"
+        )
+    if missing:
+        raise CheckpointError(
+            f"{directory}: the checkpoint lacks {listed(missing)}; is config.json of these weights?"
+        )
+    if surplus:
+        raise CheckpointError(
+            f"{directory}: the checkpoint has the unknown tensor {listed(surplus)}, which a save"
+            " would drop; is config.json of these weights?"
+        )
     for name, tensor in weights.items():
         if tensor.shape != wanted[name]:
             raise CheckpointError(
                 f"{directory}: {on_disk(name)} is {tuple(tensor.shape)},"
                 f" config.json wants {tuple(wanted[name])}"
             )
+
+
+def listed(names: list[str]) -> str:
+    """Name the first tensor as the files do, and how many there are beside it."""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return on_disk(names[0]) + more
 
 
 # ---- Saving
@@ -201,6 +325,11 @@ def save(directory: str | Path, weights: dict[str, Tensor], origin: Origin, proc
         raise CheckpointError(
             f"{directory}: exists and holds no checkpoint; save to another directory"
         )
+    if (directory / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{directory}: holds an adapter, which would be taken for one of the new weights;"
+            " save to another directory"
+        )
     aside = directory.with_name(f".{directory.name}.tmp")
     # What a killed save left behind.
     shutil.rmtree(aside, ignore_errors=True)
@@ -220,6 +349,7 @@ def write(directory: Path, weights: dict[str, Tensor], origin: Origin, processor
     weights are whole tensors by our names. The files beside them are the origin's and, where a
     processor is given, its settings.
     """
+    rows = len(weights[EMBEDDING])
     if processor is not None:
         processor.save(directory)
     else:
@@ -227,8 +357,11 @@ def write(directory: Path, weights: dict[str, Tensor], origin: Origin, processor
         # As a processor would, with <mask>. Where there is no tokenizer, or no room, the files stay
         # as they are.
         with suppress(UserError):
-            rows = len(weights["decoder.embed_tokens.weight"])
-            read_tokenizer(origin.directory, rows).save_pretrained(directory)
+            tokenizer, needed = read_tokenizer(origin.directory, rows)
+            if needed == rows:
+                save_tokenizer(tokenizer, directory)
+    if read_config(directory).get_text_config().vocab_size != rows:
+        set_vocab_size(directory, rows)
     # Each tensor in the dtype that it had on disk; what came with adapters, or was trained in fp32,
     # is rounded here and nowhere else.
     spatial = {}
@@ -239,8 +372,16 @@ def write(directory: Path, weights: dict[str, Tensor], origin: Origin, processor
         elif name in origin.names:
             tensor = tensor.to("cpu", origin.dtypes[name])
             published[origin.names[name]] = tensor.contiguous()
-    save_file(spatial, directory / "spatial.safetensors", metadata={"points": "metric"})
+    save_tensors(spatial, directory / "spatial.safetensors", origin.record.metadata())
     write_shards(published, directory)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict | None = None) -> None:
+    """Write a safetensors file with the permissions that the umask gives; its own are 0600."""
+    save_file(tensors, path, metadata=metadata)
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
 
 
 def write_shards(tensors: dict[str, Tensor], directory: Path) -> None:
@@ -254,7 +395,7 @@ def write_shards(tensors: dict[str, Tensor], directory: Path) -> None:
     )
     for file, names in split.filename_to_tensors.items():
         shard = {name: tensors[name] for name in names}
-        save_file(shard, directory / file, metadata={"format": "pt"})
+        save_tensors(shard, directory / file, {"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True))

@@ -5,13 +5,17 @@ What is missing or torn in them is the user's to mend, and ends in one line that
 
 import json
 import shutil
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import huggingface_hub
 from transformers import AddedToken, AutoConfig, AutoTokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.processing_utils import ProcessorMixin
 
 from errors import UserError
-from model.families import DecoderSizes
+from model.families import DecoderSizes, VisionSizes
 
 WEIGHTS = (
     ".safetensors",
@@ -24,6 +28,9 @@ WEIGHTS = (
     ".msgpack",
     ".onnx",
 )
+TEMPLATE_FOLDER = "additional_chat_templates"
+# Rows that the embedding grows to a multiple of, where <mask> needs one.
+ROW_MULTIPLE = 64
 
 
 class CheckpointError(UserError, ValueError):
@@ -34,9 +41,13 @@ class CheckpointError(UserError, ValueError):
 
 
 def resolve(source: str) -> Path:
-    """Return a local directory as it is, else a hub id's snapshot (downloaded on first use)."""
-    directory = Path(source)
+    """Return a local directory as it is, else a hub id's snapshot (downloaded on first use).
+
+    A run's directory means its newest whole checkpoint.
+    """
+    directory = Path(checkpoint_of(source))
     if directory.is_dir():
+        check_readable(directory)
         return directory
     # A save was killed between its two renames.
     if retired(directory).is_dir():
@@ -55,6 +66,78 @@ def resolve(source: str) -> Path:
             f"{source}: no such directory, and the hub has none ({reason})"
         ) from error
     return Path(snapshot)
+
+
+def note(words: str) -> None:
+    """Say something about a checkpoint, beside what a command prints."""
+    print(words, file=sys.stderr, flush=True)
+
+
+def checkpoint_of(source: str, say=note) -> str:
+    """Return the newest whole checkpoint of a run's directory, and say which; else the source.
+
+    CheckpointError where a run has none yet.
+    """
+    try:
+        steps = run_steps(Path(source))
+    except PermissionError as error:
+        raise no_permission(error) from error
+    if not steps:
+        return str(source)
+    for step in reversed(steps):
+        # A step that keeps its trainer/ no more has been whole.
+        if missing_file(step) is None or not (step / "trainer").exists():
+            say(f"{source}: a run; its newest whole checkpoint is {step.name}")
+            return str(step)
+    raise CheckpointError(
+        f"{source}: a run without a whole checkpoint ({steps[-1].name} lacks"
+        f" {missing_file(steps[-1])})"
+    )
+
+
+def run_steps(directory: Path) -> list[Path]:
+    """List the step folders of a run's directory, in order; [] for any other, or a checkpoint."""
+    if not directory.is_dir():
+        return []
+    steps = sorted(directory.glob("step-*[0-9]"))
+    # A run's own config.json says nothing of a model.
+    config = directory / "config.json"
+    if steps and config.is_file() and "model_type" in read_json(config):
+        return []
+    return steps
+
+
+def missing_file(checkpoint: Path) -> str | None:
+    """Return what a run's step lacks to go on from: its files and sizes are on record in it."""
+    try:
+        state = json.loads((checkpoint / "trainer" / "state.json").read_text())
+        for name, size in state["files"].items():
+            if (checkpoint / name).stat().st_size != size:
+                return name
+    except PermissionError as error:
+        raise no_permission(error) from error
+    except OSError as error:
+        return error.filename
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "trainer/state.json"
+    return None
+
+
+def check_readable(directory: Path) -> None:
+    """Name a file that this user may not read: the libraries would call it missing."""
+    try:
+        for path in directory.iterdir():
+            if path.is_file():
+                path.open("rb").close()
+    except PermissionError as error:
+        raise no_permission(error) from error
+
+
+def no_permission(error: PermissionError) -> CheckpointError:
+    """Return the words for a file or folder that this user may not read."""
+    return CheckpointError(
+        f"{error.filename}: no permission to read it; its owner can give it with chmod -R a+rX"
+    )
 
 
 def retired(directory: Path) -> Path:
@@ -80,9 +163,17 @@ def read_json(path: Path, key: str | None = None) -> dict:
 def read_config(directory: Path):
     """Read transformers' config object; CheckpointError for a family that isn't supported."""
     path = directory / "config.json"
+    check_adapter(directory)
     if not path.is_file():
         raise CheckpointError(
             f"{directory}: no config.json, so no checkpoint in the Hugging Face layout"
+        )
+    quantised = read_json(path).get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method", "unknown method")
+        raise CheckpointError(
+            f"{path}: quantization_config ({method}), and quantised weights don't load;"
+            " take the checkpoint that they were made from"
         )
     try:
         config = AutoConfig.from_pretrained(directory)
@@ -94,10 +185,22 @@ def read_config(directory: Path):
     return config
 
 
+def check_adapter(directory: Path) -> None:
+    """Refuse an adapter, alone or beside a model: transformers would load it, too."""
+    path = directory / "adapter_config.json"
+    if not path.is_file():
+        return
+    base = read_json(path).get("base_model_name_or_path")
+    raise CheckpointError(
+        f"{path}: an adapter (of {base}), and adapters don't load; merge it into its base"
+        " (peft: merge_and_unload, save_pretrained), or remove it from a merged model"
+    )
+
+
 def image_settings(directory: Path) -> list[tuple[Path, dict, dict]]:
     """Find the image processor's settings: (file, its content, the part of it that they are).
 
-    There may be two such files; the newer one nests them.
+    There may be two such files, of which transformers reads the last; it nests them.
     """
     found = []
     older = directory / "preprocessor_config.json"
@@ -109,6 +212,46 @@ def image_settings(directory: Path) -> list[tuple[Path, dict, dict]]:
         content = read_json(newer)
         found.append((newer, content, content.get("image_processor")))
     return [(path, content, settings) for path, content, settings in found if settings]
+
+
+def read_image_processor(directory: Path) -> Qwen2VLImageProcessorPil:
+    """Read transformers' image processor; CheckpointError for settings that it can't work with."""
+    path = image_settings(directory)[-1][0]
+    try:
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(directory)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {str(error).strip().splitlines()[0]}") from error
+    needed = {
+        "size.shortest_edge (or min_pixels)": image_processor.size.shortest_edge,
+        "size.longest_edge (or max_pixels)": image_processor.size.longest_edge,
+        "rescale_factor": image_processor.rescale_factor,
+    }
+    if image_processor.do_normalize:
+        needed["image_mean"] = image_processor.image_mean
+        needed["image_std"] = image_processor.image_std
+    for name, value in needed.items():
+        if value is None:
+            raise CheckpointError(f"{path}: no {name}; copy it from the original checkpoint")
+    return image_processor
+
+
+def check_patches(directory: Path, config) -> None:
+    """Compare the image settings, if there are any, with config.json's vision tower."""
+    settings = image_settings(directory)
+    if not settings:
+        return
+    image_processor = read_image_processor(directory)
+    tower = VisionSizes.of(config)
+    sizes = {"patch_size": tower.patch, "merge_size": tower.merge}
+    sizes["temporal_patch_size"] = tower.frames
+    for name, wanted in sizes.items():
+        found = getattr(image_processor, name)
+        if found != wanted:
+            path = settings[-1][0]
+            raise CheckpointError(
+                f"{path}: {name} {found}, but config.json's vision tower has {wanted};"
+                " copy both from one checkpoint"
+            )
 
 
 def check_files(directory: Path) -> None:
@@ -125,33 +268,102 @@ def check_files(directory: Path) -> None:
     for name in ("tokenizer_config.json", "tokenizer.json", "preprocessor_config.json"):
         if name not in names:
             raise CheckpointError(f"{directory}: no {name}; copy it from the original checkpoint")
-    for path in directory.glob("tokenizer*.json"):
+    for path in (*directory.glob("tokenizer*.json"), *directory.glob("chat_template.json")):
         # Transformers' error on a torn one names no file.
         read_json(path)
 
 
-def read_tokenizer(directory: Path, rows: int):
-    """Read the tokenizer with its chat template, for an embedding of `rows` rows.
+# ---- The tokenizer
 
-    `<mask>`, which stands for a region, takes the vocabulary's first spare row.
+
+def read_tokenizer(directory: Path, rows: int, regions: str = "token"):
+    """Return the tokenizer with its chat template, and how many rows the embedding has to have.
+
+    rows: those that it has. `<mask>`, which stands for a region, takes the vocabulary's first spare
+    row. Where there is none, the embedding has to grow; with regions "text" nobody needs it.
     """
     check_files(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    # No new embedding: published checkpoints have hundreds of rows to spare.
+    known = tokenizer.get_vocab()
+    if max(known.values()) >= rows:
+        raise CheckpointError(
+            f"{directory}: {max(known.values()) + 1} tokens, but {rows} embeddings;"
+            " take tokenizer and weights from one checkpoint"
+        )
     mask = AddedToken("<mask>", special=True, normalized=False)
     tokenizer.add_tokens([mask], special_tokens=True)
-    vocab = tokenizer.get_vocab()
-    if vocab["<mask>"] >= rows:
-        raise CheckpointError(
-            f"{directory}: no row for <mask>: {len(vocab) - 1} tokens, {rows} embeddings"
-        )
-    # As Qwen2.5-VL was published.
-    legacy = directory / "chat_template.json"
-    if tokenizer.chat_template is None and legacy.is_file():
-        tokenizer.chat_template = read_json(legacy).get("chat_template")
-    if not (tokenizer.chat_template or "").strip():
+    # Published checkpoints have hundreds of rows to spare; some were cut to their vocabulary.
+    if tokenizer.convert_tokens_to_ids("<mask>") >= rows:
+        if regions == "text":
+            tokenizer = AutoTokenizer.from_pretrained(directory)
+        else:
+            rows = (rows // ROW_MULTIPLE + 1) * ROW_MULTIPLE
+    tokenizer.chat_template = read_chat_template(directory, tokenizer.chat_template)
+    return tokenizer, rows
+
+
+def rows_for_regions(directory: Path, rows: int, regions: str) -> int:
+    """Return how many rows the embedding has to have; as it is where no tokenizer fits it."""
+    if regions == "text":
+        return rows
+    with suppress(CheckpointError):
+        _, rows = read_tokenizer(directory, rows, regions)
+    return rows
+
+
+def read_chat_template(directory: Path, own: str | dict | None) -> str | dict[str, str]:
+    """Return the chat template that transformers' processor takes, or several by name.
+
+    It is processor_config.json's, else chat_template.json's, else chat_template.jinja and what is
+    in additional_chat_templates/; and only where there is none of these, the tokenizer's `own`.
+    """
+    template = processor_template(directory)
+    if template is None:
+        template = own
+    if isinstance(template, str) and isinstance(own, dict):
+        # The tokenizer's others are for those who ask for them by name.
+        template = own | {"default": template}
+    default = template
+    if isinstance(template, dict):
+        default = template.get("default")
+        if default is None:
+            names = ", ".join(template)
+            raise CheckpointError(f"{directory}: chat templates {names}, and none named default")
+    if not isinstance(default, str) or not default.strip():
         raise CheckpointError(f"{directory}: no chat_template.jinja, nor an older form of it")
-    return tokenizer
+    return template
+
+
+def processor_template(directory: Path) -> str | dict[str, str] | None:
+    """Return what transformers' processor takes for its chat template, but for the tokenizer's."""
+    try:
+        settings, _ = ProcessorMixin.get_processor_dict(directory)
+    except KeyError as error:
+        raise CheckpointError(f"{directory / 'chat_template.json'}: no {error} in it") from error
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{directory}: {str(error).strip().splitlines()[0]}") from error
+    return settings.get("chat_template")
+
+
+def save_tokenizer(tokenizer, directory: Path) -> None:
+    """Write the tokenizer into a copy of the checkpoint's files, with the template that was used.
+
+    It goes into chat_template.jinja, so that whoever reads the folder finds the same one.
+    """
+    # transformers refuses several templates in files beside a chat_template.json.
+    is_legacy = (directory / "chat_template.json").is_file()
+    several = isinstance(tokenizer.chat_template, dict)
+    tokenizer.save_pretrained(directory, save_jinja_files=not (is_legacy and several))
+
+
+def set_vocab_size(directory: Path, rows: int) -> None:
+    """Let config.json follow an embedding that has grown, wherever it states the number."""
+    path = directory / "config.json"
+    config = read_json(path)
+    config.get("text_config", config)["vocab_size"] = rows
+    if "vocab_size" in config:
+        config["vocab_size"] = rows
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def copy_files(source: Path, directory: Path) -> None:
@@ -166,3 +378,5 @@ def copy_files(source: Path, directory: Path) -> None:
     for path in source.iterdir():
         if path.is_file() and not path.name.endswith(WEIGHTS):
             shutil.copyfile(path, directory / path.name)
+    if (source / TEMPLATE_FOLDER).is_dir():
+        shutil.copytree(source / TEMPLATE_FOLDER, directory / TEMPLATE_FOLDER, dirs_exist_ok=True)

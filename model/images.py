@@ -148,11 +148,20 @@ class ImageDecoder:
         merge = self.image_processor.merge_size
         width, height = picture.size
         min_pixels = self.image_processor.size["shortest_edge"]
-        try:
-            height, width = smart_resize(height, width, patch * merge, min_pixels, self.max_pixels)
-        except ValueError as error:  # far too long for its height, or the other way round
-            raise ExampleError(str(error)) from error
-        pixels = np.asarray(picture.resize((width, height), self.image_processor.resample))
+        if self.image_processor.do_resize:
+            try:
+                height, width = smart_resize(
+                    height, width, patch * merge, min_pixels, self.max_pixels
+                )
+            except ValueError as error:  # far too long for its height, or the other way round
+                raise ExampleError(str(error)) from error
+            picture = picture.resize((width, height), self.image_processor.resample)
+        elif width % (patch * merge) or height % (patch * merge):
+            raise ExampleError(
+                f"{width} x {height} pixels, which do_resize false leaves as they are: sides have"
+                f" to be multiples of {patch * merge}"
+            )
+        pixels = np.asarray(picture)
         grid = height // patch, width // patch
         # Channels first within a patch, as the towers' weights have them.
         cells = pixels.reshape(grid[0], patch, grid[1], patch, 3)
@@ -190,9 +199,11 @@ def byte_levels(settings: Qwen2VLImageProcessorPil) -> torch.Tensor:
     every_byte = np.arange(256, dtype=np.uint8)
     # An image of 256 rows and one column.
     values = np.tile(every_byte[:, None], (3, 1, 1))
-    values = settings.rescale(values, settings.rescale_factor)
-    levels = settings.normalize(values, settings.image_mean, settings.image_std)
-    return torch.from_numpy(levels[..., 0]).float()
+    if settings.do_rescale:
+        values = settings.rescale(values, settings.rescale_factor)
+    if settings.do_normalize:
+        values = settings.normalize(values, settings.image_mean, settings.image_std)
+    return torch.from_numpy(values[..., 0].astype(np.float32))
 
 
 # ---- Keeping

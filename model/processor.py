@@ -12,18 +12,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import srreal
 from model.batch import Batch, Prompt, Region, mrope_positions, pack
+from model.checkpoint import PARTS, SpatialRecord
 from model.families import family_of
 from model.files import (
+    CheckpointError,
     copy_files,
     image_settings,
     read_config,
+    read_image_processor,
     read_json,
     read_tokenizer,
     resolve,
+    save_tokenizer,
 )
 from model.images import (
     ExampleError,
@@ -108,7 +111,8 @@ class Processor:
     tokenizer, config, family; mask_id, image_token_id; end_ids (they end a completion), end_id (the
     one that closes a turn); banned (bool [V]: ids that are never sampled); max_pixels of an image;
     regions ("token": a region is an embedding in the place of <mask>; "text": its box is written
-    out); files (the checkpoint's directory); images (the decoded ones, and the workers).
+    out), has_read_regions (whether any prompt had one); record (what the checkpoint was trained
+    for); files (the checkpoint's directory); images (the decoded ones, and the workers).
     """
 
     @classmethod
@@ -129,12 +133,21 @@ class Processor:
         self.files = files
         self.regions = regions
         self.config = read_config(files)
+        self.record = SpatialRecord.read(files)
+        if self.record.regions not in (None, regions):
+            raise CheckpointError(
+                f"{files}: trained with --regions {self.record.regions}, and --regions {regions} is"
+                f" asked for; give --regions {self.record.regions}"
+            )
+        self.has_read_regions = False
         self.family = family_of(self.config)
-        self.tokenizer = read_tokenizer(files, self.config.get_text_config().vocab_size)
+        text_config = self.config.get_text_config()
+        self.tokenizer, rows = read_tokenizer(files, text_config.vocab_size, regions)
+        text_config.vocab_size = rows
         self.image_token_id = self.config.image_token_id
         self._read_special_tokens()
 
-        image_processor = Qwen2VLImageProcessorPil.from_pretrained(files)
+        image_processor = read_image_processor(files)
         self.image_processor = image_processor
         self.is_resized = max_pixels is not None
         self.max_pixels = max_pixels or image_processor.size["longest_edge"]
@@ -147,7 +160,7 @@ class Processor:
     def _read_special_tokens(self) -> None:
         """Find what ends a turn, what is never sampled, and what may not stand in a row."""
         vocab = self.tokenizer.get_vocab()
-        self.mask_id = vocab["<mask>"]
+        self.mask_id = vocab.get("<mask>")  # None: regions are text, and there was no row for it
 
         generation = self.files / "generation_config.json"
         end = read_json(generation).get("eos_token_id") if generation.is_file() else None
@@ -162,7 +175,9 @@ class Processor:
         self.banned = torch.ones(rows, dtype=torch.bool)
         self.banned[[i for i in vocab.values() if i < rows]] = False
         never = [vocab[token] for token in VISION_TOKENS if token in vocab]
-        never += [self.mask_id, self.config.image_token_id, self.config.video_token_id]
+        never += [self.config.image_token_id, self.config.video_token_id]
+        if self.mask_id is not None:
+            never.append(self.mask_id)
         self.banned[never] = True
 
         # A row that held one could end its own turn, or open an image that isn't there.
@@ -246,6 +261,7 @@ class Processor:
         An image that is an object, and not a file, must not change while its prompts are in use.
         """
         text = srreal.prompt(example)
+        self.has_read_regions |= bool(example.regions)
         self._check_text(example, text, "question", masks=len(example.regions))
         self._check_images(example, text)
         # Before the text, since --regions text writes boxes in units of their images.
@@ -379,6 +395,33 @@ class Processor:
             prompts.append(example if isinstance(example, Prompt) else self.prompt(example))
         return self.pack(prompts, completions)
 
+    def untrained_parts(
+        self, examples: list[Example], learning: tuple[str, ...] = (), head: bool = False
+    ) -> list[str]:
+        """Say which parts these examples use that never learnt, a sentence each.
+
+        learning: prefixes of the tensors that learn now; head: whether the 3D head is read.
+        """
+        if self.record.trained is None:
+            return []
+        as_token = self.regions == "token" and any(example.regions for example in examples)
+        used = {
+            "region": as_token,
+            "points": any(any(d is not None for d in e.depths or ()) for e in examples),
+            "head3d": as_token and head and any(example.objects for example in examples),
+        }
+        consequences = {
+            "region": "regions are read by a random projection (--regions text needs none)",
+            "points": "depth tells it nothing, or noise",
+            "head3d": "its errors in metres mean nothing",
+        }
+        sentences = []
+        for part, words in PARTS.items():
+            learns = f"{part}.".startswith(learning) if learning else False
+            if used[part] and not learns and part not in self.record.trained:
+                sentences.append(f"{self.files}: its {words} never learnt: {consequences[part]}")
+        return sentences
+
     def save(self, directory) -> None:
         """Write the tokenizer with <mask>, and the source's other files but for weights.
 
@@ -386,7 +429,7 @@ class Processor:
         """
         directory = Path(directory)
         copy_files(self.files, directory)
-        self.tokenizer.save_pretrained(directory)
+        save_tokenizer(self.tokenizer, directory)
         if not self.is_resized:
             return
         size = dict(self.image_processor.size)

@@ -23,6 +23,7 @@ heads, K key-value heads, D head width, V vocabulary rows.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ from kernels.packed_attention import Packing, gather_rows, prefix_attention, upl
 from model import checkpoint
 from model.batch import Batch, expanded_positions
 from model.families import DecoderSizes
-from model.files import read_config, resolve
+from model.files import check_patches, read_config, resolve, rows_for_regions
 from model.head3d import Head3D, PointEmbedding
 from model.region import RegionToken
 from model.vision import RMSNorm, SwiGLU, VisionTower
@@ -257,7 +258,12 @@ class QwenVL(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, source: str, device=None, dtype: torch.dtype | None = None, fuse: bool = True
+        cls,
+        source: str,
+        device=None,
+        dtype: torch.dtype | None = None,
+        fuse: bool = True,
+        regions: str = "token",
     ) -> "QwenVL":
         """Load a directory or hub id of a Qwen2-VL, Qwen2.5-VL or dense Qwen3-VL checkpoint.
 
@@ -265,33 +271,52 @@ class QwenVL(nn.Module):
         (spatial.safetensors) are cast to it, too: they come back to the bit where they were saved
         in that dtype. fuse: put weights that the sampler multiplies one input with side by side;
         without it, a model on a CPU in the dtype on disk takes no memory of its own: its weights
-        are the file's pages. Raises CheckpointError (one line) for what can't be loaded.
+        are the file's pages. regions: "token" needs a row of the embedding for <mask>, which grows
+        where it was cut to its vocabulary. Raises CheckpointError (one line) for what can't be
+        loaded.
         """
         device = device or "cpu"
-        directory = resolve(str(source))
-        config = read_config(directory)
-        with torch.device("meta"):
-            model = cls(config)
         # Everything is checked before anything is moved to a device.
-        weights, origin = checkpoint.read_weights(directory, tied=model.lm_head is None)
-        spatial = checkpoint.read_spatial(directory)
-        weights |= spatial
-        shapes = {name: p.shape for name, p in model.named_parameters()}
-        checkpoint.check_weights(directory, weights, shapes, spatial=bool(spatial))
+        model, weights = cls._read(resolve(str(source)), regions)
 
         # One after the other, so that no second copy of all is in memory.
-        dtype = dtype or origin.dtypes["decoder.norm.weight"]
+        dtype = dtype or model.origin.dtypes["decoder.norm.weight"]
         for name in list(weights):
             weights[name] = weights[name].to(device=device, dtype=dtype)
         model.load_state_dict(weights, strict=False, assign=True)
-        if not spatial:
+        if not any(name.startswith(checkpoint.SPATIAL) for name in weights):
             model._init_spatial(device, dtype)
         # So that memory is freed as soon as layers are fused.
-        del weights, spatial
+        del weights
         if fuse:
             model.fuse_linears()
-        model.origin = origin
         return model.eval()
+
+    @classmethod
+    def _read(cls, directory: Path, regions: str) -> tuple["QwenVL", dict[str, Tensor]]:
+        """Return a model whose parameters have shapes only, and the weights for them, by name."""
+        config = read_config(directory)
+        check_patches(directory, config)
+        weights, origin = checkpoint.read_weights(directory)
+        tied = checkpoint.tie_head(weights, origin, config.tie_word_embeddings)
+        config.tie_word_embeddings = tied
+        spatial = checkpoint.read_spatial(directory)
+        weights |= spatial
+        with torch.device("meta"):
+            model = cls(config)
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+        checkpoint.check_weights(directory, weights, shapes, spatial=bool(spatial))
+
+        # A vocabulary that was cut has no row for <mask>.
+        text_config = config.get_text_config()
+        rows = rows_for_regions(directory, text_config.vocab_size, regions)
+        if rows > text_config.vocab_size:
+            checkpoint.grow_vocabulary(weights, rows)
+            text_config.vocab_size = rows
+            with torch.device("meta"):
+                model = cls(config)
+        model.origin = origin
+        return model, weights
 
     def _init_spatial(self, device, dtype: torch.dtype) -> None:
         """Start the extra weights, such that a pretrained model's logits don't change."""
@@ -309,6 +334,11 @@ class QwenVL(nn.Module):
         """
         weights = {name: p.detach() for name, p in self.named_parameters()}
         checkpoint.save(directory, weights, self.origin, processor)
+
+    @property
+    def record(self) -> checkpoint.SpatialRecord:
+        """How it was trained to read regions, and which of the extra parts have learnt."""
+        return self.origin.record
 
     # -- How it computes
 

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from errors import UserError
 from model import checkpoint as model_files
+from model.checkpoint import PARTS, save_tensors
+from model.files import check_readable, missing_file
 from model.qwen_vl import QwenVL
 from srreal import Example
 from training import ranks
@@ -70,6 +71,7 @@ def save(cfg, step: int, model: QwenVL, processor, optimizer: Optimizer, **same)
     """
     final = Path(cfg.out) / f"step-{step:06d}"
     aside = final.with_suffix(".partial")
+    note_learnt(model, processor, optimizer)
     weights = gather_weights(model)
     if ranks.is_first():
         shutil.rmtree(aside, ignore_errors=True)
@@ -82,15 +84,30 @@ def save(cfg, step: int, model: QwenVL, processor, optimizer: Optimizer, **same)
             if ranks.is_first():
                 state[name] = full.cpu()
         if ranks.is_first():
-            save_file(state, aside / "trainer" / f"{kind}.safetensors")
+            save_tensors(state, aside / "trainer" / f"{kind}.safetensors")
     if ranks.is_first():
-        save_file({"torch": torch.get_rng_state()}, aside / "trainer" / "random.safetensors")
+        save_tensors({"torch": torch.get_rng_state()}, aside / "trainer" / "random.safetensors")
         write_state(aside, step, optimizer.updates, same)
         model_files.replace(aside, final)
         if cfg.keep:
             for old in step_folders(Path(cfg.out))[: -cfg.keep]:
                 shutil.rmtree(old / "trainer", ignore_errors=True)
     ranks.all_reduce([0.0])  # nobody goes on before it is there
+
+
+def note_learnt(model: QwenVL, processor, optimizer: Optimizer) -> None:
+    """Put on the model's record how it reads regions now, and which parts have learnt. Collective.
+
+    A part has learnt if a gradient of it was not zero: what --train leaves out doesn't count, nor a
+    loss of weight 0, nor depth that no row has.
+    """
+    record = model.record
+    learnt = [optimizer.has_learnt(f"{part}.") for part in PARTS]
+    learnt = ranks.all_reduce(learnt, "MAX")
+    if record.trained is not None:
+        record.trained.update(part for part, flag in zip(PARTS, learnt, strict=True) if flag)
+    if processor.has_read_regions:
+        record.regions = processor.regions
 
 
 def gather_weights(model: QwenVL) -> dict[str, torch.Tensor]:
@@ -137,6 +154,7 @@ def restore(checkpoint: Path | None, optimizer: Optimizer, **same) -> None:
     if before != world:
         ranks.say(f"going on with {world} ranks after {before}: the same run, but not to the bit")
     folder = checkpoint / "trainer"
+    check_readable(folder)
     try:
         files = {kind: safe_open(folder / f"{kind}.safetensors", "pt") for kind in KINDS}
         random_states = safe_open(folder / "random.safetensors", "pt")
@@ -148,19 +166,6 @@ def restore(checkpoint: Path | None, optimizer: Optimizer, **same) -> None:
 
 def read_state(checkpoint: Path) -> dict:
     return json.loads((checkpoint / "trainer" / "state.json").read_text())
-
-
-def missing_file(checkpoint: Path) -> str | None:
-    """Return what a checkpoint lacks to resume from: its files and sizes are on record in it."""
-    try:
-        for name, size in read_state(checkpoint)["files"].items():
-            if (checkpoint / name).stat().st_size != size:
-                return name
-    except OSError as error:
-        return error.filename
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return "trainer/state.json"
-    return None
 
 
 def newest(out: Path, say_skipped: bool = True) -> Path | None:

@@ -221,6 +221,19 @@ class Optimizer:
         master = self.masters[name]
         return {"master": master, **optimizer.state[master]}
 
+    def has_learnt(self, prefix: str) -> bool:
+        """Whether this rank's share of the weights so named had a gradient other than zero."""
+        for name in self.masters:
+            if not name.startswith(prefix):
+                continue
+            state = self._state_of(name)
+            moment = state["momentum_buffer" if name in self.muon_names else "exp_avg_sq"]
+            if isinstance(moment, DTensor):
+                moment = moment.to_local()
+            if moment.any():
+                return True
+        return False
+
     def state(self, kind: str) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, whole tensor) of each master that has this kind of state.
 

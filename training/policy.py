@@ -33,13 +33,18 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 
 def load_model(
-    source: str, device: torch.device, train: str | None = None, lora_rank: int = 0
+    source: str,
+    device: torch.device,
+    train: str | None = None,
+    lora_rank: int = 0,
+    regions: str = "token",
 ) -> QwenVL:
     """Load a whole model onto the device, in its compute dtype.
 
     train: a name of lora.TRAIN, None: nothing learns. lora_rank: of the adapters, 0 for none.
+    regions: as of the processor.
     """
-    model = QwenVL.from_pretrained(source, device, compute_dtype(device))
+    model = QwenVL.from_pretrained(source, device, compute_dtype(device), regions=regions)
     lora.learn(model, train, lora_rank)
     return model
 
@@ -74,13 +79,17 @@ def load_policy(
     """
     if settings.shard:
         # First what samples: what is frozen in it serves training as well.
-        rollout_model = load_model(source, device, cfg.train, cfg.lora) if samples else None
+        rollout_model = None
+        if samples:
+            rollout_model = load_model(source, device, cfg.train, cfg.lora, cfg.regions)
         host = torch.device("cpu")
-        model = QwenVL.from_pretrained(source, host, compute_dtype(device), fuse=False)
+        model = QwenVL.from_pretrained(
+            source, host, compute_dtype(device), fuse=False, regions=cfg.regions
+        )
         lora.learn(model, cfg.train, cfg.lora)
         shard(model, device, world, compute_dtype(device), rollout_model)
     else:
-        model = load_model(source, device, cfg.train, cfg.lora)
+        model = load_model(source, device, cfg.train, cfg.lora, cfg.regions)
         rollout_model = model
     if settings.checkpointing:
         model.checkpoint_blocks()

@@ -6,7 +6,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import data
 import plan
 from argv import join_repeated
 from errors import UserError
+from model.files import checkpoint_of
 from model.processor import Processor
 from srreal import Example
 from training import checkpoints, ranks
@@ -42,6 +43,8 @@ def launch(main: Callable, config: type) -> None:
     args = join_repeated(sys.argv[1:], config)
     cfg = tyro.cli(config, prog=name, description=description, args=args)
     try:
+        if cfg.model:
+            cfg.model = checkpoint_of(cfg.model, ranks.say)
         main(cfg)
     except data.BadRows as bad:
         end(f"{name}: {bad.told(cfg.out)}\n(--skip-bad-rows goes on without them)", 2)
@@ -146,8 +149,17 @@ def load_data(cfg, more: Callable | None = None) -> tuple[list[Example], list[Ex
     return training, validation
 
 
-def load_processor(source: str, cfg) -> Processor:
+def load_processor(
+    source: str,
+    cfg,
+    examples: Sequence[Example] = (),
+    learning: tuple[str, ...] = (),
+    head: bool = False,
+) -> Processor:
     """Return the checkpoint's processor, with the workers that read images ahead.
+
+    Parts of the model that the examples use though they never learnt are named, but for those that
+    are learning now (prefixes of their tensors). head: whether the 3D head is read.
 
     --workers None: on CUDA a rank's share of the cores but one, at most 8; on a CPU, which
     computes, 0.
@@ -156,9 +168,13 @@ def load_processor(source: str, cfg) -> Processor:
     if workers is None and torch.cuda.is_available():
         cores = len(os.sched_getaffinity(0)) // ranks.local_world_size(1)
         workers = min(max(cores - 1, 0), 8)
-    return Processor.from_pretrained(
+    processor = Processor.from_pretrained(
         source, max_pixels=cfg.max_pixels, regions=cfg.regions, workers=workers or 0
     )
+    if examples:
+        for sentence in processor.untrained_parts(examples, learning, head):
+            ranks.say(sentence)
+    return processor
 
 
 def resolve_auto_settings(cfg, config, device: torch.device, world: int, **sizes) -> plan.Settings:

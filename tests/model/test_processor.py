@@ -357,7 +357,7 @@ def test_a_thinking_template_is_cut_before_its_think(tmp_path):
         assert rendered.endswith(opening) and thinking.prompt_ids(e) == processor().prompt_ids(e)
 
 
-def test_mask_takes_the_first_spare_row_or_there_is_an_error(tmp_path):
+def test_mask_takes_the_first_spare_row_or_a_new_one(tmp_path):
     plain = tiny.tokenizer("qwen2_vl")
     folder = edited(tmp_path / "m", "x.json", lambda old: {}, "qwen2_vl")
     plain.save_pretrained(folder)
@@ -366,7 +366,11 @@ def test_mask_takes_the_first_spare_row_or_there_is_an_error(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["vocab_size"] = len(plain)
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="no row for <mask>"):
+    p = Processor.from_pretrained(folder)
+    assert p.mask_id == len(plain) < len(p.banned)
+    config["text_config"]["vocab_size"] -= 1  # of another checkpoint's tokenizer
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"{len(plain)} tokens, but {len(plain) - 1} embeddings"):
         Processor.from_pretrained(folder)
 
 
