@@ -131,7 +131,8 @@ def benchmark_questions(config: Config) -> list[Example]:
     try:
         return benchmarks.load(config.benchmark, root, config.path, config.skip_bad_rows)
     except datasets.BadRows as bad:
-        raise UserError(f"{bad}\n(a benchmark is read whole, or with --skip-bad-rows)") from None
+        told = bad.told(config.out)
+        raise UserError(f"{told}\n(a benchmark is read whole, or with --skip-bad-rows)") from None
 
 
 def question_id(example: Example) -> str:

@@ -199,7 +199,7 @@ def write_think(example: Example) -> str:
 
 
 def write_answer(example: Example) -> str:
-    return example.answer
+    return as_answer(example.answer)
 
 
 # tag -> (what the prompt shows, the function that writes it in a target). HEADER stands for the one
@@ -359,15 +359,28 @@ CHOICE = r"L[.):]?|\(L\)|\[L\]|\{L\}|(?:L[.)]|\(L\))\s.*"
 # unit -> a factor and a divisor to metres, since 57 / 100 is 0.57 and 57 * 0.01 is not
 UNITS = {
     **dict.fromkeys(("m", "meter", "meters", "metre", "metres"), (1, 1)),
-    **dict.fromkeys(("degree", "degrees"), (1, 1)),
+    **dict.fromkeys(("degree", "degrees", "°"), (1, 1)),
     **dict.fromkeys(("ft", "feet"), (0.3048, 1)),
     **dict.fromkeys(("in", "inch", "inches"), (0.0254, 1)),
     **dict.fromkeys(("cm", "centimeter", "centimeters", "centimetre", "centimetres"), (1, 100)),
     "mm": (1, 1000),
     "km": (1000, 1),
 }
-# `5`, `5 m`, `5.` and `5 m.`, but not `5..`
-QUANTITY = re.compile(rf"({DECIMAL})(?:\s*((?ai:{'|'.join(UNITS)})))?(?:(?<!\.)\.)?")
+UNIT = rf"(?:\s*((?ai:{'|'.join(UNITS)})))?(?:(?<!\.)\.)?"
+UNSIGNED = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
+# `5`, `5 m`, `5.` and `5 m.`, but not `5..`; unlike a centre's, its sign may be U+2212.
+QUANTITY = re.compile(rf"([+\u2212-]?{UNSIGNED}){UNIT}")
+# An answer that is nothing else may part the thousands by commas: `1,000`, but not `5,0`.
+GROUPED = r"[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]*)?"
+NUMERAL = rf"[+\u2212-]?(?:{GROUPED}|{UNSIGNED})"
+NUMBER = re.compile(rf"({NUMERAL}){UNIT}")
+# What may stand around the number of a truth: one word before it and one behind. An answer has to
+# do without, or it could hedge.
+BEFORE = "about|around|approximately|approx|roughly|nearly|almost|~|≈"
+BEHIND = "away|apart|far|wide|tall|high|long|deep|thick|across"
+TRUE_NUMBER = re.compile(
+    rf"(?:(?ai:{BEFORE})\s*)?(?P<number>{NUMBER.pattern})(?:\s+(?ai:{BEHIND})\.?)?"
+)
 # direction of a camera motion -> (axis, sign)
 DIRECTIONS = {
     "move_right": (0, 1),
@@ -389,34 +402,61 @@ def answer_score(answer: str | None, truth: str) -> float:
         return 0.0
     kind = truth_kind(truth)
     if kind == "choice":
-        forms = CHOICE.replace("L", truth.strip())
+        forms = CHOICE.replace("L", true_letter(truth))
         return 1.0 if re.fullmatch(forms, answer.strip(), re.I | re.S) else 0.0
-    if kind == "number":
-        return closeness(number(answer), number(truth))
     if kind == "motion":
         return motion_score(motion(answer), motion(truth))
-    return 1.0 if normalised(answer) == normalised(truth) else 0.0
+    # Said in the truth's own words, a number is right, too.
+    if normalised(answer) == normalised(truth):
+        return 1.0
+    if kind == "number":
+        return closeness(number(answer), number(as_answer(truth)))
+    return 0.0
 
 
 def truth_kind(truth: str) -> str:
-    """Return choice (one letter A-E), motion (of the camera), number, or text (anything else)."""
-    if truth.strip() in LETTERS:
+    """Return choice (of A-E), motion (of the camera), number, or text (anything else).
+
+    A truth is read as an answer would be: `B`, `(B)` and `B. chair` are choices, `1.5`, `30°` and
+    `1,000 m` numbers. In addition a number may have a word of BEFORE and one of BEHIND around it:
+    `about 2.4 meters away`. A bare `a` is a text.
+    """
+    if true_letter(truth):
         return "choice"
     if "move_" in truth or "rotate_" in truth:
         return "motion"
-    if math.isfinite(number(truth)):
+    if math.isfinite(number(as_answer(truth))):
         return "number"
     return "text"
 
 
+def true_letter(truth: str) -> str | None:
+    """Return B of `B`, `(B)`, `b)` or `B. chair`; None of a truth that is no choice."""
+    text = truth.strip()
+    for letter in LETTERS:
+        if text == letter:
+            return letter
+        if len(text) > 1 and re.fullmatch(CHOICE.replace("L", letter), text, re.I | re.S):
+            return letter
+    return None
+
+
+def as_answer(truth: str) -> str:
+    """Return a truth as an answer has to say it: `2.4 meters` of `about 2.4 meters away`."""
+    match = TRUE_NUMBER.fullmatch(truth.strip())
+    if match is None or match["number"] == truth.strip():
+        return truth
+    return match["number"]
+
+
 def number(text: str) -> float:
     """Read one decimal number with at most a unit behind it, in metres; nan for anything else."""
-    match = QUANTITY.fullmatch(text.strip())
+    match = NUMBER.fullmatch(text.strip())
     if not match:
         return math.nan
-    decimal, unit = match.groups()
+    numeral, unit = match.groups()
     factor, divisor = UNITS[(unit or "m").lower()]
-    return float(decimal) * factor / divisor
+    return float(numeral.replace("\u2212", "-").replace(",", "")) * factor / divisor
 
 
 def closeness(x: float, true: float) -> float:

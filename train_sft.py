@@ -42,7 +42,7 @@ from model.head3d import head_loss
 from model.lora import LORA_RANK, TRAIN
 from model.processor import Processor
 from model.qwen_vl import Output, QwenVL
-from srreal import Example, target
+from srreal import PATHS, Example, target
 from training import checkpoints, ranks, run
 from training.batches import (
     Order,
@@ -121,10 +121,13 @@ PROMPT_COST = 200
 
 def why_not_trainable(example: Example) -> list[tuple[str, str]]:
     """Return (field, reason) where there is no target to learn, for the list of bad rows."""
+    if "think" in PATHS[example.path].sections and not (example.rationale or "").strip():
+        return [("target", "no rationale to learn; `python -m data.coldstart` makes some")]
     try:
         target(example)
     except ValueError as error:
-        return [("target", str(error))]
+        # The list names the row; what all rows have in common stands first.
+        return [("target", str(error).removeprefix(f"{example.id}: "))]
     return []
 
 

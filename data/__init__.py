@@ -12,31 +12,31 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
+from data.bad_rows import BadRows, shortened
 from data.checks import check, measure
 from data.mixture import Part, parse_source
-from data.rows import Bad, Headers, Notes, Row, drop_relative_depth
+from data.rows import Bad, Headers, MissingFile, Notes, Row, drop_relative_depth, say
 from data.sources import SOURCES, open_source
-from errors import UserError
-from srreal import Example
+from srreal import Example, truth_kind
 
-__all__ = ["SOURCES", "BadRows", "load", "say"]
+TASKS_SHOWN = 10
+
+__all__ = ["SOURCES", "BadRows", "Loaded", "load", "read", "say", "usable"]
 
 
-class BadRows(UserError, ValueError):
-    """Rows that cannot be used: `.rows` holds (file, row, field, reason), rows counted from 1."""
+@dataclass
+class Loaded:
+    """What sources hold: the Examples in order, and what is wrong with other rows."""
 
-    def __init__(self, rows: list[tuple]):
-        super().__init__(rows)
-        self.rows = rows
-
-    def __str__(self):
-        lines = [f"{count_rows(self.rows)} rows cannot be used:"]
-        for file, row, field, reason in self.rows:
-            lines.append(f"{file}:{row}: {field}: {reason}")
-        return "\n".join(lines)
+    examples: list[Example] = field(default_factory=list)
+    bad: list[tuple] = field(default_factory=list)  # (file, row, field, reason)
+    rows: int = 0  # good and bad ones
 
 
 def load(
@@ -49,6 +49,21 @@ def load(
     Bad rows raise BadRows, or are counted, printed and left out. more: Example -> [(field,
     reason)], what else makes a row unusable where it is wanted.
     """
+    return usable(read(sources, more), skip_bad_rows)
+
+
+def usable(loaded: Loaded, skip_bad_rows: bool) -> list[Example]:
+    """Return the Examples; BadRows where others are bad and may not be skipped."""
+    # Nothing left to train on is as bad as a bad row.
+    if loaded.bad and not (skip_bad_rows and loaded.examples):
+        raise BadRows(loaded.bad)
+    if loaded.bad:
+        say(f"skipped {BadRows(loaded.bad).summary(loaded.rows)}")
+    return loaded.examples
+
+
+def read(sources: str | Path | Iterable, more: Callable[[Example], list] | None = None) -> Loaded:
+    """Return what the sources hold; print what was counted, and which rows there are."""
     if isinstance(sources, str | Path):
         sources = [sources]
     parts = []
@@ -56,44 +71,116 @@ def load(
         parts += parse_source(str(source))
     # Up to here a row is text: of sets of many GB only the share that is taken stays in memory.
     rows = []
-    for part in parts:
-        rows += take_rows(part)
-    headers = measure(files_of(rows))
-    examples = []
-    bad = []
-    used = set()  # sources of which anything was taken
-    # Ids of all sources: the sampler's noise is keyed by them, so two rows may not share one.
-    seen = set()
-    with ThreadPoolExecutor() as pool:
-        # In a pool, as some rows look things up in depth maps.
-        made = pool.map(partial(make_examples, headers=headers), rows)
-        for row, (row_examples, problems) in zip(rows, made, strict=True):
-            if row_examples or problems:
-                used.add(row.source)
-            for example in row_examples:
-                problems += check(example, headers, seen)
-            if more is not None and not problems:
-                for example in row_examples:
-                    problems += more(example)
-            if not problems:
-                examples += row_examples
-            bad += [(row.file, row.number, *problem) for problem in dict.fromkeys(problems)]
+    for index, opened in enumerate(open_all(parts)):
+        rows += take_rows(parts[index], index, opened)
+    loaded, used = examples_of(rows, more)
     print_notes(rows)
     unused = dict.fromkeys(part.source for part in parts if part.source not in used)
     if unused:
         say(f"nothing was taken of {', '.join(unused)}")
-    # Nothing left to train on is as bad as a bad row.
-    if bad and not (skip_bad_rows and examples):
-        raise BadRows(bad)
-    if bad:
-        print_skipped(bad, len(rows))
-    return examples
+    print_counts(loaded.examples)
+    return loaded
 
 
-def take_rows(part: Part) -> Iterator[Row]:
-    """Yield the rows of a part; those without notes of their own share the source's."""
+def open_all(parts: list[Part]) -> list[Iterator[Row]]:
+    """Open every source before the first is read; MissingFile names all that aren't there."""
+    opened = []
+    missing = []
+    for part in parts:
+        try:
+            opened.append(open_source(part.source))
+        except MissingFile as error:
+            missing.append(str(error))
+    if missing:
+        raise MissingFile("; ".join(dict.fromkeys(missing)))
+    return opened
+
+
+def examples_of(rows: list[Row], more: Callable | None) -> tuple[Loaded, set[str]]:
+    """Make and check the Examples of all rows; return them, and the sources that gave any."""
+    headers = measure(files_of(rows))
+    loaded = Loaded(rows=len(rows))
+    used = set()
+    known = Known()
+    seen = set()
+    with ThreadPoolExecutor() as pool:
+        # In a pool, as some rows look things up in depth maps.
+        made = pool.map(partial(make_examples, headers=headers), rows)
+        for row, (examples, problems) in zip(rows, made, strict=True):
+            if examples or problems:
+                used.add(row.source)
+            fresh = []
+            for place, example in enumerate(examples):
+                before = known.add(example, row, problems)
+                if before is None:
+                    fresh.append(example)
+                else:
+                    examples[place] = before
+            for example in fresh:
+                seen.discard((example.id, example.path))  # `known` has named it, with both places
+                problems += check(example, headers, seen)
+            if more is not None and not problems:
+                for example in fresh:
+                    problems += more(example)
+            if not problems:
+                loaded.examples += examples * row.copies
+            for name, reason in dict.fromkeys(problems):
+                loaded.bad.append((row.file, row.number, name, shortened(reason)))
+    # A source that is named twice has its bad rows once.
+    loaded.bad = list(dict.fromkeys(loaded.bad))
+    return loaded, used
+
+
+class Known:
+    """The Examples so far: no two different ones may share id and path, which answers are kept by.
+
+    The same one comes again where a source is named twice.
+    """
+
+    def __init__(self):
+        # (id, path) -> the Example, its row, what is wrong with that
+        self.known: dict[tuple, tuple[Example, Row, list]] = {}
+
+    def add(self, example: Example, row: Row, problems: list) -> Example | None:
+        """Return the Example of a source named before that this one repeats, else None.
+
+        What is wrong with that, or with the id, is added to the row's problems.
+        """
+        key = (example.id, example.path)
+        first, its_row, its_problems = self.known.setdefault(key, (example, row, problems))
+        if first is example:
+            return None
+        if its_row.part != row.part and alike(first, example):
+            problems += its_problems
+            return first
+        other = f"{its_row.file}:{its_row.number}"
+        problems.append(("id", f"duplicate: {example.id} on path {example.path}, as in {other}"))
+        return None
+
+
+def alike(a: Example, b: Example) -> bool:
+    """Say whether two Examples are equal, wherever a link or a relative path leads to them."""
+    return comparable(a) == comparable(b)
+
+
+def comparable(example: Example) -> dict:
+    regions = []
+    for view, region in example.regions:
+        regions.append((view, region.tobytes() if isinstance(region, np.ndarray) else region))
+    images = [real_path(image) for image in example.images]
+    depths = [real_path(depth) for depth in example.depths or ()]
+    return vars(example) | {"regions": regions, "images": images, "depths": depths}
+
+
+def real_path(item):
+    return os.path.realpath(item) if isinstance(item, str) else item
+
+
+def take_rows(part: Part, index: int, opened: Iterator[Row]) -> Iterator[Row]:
+    """Yield the rows of part `index`; those without notes of their own share the source's."""
     notes = Notes()
-    for row in part.share(open_source(part.source)):
+    for row in part.share(opened):
+        row.part = index
         if row.notes is None:
             row.notes = notes
         yield row
@@ -131,18 +218,24 @@ def print_notes(rows: list[Row]) -> None:
             say(f"{source}: {counts}")
 
 
-def print_skipped(bad: list[tuple], total: int) -> None:
-    # A reason's text up to the first colon is its kind; behind it stand the row's own values.
-    kinds = Counter(f"{field}: {reason.partition(':')[0]}" for *_, field, reason in bad)
-    why = "; ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
-    say(f"skipped {count_rows(bad)} of {total} rows: {why}")
-
-
-def count_rows(bad: list[tuple]) -> int:
-    return len({(file, row) for file, row, *_ in bad})
-
-
-def say(text: str) -> None:
-    """Print once, not on each of torchrun's ranks."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text)
+def print_counts(examples: list[Example]) -> None:
+    """Print a line: how many rows by path, task and kind of truth."""
+    if not examples:
+        return
+    kinds = {
+        "path": Counter(example.path for example in examples),
+        "task": Counter(example.task for example in examples),
+        "truth": Counter(truth_kind(example.answer) for example in examples),
+    }
+    parts = []
+    for name, counts in kinds.items():
+        # Many sets name no tasks.
+        if list(counts) == [""]:
+            continue
+        shown = counts.most_common(TASKS_SHOWN)
+        commonest = [f"{kind or '(none)'} {count}" for kind, count in shown]
+        rest = len(counts) - len(commonest)
+        if rest:
+            commonest.append(f"and {rest} more")
+        parts.append(f"by {name} {', '.join(commonest)}")
+    say(f"{len(examples)} rows {'; '.join(parts)}")

@@ -21,7 +21,6 @@ language model.
 
 import hashlib
 import json
-import math
 import os
 import re
 import sys
@@ -40,7 +39,16 @@ from data.arithmetic import equations, unknown_numbers, wrong
 from data.benchmarks.answers import said_text
 from data.rationale import centres, compute, is_teachable
 from errors import UserError
-from srreal import UNITS, Example, answer_score, number, parse, several_views, write_detect
+from srreal import (
+    NUMERAL,
+    UNITS,
+    Example,
+    answer_score,
+    parse,
+    several_views,
+    truth_kind,
+    write_detect,
+)
 
 
 @dataclass
@@ -129,15 +137,15 @@ FILTERS = {
 
 # What a rationale says that the answer is.
 CLAIM = re.compile(
-    r"(?i:answer is|answer:|option)[\s\"'(*]*([A-E]\b|[-+]?\d+(?:\.\d+)?"
+    rf"(?i:answer is|answer:|option)[\s\"'(*]*([A-E]\b|{NUMERAL}(?<!\.)"
     # A unit may follow, but not as in: 2 in the image.
-    rf"(?:\s*(?ai:{'|'.join(UNITS)})\b(?<!in(?= \w)))?)"
+    rf"(?:\s*(?ai:{'|'.join(UNITS)})(?!\w)(?<!in(?= \w)))?)"
 )
 
 
 def claims_truth(think: str, truth: str) -> bool:
     """Return whether the answer that <think> says last, where it says one, is the true one."""
-    if truth in tuple("ABCDE") or math.isfinite(number(truth)):
+    if truth_kind(truth) in ("choice", "number"):
         claims = CLAIM.findall(think)
         return not claims or is_right(claims[-1], truth)
     text = said_text(think)
@@ -344,7 +352,12 @@ def questions(cfg: Config) -> list[Example]:
         raise UserError(
             f"--samples {cfg.samples} --words {least} {most}: at least 1, and least <= most"
         )
-    loaded = data.load(cfg.data, cfg.skip_bad_rows)
+    # Each once, however often it comes an epoch.
+    try:
+        loaded = {(e.id, e.path): e for e in data.load(cfg.data, cfg.skip_bad_rows)}.values()
+    except data.BadRows as bad:
+        told = bad.told(cfg.out)
+        raise UserError(f"{told}\n(--skip-bad-rows goes on without them)") from bad
     asked = [with_frame(e) for e in loaded if e.path in ("lor", "dtr")]
     examples = [e for e in asked if is_teachable(e, e.path)]
     left_out = len(asked) - len(examples)

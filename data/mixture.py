@@ -10,7 +10,8 @@
 A row is taken by the hash of (seed, its id): so the share doesn't depend on the number of ranks, a
 larger share holds a smaller one, and of an array of millions only the share stays in memory. Where
 a set has no ids of its own, an id holds the row's place in its file: then the files must stay as
-they are.
+they are. A weight above 1 has each row come so often an epoch, and so has a source that is named
+twice; its id stays what it is.
 """
 
 import hashlib
@@ -36,8 +37,10 @@ class Part:
     """A source and the share of its rows that is taken; pydantic reads numbers from text."""
 
     source: str  # as data.sources.open_source takes it
-    weight: Annotated[float, Field(gt=0, le=1)] = 1.0  # the share of its rows
-    # At most so many rows: those with the lowest hashes.
+    # Below 1 the share of its rows; from 1 on how often each comes: of 2.5 twice, and half of them
+    # once more.
+    weight: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 1.0
+    # At most so many different rows: those with the lowest hashes.
     cap: Annotated[int, Field(ge=1)] | None = None
     seed: int = 0
     path: Literal[*PATHS] | None = None  # only its Examples on this path
@@ -51,11 +54,19 @@ class Part:
             # Never more than cap rows in memory, however many pass.
             lowest = heapq.nsmallest(self.cap, taken)
             taken = sorted(lowest, key=lambda item: item[1])
-        for _, _, row in taken:
+        whole, part = divmod(self.weight, 1)
+        for place, _, row in taken:
             make = row.make
             if self.occlusion == "off":
                 make = partial(row.make, occlusion=False)
-            yield replace(row, make=make, path=self.path or row.path, source=self.source)
+            yield replace(
+                row,
+                make=make,
+                path=self.path or row.path,
+                source=self.source,
+                # A row below the weight is taken at all; below its fraction, once more.
+                copies=max(1, int(whole) + (place < part)),
+            )
 
     def below_weight(self, rows: Iterable[Row]) -> Iterator[tuple[float, int, Row]]:
         for index, row in enumerate(rows):
@@ -106,7 +117,7 @@ def make_part(source: str, options: dict) -> Part:
     except ValidationError as error:
         given = ", ".join(f"{name}={value}" for name, value in options.items())
         raise BadSource(
-            f"{source}: {given}: it takes 0 < weight <= 1, whole cap >= 1 and seed, path one of "
+            f"{source}: {given}: it takes 0 < weight <= 1000, whole cap >= 1 and seed, path one of "
             f"{', '.join(PATHS)}"
         ) from error
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from data.arithmetic import NUMBER, by_sign, half_unit, rounded
 from data.benchmarks.answers import OPTION
-from srreal import Example, number, parse, target, write_detect
+from srreal import Example, as_answer, number, parse, target, write_detect
 
 
 class Thing(NamedTuple):
@@ -297,9 +297,10 @@ def conclude(found: float | list[str], e: Example) -> str:
     """Return the answer that follows: the truth's own text where they agree."""
     if isinstance(found, float):
         # The truth is rounded to its last digit, and what is computed comes from rounded centres.
-        unit = half_unit(e.answer) if NUMBER.fullmatch(e.answer) else 0
-        is_true = abs(found - number(e.answer)) < max(unit + 0.01, 0.02 * found)
-        return e.answer if is_true else str(found)
+        true = as_answer(e.answer)
+        unit = half_unit(true) if NUMBER.fullmatch(true) else 0
+        is_true = abs(found - number(true)) < max(unit + 0.01, 0.02 * found)
+        return true if is_true else str(found)
     options = dict(OPTION.findall(e.question)) or {e.answer: e.answer}
     # An open question has its own truth as the only option.
     fits = []

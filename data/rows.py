@@ -22,7 +22,8 @@ import ijson
 import numpy as np
 from pydantic import Field, Strict, TypeAdapter, ValidationError, WrapValidator
 
-from data.marks import DepthMap
+from data.folders import Found, leftovers_line, walk
+from data.marks import DepthMap, Marked
 from errors import UserError
 from srreal import Example
 
@@ -83,7 +84,10 @@ class Row:
     files: tuple | Callable = ()
     path: str | None = None  # only Examples on this path, unless a mixture asks for another
     notes: Notes | None = None  # None: the source's, which data.load makes
-    source: str = ""  # set by the mixture that takes the row
+    # Set by the mixture that takes the row.
+    source: str = ""
+    part: int = 0  # the how manieth source of the mixture
+    copies: int = 1  # how often it comes an epoch
 
     def list_files(self) -> tuple:
         return self.files() if callable(self.files) else self.files
@@ -97,6 +101,12 @@ def broken(file, number: int, error: Bad) -> Row:
         raise error
 
     return Row(str(file), number, f"{file}#{number}", fail)
+
+
+def say(text: str) -> None:
+    """Print once, not on each of torchrun's ranks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
 
 
 # ---- files of rows
@@ -132,19 +142,30 @@ def each(path: Path, suffixes: tuple, build: Callable) -> Iterator[Row]:
                 yield broken(file, number, error)
 
 
-def files_of(path: Path, suffixes: tuple, notes: Notes | None = None) -> list[Path]:
+def files_of(
+    path: Path, suffixes: tuple, notes: Notes | None = None, without: tuple[str, ...] = ()
+) -> list[Path]:
     """Return the file itself, or all such files in a folder, in order of their names.
 
-    With notes, those of val and test splits are left out and counted.
+    With notes, those of val and test splits are left out and counted. without: as in folders.walk.
     """
     if path.is_file():
         found = [path]
     else:
-        found = sorted(file for file in path.rglob("*") if file.suffix in suffixes)
+        found = list(look_below(path, without).files_like(*[f"*{suffix}" for suffix in suffixes]))
     if not found:
         raise MissingFile(f"{path}: no {' or '.join(suffixes)} in this folder")
     # Readers whose sets come without splits pass no notes.
     return found if notes is None else training(path, found, notes)
+
+
+def look_below(path: Path, without: tuple[str, ...] = ()) -> Found:
+    """Return what lies below a folder; a line says what there is no data."""
+    below = walk(path, without)
+    skipped = leftovers_line(path, below)
+    if skipped:
+        say(skipped)
+    return below
 
 
 HELD_OUT = re.compile(r"(?:^|[/_-])(?:val|test[AB]?)(?=$|[/._-])")
@@ -175,7 +196,7 @@ def records(file: Path) -> Iterator[tuple[int, dict | Bad]]:
     """
     number = 0
     try:
-        for number, row in enumerate(json_values(file), 1):
+        for number, row in json_values(file):
             if isinstance(row, dict | Bad):
                 yield number, row
             else:
@@ -188,14 +209,18 @@ def records(file: Path) -> Iterator[tuple[int, dict | Bad]]:
         yield 0, Bad("row", "empty file")
 
 
-def json_values(file: Path) -> Iterator:
-    """Yield the elements of an array, the single object, or the value of each line."""
+def json_values(file: Path) -> Iterator[tuple[int, object]]:
+    """Yield (number from 1, value): an array's elements, the single object, or of each line."""
     if first_byte(file) == b"[":
-        yield from elements(file)
+        yield from enumerate(elements(file), 1)
     elif file.suffix == ".json":
         yield from single_object(file)
     else:
         yield from json_lines(file)
+
+
+# White space, and the byte order mark that some editors put in front.
+BLANK = b"\xef\xbb\xbf \t\r\n\f\v"
 
 
 def first_byte(file: Path) -> bytes:
@@ -205,23 +230,26 @@ def first_byte(file: Path) -> bytes:
             start = stream.read(4096)
     except OSError as error:
         raise BadSource(f"{file}: {error.strerror}") from error
-    return start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+    return start.lstrip(BLANK)[:1]
 
 
-def json_lines(file: Path) -> Iterator:
+def json_lines(file: Path) -> Iterator[tuple[int, object]]:
+    """Yield (number of the line, its value); blank lines count, and are no rows."""
     with open(file, "rb") as stream:
-        for line in stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip(BLANK):
+                continue
             try:
-                yield json.loads(line)
+                yield number, json.loads(line)
             # No JSON, no UTF-8, a number too long, or nested too deep.
             except (ValueError, OverflowError, RecursionError) as error:
-                yield Bad("row", f"unreadable: {error}")
+                yield number, Bad("row", f"unreadable: {error}")
 
 
-def single_object(file: Path) -> Iterator:
+def single_object(file: Path) -> Iterator[tuple[int, object]]:
     """Yield an object that spans lines, as in unpacked WebDatasets; or lines after all."""
     try:
-        yield json.loads(file.read_bytes())
+        yield 1, json.loads(file.read_bytes())
     except (ValueError, RecursionError):
         yield from json_lines(file)
 
@@ -326,8 +354,10 @@ RELATIVE = "relative"
 RELATIVE_NOTE = "depth maps left out: relative, so without a unit; point maps are metric"
 
 
-def size(file: str, headers: Headers, field: str = "image") -> tuple[int, int]:
+def size(file: str | Marked, headers: Headers, field: str = "image") -> tuple[int, int]:
     """Return (width, height) from the header; Bad where there is none to be read."""
+    if isinstance(file, Marked):  # its row holds the image
+        return file.size
     header = headers[file]
     if isinstance(header, str):
         raise Bad(field, header)
@@ -339,8 +369,10 @@ def estimated_name(image: str) -> str:
     return f"{os.path.splitext(image)[0]}.depth.png"
 
 
-def estimated(image: str) -> str | None:
-    """Return that file where it is there."""
+def estimated(image: str | Marked) -> str | None:
+    """Return that file where it is there; an image that its row holds lies beside none."""
+    if isinstance(image, Marked):
+        return None
     file = estimated_name(image)
     return file if os.path.isfile(file) else None
 

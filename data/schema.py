@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
+from data.embedded import image_of
 from data.rows import Bad, MissingFile, Number, Row, Text, Whole, broken, estimated, records
 from srreal import Example
 
@@ -23,7 +24,8 @@ class OwnRow(BaseModel):
 
     id: Text  # no two rows of all sources have both id and path in common
     path: Text  # lor | dtr | direct
-    images: list[Text]  # at least one, e.g. images/a.png
+    # Files, e.g. images/a.png, or data URIs; on path direct there may be none.
+    images: list[Text] = []
     question: Text  # with a <mask> behind each region's mention; <image> once an image, or nowhere
     answer: Text  # an option's letter, a number, a camera motion, or other text
 
@@ -63,7 +65,7 @@ def own_rows(path: Path, root: str | None) -> Iterator[Row]:
             number,
             example.id,
             make=lambda headers, example=example: [example],
-            files=tuple(file for file in files if file),
+            files=tuple(file for file in files if isinstance(file, str)),
         )
 
 
@@ -73,6 +75,9 @@ def parse_row(row: dict) -> OwnRow:
     unknown = [name for name in row if name not in OwnRow.model_fields]
     # Not left to pydantic, which stops at a name with half a surrogate pair; ascii prints it, too.
     problems = [(ascii(name)[1:-1], "unknown field") for name in unknown]
+    # Only a question without reasoning can be about no image.
+    if "images" not in row and row.get("path") != "direct":
+        problems.append(("images", "missing"))
     known = {name: value for name, value in row.items() if name not in unknown}
     try:
         parsed = OwnRow.model_validate(known)
@@ -97,7 +102,7 @@ def describe(name: str, row: dict, detail: dict) -> str:
 
 def to_example(row: OwnRow, base: str) -> Example:
     """Return the Example of a row whose files lie in `base`."""
-    images = [os.path.join(base, file) for file in row.images]
+    images = [image_of(name, base, "images") for name in row.images]
     depths = [file and os.path.join(base, file) for file in row.depths or [None] * len(images)]
     # Depth maps of another number than images stay as they are, for the checks to name them.
     for index, image in enumerate(images[: len(depths)]):

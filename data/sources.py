@@ -9,6 +9,7 @@ from collections import namedtuple
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from data.folders import Found, walk
 from data.rows import BadSource, MissingFile, Row, first_byte, records
 from data.schema import own_rows
 from data.sets.ca1m import ca1m_rows
@@ -89,11 +90,19 @@ def open_source(source: str) -> Iterator[Row]:
 def recognise(path: Path) -> str:
     """Return the kind of a path that says none."""
     if path.is_dir():
-        for kind, source in SOURCES.items():
-            if any(holds(path, pattern) for pattern in source.folder):
+        # What lies in the folder itself is tried before a look at all that lies below, and folders
+        # of images last.
+        found = Found()
+        for look in (None, ("images",), ()):
+            if look is not None:
+                found = walk(path, without=look)
+            kind = recognise_folder(path, found)
+            if kind is not None:
                 return kind
-        found = (file for file in sorted(path.rglob("*.json*")) if file.is_file())
-        path = next(found, path)
+            rows = next(found.files_like("*.json*"), None)
+            if rows is not None:
+                path = rows
+                break
     if path.suffix == ".parquet":
         return "refcoco"
     if path.suffix not in (".json", ".jsonl"):
@@ -112,8 +121,19 @@ def recognise(path: Path) -> str:
     return recognise_row(next(rows, {}))
 
 
-def holds(folder: Path, pattern: str) -> bool:
-    return next(folder.glob(pattern), None) is not None
+def recognise_folder(path: Path, found: Found) -> str | None:
+    for kind, source in SOURCES.items():
+        if any(holds(path, pattern, found) for pattern in source.folder):
+            return kind
+    return None
+
+
+def holds(folder: Path, pattern: str, found: Found) -> bool:
+    """Say whether a name lies in a folder or, after **/, anywhere below it."""
+    name = pattern.removeprefix("**/")
+    if name == pattern:
+        return next(folder.glob(name), None) is not None
+    return any(found.files_like(name)) or any(found.folders_like(name))
 
 
 def recognise_object(file: Path) -> str | None:

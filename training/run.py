@@ -6,7 +6,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import data
 import plan
+from argv import join_repeated
 from errors import UserError
 from model.delta import check_kernels
 from model.files import checkpoint_of
@@ -40,13 +41,14 @@ def launch(main: Callable, config: type) -> None:
     """
     name = Path(sys.argv[0]).name
     description = sys.modules[main.__module__].__doc__.split("\n\n")[0]
-    cfg = tyro.cli(config, prog=name, description=description)
+    args = join_repeated(sys.argv[1:], config)
+    cfg = tyro.cli(config, prog=name, description=description, args=args)
     try:
         if cfg.model:
             cfg.model = checkpoint_of(cfg.model, ranks.say)
         main(cfg)
     except data.BadRows as bad:
-        end(f"{name}: {bad}\n(--skip-bad-rows goes on without them)", 2)
+        end(f"{name}: {bad.told(cfg.out)}\n(--skip-bad-rows goes on without them)", 2)
     except UserError as error:
         end(f"{name}: {error}", 2)
     except KeyboardInterrupt:
@@ -131,16 +133,18 @@ def load_data(cfg, more: Callable | None = None) -> tuple[list[Example], list[Ex
 
     more: example -> [(field, reason)], what else makes a row unusable, as in data.load.
     """
-    sets: list[list[Example]] = []
+    sets = []
     bad = []
     for sources in (cfg.data, cfg.eval_data):
-        try:
-            sets.append(data.load(sources, cfg.skip_bad_rows, more) if sources else [])
-        except data.BadRows as error:
-            bad.extend(error.rows)
-    if bad:
-        raise data.BadRows(list(dict.fromkeys(bad)))
-    training, validation = sets
+        loaded = data.read(sources, more) if sources else data.Loaded()
+        sets.append(loaded)
+        bad += loaded.bad
+    bad = data.BadRows(list(dict.fromkeys(bad)))
+    if bad.rows and not cfg.skip_bad_rows:
+        raise bad
+    training, validation = [data.usable(loaded, cfg.skip_bad_rows) for loaded in sets]
+    if bad.rows:
+        ranks.say(bad.write(cfg.out))
     if not training:
         raise UserError("no row is left to train on: see what --data takes")
     return training, validation
@@ -149,14 +153,14 @@ def load_data(cfg, more: Callable | None = None) -> tuple[list[Example], list[Ex
 def load_processor(
     source: str,
     cfg,
-    examples: list[Example],
+    examples: Sequence[Example] = (),
     learning: tuple[str, ...] = (),
     head: bool = False,
 ) -> Processor:
     """Return the checkpoint's processor, with the workers that read images ahead.
 
-    Parts of the model that the examples use, though they never learnt, are named; but for those
-    that are learning (prefixes of their tensors). head: whether the 3D head is read.
+    Parts of the model that the examples use though they never learnt are named, but for those that
+    are learning now (prefixes of their tensors). head: whether the 3D head is read.
 
     --workers None: on CUDA a rank's share of the cores but one, at most 8; on a CPU, which
     computes, 0.
@@ -168,8 +172,9 @@ def load_processor(
     processor = Processor.from_pretrained(
         source, max_pixels=cfg.max_pixels, regions=cfg.regions, workers=workers or 0
     )
-    for sentence in processor.untrained_parts(examples, learning, head):
-        ranks.say(sentence)
+    if examples:
+        for sentence in processor.untrained_parts(examples, learning, head):
+            ranks.say(sentence)
     return processor
 
 

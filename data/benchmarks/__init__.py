@@ -39,7 +39,7 @@ from data.benchmarks.schema import Benchmark, Row
 from data.benchmarks.spar_bench import SPAR_BENCH, TINY
 from data.benchmarks.spatialrgpt_bench import SPATIALRGPT_BENCH
 from data.parquet import parquet_rows
-from data.rows import Bad, BadSource, MissingFile, records
+from data.rows import Bad, BadSource, MissingFile, look_below, records
 from data.sets.spar_marks import PHRASE
 from srreal import Example
 
@@ -96,7 +96,7 @@ def load(name: str, root=None, path: str = "both", skip_bad_rows: bool = False) 
     if bad and not (skip_bad_rows and examples):
         raise BadRows(bad)
     if bad:
-        say_left_out(name, bad, total)
+        say(f"{name}: left out {BadRows(bad).summary(total)}")
     if not examples:
         missing = f"no task {task!r}" if task else "no rows"
         raise BadSource(f"{name}: {missing} in {folder}")
@@ -141,8 +141,9 @@ def find_files(name: str, root) -> tuple[Path, list[Path]]:
             raise MissingFile(f"{name}: no such directory, nor a hub id: {root}")
         root = download(str(root), benchmark)
     # The first pattern that finds any: a folder may hold the set in two formats.
+    below = look_below(root)
     for pattern in benchmark.files:
-        if files := sorted(root.glob(pattern)):
+        if files := list(below.files_like(pattern.removeprefix("**/"))):
             return root, files
     raise MissingFile(f"{name}: no {' or '.join(benchmark.files)} in {root}")
 
@@ -165,13 +166,6 @@ def rename_known(examples: list[Example], seen: set, number: int) -> None:
         if key in seen:
             example.id += f"#{number}"
         seen.add(key)
-
-
-def say_left_out(name: str, bad: list[tuple], total: int) -> None:
-    kinds = Counter(f"{field}: {reason.partition(':')[0]}" for *_, field, reason in bad)
-    counts = "; ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
-    rows = {(file, number) for file, number, _, _ in bad}
-    say(f"{name}: left out {len(rows)} of {total} rows: {counts}")
 
 
 def warn_of_count(name: str, folder: Path, total: int, examples: list[Example]) -> None:

@@ -34,7 +34,7 @@ NO_ARTICLE = (
 ANY_LETTER = re.compile(ALONE.format("[A-H]"))
 SURE_LETTER = re.compile(ALONE.format(NO_ARTICLE))
 SAID_NUMBER = re.compile(SAYS + r"\(?" + QUANTITY.pattern + r"(?![\w.]*\w)")
-ANY_NUMBER = re.compile(rf"(?<![\w.,^+-]){QUANTITY.pattern}(?![\w^]|[.,][0-9])")
+ANY_NUMBER = re.compile(rf"(?<![\w.,^+\u2212-]){QUANTITY.pattern}(?![\w^]|[.,][0-9])")
 ASKED_UNIT = re.compile(rf"\b(?:in|how many) ({'|'.join(UNITS)})\b", re.I)
 FEW = 4  # words of a response that can be an answer by itself; more is prose
 
@@ -135,7 +135,7 @@ def robust(response: str, example: Example) -> float | None:
     if truth in tuple(LETTERS):
         letter = read_choice(response, example.question)
         return None if letter is None else float(letter == truth)
-    if math.isfinite(number(truth)):
+    if QUANTITY.fullmatch(truth) and math.isfinite(number(truth)):
         value = read_number(response, example.question)
         true = read_number(truth, example.question)
         return None if value is None else float(math.isclose(value, true, abs_tol=1e-9))

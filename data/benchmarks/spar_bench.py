@@ -21,13 +21,14 @@ from pathlib import Path
 
 from data.benchmarks.answers import mra, read_number, read_text, robust
 from data.benchmarks.schema import TEST, Benchmark, Item, Row, averages, inside, mean, means
+from data.folders import walk
 from data.marks import DepthMap, Marked, opened
 from data.rows import Bad, BadSource, matches, pinhole, typed
 from data.sets.embodiedscan import SCANNET
 from data.sets.found_marks import find_marks
 from data.sets.regions import FIELDS, placed
 from data.sets.spar_marks import insert_masks
-from srreal import Example, motion, number
+from srreal import QUANTITY, Example, motion
 
 KINDS = ("oc", "oo", "oc_mv", "oo_mv")  # object to camera, object to object; _mv: several views
 LOW = [f"depth_prediction_{kind}" for kind in KINDS]
@@ -85,7 +86,7 @@ def read(row: Row) -> Iterator[Item]:
 def region_prompts(folder: Path) -> dict:
     """Return SR-REAL's sparbench_region_prompts.json, by id, where it lies under the folder."""
     # It isn't part of the set, but is put beside it: in SR-REAL's repository it has this name.
-    file = next(folder.glob("**/sparbench_region_prompts.json"), None)
+    file = next(walk(folder).files_like("sparbench_region_prompts.json"), None)
     if file is None:
         return {}
     try:
@@ -224,7 +225,7 @@ def robust_mra(response: str, example: Example) -> float | None:
             return None
         pairs = zip(axes, motion(example.answer), strict=True)
         return mean(mra(value, true, SLACK) for value, true in pairs)
-    if example.task in LOW and math.isfinite(number(example.answer)):
+    if example.task in LOW and QUANTITY.fullmatch(example.answer.strip()):
         value = read_number(response, example.question)
         true = read_number(example.answer, example.question)
         return None if value is None else mra(value, true, SLACK)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from data.folders import LEFTOVER
 from data.rows import (
     Bad,
     MissingFile,
@@ -17,6 +18,7 @@ from data.rows import (
     broken,
     camera,
     estimated,
+    look_below,
     matches,
     training,
     typed,
@@ -35,7 +37,9 @@ OPTIONAL = {"box_2d_rend": FOUR, "box_2d_proj": FOUR}
 def ca1m_rows(path: Path, root: str | None) -> Iterator[Row]:
     """Yield the Rows of every frame in a folder, or of one instances.json."""
     # World files (VIDEO/world.gt) end otherwise: their boxes are in no camera's frame.
-    frames = [path.parent] if path.name == "instances.json" else sorted(path.rglob("*.wide"))
+    frames = [path.parent]
+    if path.name != "instances.json":
+        frames = list(look_below(path).folders_like("*.wide"))
     if not frames:
         raise MissingFile(
             f"{path}: no VIDEO/TIME.wide folders; unpack CA-1M's captures with tar -xf"
@@ -119,7 +123,8 @@ def stated_size(frame: Path) -> tuple[int, int]:
     """
     # `size`, with or without an ending.
     for place in (frame.with_suffix("._wide"), frame):
-        for file in sorted(place.glob("image/size*")):
+        named = [file for file in place.glob("image/size*") if not LEFTOVER.fullmatch(file.name)]
+        for file in sorted(named):
             size = read_json(file)
             if not matches(size, tuple[float, float]):
                 raise Bad("row", f"unreadable: {file}: no [width, height]: {size!r:.60}")

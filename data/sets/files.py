@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 
+from data.embedded import image_of
 from data.rows import Bad, depth_map, estimated, size
 
 
@@ -15,7 +16,7 @@ from data.rows import Bad, depth_map, estimated, size
 class Files:
     """Paths of images, and of the depth maps that the row names, or None, by image."""
 
-    images: list[str]
+    images: list  # Marked, where the row holds the image itself
     named_depths: list
     # Whether the set may name depth maps that its release lacks; else a missing one is an error.
     lacks_depths: bool = False
@@ -36,14 +37,14 @@ class Files:
         return found
 
     def all(self) -> tuple:
-        return (*self.images, *filter(None, self.depths))
+        return tuple(file for file in (*self.images, *self.depths) if isinstance(file, str))
 
 
 def files_of_row(row: dict, base: str, lacks_depths: bool = False) -> Files:
     """Return the files that a row names in `image` and `depth`, which lie under a folder."""
-    images = paths(row["image"], base)
-    depths = paths(row.get("depth", ()), base)
-    if not images:
+    images = [image_of(name, base) for name in listed(row.get("image", ()))]
+    depths = [os.path.join(base, name) for name in listed(row.get("depth", ()))]
+    if "image" in row and not images:
         raise Bad("image", "no image")
     # Which image a map belongs to is known by its place alone.
     if depths and len(depths) != len(images):
@@ -51,13 +52,12 @@ def files_of_row(row: dict, base: str, lacks_depths: bool = False) -> Files:
     return Files(images, depths or [None] * len(images), lacks_depths)
 
 
-def paths(names: str | list, base: str) -> list[str]:
+def listed(names: str | list) -> list[str]:
     # One image is often written without a list.
-    names = [names] if isinstance(names, str) else names
-    return [os.path.join(base, name) for name in names]
+    return [names] if isinstance(names, str) else names
 
 
-def sizes_of(images: list[str], headers: dict) -> list[tuple[int, int]]:
+def sizes_of(images: list, headers: dict) -> list[tuple[int, int]]:
     """Return (width, height) by image; Bad where one can't be read."""
     return [size(image, headers) for image in images]
 

@@ -2,7 +2,8 @@
 
 .json (one array, of any size) or .jsonl: {"id", "image": "a.jpg" or ["a.jpg", ...],
 "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}, ...], ...}, images relative
-to the file's folder or to @root.
+to the file's folder or to @root, or in the row itself as data URIs. Without `image` a row is of
+text alone, which keeps a model from forgetting how to talk.
 
 Every turn is an Example, without the turns before it. The k-th <mask> of the whole conversation is
 region k of `bbox` (pixels x0 y0 x1 y1), else of `rle` or `segmentation` (polygons); of several
@@ -18,7 +19,8 @@ from data.sets.files import Files, depths_of, files_of_row, sizes_of
 from data.sets.regions import FIELDS, REGIONS, kind_of, placed
 from srreal import Example
 
-REQUIRED = {"conversations": list[dict[str, str]], "image": str | list[str]}
+REQUIRED = {"conversations": list[dict[str, str]]}
+IMAGE = {"image": str | list[str]}
 # Of image_hw, which SR-REAL's rows are checked by, only the type is looked at here.
 OPTIONAL = FIELDS | {"id": str | int, "image_hw": tuple[int, int], "depth": str | list[str]}
 
@@ -85,8 +87,14 @@ def llava_rows(path: Path, root: str | None) -> Iterator[Row]:
 
 
 def build(root: str | None, file: Path, number: int, row: dict) -> Iterator[Row]:
-    row = typed(row, REQUIRED, OPTIONAL)
+    # Rows of text alone have no image; in some copies theirs is "" or [].
+    if not row.get("image"):
+        row.pop("image", None)
+    row = typed(row, REQUIRED, OPTIONAL | IMAGE)
     files = files_of_row(row, root or str(file.parent))
+    said = [part.get("value", "") for part in row["conversations"]]
+    if not files.images and any("<image>" in text for text in said):
+        raise Bad("image", "missing, but the text has its place: <image>")
     # Captions and chats have no truth by which a path's reasoning could be taught.
     for turn in turns_of(file, number, row, len(files.images), files):
         yield Row(str(file), number, turn.key, turn.direct, files.all)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from data.folders import walk
 from data.marks import Marked
 from data.parquet import parquet_rows
 from data.rows import (
@@ -25,6 +26,7 @@ from data.rows import (
     files_of,
     set_name,
     size,
+    training,
     typed,
 )
 from data.sets.regions import FOUR, clip
@@ -40,13 +42,16 @@ OPTIONAL = {"file_name": str, "image": str | dict, "question_id": str | int}
 def refcoco_rows(path: Path, root: str | None) -> Iterator[Row]:
     """Yield a Row for each expression of the files that a path stands for. root: of the images."""
     notes = Notes()
-    in_parquet = path.suffix == ".parquet" or (path.is_dir() and any(path.rglob("*.parquet")))
+    in_parquet = path.suffix == ".parquet" or (
+        path.is_dir() and any(walk(path).files_like("*.parquet"))
+    )
     suffixes = (".parquet",) if in_parquet else (".json", ".jsonl")
     # Of a folder, only train files are read, except where there are none.
+    every = files_of(path, suffixes)
     try:
-        files = files_of(path, suffixes, notes)
+        files = training(path, every, notes)
     except FileNotFoundError:  # the hub's copy has no other splits
-        files = files_of(path, suffixes)
+        files = every
         notes.update(f"read of {file.name}: others evaluate on this split" for file in files)
     read = partial(build, root)
     for file in files:

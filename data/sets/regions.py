@@ -111,7 +111,7 @@ def placed(row: dict, kind: str, views: int) -> list[tuple]:
         if given and views > 1:
             say_so = "Of several, {image: list} and mask_idx say it"
             raise Bad(kind, f"in which of {views} images? {say_so}")
-        given = {"0": given}
+        given = {"0": given} if given else {}
     # (image index, index in its list) -> region
     regions = {}
     for view, listed in given.items():

@@ -1,11 +1,15 @@
-"""SPAR-7M and SPAR-7M-RGBD as distributed: a folder with
+"""SPAR-7M and SPAR-7M-RGBD: a folder with
     spar/<source>/qa_jsonl/<split>/<task>/<format>/*.jsonl
     spar/<source>/images/<scene>/{image,video}_color/N.jpg
-any part of it, one .jsonl, or an index of the set's own generate_data_json.py (without its
+The set was first published as parts of one archive with all of it (cat spar-*.tar.gz | tar -xz).
+Today's release has an archive a source, without the images of others: those of ScanNet, ScanNet++,
+Matterport3D and Structured3D come from their makers, are prepared by the set's scripts, and linked
+to where the first release had them. Both are read: links to files and folders are followed. Read is
+any part of the folder, one .jsonl, or an index of the set's own generate_data_json.py (without its
 repeat_time: mixtures have weights). Of folders the formats fill and select of all tasks but the
 video's are read, and of one above `train` no `val`; a file or an index is read as it is.
 
-The RGBD release adds image_depth/N.png (millimetres), pose/N.txt (camera to world) and
+The RGBD version adds image_depth/N.png (millimetres), pose/N.txt (camera to world) and
 intrinsic/intrinsic_color.txt a scene. Points and boxes are drawn into the images (spar_marks.py).
 
 Every row is a question on path lor. Where embodiedscan_infos_*.pkl lies beside `spar`, rows of
@@ -22,6 +26,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from data.marks import Marked
 from data.rows import (
     Bad,
     BadSource,
@@ -73,7 +78,8 @@ def files_with_images(path: Path, root: str | None, notes: Notes) -> Iterator[tu
     if path.suffix == ".json":
         yield from indexed_files(path, root)
         return
-    files = files_of(path, (".jsonl",), notes)
+    # Its images may be those of a linked ScanNet: a look at them all takes long.
+    files = files_of(path, (".jsonl",), notes, without=("images",))
     # `sentence` and `judge` have answers in prose; a file that is named is read whatever it holds.
     if path.is_dir():
         files = [file for file in files if asks_about_images(file)]
@@ -188,7 +194,8 @@ class Question:
             regions=[(mark.view, mark.pixels(shapes[mark.view])) for mark in masks],
             frame=0 if several and FIRST.search(question) else None,
         )
-        if not (self.scenes and marks):
+        in_files = all(isinstance(image, str) for image in images)
+        if not (self.scenes and marks and in_files):
             return [lor]
         # Centres go to both paths: on lor, they are only what eval compares with.
         # An estimated depth cannot tell what is hidden.
@@ -199,8 +206,10 @@ class Question:
         return [replace(lor, path=path, **truth) for path in ("lor", "dtr")]
 
 
-def intrinsics(image: str, shape: tuple[int, int], notes: Notes) -> tuple | None:
+def intrinsics(image: str | Marked, shape: tuple[int, int], notes: Notes) -> tuple | None:
     """Return (fx, fy, cx, cy) of the image's scene, or None where none fits its size."""
+    if isinstance(image, Marked):  # in the row itself, so beside no camera
+        return None
     scene = Path(image).absolute().parent.parent
     camera = matrix(scene / "intrinsic" / "intrinsic_color.txt")
     if camera is None:

@@ -152,13 +152,14 @@ def draw_marks(
     return image
 
 
-def marked(files: list[str], marks: list[Mark], **style) -> list:
+def marked(files: list, marks: list[Mark], **style) -> list:
     """Return the images: a path where nothing is marked, else one that draws when it is opened."""
     images = []
     for view, file in enumerate(files):
         drawn = tuple((mark.colour, mark.kind, mark.at) for mark in marks if mark.view == view)
         options = (("marks", drawn), *style.items())
-        images.append(Marked(file, draw_marks, options) if drawn else file)
+        source = file.source if isinstance(file, Marked) else file
+        images.append(Marked(source, draw_marks, options) if drawn else file)
     return images
 
 

@@ -29,7 +29,7 @@ from srreal import UNITS, Example
 REQUIRED = {"filename": str, "conversations": list[dict[str, str]]}
 NUMBER = r"[0-9]+(?:\.[0-9]+)?"
 # The longest first, so that `m` doesn't match the start of `meters`.
-LENGTHS = sorted((unit for unit in UNITS if not unit.startswith("degree")), key=len, reverse=True)
+LENGTHS = sorted(UNITS.keys() - {"degree", "degrees", "°"}, key=len, reverse=True)
 # Not the 2 of "2 in the image".
 QUANTITY = re.compile(
     rf"(?<![\w.\[])({NUMBER})\s*({'|'.join(LENGTHS)})\b(?<!in(?= \w))", re.IGNORECASE

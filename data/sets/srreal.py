@@ -26,7 +26,7 @@ from pathlib import Path
 
 from data.rows import Bad, Headers, Notes, Row, each, estimated, set_name, turns, typed
 from data.sets.files import Files, depths_of, files_of_row, sizes_of
-from data.sets.llava import OPTIONAL, REQUIRED
+from data.sets.llava import IMAGE, OPTIONAL, REQUIRED
 from data.sets.regions import REGIONS, kind_of, placed
 from data.sets.spar_marks import FIRST, MARKS, VIEWS, Mark, insert_masks, marked, marks_of
 from srreal import Example, Parsed, parse
@@ -46,7 +46,7 @@ def build(root: str | None, notes: Notes, file: Path, number: int, row: dict) ->
     # WebDatasets name no image: it has the sample's own key.
     if row.get("image") is None:
         row["image"] = image_beside(file)
-    row = typed(row, REQUIRED, FIELDS)
+    row = typed(row, REQUIRED | IMAGE, FIELDS)
     files = files_of_row(row, root or str(file.parent))
     row["image"] = files.images
     key = f"{set_name(file)}/{row.get('id', '')}#{number}"

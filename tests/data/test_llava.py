@@ -420,7 +420,9 @@ def test_turns_and_captions(tmp_path, two):
     with pytest.raises(data.BadRows, match=f"missing file: {tmp_path}/0.png .kind:path@image_root"):
         # recognised; but its images aren't there
         data.load([tmp_path / "chat.json"])
-    (tmp_path / "chat.json").write_text(json.dumps([{"conversations": said("Hi", "Hello")}]))
+    (tmp_path / "chat.json").write_text(
+        json.dumps([{"conversations": said("<image>\nHi", "Hello")}])
+    )
     with pytest.raises(data.BadRows, match="chat.json:1: image: missing"):
         data.load([tmp_path / "chat.json"])
 

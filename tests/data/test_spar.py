@@ -269,7 +269,11 @@ def test_a_folder_is_read_for_fill_and_select_and_an_index_for_what_it_names(tmp
     for form in ("fill", "select", "sentence"):
         rooms.spar_file(tmp_path, "depth_prediction_oc", [row], form)
     rooms.spar_file(tmp_path, "obj_count", [row | {"type": "obj_count"}])
-    # recognised by its folders
+    # recognised by its folders, which may be linked in from elsewhere, as may the images
+    (tmp_path / "spar" / "scannet" / "images").rename(tmp_path / "ScanNet")
+    (tmp_path / "spar" / "scannet" / "images").symlink_to(tmp_path / "ScanNet")
+    (tmp_path / "spar" / "scannet").rename(tmp_path / "elsewhere")
+    (tmp_path / "spar" / "scannet").symlink_to(tmp_path / "elsewhere")
     read = data.load([f"{tmp_path}/spar"])
     assert [e.id.split("/")[3] for e in read] == ["fill_1", "select_1"] and read[0].depths is None
     index = tmp_path / "data_jsons" / "all.json"

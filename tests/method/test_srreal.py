@@ -817,13 +817,59 @@ def test_text(said, truth, expected):
 
 def test_kinds_of_truth():
     kinds = {
-        "choice": ("A", " E ", "\nB"),
-        "number": ("1.5", "-3 m", "30 degrees.", "0"),
+        "choice": ("A", " E ", "\nB", "(A)", "A.", "A)", "[C]", "A. chair", "A) chair", "(b)"),
+        "number": (
+            "1.5",
+            "-3 m",
+            "30 degrees.",
+            "0",
+            "30°",
+            "\u22121.5",
+            "1,000",
+            "2.4 meters away",
+        ),
         "motion": ("move_right:0.4,rotate_left:30", "rotate_up:1", "move_up:x"),
-        "text": ("F", "a", "AB", "(B)", "chair", "nan", "1.5 x", "", "moved"),
+        "text": ("F", "a", "AB", "(F)", "A chair", "chair", "nan", "1.5 x", "", "moved", "5,0"),
     }
     for kind, truths in kinds.items():
         assert [srreal.truth_kind(truth) for truth in truths] == [kind] * len(truths)
+
+
+@pytest.mark.parametrize(
+    "truth, same, near, wrong",
+    [
+        ("(B)", ("B", "b.", "B. chair", "(B)"), (), ("C", "A or B", "Answer: B", "B chair", "AB")),
+        ("B. chair", ("B", "(B) lamp"), (), ("chair", "A", "B chair")),
+        ("b)", ("B", "(b)"), (), ("C",)),
+        ("30°", ("30", "30 degrees", "30 °", "30°."), ("33°",), ("30 %", "-30", "30°°", "30° m")),
+        ("\u22121.5", ("-1.5", "\u22121.5 m", "-150 cm"), ("\u22121.6",), ("1.5", "--1.5")),
+        ("1,000", ("1000", "1,000 m", "1 km", "1,000.0."), ("1,100",), ("10,00", "1,00", "1000,0")),
+        ("2.4 meters away", ("2.4", "240 cm"), ("2.5 m",), ("2.4 m or 3 m", "about 2.4 m", "far")),
+        ("about 3 feet tall.", ("3 ft", "36 in"), ("1 m",), ("around 3 feet", "3 feet high")),
+        ("~ 5", ("5",), ("5.5",), ("~5.5",)),
+        ("rotate_left:\u221230°", ("rotate_right:30",), ("rotate_right:28°",), ("30°",)),
+        ("1,234,567", ("1234567",), (), ("1234,567", "1,234567", "01,234,567")),
+    ],
+)
+def test_truths_and_answers_are_read_by_one_set_of_rules(truth, same, near, wrong):
+    assert answer_score(truth, truth) == 1.0
+    assert [answer_score(said, truth) for said in same] == [pytest.approx(1.0)] * len(same)
+    assert all(0.3 < answer_score(said, truth) < 1.0 for said in near)
+    assert [answer_score(said, truth) for said in wrong] == [0.0] * len(wrong)
+
+
+def test_a_target_says_a_number_as_an_answer_has_to():
+    """What SFT teaches earns everything: the words around a true number are left out."""
+    for truth, answer in (
+        ("about 2.4 meters away", "2.4 meters"),
+        ("(B)", "(B)"),
+        (" 3 m", " 3 m"),
+    ):
+        e = Example("a", "lor", ["a.png"], "?", truth, rationale="so")
+        assert parse(target(e), "lor").answer == answer and score(target(e), e).total == 1.0
+    # As it stands where nothing is reasoned.
+    e = Example("a", "direct", ["a.png"], "?", "about 2.4 meters away")
+    assert target(e) == e.answer and score(target(e), e).total == 1.0
 
 
 # ---- Detection

@@ -11,6 +11,7 @@ from commands import ROOT
 # scripts.
 MAY_IMPORT = {
     "errors.py": set(),
+    "argv.py": set(),
     "srreal.py": {"official"},
     "official.py": set(),
     "kernels/": {"kernels"},
@@ -19,7 +20,7 @@ MAY_IMPORT = {
     "data/": {"errors", "srreal", "data"},
     "model/": {"errors", "srreal", "kernels", "model"},
     "plan.py": {"errors", "model"},
-    "training/": {"errors", "srreal", "data", "model", "plan", "training"},
+    "training/": {"errors", "srreal", "data", "model", "plan", "training", "argv"},
     "train_sft.py": {"errors", "srreal", "model", "training"},
     "train_rl.py": {"errors", "srreal", "model", "kernels", "training"},
     "eval_table.py": {"srreal"},
@@ -27,6 +28,7 @@ MAY_IMPORT = {
     "report.py": {"errors", "srreal", "data", "eval", "eval_table"},
 }
 OWN = {
+    "argv",
     "errors",
     "srreal",
     "official",
