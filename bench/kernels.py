@@ -41,12 +41,16 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import (
     decode_attention,
+    delta_rule,
+    delta_step,
+    gated_norm,
     interpreted,
     layers,
     linear_logprob,
     policy_loss,
     rewards,
     sample,
+    short_conv,
 )
 
 RESULTS = Path(__file__).parent / "results"
@@ -372,6 +376,95 @@ def decode_cases() -> list[Case]:
     return cases
 
 
+# Value heads, key heads, and the width of both: Qwen3.5-4B and 9B.
+DELTA_HEADS = (32, 16, 128) if CUDA else (4, 2, 32)
+
+
+def short_conv_cases() -> list[Case]:
+    """Sixteen sequences of one length."""
+    heads, key_heads, d = DELTA_HEADS
+    t, c = (8192, (2 * key_heads + heads) * d) if CUDA else (2048, 256)
+    before = torch.arange(t, device=DEVICE) % (t // 16)
+
+    def make():
+        return [normal(t, c), normal(c, 4), before]
+
+    both = {"ours": short_conv.short_conv, "naive": short_conv.reference_short_conv}
+    moved = t * c * DTYPE.itemsize
+    shape = f"T={t} C={c}"
+    return [
+        Case("short_conv", shape, make, with_compiled(both), bytes=2 * moved),
+        Case("short_conv", shape, make, with_compiled(both), backward=True, bytes=5 * moved),
+    ]
+
+
+def gated_norm_cases() -> list[Case]:
+    heads, _, d = DELTA_HEADS
+    t = 8192 if CUDA else 2048
+
+    def make():
+        return [normal(t, heads, d), normal(t, heads, d), normal(d)]
+
+    both = {"ours": gated_norm.gated_norm, "naive": gated_norm.reference_gated_norm}
+    moved = t * heads * d * DTYPE.itemsize
+    shape = f"T={t} heads={heads} E={d}"
+    return [
+        Case("gated_norm", shape, make, with_compiled(both), bytes=3 * moved),
+        Case("gated_norm", shape, make, with_compiled(both), backward=True, bytes=8 * moved),
+    ]
+
+
+def delta_rule_cases() -> list[Case]:
+    """Sixteen sequences. On CUDA ours is fla-core's where that is installed."""
+    heads, key_heads, d = DELTA_HEADS
+    t = 8192 if CUDA else 1024
+    chunks = delta_rule.Chunks([t // 16] * 16, torch.device(DEVICE))
+
+    def make():
+        g = -torch.rand(t, heads, device=DEVICE) / 10
+        beta = torch.rand(t, heads, device=DEVICE)
+        qk = [normal(t, key_heads, d), normal(t, key_heads, d)]
+        return [*qk, normal(t, heads, d), g.requires_grad_(), beta.requires_grad_(), chunks]
+
+    def of(call):
+        return lambda *inputs: call(*inputs)[0]
+
+    both = {"ours": of(delta_rule.delta_rule), "naive": of(delta_rule.reference_delta_rule)}
+    # What fla counts: the products of the chunked form, forward.
+    flops = 2 * t * heads * (3 * delta_rule.CHUNK * d + 4 * d * d)
+    shape = f"T={t} heads={heads}+{key_heads} D={d}"
+    return [
+        Case("delta_rule", shape, make, both, flops=flops),
+        Case("delta_rule", shape, make, both, backward=True, flops=3 * flops),
+    ]
+
+
+def delta_step_cases() -> list[Case]:
+    """The bytes are those of the states, read and written."""
+    heads, key_heads, d = DELTA_HEADS
+    channels = (2 * key_heads + heads) * d
+    cases = []
+    for slots in (64, 256) if CUDA else (32,):
+
+        def make(slots=slots):
+            state = torch.randn(slots, heads, d, d, device=DEVICE)
+            ring = normal(slots, 4, channels, grad=False)
+            projections = [normal(slots, channels), normal(slots, heads, d)]
+            gates = [normal(slots, heads), normal(slots, heads)]
+            conv = normal(channels, 4, grad=False)
+            per_head = normal(2, heads, grad=False)
+            norm = normal(d, grad=False)
+            weights = delta_step.StepWeights(conv, *per_head, norm, 1e-6, key_heads)
+            place = torch.zeros(slots, dtype=torch.int64, device=DEVICE)
+            ended = torch.zeros(slots, dtype=torch.bool, device=DEVICE)
+            return [*projections, *gates, weights, state, ring, place, ended]
+
+        both = {"ours": delta_step.delta_step, "naive": delta_step.reference_delta_step}
+        moved = 2 * slots * heads * d * d * 4
+        cases.append(Case("delta_step", f"S={slots} heads={heads} D={d}", make, both, bytes=moved))
+    return cases
+
+
 CASES = {
     "linear_logprob": logprob_cases,
     "policy_loss": policy_cases,
@@ -379,6 +472,10 @@ CASES = {
     "sample": sample_cases,
     "layers": layer_cases,
     "decode_attention": decode_cases,
+    "short_conv": short_conv_cases,
+    "gated_norm": gated_norm_cases,
+    "delta_rule": delta_rule_cases,
+    "delta_step": delta_step_cases,
     "judged": judged_cases,
 }
 KERNELS = [name for name in CASES if name != "judged"]
