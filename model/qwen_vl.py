@@ -1,21 +1,23 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL (dense) in one file: a packed batch in, hidden states and
-log-probs out.
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5 (dense) in one file: a packed batch in, hidden states
+and log-probs out.
 
 The decoder is the one that everybody knows: RMSNorm, grouped-query attention with rotary positions,
 SwiGLU, residuals. What is Qwen-VL's own:
 
     mRoPE      a token has three positions (time, row, column), equal for text; each rotary
                frequency listens to one of them: in blocks (Qwen2, 2.5) or interleaved (Qwen3)
-    biases     on q, k, v (Qwen2, 2.5), or an RMSNorm on every query and key head instead (Qwen3)
-    gates      Qwen3.5: three layers in four are gated delta nets (delta.py), whose state stands in
-               for keys and values; in the others attention's output is gated, head by head, and
-               only a quarter of a head's channels rotate
+    biases     on q, k, v (Qwen2, 2.5), or an RMSNorm on every query and key head instead (Qwen3 on)
     deepstack  Qwen3-VL adds features of early vision blocks to the image tokens after the first
-               layers (which family has what is data in families.py)
+               layers
+    delta nets Qwen3.5: three layers in four have a state of fixed size instead of keys and values
+               (delta.py); in the others attention's output is gated, head by head, and only a
+               quarter of a head's channels rotate
+
+Which family has what is data in families.py.
 
 What is ours: `<mask>` tokens become region tokens (region.py), depth enters and 3D centres leave
-(head3d.py), and the attention is handed in as a function of a `Mixer`: the same layers
-train on packed segments with shared prefixes, prefill a cache and decode from it. Logits never
+(head3d.py), and how tokens learn of each other is handed in, as a `Mixer`: the same layers train
+on packed segments with shared prefixes, and prefill the cache that decoding reads. Logits never
 exist in training: log-probs and entropies come from `linear_logprob`. Parameter names are those of
 the published checkpoints, below our own prefixes.
 
@@ -328,7 +330,7 @@ class QwenVL(nn.Module):
         fuse: bool = True,
         regions: str = "token",
     ) -> "QwenVL":
-        """Load a directory or hub id of a Qwen2-VL, Qwen2.5-VL or dense Qwen3-VL checkpoint.
+        """Load a directory or hub id of a checkpoint of one of families.py's FAMILIES.
 
         dtype None: the decoder's on disk, for the whole model. The extra weights
         (spatial.safetensors) are cast to it, too: they come back to the bit where they were saved
