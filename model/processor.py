@@ -35,6 +35,7 @@ from model.images import (
     source_of,
 )
 from model.region import read_region, region_weights
+from pictures import name_of
 from srreal import Example
 
 # Never sampled, since they open or stand for an image.
@@ -397,13 +398,6 @@ class Processor:
                 if settings.get(key):
                     settings[key] = pixels
             path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def name_of(source) -> str:
-    """Name an image or depth map in an error: the file, else the kind of object."""
-    if isinstance(source, str | Path | None):
-        return str(source)
-    return type(source).__name__
 
 
 def box_around(mask: np.ndarray) -> tuple[int, int, int, int]:
