@@ -5,11 +5,14 @@ focal lengths are between a quarter and eight times the image's width. Centres l
 camera. Where an object's region and its camera are known, a ray through the region, whose box is
 grown by half a side in each direction, passes the centre within reach. Where its depth was
 measured, the centre lies between half the nearest and twice the farthest depth in the region, give
-or take reach, or up to 5 m behind it, as things hide each other. Reach is 1.5 times half the object's diagonal, at least 0.3 m, or 1 m where its size
-is not known; and 5 % of its distance. So objects that are cut off or hidden in part pass, and so
-do centres behind the surface that is seen.
+or take reach, or up to 5 m behind it, as things hide each other.
+
+Reach is 1.5 times half the object's diagonal, at least 0.3 m, or 1 m where its size is not known;
+and 5 % of its distance. So objects that are cut off or hidden in part pass, and so do centres
+behind the surface that is seen.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -63,7 +66,7 @@ def check_geometry(example: Example, sizes: list, with_depth: bool) -> Iterator[
             faulty.add(view)
             here = [sighting for sighting in seen if sighting.view == view]
             yield "intrinsics", fault + likely_cause(camera, size, here)
-    yield from check_in_front(example)
+    yield from check_in_front(example, sizes, seen)
     for sighting in seen:
         if sighting.view in faulty or sighting.centre[2] <= 0:
             continue
@@ -95,9 +98,9 @@ def sightings(example: Example) -> list[Sighting]:
         if centre is None:
             continue
         size = (example.sizes or {}).get(mention)
-        near = max(0.3, 0.75 * np.linalg.norm(size)) if size else 1.0
-        reach = near + 0.05 * np.linalg.norm(centre)
-        found.append(Sighting(view, mention, centre, box_of(region), float(reach)))
+        near = max(0.3, 0.75 * math.hypot(*size)) if size else 1.0
+        reach = near + 0.05 * math.hypot(*centre)
+        found.append(Sighting(view, mention, centre, box_of(region), reach))
     return found
 
 
@@ -113,7 +116,7 @@ def bare(text: str) -> str:
 
 
 def box_of(region) -> tuple:
-    if np.ndim(region) == 2:
+    if isinstance(region, np.ndarray) and region.ndim == 2:
         ys, xs = np.nonzero(region)
         return xs.min(), ys.min(), xs.max() + 1, ys.max() + 1
     return tuple(region)
@@ -134,6 +137,9 @@ def camera_fault(camera, size: tuple[int, int]) -> str | None:
     """Return what is wrong with (fx, fy, cx, cy) for an image of (width, height)."""
     width, height = size
     fx, fy, cx, cy = camera
+    if is_middle(cx, cy, (height, width)) and not is_middle(cx, cy, size):
+        place = f"({cx:.4g}, {cy:.4g}), of {size}"
+        return f"principal point of the image on its side: {place}: its EXIF orientation turns it"
     if not (is_inside(cx, width) and is_inside(cy, height)):
         return f"principal point outside its image: ({cx:.4g}, {cy:.4g}), of {size}"
     low = FOCAL[0] * width
@@ -142,6 +148,11 @@ def camera_fault(camera, size: tuple[int, int]) -> str | None:
         bounds = f"from {low:.4g} to {high:.4g} are possible"
         return f"odd focal length: ({fx:.4g}, {fy:.4g}) for an image of {size}, {bounds}"
     return None
+
+
+def is_middle(cx: float, cy: float, size: tuple[int, int]) -> bool:
+    width, height = size
+    return abs(2 * cx / width - 1) < 0.02 and abs(2 * cy / height - 1) < 0.02
 
 
 def is_inside(place: float, side: int) -> bool:
@@ -185,18 +196,24 @@ def other_cameras(camera, size: tuple[int, int]) -> dict[str, tuple]:
 # ---- Centres
 
 
-def check_in_front(example: Example) -> Iterator[tuple[str, str]]:
+def check_in_front(
+    example: Example, sizes: list, seen: list[Sighting]
+) -> Iterator[tuple[str, str]]:
     """Check the centres that their image has to show: all of one view, else those in regions."""
     centres = {}
     for mention, centre in example.objects.items():
         if not isinstance(centre, dict):
             centres[mention] = centre
-    for sighting in sightings(example):
+    hints = {}
+    for sighting in seen:
         centres[sighting.mention] = sighting.centre
+        camera = camera_of(example, sighting.view)
+        if camera and sighting.centre[2] <= 0:
+            hints[sighting.mention] = likely_cause(camera, sizes[sighting.view], [sighting])
     for mention, centre in centres.items():
         if centre[2] <= 0:
-            hint = f"{AXES} (not z up, nor y up as in OpenGL)"
-            yield "objects", f"behind the camera: {mention}: {rounded(centre)}: {hint}"
+            hint = hints.get(mention) or f": {AXES} (not z up, nor y up as in OpenGL)"
+            yield "objects", f"behind the camera: {mention}: {rounded(centre)}{hint}"
 
 
 def fits(sighting: Sighting, camera) -> bool:
@@ -210,11 +227,14 @@ def metres_beside(sighting: Sighting, camera) -> float:
     x0, y0, x1, y1 = sighting.box
     across = GROWN * (x1 - x0)
     down = GROWN * (y1 - y0)
-    # The pixel of the region that is nearest to where the centre is seen.
-    u = np.clip(fx * x / z + cx, x0 - across, x1 + across)
-    v = np.clip(fy * y / z + cy, y0 - down, y1 + down)
-    ray = ((u - cx) / fx, (v - cy) / fy, 1)
-    return float(np.linalg.norm(np.cross(sighting.centre, ray)) / np.linalg.norm(ray))
+    # The pixel of the region that is nearest to where the centre is seen, and the ray through it.
+    u = min(max(fx * x / z + cx, x0 - across), x1 + across)
+    v = min(max(fy * y / z + cy, y0 - down), y1 + down)
+    right = (u - cx) / fx
+    lower = (v - cy) / fy
+    # z at the foot of the perpendicular from the centre: (c . ray) / (ray . ray).
+    foot = (x * right + y * lower + z) / (right**2 + lower**2 + 1)
+    return math.dist(sighting.centre, (foot * right, foot * lower, foot))
 
 
 def check_depth_of(example: Example, sighting: Sighting) -> Iterator[tuple[str, str]]:

@@ -125,19 +125,26 @@ class ImageDecoder:
     def cut_into_patches(self, picture: Image.Image) -> tuple[tuple[int, int], np.ndarray]:
         """Resize an image as transformers does and cut it: its grid, and patches (P, 3, p * p)."""
         patch = self.image_processor.patch_size
-        merge = self.image_processor.merge_size
-        width, height = picture.size
-        min_pixels = self.image_processor.size["shortest_edge"]
-        try:
-            height, width = smart_resize(height, width, patch * merge, min_pixels, self.max_pixels)
-        except ValueError as error:  # far too long for its height, or the other way round
-            raise ExampleError(str(error)) from error
-        pixels = np.asarray(picture.resize((width, height), self.image_processor.resample))
-        grid = height // patch, width // patch
+        grid = self.grid_of(picture.size)
+        size = grid[1] * patch, grid[0] * patch
+        pixels = np.asarray(picture.resize(size, self.image_processor.resample))
         # Channels first within a patch, as the towers' weights have them.
         cells = pixels.reshape(grid[0], patch, grid[1], patch, 3)
         cells = cells.transpose(0, 2, 4, 1, 3)  # rows, columns, 3, p, p
-        return grid, in_merge_order(cells, merge).reshape(-1, 3, patch**2)
+        patches = in_merge_order(cells, self.image_processor.merge_size)
+        return grid, patches.reshape(-1, 3, patch**2)
+
+    def grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the rows and columns of patches of an image of (width, height)."""
+        patch = self.image_processor.patch_size
+        unit = patch * self.image_processor.merge_size
+        min_pixels = self.image_processor.size["shortest_edge"]
+        width, height = size
+        try:
+            height, width = smart_resize(height, width, unit, min_pixels, self.max_pixels)
+        except ValueError as error:  # far too long for its height, or the other way round
+            raise ExampleError(str(error)) from error
+        return height // patch, width // patch
 
     def read_points(self, source: Source, size, grid) -> np.ndarray:
         """Make the point map of a depth map on the patch grid: (P, 3)."""

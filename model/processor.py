@@ -143,7 +143,8 @@ class Processor:
         min_pixels = min(image_processor.size["shortest_edge"], self.max_pixels)
         image_processor.size = {"shortest_edge": min_pixels, "longest_edge": self.max_pixels}
         self.levels = byte_levels(image_processor)
-        self.images = ImageCache(ImageDecoder(image_processor, self.max_pixels), workers)
+        self.decoder = ImageDecoder(image_processor, self.max_pixels)
+        self.images = ImageCache(self.decoder, workers)
 
     def _read_special_tokens(self) -> None:
         """Find what ends a turn, what is never sampled, and what may not stand in a row."""
@@ -279,6 +280,21 @@ class Processor:
             for k, (view, _) in enumerate(example.regions):
                 regions.append(Region(masks[k], view, weights[k], *known[k]))
         return Prompt(example, ids, positions, next_position, views, images_end, regions)
+
+    def prompt_length(self, example: Example, sizes: list[tuple[int, int]]) -> int:
+        """Count the tokens of an example's prompt from its images' (width, height) alone."""
+        views = []
+        for size in sizes:
+            views.append(View(size, self.decoder.grid_of(size), patches=None, points=None))
+        text = srreal.prompt(example)
+        if self.regions == "text":
+            text = self._write_boxes(example, text, views)
+        length = len(self._turn_ids(text, len(views)))
+        for view in views:
+            rows, columns = view.grid
+            # A placeholder each is counted already.
+            length += rows * columns // self.image_processor.merge_size**2 - 1
+        return length
 
     def _check_images(self, example: Example, text: str) -> None:
         """Refuse a row whose text or regions speak of images that it doesn't have."""

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "data/": {"errors", "pictures", "srreal", "data"},
     "model/": {"errors", "pictures", "srreal", "kernels", "model"},
     "plan.py": {"errors", "model"},
-    "training/": {"errors", "srreal", "data", "model", "plan", "training"},
+    "training/": {"errors", "pictures", "srreal", "data", "model", "plan", "training"},
     "train_sft.py": {"errors", "srreal", "model", "training"},
     "train_rl.py": {"errors", "srreal", "model", "kernels", "training"},
     "eval_table.py": {"srreal"},
