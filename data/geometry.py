@@ -30,6 +30,8 @@ GROWN = 0.5  # of a region's sides
 FAR = 2  # times the depth in a region
 HIDDEN = 5.0  # metres behind it
 AXES = "centres are x right, y down, z forward from the camera"
+# Of scripts that put blanks between words.
+LETTER = re.compile(r"[a-z0-9\u00c0-\u052f]")
 # What turns other frames' centres into the camera's.
 FRAMES = {
     "with z up": [[1, 0, 0], [0, 0, -1], [0, 1, 0]],
@@ -107,8 +109,16 @@ def sightings(example: Example) -> list[Sighting]:
 def mention_before(text: str, mentions) -> str | None:
     """Return the longest of the mentions that a text ends with, but for case and closing marks."""
     text = bare(text)
-    fitting = [mention for mention in mentions if text.endswith(bare(mention))]
+    fitting = [mention for mention in mentions if ends_with_words(text, bare(mention))]
     return max(fitting, key=len, default=None)
+
+
+def ends_with_words(text: str, words: str) -> bool:
+    """Whether a text ends with words, as words: "bbox" doesn't with "box"."""
+    if not words or not text.endswith(words):
+        return False
+    before = text[: -len(words)]
+    return not (LETTER.match(before[-1:]) and LETTER.match(words))
 
 
 def bare(text: str) -> str:
