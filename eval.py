@@ -70,7 +70,6 @@ from model.rollout import predict_centres, sample_groups
 from pictures import is_data_uri, picture_size
 from srreal import PATHS, Example, Parsed, answer_score, parse, score
 from training import ranks, run
-from training.lengths import too_long
 from training.policy import load_model
 
 BOTH = ("lor", "dtr")
@@ -548,8 +547,6 @@ def main(config: Config) -> dict | None:
     examples = questions(config)
     rank, _, device = ranks.start_ranks()
     processor = run.load_processor(config.model, config)
-    if rank == 0 and (reason := too_long(processor, examples, with_target=False)):
-        print(f"warning: {reason}")
     model = load_model(config.model, device)
 
     # File -> the settings that its questions are asked with, and the questions.

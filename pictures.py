@@ -9,8 +9,10 @@ and so are pixels of boxes, depth maps and intrinsics.
 import base64
 import io
 import os
+import re
 import struct
 from pathlib import Path
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -33,6 +35,8 @@ TURNS = {
 SIDEWAYS = (5, 6, 7, 8)
 # Where Pillow keeps an orientation.
 ORIENTATION_TAGS = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
+# From base64's other alphabet.
+URL_SAFE = bytes.maketrans(b"-_", b"+/")
 # Chunks of a PNG that may hold one.
 TEXT_CHUNKS = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
 
@@ -42,7 +46,7 @@ class BadPicture(UserError, ValueError):
 
 
 def is_data_uri(source) -> bool:
-    return isinstance(source, str) and source.startswith("data:")
+    return isinstance(source, str) and source[:5].lower() == "data:"
 
 
 def is_stored(source) -> bool:
@@ -133,10 +137,21 @@ def opened(source) -> Image.Image:
     if isinstance(source, Image.Image):
         return source
     if is_data_uri(source):
-        source = base64.b64decode(source.partition(",")[2])
+        source = content_of(source)
     if isinstance(source, bytes):
         source = io.BytesIO(source)
     return Image.open(source)
+
+
+def content_of(uri: str) -> bytes:
+    """Return the bytes of a data URI, in either alphabet of base64 or with escapes."""
+    head, _, text = uri.partition(",")
+    content = unquote_to_bytes(text)
+    if "base64" not in head.lower():
+        return content
+    # Some are broken into lines, or lack the = at the end.
+    content = re.sub(rb"[\s=]", b"", content).translate(URL_SAFE)
+    return base64.b64decode(content + b"=" * (-len(content) % 4), validate=True)
 
 
 def orientation(image: Image.Image) -> int:

@@ -140,6 +140,13 @@ class ImageDecoder:
         unit = patch * self.image_processor.merge_size
         min_pixels = self.image_processor.size["shortest_edge"]
         width, height = size
+        if not self.image_processor.do_resize:
+            if width % unit or height % unit:
+                raise ExampleError(
+                    f"{width} x {height} pixels, which do_resize false leaves as they are: sides"
+                    f" have to be multiples of {unit}"
+                )
+            return height // patch, width // patch
         try:
             height, width = smart_resize(height, width, unit, min_pixels, self.max_pixels)
         except ValueError as error:  # far too long for its height, or the other way round

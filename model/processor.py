@@ -8,6 +8,7 @@ positions, decoded images, and regions with their area weights. Whoever needs it
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,7 @@ class Processor:
         self.levels = byte_levels(image_processor)
         self.decoder = ImageDecoder(image_processor, self.max_pixels)
         self.images = ImageCache(self.decoder, workers)
+        self.has_warned_of_length = False
 
     def _read_special_tokens(self) -> None:
         """Find what ends a turn, what is never sampled, and what may not stand in a row."""
@@ -267,6 +269,7 @@ class Processor:
         repeats = np.ones(len(turn), np.int64)
         repeats[slots] = [rows * columns for rows, columns in grids]  # fails if one got lost
         ids = np.repeat(turn, repeats)
+        self._warn_of_length(example, len(ids))
         positions, next_position = mrope_positions(len(turn), slots, grids)
         images_end = 0
         if views:
@@ -295,6 +298,20 @@ class Processor:
             # A placeholder each is counted already.
             length += rows * columns // self.image_processor.merge_size**2 - 1
         return length
+
+    def _warn_of_length(self, example: Example, length: int) -> None:
+        """Say of the first prompt that is too long for the checkpoint; training refuses such."""
+        limit = self.max_positions
+        if limit is None or length <= limit or self.has_warned_of_length:
+            return
+        self.has_warned_of_length = True
+        limits = f"the checkpoint's max_position_embeddings is {limit}"
+        print(f"warning: {example.id}: a prompt of {length} tokens, but {limits}", file=sys.stderr)
+
+    @property
+    def max_positions(self) -> int | None:
+        """How many tokens the checkpoint's positions are meant for, where it says so."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
     def _check_images(self, example: Example, text: str) -> None:
         """Refuse a row whose text or regions speak of images that it doesn't have."""

@@ -26,8 +26,8 @@ def too_long(processor: Processor, examples: list[Example], with_target: bool) -
     Images are not decoded: their headers say how many tokens they become. with_target: count the
     answer that SFT teaches as well.
     """
-    limit = getattr(processor.config.get_text_config(), "max_position_embeddings", None)
-    if not limit:
+    limit = processor.max_positions
+    if limit is None:
         return None
     sizes_of = measured(examples)
     lengths = {}

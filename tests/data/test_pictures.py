@@ -108,6 +108,21 @@ def test_tags_that_cannot_be_read_turn_nothing():
     assert picture_size(held) == (40, 24)
 
 
+def test_data_uris_in_all_their_spellings():
+    held = content(noise(), "PNG")
+    encoded = base64.b64encode(held).decode()
+    lines = "\n".join(encoded[start : start + 76] for start in range(0, len(encoded), 76))
+    escaped = "".join(f"%{byte:02x}" for byte in held)
+    for uri in (
+        f"data:image/png;base64,{encoded}",
+        f"DATA:image/png;base64,{lines}",
+        f"data:;base64,{encoded.rstrip('=')}",
+        f"data:image/png;base64,{base64.urlsafe_b64encode(held).decode()}",
+        f"data:image/png,{escaped}",
+    ):
+        assert np.array_equal(read_picture(uri), noise()) and picture_size(uri) == (40, 24)
+
+
 def palette(transparency) -> bytes:
     return content(noise(channels=1).convert("P"), "PNG", transparency=transparency)
 

@@ -116,6 +116,6 @@ def test_eval_says_so_and_goes_on(short, capsys):
         max_new_tokens=2,
     )
     evaluation.main(config)
-    said = capsys.readouterr().out
-    assert f"warning: large: {length} tokens" in said
-    assert f"max_position_embeddings is {length - 1};" in said
+    said = capsys.readouterr().err
+    assert said.count(f"warning: large: a prompt of {length} tokens") == 1
+    assert f"max_position_embeddings is {length - 1}" in said
