@@ -21,6 +21,7 @@ from pydantic import TypeAdapter
 from data.geometry import bare, check_geometry, mention_before
 from data.marks import DepthMap, Marked
 from data.rows import RELATIVE, Header, Headers, file_of
+from data.sets.spar_marks import PHRASE
 from pictures import BadPicture, is_data_uri, name_of, on_its_side, opened, picture_size
 from srreal import PATHS, Example
 
@@ -151,6 +152,8 @@ def check_mentions(example):
     if not example.objects:
         return
     texts = example.question.split("<mask>")[:-1]
+    if is_lone_mark(example, texts):
+        return
     for mention in example.objects:
         if bare(mention) not in example.question.lower():
             yield "objects", f"not in the question: {mention!r}{nearest_mention(mention, texts)}"
@@ -159,6 +162,14 @@ def check_mentions(example):
         mention = next(iter(example.objects))
         reason = "of no region, as none stands before its <mask>"
         yield "objects", f"{reason}: {mention!r}{nearest_mention(mention, texts)}"
+
+
+def is_lone_mark(example, texts):
+    """Say whether SPAR's only mark is meant, which some questions name without its colour."""
+    if len(texts) != 1 or len(example.objects) != 1 or PHRASE.search(example.question):
+        return False
+    (mention,) = example.objects
+    return bool(PHRASE.fullmatch(mention) and mention_before(texts[0], mention.split()[1:]))
 
 
 def nearest_mention(mention, texts):

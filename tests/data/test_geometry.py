@@ -73,6 +73,7 @@ SOUND = {
         "intrinsics": [CAMERA, CAMERA],
         "objects": {"red bbox": {0: CENTRE, 1: (1.0, 0.5, -2.5)}},
     },
+    "SPAR's lone mark, which no colour names": {"question": "How far is the bbox <mask>?"},
     "in other letters": {"question": "Wo steht 红框 <mask>?", "objects": {"红框": CENTRE}},
     "in capitals": {"question": "Is the Red Bbox (<mask>) near?"},
 }
@@ -214,6 +215,11 @@ BAD = {  # mistake: (changes, field, what is said, among it both numbers and the
         "objects",
         ["of no region, as none stands before its <mask>: 'box'", "nearest mention is 'bbox'"],
     ),
+    "another colour": (
+        {"question": "How far is the blue bbox <mask>?"},
+        "objects",
+        ["not in the question: 'red bbox'; the nearest mention is 'blue bbox'"],
+    ),
     "no mention at all": (
         {"question": "How far?", "regions": []},
         "objects",
@@ -274,3 +280,11 @@ def test_an_estimated_depth_is_not_believed_against_a_row(rendered, tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps(with_measured))
     with pytest.raises(data.BadRows, match="far from its region's depth.*depth 65.00 to 65.00 m"):
         data.load([tmp_path])
+
+
+def test_of_large_sets_a_share_of_the_rows_is_compared_with_depth():
+    headers = dict.fromkeys(range(4000))
+    wrong = example(depths=[depth(8.0)], intrinsics=None)
+    found = [bool(check(replace(wrong, id=str(k)), headers, set())) for k in range(400)]
+    assert 20 < sum(found) < 60
+    assert all(check(replace(wrong, id=str(k)), {}, set()) for k in range(20))
