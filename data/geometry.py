@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -274,7 +275,7 @@ def measured_depth(example: Example, view: int) -> np.ndarray | None:
     # An estimate may be more wrong than a row is.
     if depth is None or (isinstance(image, str) and file_of(depth) == estimated_name(image)):
         return None
-    if not isinstance(depth, str):
+    if not isinstance(depth, str | Path):
         return np.asarray(depth)
     try:
         return read_metres(depth)
