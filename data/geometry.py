@@ -1,11 +1,12 @@
 """Whether cameras and centres can belong to their image; if not, both numbers and a likely cause.
 
-A camera's principal point lies inside its image, 3 % of a side away from the borders at least; its
-focal lengths are between a quarter and eight times the image's width. Centres lie in front of the
-camera. Where an object's region and its camera are known, a ray through the region, whose box is
-grown by half a side in each direction, passes the centre within reach. Where its depth was
-measured, the centre lies between half the nearest and twice the farthest depth in the region, give
-or take reach, or up to 5 m behind it, as things hide each other.
+A camera's principal point lies inside its image, 3 % of a side away from the borders at least, and
+not a fifth off the middle by one share of both sides, as it does at another resolution; its focal
+lengths are between a quarter and eight times the image's width. Centres lie in front of the camera.
+Where an object's region and its camera are known, a ray through the region, whose box is grown by
+half a side in each direction, passes the centre within reach. Where its depth was measured, the
+centre lies between half the nearest and twice the farthest depth in the region, give or take reach,
+or up to 5 m behind it, as things hide each other.
 
 Reach is 1.5 times half the object's diagonal, at least 0.3 m, or 1 m where its size is not known;
 and 5 % of its distance. So objects that are cut off or hidden in part pass, and so do centres
@@ -26,6 +27,7 @@ from pictures import BadPicture, read_metres
 from srreal import Example
 
 EDGE = 0.03  # of a side
+OFF = 0.2  # of half a side
 FOCAL = (0.25, 8)  # of the image's width
 GROWN = 0.5  # of a region's sides
 FAR = 2  # times the depth in a region
@@ -153,6 +155,10 @@ def camera_fault(camera, size: tuple[int, int]) -> str | None:
         return f"principal point of the image on its side: {place}: its EXIF orientation turns it"
     if not (is_inside(cx, width) and is_inside(cy, height)):
         return f"principal point outside its image: ({cx:.4g}, {cy:.4g}), of {size}"
+    # Half the resolution puts it at a quarter of both sides. A crop's is seldom off by one share.
+    across = 2 * cx / width
+    if abs(across - 2 * cy / height) < 0.03 and abs(across - 1) > OFF:
+        return f"principal point far from the middle: ({cx:.4g}, {cy:.4g}), of {size}"
     low = FOCAL[0] * width
     high = FOCAL[1] * width
     if not (low <= min(fx, fy) and max(fx, fy) <= high):

@@ -67,6 +67,7 @@ SOUND = {
     "unknown depth": {"depths": [depth(np.nan)]},
     "a mask": {"regions": [(0, np.pad(np.ones((90, 100), bool), ((310, 80), (500, 40))))]},
     "a long lens": {"intrinsics": [(8 * 640, 8 * 640, 319.5, 239.5)], "objects": {}},
+    "a crop": {"intrinsics": [(577.0, 577.0, 200.0, 239.5)], "objects": {}},
     "a wide lens": {"intrinsics": [(160, 160, 319.5, 239.5)], "objects": {}},
     "two views, one of them without its object": {
         "images": [Image.new("RGB", SIZE)] * 2,
@@ -108,8 +109,13 @@ BAD = {  # mistake: (changes, field, what is said, among it both numbers and the
     ),
     "a smaller camera": (
         {"intrinsics": [(288.5, 288.5, 159.75, 119.75)]},
+        "intrinsics",
+        ["(159.8, 119.8), of (640, 480)", "an image of about 320 x 240?"],
+    ),
+    "half as wide": (
+        {"intrinsics": [(288.5, 577.0, 159.75, 239.5)]},
         "objects",
-        ["(1, 0.5, 2.5), region (500, 310, 600, 400)", "an image of about 320 x 240?"],
+        ["(1, 0.5, 2.5), region (500, 310, 600, 400)", "an image of about 320 x 479?"],
     ),
     "fx fy swapped with cx cy": (
         {"intrinsics": [(319.5, 239.5, 577.0, 577.0)]},
@@ -259,6 +265,8 @@ def test_rendered_rooms_pass_and_their_mistakes_do_not(rendered):
         width, height = headers[one.images[0]][:2]
         normalised = np.divide(one.intrinsics, (width, height) * 2).tolist()
         for wrong in (
+            np.multiply(one.intrinsics, 0.5).tolist(),
+            np.multiply(one.intrinsics, 1.5).tolist(),
             normalised,
             np.multiply(one.intrinsics, 2).tolist(),
             np.roll(one.intrinsics, 2, 1).tolist(),
