@@ -192,22 +192,26 @@ def other_cameras(camera, size: tuple[int, int]) -> dict[str, tuple]:
     """Return likely mistakes, and the camera in pixels of this image that each stands for."""
     fx, fy, cx, cy = camera
     width, height = size
-    cameras = {
+    fractions = {
         "in fractions of the image (normalised), not in pixels": (
             fx * width,
             fy * height,
             cx * width,
             cy * height,
-        ),
-        "fx fy swapped with cx cy": (cx, cy, fx, fy),
+        )
     }
+    swapped = {"fx fy swapped with cx cy": (cx, cy, fx, fy)}
+    if min(cx, cy) <= 0:
+        return fractions | swapped
     # A camera's principal point is about the middle of its own image.
-    if min(cx, cy) > 0:
-        resolution = f"intrinsics of an image of about {round(2 * cx)} x {round(2 * cy)}"
-        across = width / (2 * cx)
-        down = height / (2 * cy)
-        cameras[resolution] = (fx * across, fy * down, width / 2, height / 2)
-    return cameras
+    words = f"intrinsics of an image of about {round(2 * cx)} x {round(2 * cy)}"
+    across = width / (2 * cx)
+    down = height / (2 * cy)
+    resolution = {words: (fx * across, fy * down, width / 2, height / 2)}
+    # The same image at another resolution has the same shape.
+    if abs(across / down - 1) < 0.03:
+        return fractions | resolution | swapped
+    return fractions | swapped | resolution
 
 
 # ---- Centres

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from data.marks import Marked
 from errors import UserError
 from model.processor import Processor
-from pictures import is_stored, picture_size
+from pictures import BadPicture, is_stored, picture_size
 from srreal import Example, prompt, target
 
 # More than a chat template adds to a text, and a region written out as a box; in tokens.
@@ -33,6 +33,8 @@ def too_long(processor: Processor, examples: list[Example], with_target: bool) -
     lengths = {}
     for example in examples:
         sizes = [sizes_of[key_of(image)] for image in example.images]
+        if None in sizes:
+            continue
         answer = target(example) if with_target else ""
         if bound(processor, example, answer, sizes) <= limit:
             continue
@@ -62,13 +64,23 @@ def bound(processor: Processor, example: Example, answer: str, sizes: list) -> i
 
 
 def measured(examples: list[Example]) -> dict:
-    """Return (width, height) of every image, each file opened once."""
+    """Return (width, height) of every image, each file opened once.
+
+    It is None for a bad file, whose row is named when it is used.
+    """
     images = {}
     for example in examples:
         for image in example.images:
             images[key_of(image)] = image
     with ThreadPoolExecutor() as pool:
-        return dict(zip(images, pool.map(picture_size, images.values()), strict=True))
+        return dict(zip(images, pool.map(size_of, images.values()), strict=True))
+
+
+def size_of(image) -> tuple[int, int] | None:
+    try:
+        return picture_size(image)
+    except BadPicture:
+        return None
 
 
 def key_of(image):
