@@ -67,6 +67,7 @@ from errors import UserError
 from eval_table import COLUMNS, print_table, summarise_paths
 from model.processor import BOX_2D, object_of, truths
 from model.rollout import predict_centres, sample_groups
+from pictures import is_data_uri, picture_size
 from srreal import PATHS, Example, Parsed, answer_score, parse, score
 from training import ranks, run
 from training.policy import load_model
@@ -183,10 +184,7 @@ def seen(example: Example, config: Config) -> Example:
     if not config.blind:
         return example if config.depth else replace(example, depths=None)
     # Images keep their sizes, so prompts are as long as they were.
-    sizes = []
-    for image in example.images:
-        opened = Image.open(image) if isinstance(image, str | Path) else image
-        sizes.append(opened.size)
+    sizes = [picture_size(image) for image in example.images]
     return replace(
         example,
         images=[Image.new("RGB", size, (128, 128, 128)) for size in sizes],
@@ -289,6 +287,8 @@ def true_box(example: Example, processor) -> str | None:
 def image_name(image) -> str | None:
     """Return what two questions about one image have in common: its path, or its file's hash."""
     source = image.source if isinstance(image, Marked) else image
+    if is_data_uri(source):
+        source = source.encode()
     if isinstance(source, bytes):
         return f"sha1 {hashlib.sha1(source).hexdigest()}"
     return str(source) if isinstance(source, str | Path) else None

@@ -34,6 +34,7 @@ import data as datasets
 from errors import UserError
 from eval import question_id, true_centres
 from eval_table import paired
+from pictures import read_metres, read_picture
 from srreal import PATHS, REWARDS, SECTIONS, Example, several_views
 
 # The runs of eval.py that runs/speedrun.sh makes. RL's gain is that of AFTER over BEFORE.
@@ -546,7 +547,7 @@ def depth_of(example: Example, view: int) -> np.ndarray | None:
     if depth is None:
         return None
     if isinstance(depth, str | Path):
-        return np.asarray(Image.open(depth)) / 1000  # a PNG holds millimetres
+        return read_metres(depth)
     return np.asarray(depth)
 
 
@@ -616,10 +617,7 @@ def card(example: Example, rows: dict[tuple[str, str], dict]) -> Card:
     for (_, path), row in rows.items():
         if path == "dtr":
             last = row
-    images = []
-    for image in example.images:
-        source = Image.open(image) if isinstance(image, str | Path) else image
-        images.append(source.convert("RGB"))
+    images = [read_picture(image) for image in example.images]
     # From above, the room is drawn in the view whose frame the answer states.
     frame = last["parsed"]["frame"] if several_views(example) else 0
     if frame not in range(len(images)):

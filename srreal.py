@@ -43,7 +43,7 @@ class Example:
     id: str
     # a key of PATHS
     path: str
-    # file paths, PIL images, or anything with .size and .convert("RGB")
+    # file paths, bytes of files, data URIs, PIL images, or anything with .size and .convert("RGB")
     images: list
     # <mask> follows a region's mention; the k-th <image>, if any, is the k-th image's place
     question: str

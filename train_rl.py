@@ -82,6 +82,7 @@ from training.batches import (
     needs_dummy,
     pack_by_tokens,
 )
+from training.lengths import check_lengths
 from training.metrics import Metrics, sums_by_path
 from training.optim import Optimizer, learning_rate
 from training.policy import Reference, load_policy, synced_passes
@@ -572,6 +573,7 @@ def main(cfg: Config) -> None:
     exam_paths = sorted({example.path for example in held_out})
 
     processor = run.load_processor(str(checkpoint or cfg.model), cfg, examples)
+    check_lengths(processor, examples + held_out, with_target=False)
     sizes = plan_sizes(cfg, processor, examples)
     settings = run.resolve_auto_settings(cfg, processor.config, device, world, **sizes)
     policy = load_policy(cfg.model, cfg, device, world, settings, samples=True)

@@ -53,6 +53,7 @@ from training.batches import (
     pack_by_tokens,
     prefetched,
 )
+from training.lengths import check_lengths
 from training.optim import Optimizer, learning_rate
 from training.policy import load_policy, synced_passes
 
@@ -313,6 +314,7 @@ def main(cfg: Config) -> None:
 
     source = str(checkpoint or cfg.model)
     processor = run.load_processor(source, cfg, examples, TRAIN[cfg.train])
+    check_lengths(processor, examples + held_out, with_target=True)
     settings = run.resolve_auto_settings(
         cfg, processor.config, device, world, prompts=0, group=1, new_tokens=256, kl=0.0
     )

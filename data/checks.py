@@ -10,18 +10,26 @@ import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from difflib import SequenceMatcher
 from pathlib import Path
+from typing import Literal
+from zlib import crc32
 
 import numpy as np
-from PIL import Image
 from pydantic import TypeAdapter
 
+from data.geometry import bare, check_geometry, mention_before
 from data.marks import DepthMap, Marked
 from data.rows import RELATIVE, Header, Headers, file_of
+from data.sets.spar_marks import PHRASE
+from pictures import BadPicture, is_data_uri, name_of, on_its_side, opened, picture_size
 from srreal import PATHS, Example
 
 # A chat template's token would end a turn, or stand for an image; boxes may be written in them.
 CONTROL = re.compile(r"<\|(?!(?:object_ref|box|quad)_)\w+\|>")
+# Centres are compared with depth maps, which have to be decoded for it, in all rows of sets of so
+# many files, and in as large a share of the rows of larger ones.
+COMPARED = 400
 
 
 def check(example: Example, headers: Headers, seen: set) -> list[tuple[str, str]]:
@@ -43,6 +51,11 @@ def check(example: Example, headers: Headers, seen: set) -> list[tuple[str, str]
     for mention, truth in example.objects.items():
         problems += check_object(mention, truth, len(sizes))
     problems += check_regions(example, sizes)
+    # Another image or a missing region would only be named a second time.
+    if not problems:
+        problems += check_mentions(example)
+        with_depth = crc32(example.id.encode()) * len(headers) <= COMPARED * 2**32
+        problems += check_geometry(example, sizes, with_depth)
     return problems
 
 
@@ -52,15 +65,20 @@ def check(example: Example, headers: Headers, seen: set) -> list[tuple[str, str]
 def size_of(image, headers: Headers) -> tuple[int, int] | str:
     """Return (width, height) of an image or depth map, or what is wrong with its file."""
     file = image.source if isinstance(image, Marked | DepthMap) else image
-    header = headers[file] if isinstance(file, str) else None
+    header = headers.get(file) if isinstance(file, str) else None
     if isinstance(header, str):
         return header
     if isinstance(image, np.ndarray):
         return image.shape[::-1]
     # A DepthMap has its image's size, whatever its file's.
-    if header is None or isinstance(image, DepthMap):
+    if isinstance(image, DepthMap):
         return image.size
-    return header[:2]
+    if header is not None:
+        return header[:2]
+    try:
+        return picture_size(image)
+    except BadPicture as error:
+        return f"corrupt file: {error}"
 
 
 def check_texts(example):
@@ -105,7 +123,7 @@ def check_depths(example, sizes, headers):
         if isinstance(found, str):
             yield "depths", found
         elif not isinstance(size, str) and found != size:
-            yield "depths", f"wrong size: {found}, not {size}"
+            yield "depths", f"wrong size: {found}, not {size}{on_its_side(found, size)}"
     # Arrays and maps whose file can't be read have no mode.
     for depth in example.depths:
         file = file_of(depth)
@@ -128,6 +146,41 @@ def check_numbers(example):
             yield "sizes", f"not finite and positive: {mention}: {size}"
     if example.frame is not None and not 0 <= example.frame < count:
         yield "frame", f"no such view: {example.frame} of {count}"
+
+
+def check_mentions(example):
+    """Check that the question speaks of every object, and one region at least shows one."""
+    if not example.objects:
+        return
+    texts = example.question.split("<mask>")[:-1]
+    if is_lone_mark(example, texts):
+        return
+    for mention in example.objects:
+        if bare(mention) not in example.question.lower():
+            yield "objects", f"not in the question: {mention!r}{nearest_mention(mention, texts)}"
+            return
+    if texts and not any(mention_before(text, example.objects) for text in texts):
+        mention = next(iter(example.objects))
+        reason = "of no region, as none stands before its <mask>"
+        yield "objects", f"{reason}: {mention!r}{nearest_mention(mention, texts)}"
+
+
+def is_lone_mark(example, texts):
+    """Say whether SPAR's only mark is meant, which some questions name without its colour."""
+    if len(texts) != 1 or len(example.objects) != 1 or PHRASE.search(example.question):
+        return False
+    (mention,) = example.objects
+    return bool(PHRASE.fullmatch(mention) and mention_before(texts[0], mention.split()[1:]))
+
+
+def nearest_mention(mention, texts):
+    """Return what to add: the words before a <mask> that are most like a mention."""
+    count = len(mention.split())
+    candidates = [" ".join(re.findall(r"\w+", text)[-count:]) for text in texts]
+    likeness = {other: SequenceMatcher(None, mention, other).ratio() for other in candidates}
+    if not likeness:
+        return ""
+    return f"; the nearest mention is {max(likeness, key=likeness.get)!r}"
 
 
 def is_finite(values):
@@ -184,9 +237,10 @@ def check_regions(example, sizes):
 
 
 def wrong_mask(mask, size):
-    if mask.shape != size[::-1] or not mask.any():
-        return f"empty or odd mask: {mask.shape}"
-    return None
+    sides = mask.shape[::-1]
+    if sides != size:
+        return f"odd mask: {sides}, not {size}{on_its_side(sides, size)}"
+    return None if mask.any() else f"empty mask: {sides}"
 
 
 def wrong_box(box, size):
@@ -206,8 +260,8 @@ def wrong_box(box, size):
 
 # ---- headers of files, read once
 
-# file -> (bytes, time of change, width, height, mode)
-KNOWN = TypeAdapter(dict[str, tuple[int, int, int, int, str]])
+# file -> (bytes, time of change, width, height, mode, version of this list)
+KNOWN = TypeAdapter(dict[str, tuple[int, int, int, int, str, Literal["turned"]]])
 
 
 def measure(files: list[str], decoded: int = 20_000) -> Headers:
@@ -223,7 +277,7 @@ def measure(files: list[str], decoded: int = 20_000) -> Headers:
     # Only what is sound is remembered: what was wrong may have been mended since.
     for file in files:
         if file in known and known[file][:2] == stamps[file]:
-            headers[file] = Header(*known[file][2:])
+            headers[file] = Header(*known[file][2:5])
         else:
             fresh.append(file)
     # Decoding millions takes too long; the rest is decoded at use, and a failure names its row.
@@ -231,15 +285,16 @@ def measure(files: list[str], decoded: int = 20_000) -> Headers:
     with ThreadPoolExecutor() as pool:
         headers |= zip(fresh, pool.map(read_header, fresh, decode), strict=True)
     for file in fresh[:decoded]:
-        if isinstance(headers[file], Header):
-            known[file] = (*stamps[file], *headers[file])
+        # Data URIs have no stamp: they are no files.
+        if isinstance(headers[file], Header) and stamps[file]:
+            known[file] = (*stamps[file], *headers[file], "turned")
     write_cache(cache, known)
     return headers
 
 
 def stamp(file: str) -> tuple[int, int] | None:
     """Return what changes with a file's content; None where there is no file."""
-    if not os.path.isfile(file):
+    if is_data_uri(file) or not os.path.isfile(file):
         return None
     status = os.stat(file)
     return status.st_size, status.st_mtime_ns
@@ -247,7 +302,9 @@ def stamp(file: str) -> tuple[int, int] | None:
 
 def read_header(file: str, decode: bool) -> Header | str:
     try:
-        with Image.open(file) as image:
+        with opened(file) as image:
+            # Before it is decoded: some formats are turned by that.
+            size = picture_size(image)
             if decode:
                 image.load()
                 # Less than 10 cm in millimetres: nobody's room.
@@ -255,12 +312,12 @@ def read_header(file: str, decode: bool) -> Header | str:
                 if 0 < largest < 100:
                     return f"depth in metres, not millimetres?: {file}: at most {largest}"
             relative = image.info.get("kind") == RELATIVE
-            return Header(*image.size, RELATIVE if relative else image.mode)
+            return Header(*size, RELATIVE if relative else image.mode)
     except FileNotFoundError:
         return f"missing file: {file} (kind:path@image_root says where the images of a set lie)"
     # Pillow raises all sorts of exceptions on bad bytes.
     except Exception as error:
-        return f"corrupt file: {file}: {error}"
+        return f"corrupt file: {name_of(file)}: {error}"
 
 
 def cache_file() -> Path:

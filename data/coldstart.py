@@ -39,6 +39,7 @@ from data.arithmetic import equations, unknown_numbers, wrong
 from data.benchmarks.answers import said_text
 from data.rationale import centres, compute, is_teachable
 from errors import UserError
+from pictures import is_data_uri, read_picture
 from srreal import (
     NUMERAL,
     UNITS,
@@ -285,7 +286,7 @@ def as_file(item, out: Path, file: str) -> str | None:
     if item is None:
         return None
     # Files stay where they are; a moved --out loses them.
-    if isinstance(item, str | Path):
+    if isinstance(item, str | Path) and not is_data_uri(item):
         return os.path.relpath(item, out)
     if not (out / file).is_file():
         save(item, out / file)
@@ -299,7 +300,7 @@ def save(item, file: Path) -> None:
         millimetres = (metres * 1000).round().clip(0, 65535)
         picture = Image.fromarray(millimetres.astype(np.uint16))
     else:
-        picture = item.convert("RGB")
+        picture = read_picture(item)
     file.parent.mkdir(exist_ok=True)
     # Whole or not at all: a second call takes a file that is there.
     part = file.with_name(f"{file.name}.part")

@@ -26,6 +26,7 @@ import data
 from data.marks import Marked
 from data.rows import estimated, estimated_name
 from errors import UserError
+from pictures import is_data_uri, picture_size, read_picture
 
 # By model_type; Depth Anything's config says it itself.
 KINDS = {"zoedepth": "metric", "glpn": "metric", "depth_pro": "metric", "dpt": "relative"}
@@ -55,7 +56,7 @@ def main(cfg: Config) -> None:
     about.add_text("kind", kind)
     with tqdm(total=len(files), desc=f"{kind} depth", unit="image") as bar:
         for batch in batches(files, cfg.batch):
-            images = [Image.open(file).convert("RGB") for file in batch]
+            images = [read_picture(file) for file in batch]
             for file, depth in zip(batch, predict(model, processor, images), strict=True):
                 # Whole or not at all.
                 part = f"{estimated_name(file)}.part"
@@ -75,7 +76,7 @@ def missing(cfg: Config) -> list[str]:
             if depth is not None:
                 continue
             source = image.source if isinstance(image, Marked) else image
-            if isinstance(source, str | os.PathLike):
+            if isinstance(source, str | os.PathLike) and not is_data_uri(source):
                 files.add(str(source))
             else:
                 held += 1
@@ -83,17 +84,12 @@ def missing(cfg: Config) -> list[str]:
         print(f"{held} images lie in no file of their own: no depth for them")
     # Images of one size make a batch without padding; by name within it, so that runs are alike.
     bare = [file for file in files if estimated(file) is None]
-    return sorted(bare, key=lambda file: (size(file), file))
-
-
-def size(file: str) -> tuple[int, int]:
-    with Image.open(file) as image:
-        return image.size
+    return sorted(bare, key=lambda file: (picture_size(file), file))
 
 
 def batches(files: list[str], most: int):
     """Yield lists of at most that many files, whose images are of one size."""
-    for _, group in groupby(files, key=size):
+    for _, group in groupby(files, key=picture_size):
         alike = list(group)
         for start in range(0, len(alike), most):
             yield alike[start : start + most]

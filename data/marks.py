@@ -5,7 +5,6 @@ and boxes that a question speaks of; `DepthMap` a depth PNG whose resolution isn
 compare by value, and pickle where `draw` is a module's function.
 """
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,34 +12,27 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-
-def opened(source) -> Image.Image:
-    """Open a path or the bytes of a file; return an image as it is."""
-    if isinstance(source, Image.Image):
-        return source
-    if isinstance(source, bytes):
-        source = io.BytesIO(source)
-    return Image.open(source)
+from pictures import picture_size, read_picture, read_turned
 
 
 @dataclass(frozen=True)
 class Marked:
     """An image whose marks are drawn each time it is converted."""
 
-    source: str | Path | bytes | Image.Image
+    source: str | Path | bytes | Image.Image  # see pictures.py
     # Takes the RGB image, a copy of its own, and returns it with its marks; None: there are none.
     draw: Callable | None = None
     options: tuple = ()  # of (name, value), for `draw`
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height), from the file's header."""
-        return opened(self.source).size
+        """(width, height) of the turned image, from the file's header."""
+        return picture_size(self.source)
 
     def convert(self, mode: str = "RGB") -> Image.Image:
-        image = opened(self.source).convert("RGB")
+        image = read_picture(self.source)
         if image is self.source:
-            # Pillow returns an RGB image itself; the marks must not get into the source.
+            # An RGB image comes back itself; the marks must not get into the source.
             image = image.copy()
         if self.draw is not None:
             image = self.draw(image, **dict(self.options))
@@ -66,6 +58,6 @@ class DepthMap:
         return np.asarray(self) > metres
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        with opened(self.source) as picture:
-            millimetres = np.asarray(picture.resize(self.size, Image.Resampling.NEAREST))
+        picture = read_turned(self.source)
+        millimetres = np.asarray(picture.resize(self.size, Image.Resampling.NEAREST))
         return (millimetres.astype(np.float32) / 1000).astype(dtype or np.float32)

@@ -25,6 +25,7 @@ from pydantic import Field, Strict, TypeAdapter, ValidationError, WrapValidator
 from data.folders import Found, leftovers_line, walk
 from data.marks import DepthMap, Marked
 from errors import UserError
+from pictures import on_its_side
 from srreal import Example
 
 
@@ -389,7 +390,8 @@ def depth_map(file: str | None, image_size: tuple[int, int], headers: Headers):
     stretch = width / height / (image_size[0] / image_size[1])
     if not abs(stretch - 1) < 0.02:
         asked = f"{image_size[0]} x {image_size[1]}"
-        raise Bad("depth", f"wrong shape: {width} x {height} for an image of {asked}")
+        reason = f"wrong shape: {width} x {height} for an image of {asked}"
+        raise Bad("depth", reason + on_its_side((width, height), image_size))
     return DepthMap(file, image_size)
 
 

@@ -25,11 +25,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from kernels.packed_attention import upload
 from model.region import pixel_shares
+from pictures import on_its_side, read_metres
 
 WAVELENGTHS = (32.0, 16.0, 8.0, 4.0, 2.0, 1.0, 0.5, 0.25)  # metres
 # The numbers that describe a point: its coordinates, their sines and cosines.
@@ -40,16 +40,10 @@ LEAST_AREA = 1e-9
 
 def read_depth(depth, shape: tuple[int, int]) -> np.ndarray:
     """Return depth (H, W) in metres: an array as it is, or a file, a 16-bit PNG in millimetres."""
-    if isinstance(depth, str | Path):
-        with Image.open(depth) as picture:
-            if not picture.mode.startswith("I"):
-                raise ValueError(
-                    f"depth of mode {picture.mode}; a 16-bit PNG in millimetres is wanted"
-                )
-            depth = np.asarray(picture).astype(np.float32) / 1000
-    depth = np.asarray(depth)
+    depth = read_metres(depth) if isinstance(depth, str | Path) else np.asarray(depth)
     if depth.shape != shape:
-        raise ValueError(f"depth of (height, width) {depth.shape}, image of {shape}")
+        sides = f"depth of (height, width) {depth.shape}, image of {shape}"
+        raise ValueError(sides + on_its_side(depth.shape, shape))
     return depth
 
 

@@ -10,7 +10,6 @@ P patches of p x p pixels; `merge` x `merge` of them become one token.
 
 import os
 import signal
-import struct
 import sys
 import threading
 from collections import OrderedDict
@@ -32,14 +31,13 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
 from errors import UserError
 from kernels.packed_attention import upload
 from model.head3d import point_grid, read_depth
+from pictures import BadPicture, is_data_uri, is_stored, read_picture
 
 CACHE_BYTES = 4e9  # of views, per process
 # At most so many images are with the workers, or made and not asked for yet.
 MAX_AHEAD = 256
 # Where depth comes without intrinsics: a horizontal view of 60 degrees.
 ASSUMED_FOV = np.pi / 3
-# What Pillow raises on a file that is torn or isn't an image.
-BAD_FILE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 class ExampleError(UserError, ValueError):
@@ -50,7 +48,7 @@ class ExampleError(UserError, ValueError):
 class Source:
     """What a View is made of: an image of an example with its depth and its camera."""
 
-    image: object  # a path, a PIL image, or anything with .convert("RGB")
+    image: object  # a source of pictures.py
     depth: object  # a path, an array (H, W) in metres, or None
     camera: tuple | None  # fx, fy, cx, cy in pixels
 
@@ -61,12 +59,14 @@ class Source:
 
     @property
     def is_file(self) -> bool:
-        """Whether all of it is read from files, and so can't change unnoticed."""
-        return isinstance(self.image, str | Path) and isinstance(self.depth, str | Path | None)
+        """Whether all of it is files or their content, and so can't change unnoticed."""
+        return is_stored(self.image) and isinstance(self.depth, str | Path | None)
 
 
 def identity(source):
-    """Identify a file by path, size and time of change, an object by itself."""
+    """Identify a file by path, size and time of change, its content or an object by itself."""
+    if isinstance(source, bytes) or is_data_uri(source):
+        return source
     if not isinstance(source, str | Path):
         return id(source)
     # A file that is written again is another image.
@@ -87,7 +87,7 @@ def source_of(example, index: int) -> Source:
 class View:
     """A decoded image on its patch grid. Patches come in the image processor's order."""
 
-    size: tuple[int, int]  # width, height of the original
+    size: tuple[int, int]  # width, height of the original, turned
     grid: tuple[int, int]  # rows, columns of patches
     patches: np.ndarray  # (P, 3, p * p) uint8; the model makes levels and frames of them
     points: np.ndarray | None  # (P, 3) fp32 metres, NaN where unknown
@@ -112,68 +112,53 @@ class ImageDecoder:
 
     def __call__(self, source: Source) -> View:
         """Return a View without key and source; ExampleError for what can't be decoded."""
-        picture = self.read_rgb(source.image)
+        try:
+            picture = read_picture(source.image)
+        except BadPicture as error:
+            raise ExampleError(str(error)) from error
         grid, patches = self.cut_into_patches(picture)
         points = None
         if source.depth is not None:
             points = self.read_points(source, picture.size, grid)
         return View(picture.size, grid, patches, points)
 
-    def read_rgb(self, image) -> Image.Image:
-        """Open an image, in any mode, as RGB."""
-        try:
-            if isinstance(image, str | Path):
-                image = Image.open(image)
-            if not isinstance(image, Image.Image):
-                # Something that opens, and draws its marks, when asked.
-                return image.convert("RGB")
-            image.load()
-        except BAD_FILE as error:
-            raise ExampleError(str(error)) from error
-        if image.mode.startswith("I"):
-            # 16 bits: Pillow would clip all above 255 to white.
-            values = np.asarray(image)
-            if image.mode != "I" or values.max() > 255:
-                values = values >> 8
-            image = Image.fromarray(values.astype(np.uint8))
-        if image.mode == "RGB":
-            return image
-        # Palettes, greys, transparency: transformers' way, or pixels would differ from its own.
-        rgb = self.image_processor.process_image(image, do_convert_rgb=True)  # (3, H, W)
-        return Image.fromarray(np.moveaxis(rgb, 0, -1).copy())
-
     def cut_into_patches(self, picture: Image.Image) -> tuple[tuple[int, int], np.ndarray]:
         """Resize an image as transformers does and cut it: its grid, and patches (P, 3, p * p)."""
         patch = self.image_processor.patch_size
-        merge = self.image_processor.merge_size
-        width, height = picture.size
-        min_pixels = self.image_processor.size["shortest_edge"]
-        if self.image_processor.do_resize:
-            try:
-                height, width = smart_resize(
-                    height, width, patch * merge, min_pixels, self.max_pixels
-                )
-            except ValueError as error:  # far too long for its height, or the other way round
-                raise ExampleError(str(error)) from error
-            picture = picture.resize((width, height), self.image_processor.resample)
-        elif width % (patch * merge) or height % (patch * merge):
-            raise ExampleError(
-                f"{width} x {height} pixels, which do_resize false leaves as they are: sides have"
-                f" to be multiples of {patch * merge}"
-            )
-        pixels = np.asarray(picture)
-        grid = height // patch, width // patch
+        grid = self.grid_of(picture.size)
+        size = grid[1] * patch, grid[0] * patch
+        pixels = np.asarray(picture.resize(size, self.image_processor.resample))
         # Channels first within a patch, as the towers' weights have them.
         cells = pixels.reshape(grid[0], patch, grid[1], patch, 3)
         cells = cells.transpose(0, 2, 4, 1, 3)  # rows, columns, 3, p, p
-        return grid, in_merge_order(cells, merge).reshape(-1, 3, patch**2)
+        patches = in_merge_order(cells, self.image_processor.merge_size)
+        return grid, patches.reshape(-1, 3, patch**2)
+
+    def grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the rows and columns of patches of an image of (width, height)."""
+        patch = self.image_processor.patch_size
+        unit = patch * self.image_processor.merge_size
+        min_pixels = self.image_processor.size["shortest_edge"]
+        width, height = size
+        if not self.image_processor.do_resize:
+            if width % unit or height % unit:
+                raise ExampleError(
+                    f"{width} x {height} pixels, which do_resize false leaves as they are: sides"
+                    f" have to be multiples of {unit}"
+                )
+            return height // patch, width // patch
+        try:
+            height, width = smart_resize(height, width, unit, min_pixels, self.max_pixels)
+        except ValueError as error:  # far too long for its height, or the other way round
+            raise ExampleError(str(error)) from error
+        return height // patch, width // patch
 
     def read_points(self, source: Source, size, grid) -> np.ndarray:
         """Make the point map of a depth map on the patch grid: (P, 3)."""
         width, height = size
         try:
             depth = read_depth(source.depth, (height, width))
-        except BAD_FILE as error:
+        except ValueError as error:  # also of a file that can't be read
             raise ExampleError(str(error)) from error
         camera = source.camera
         # Better a wrong focal length than no third dimension; ImageCache says so.

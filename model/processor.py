@@ -8,6 +8,7 @@ positions, decoded images, and regions with their area weights. Whoever needs it
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,7 @@ from model.images import (
     source_of,
 )
 from model.region import read_region, region_weights
+from pictures import name_of
 from srreal import Example
 
 # Never sampled, since they open or stand for an image.
@@ -155,7 +157,9 @@ class Processor:
         min_pixels = min(image_processor.size["shortest_edge"], self.max_pixels)
         image_processor.size = {"shortest_edge": min_pixels, "longest_edge": self.max_pixels}
         self.levels = byte_levels(image_processor)
-        self.images = ImageCache(ImageDecoder(image_processor, self.max_pixels), workers)
+        self.decoder = ImageDecoder(image_processor, self.max_pixels)
+        self.images = ImageCache(self.decoder, workers)
+        self.has_warned_of_length = False
 
     def _read_special_tokens(self) -> None:
         """Find what ends a turn, what is never sampled, and what may not stand in a row."""
@@ -288,6 +292,7 @@ class Processor:
         repeats = np.ones(len(turn), np.int64)
         repeats[slots] = [rows * columns for rows, columns in grids]  # fails if one got lost
         ids = np.repeat(turn, repeats)
+        self._warn_of_length(example, len(ids))
         positions, next_position = mrope_positions(len(turn), slots, grids)
         images_end = 0
         if views:
@@ -301,6 +306,35 @@ class Processor:
             for k, (view, _) in enumerate(example.regions):
                 regions.append(Region(masks[k], view, weights[k], *known[k]))
         return Prompt(example, ids, positions, next_position, views, images_end, regions)
+
+    def prompt_length(self, example: Example, sizes: list[tuple[int, int]]) -> int:
+        """Count the tokens of an example's prompt from its images' (width, height) alone."""
+        views = []
+        for size in sizes:
+            views.append(View(size, self.decoder.grid_of(size), patches=None, points=None))
+        text = srreal.prompt(example)
+        if self.regions == "text":
+            text = self._write_boxes(example, text, views)
+        length = len(self._turn_ids(text, len(views)))
+        for view in views:
+            rows, columns = view.grid
+            # A placeholder each is counted already.
+            length += rows * columns // self.image_processor.merge_size**2 - 1
+        return length
+
+    def _warn_of_length(self, example: Example, length: int) -> None:
+        """Say of the first prompt that is too long for the checkpoint; training refuses such."""
+        limit = self.max_positions
+        if limit is None or length <= limit or self.has_warned_of_length:
+            return
+        self.has_warned_of_length = True
+        limits = f"the checkpoint's max_position_embeddings is {limit}"
+        print(f"warning: {example.id}: a prompt of {length} tokens, but {limits}", file=sys.stderr)
+
+    @property
+    def max_positions(self) -> int | None:
+        """How many tokens the checkpoint's positions are meant for, where it says so."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
     def _check_images(self, example: Example, text: str) -> None:
         """Refuse a row whose text or regions speak of images that it doesn't have."""
@@ -447,13 +481,6 @@ class Processor:
                 if settings.get(key):
                     settings[key] = pixels
             path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def name_of(source) -> str:
-    """Name an image or depth map in an error: the file, else the kind of object."""
-    if isinstance(source, str | Path | None):
-        return str(source)
-    return type(source).__name__
 
 
 def box_around(mask: np.ndarray) -> tuple[int, int, int, int]:

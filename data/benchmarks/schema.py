@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from data.benchmarks.answers import LETTERS, read_choice, robust
-from data.marks import Marked, opened
+from data.marks import Marked
 from data.rows import Bad, matches
+from pictures import picture_size
 from srreal import Example
 
 
@@ -76,7 +77,7 @@ class Row:
             raise Bad("image", f"neither bytes nor a path: {value!r:.60}")
         # Reads the header alone; the pixels are decoded when the question is asked.
         try:
-            opened(value)
+            picture_size(value)
         except Exception as error:  # Pillow raises all sorts on bad bytes
             raise Bad("image", f"corrupt: {error}") from error
         return Marked(value)

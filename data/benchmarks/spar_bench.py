@@ -22,12 +22,13 @@ from pathlib import Path
 from data.benchmarks.answers import mra, read_number, read_text, robust
 from data.benchmarks.schema import TEST, Benchmark, Item, Row, averages, inside, mean, means
 from data.folders import walk
-from data.marks import DepthMap, Marked, opened
+from data.marks import DepthMap, Marked
 from data.rows import Bad, BadSource, matches, pinhole, typed
 from data.sets.embodiedscan import SCANNET
 from data.sets.found_marks import find_marks
 from data.sets.regions import FIELDS, placed
 from data.sets.spar_marks import insert_masks
+from pictures import read_turned
 from srreal import QUANTITY, Example, motion
 
 KINDS = ("oc", "oo", "oc_mv", "oo_mv")  # object to camera, object to object; _mv: several views
@@ -137,7 +138,7 @@ def depth_maps(row: Row, images: list[Marked]) -> list | None:
     if len(files) != len(images):
         raise Bad("depth", f"{len(files)} for {len(images)} images")
     for file in files:
-        picture = opened(file.source)
+        picture = read_turned(file.source)
         if not picture.mode.startswith("I"):
             raise Bad("depth", f"wrong mode: {picture.mode}, not a 16-bit PNG")
         _, most = picture.getextrema()

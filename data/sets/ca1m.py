@@ -48,13 +48,13 @@ def ca1m_rows(path: Path, root: str | None) -> Iterator[Row]:
     for frame in training(path, frames, notes):
         file = frame / "instances.json"
         try:
-            for row in rows_of_frame(frame, file):
+            for row in rows_of_frame(frame, file, notes):
                 yield replace(row, notes=notes)
         except Bad as error:
             yield replace(broken(file, 1, error), notes=notes)
 
 
-def rows_of_frame(frame: Path, file: Path) -> Iterator[Row]:
+def rows_of_frame(frame: Path, file: Path, notes: Notes) -> Iterator[Row]:
     view = view_of(frame)
     listed = read_json(file)
     if not isinstance(listed, list):
@@ -65,14 +65,17 @@ def rows_of_frame(frame: Path, file: Path) -> Iterator[Row]:
         # What is rendered is what can be seen; the projection also has what is hidden.
         box = instance.get("box_2d_rend") or instance.get("box_2d_proj")
         if not box:
+            notes.add("objects left out: without a 2D box")
             continue
         over = [abs(a - b) for a, b in zip(box, clip(box, view.shape), strict=True)]
         # Up to two pixels are rounding.
         if max(over) > 2:
             outside = Bad("box_2d", f"outside its image: {box}, of {view.shape}")
             yield broken(file, number, outside)
-        # Flat ones are left out without a word, as in Omni3D.
-        elif min(instance["scale"]) > 0:
+        # As in Omni3D: flat ones, and those that the camera stands in or has passed.
+        elif min(instance["scale"]) <= 0 or instance["position"][2] <= 0:
+            notes.add("objects left out: flat, or with their centre behind the camera")
+        else:
             things.append(thing_of(instance, box))
     yield from questions(file, 1, view, things)
 

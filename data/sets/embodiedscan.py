@@ -21,10 +21,10 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from data.rows import Bad, BadSource, Notes, matrix, pinhole, typed
 from data.sets.spar_marks import Mark
+from pictures import BadPicture, read_turned
 
 SCANNET = 1296, 968  # width, height of its colour camera: what its matrices are written down for
 IOU_ONE_VIEW = 0.74
@@ -208,13 +208,13 @@ def fits(mark: Mark, rectangles: np.ndarray, several: bool) -> np.ndarray:
 def visible(depth: str, box: tuple, near: float, far: float) -> bool:
     """Say whether enough of the depth map within a mark (1/1000) lies at its object's depth."""
     try:
-        with Image.open(depth) as picture:
-            # Of the depth map's own size, which may be another than the image's.
-            sides = picture.size * 2
-            edges = [round(v * side / 1000) for v, side in zip(box, sides, strict=True)]
-            part = picture.crop(edges)
-    except Exception as error:  # Pillow raises all sorts on bad bytes
+        picture = read_turned(depth)
+    except BadPicture as error:
         raise Bad("depths", f"corrupt file: {depth}: {error}") from error
+    # Of the depth map's own size, which may be another than the image's.
+    sides = picture.size * 2
+    edges = [round(v * side / 1000) for v, side in zip(box, sides, strict=True)]
+    part = picture.crop(edges)
     metres = np.asarray(part) / 1000
     # 0 is unknown: glass and mirrors have none, and don't hide anything.
     known = metres[metres > 0]

@@ -3,8 +3,10 @@
 Of a folder, *_val and *_test, of which SpatialRGPT-Bench and CV-Bench are made, are left out.
 Objects are left out by the set's rules: behind the camera, not valid in 3D, without extent,
 truncated or hidden by a third and more, lower than a sixteenth of the image, without lidar or
-segmentation points, depth off; so are flagged images. The 2D box is the tight one, else the
-truncated or the projected one, cut off at the image. Questions: grounding.py."""
+segmentation points, depth off; so are flagged images. All that is left out is counted. Images with
+src_90_rotate are upright: the set's makers turned them, with their cameras and boxes. The 2D box is
+the tight one, else the truncated or the projected one, cut off at the image. Questions:
+grounding.py."""
 
 import os
 from collections.abc import Iterator
@@ -27,7 +29,7 @@ from data.sets.grounding import XYZ, Thing, View, questions
 from data.sets.regions import FOUR
 
 PICTURE = {"id": int, "width": int, "height": int, "file_path": str, "K": tuple[XYZ, XYZ, XYZ]}
-FLAGS = {"src_flagged": bool | int, "src_90_rotate": bool | int, "incomplete": bool | int}
+FLAGS = {"src_flagged": bool | int, "incomplete": bool | int}
 OBJECT = {
     "image_id": int,
     "category_name": str,
@@ -56,13 +58,13 @@ def omni3d_rows(path: Path, root: str | None) -> Iterator[Row]:
     notes = Notes()
     for file in files_of(path, (".json",), notes):
         try:
-            for row in rows_of_file(file, root or str(file.parent)):
+            for row in rows_of_file(file, root or str(file.parent), notes):
                 yield replace(row, notes=notes)
         except Bad as error:
             yield broken(file, 0, error)
 
 
-def rows_of_file(file: Path, base: str) -> Iterator[Row]:
+def rows_of_file(file: Path, base: str, notes: Notes) -> Iterator[Row]:
     """Yield the Rows of a file, in two passes, as images stand before or behind annotations.
 
     Annotations are many GB: of an object only a small Thing is kept, by image.
@@ -72,7 +74,9 @@ def rows_of_file(file: Path, base: str) -> Iterator[Row]:
     for number, entry in entries(file, "images", PICTURE, FLAGS):
         if isinstance(entry, Row):
             yield entry
-        elif not any(entry.get(flag) for flag in FLAGS):
+        elif any(entry.get(flag) for flag in FLAGS):
+            notes.add("images left out: flagged or incomplete")
+        else:
             pictures[entry["id"]] = number, entry
     if not pictures:
         yield broken(file, 0, Bad("images", "missing, or all flagged or bad: no Omni3D file?"))
@@ -81,9 +85,13 @@ def rows_of_file(file: Path, base: str) -> Iterator[Row]:
         if isinstance(entry, Row):
             yield entry
             continue
-        # An object of a flagged image has no picture here, and goes with it.
+        # An object of a flagged image has no picture here.
         _, picture = pictures.get(entry["image_id"], (0, None))
-        if picture and not ignored(entry, picture["height"]):
+        if picture is None:
+            notes.add("objects left out: of images that are left out or missing")
+        elif ignored(entry, picture["height"]):
+            notes.add("objects left out: by the rules of the set's own evaluation")
+        else:
             things.setdefault(picture["id"], []).append(thing_of(entry))
     for number, picture in pictures.values():
         view = view_of(picture, f"{set_name(file)}/{picture['id']}", base)

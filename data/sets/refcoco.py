@@ -30,6 +30,7 @@ from data.rows import (
     typed,
 )
 from data.sets.regions import FOUR, clip
+from pictures import BadPicture
 from srreal import Example
 
 REQUIRED = {"answer": str | list[str], "bbox": FOUR}
@@ -148,5 +149,5 @@ class Reference:
 def size_of_bytes(image: Marked) -> tuple[int, int]:
     try:
         return image.size
-    except OSError as error:
+    except BadPicture as error:
         raise Bad("image", f"corrupt file: {error}") from error

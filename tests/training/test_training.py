@@ -559,7 +559,10 @@ def test_two_ranks_have_the_gradients_of_one(checkpoint, tmp_path):
         checkpoint,
         tmp_path / "two.pt",
     ]
-    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}:{root}/tests/support"}
+    own = {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{root}:{root}/tests/support:{root}/tests/training",
+    }
     ran = subprocess.run(
         list(map(str, command)), env=os.environ | own, capture_output=True, text=True
     )
