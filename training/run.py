@@ -41,7 +41,7 @@ def launch(main: Callable, config: type) -> None:
     description = sys.modules[main.__module__].__doc__.split("\n\n")[0]
     cfg = tyro.cli(config, prog=name, description=description)
     try:
-        if cfg.model:
+        if vars(cfg).get("model"):
             cfg.model = checkpoint_of(cfg.model, ranks.say)
         main(cfg)
     except data.BadRows as bad:
