@@ -232,6 +232,7 @@ def tie_head(weights: dict[str, Tensor], origin: Origin, tied: bool) -> bool:
     """
     if not tied or HEAD not in weights:
         return tied
+    # Tying goes both ways.
     if EMBEDDING not in weights:
         weights[EMBEDDING] = weights.pop(HEAD)
         origin.names[EMBEDDING] = origin.names.pop(HEAD)
@@ -367,6 +368,7 @@ def write(directory: Path, weights: dict[str, Tensor], origin: Origin, processor
             tokenizer, needed = read_tokenizer(origin.directory, rows)
             if needed == rows:
                 save_tokenizer(tokenizer, directory)
+    # It has grown, for <mask>.
     if read_config(directory).get_text_config().vocab_size != rows:
         set_vocab_size(directory, rows)
     # Each tensor in the dtype that it had on disk; what came with adapters, or was trained in fp32,
@@ -400,6 +402,7 @@ def read_carried(origin: Origin) -> dict[str, Tensor]:
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict | None = None) -> None:
     """Write a safetensors file with the permissions that the umask gives; its own are 0600."""
     save_file(tensors, path, metadata=metadata)
+    # It can't be read without being set.
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)

@@ -169,6 +169,7 @@ def read_config(directory: Path):
         raise CheckpointError(
             f"{directory}: no config.json, so no checkpoint in the Hugging Face layout"
         )
+    # transformers would quantise even whole weights by it.
     quantised = read_json(path).get("quantization_config")
     if quantised:
         method = quantised.get("quant_method", "unknown method")
@@ -224,6 +225,7 @@ def read_image_processor(directory: Path) -> Qwen2VLImageProcessorPil:
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(directory)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {str(error).strip().splitlines()[0]}") from error
+    # transformers says so at the first image only, and in a traceback.
     needed = {
         "size.shortest_edge (or min_pixels)": image_processor.size.shortest_edge,
         "size.longest_edge (or max_pixels)": image_processor.size.longest_edge,
@@ -355,6 +357,7 @@ def read_chat_template(directory: Path, own: str | dict | None) -> str | dict[st
 
 def processor_template(directory: Path) -> str | dict[str, str] | None:
     """Return what transformers' processor takes for its chat template, but for the tokenizer's."""
+    # The rule is theirs, so that it is asked rather than written down again.
     try:
         settings, _ = ProcessorMixin.get_processor_dict(directory)
     except KeyError as error:
@@ -379,6 +382,7 @@ def set_vocab_size(directory: Path, rows: int) -> None:
     """Let config.json follow an embedding that has grown, wherever it states the number."""
     path = directory / "config.json"
     config = read_json(path)
+    # Flat files have it at the top, nested ones in text_config, some in both.
     config.get("text_config", config)["vocab_size"] = rows
     if "vocab_size" in config:
         config["vocab_size"] = rows
@@ -397,5 +401,6 @@ def copy_files(source: Path, directory: Path) -> None:
     for path in source.iterdir():
         if path.is_file() and not path.name.endswith(WEIGHTS):
             shutil.copyfile(path, directory / path.name)
+    # The one folder that transformers reads.
     if (source / TEMPLATE_FOLDER).is_dir():
         shutil.copytree(source / TEMPLATE_FOLDER, directory / TEMPLATE_FOLDER, dirs_exist_ok=True)

@@ -44,7 +44,7 @@ def launch(main: Callable, config: type) -> None:
     args = join_repeated(sys.argv[1:], config)
     cfg = tyro.cli(config, prog=name, description=description, args=args)
     try:
-        if cfg.model:
+        if vars(cfg).get("model"):
             cfg.model = checkpoint_of(cfg.model, ranks.say)
         main(cfg)
     except data.BadRows as bad:

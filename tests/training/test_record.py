@@ -6,7 +6,7 @@ import shutil
 import stat
 
 import pytest
-from commands import flags
+from commands import TIMEOUT, flags, start
 from safetensors import safe_open
 
 import eval as evaluation
@@ -15,7 +15,6 @@ import train_rl
 import train_sft
 from errors import UserError
 from model.qwen_vl import QwenVL
-from training import run
 
 
 def metadata(step) -> dict:
@@ -87,20 +86,20 @@ def test_the_record_goes_on_through_rl_and_resume(tiny_home, trained, tmp_path):
 
 def test_another_way_to_read_regions_is_refused(tiny_home, trained, tmp_path):
     words = r"trained with --regions token, and --regions text is asked for[^\n]*$"
-    for start in (
+    for begin in (
         lambda: sft(tiny_home, tmp_path / "a", model=str(trained), regions="text"),
         lambda: rl(tiny_home, trained, tmp_path / "b", regions="text"),
         lambda: ask(tiny_home, trained, tmp_path / "c", regions="text"),
     ):
         with pytest.raises(UserError, match=words):
-            start()
+            begin()
     assert not list(tmp_path.rglob("*.json*"))
 
 
 def test_untrained_parts_are_said_once(tiny_home, trained, tmp_path, capsys):
-    def said(start) -> list[str]:
+    def said(begin) -> list[str]:
         capsys.readouterr()
-        start()
+        begin()
         return [line for line in capsys.readouterr().out.splitlines() if "never learnt" in line]
 
     tiny = tiny_home / "tiny"
@@ -124,26 +123,25 @@ def test_the_umask_decides_who_may_read_a_step(trained):
         assert stat.S_IMODE(path.stat().st_mode) == 0o775, path
 
 
-def test_a_runs_directory_stands_for_its_newest_whole_step(
-    tiny_home, trained, tmp_path, monkeypatch, capsys
-):
-    """In every command, from the command line on: one line says which."""
+def test_a_runs_directory_stands_for_its_newest_whole_step(tiny_home, trained, tmp_path, capsys):
+    """In every command; one line says which, and it is the step that is recorded."""
     source = trained.parent
-    models = []
-    monkeypatch.setattr("os._exit", lambda code: pytest.fail(f"exit code {code}"))
-
-    def note(cfg):
-        models.append(cfg.model)
-
-    note.__module__ = train_sft.__name__
-    for config in (train_sft.Config, train_rl.Config, evaluation.Config):
-        options = {"model": source, "data": tiny_home / "scenes", "out": tmp_path / "out"}
-        monkeypatch.setattr("sys.argv", ["train", *flags(options)])
-        capsys.readouterr()
-        run.launch(note, config)
-        assert models == [str(trained)]
-        assert capsys.readouterr().out.count("newest whole checkpoint is step-000002\n") == 1
-        models.clear()
+    common = flags({"model": source, "data": tiny_home / "scenes" / "numbers.jsonl"})
+    few = {
+        "train_sft.py": dict(steps=1, batch=2),
+        "train_rl.py": dict(steps=1, prompts=2, group=2, max_new_tokens=2),
+        "eval.py": dict(limit=1, max_new_tokens=2, again=0, path="direct"),
+    }
+    running = {}
+    for script, options in few.items():
+        out = flags({"out": tmp_path / script})
+        running[script] = start(script, *common, *out, *flags(options))
+    for script, process in running.items():
+        said, _ = process.communicate(timeout=TIMEOUT)
+        assert process.returncode == 0, said
+        assert said.count("newest whole checkpoint is step-000002\n") == 1, said
+        written = (tmp_path / script).glob("*.json")
+        assert any(str(trained) in path.read_text() for path in written)
     plan.main(plan.Config(str(source), 1, 80.0))
     assert "newest whole checkpoint is step-000002" in capsys.readouterr().err
     assert QwenVL.from_pretrained(source).origin.directory == trained.absolute()
