@@ -1,10 +1,10 @@
 """The vision towers of Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5: pixels in, patch features and
 merged tokens out.
 
-One skeleton, three sets of parts; Qwen3.5's is Qwen3-VL's without deepstack. An image is cut into patches of p x p pixels (repeated over two
-frames, as the towers were built for video). Each patch becomes a vector by one matrix product, the
-vectors pass through pre-norm ViT blocks with 2D rotary positions, and each m x m square of patches
-(m = 2) is merged into one token of the language model.
+One skeleton, three sets of parts; Qwen3.5's is Qwen3-VL's without deepstack. An image is cut into
+patches of p x p pixels (repeated over two frames, as the towers were built for video). Each patch
+becomes a vector by one matrix product, the vectors pass through pre-norm ViT blocks with 2D rotary
+positions, and each m x m square of patches (m = 2) is merged into one token of the language model.
 
                          Qwen2-VL       Qwen2.5-VL            Qwen3-VL
     patch bias           no             no                    yes
