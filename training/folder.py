@@ -194,14 +194,21 @@ def recorded_flags(config: type, arguments: list[str]):
     if "--resume" not in arguments or not given.get("out"):
         return None
     recorded = read_config(given["out"])
+    required = {field.name for field in fields(config) if field.default is MISSING}
     if recorded is None:
-        return None
+        if required <= given.keys():
+            return None
+        lacking = " and ".join(f"--{name}" for name in sorted(required - given.keys()))
+        raise UserError(
+            f"{given['out']}/config.json is missing, from which --resume takes the run's flags: "
+            f"give {lacking}, or the --out of a run"
+        )
     values = {}
     for field in fields(config):
-        value = recorded.get(field.name, field.default)
-        if field.name not in given and value is not MISSING:
+        if field.name not in given and field.name in recorded:
+            value = recorded[field.name]
             values[field.name] = tuple(value) if isinstance(value, list) else value
-        elif field.default is MISSING and field.default_factory is MISSING:
+        elif field.name in required:
             values[field.name] = tyro.MISSING
     return config(**values)
 
