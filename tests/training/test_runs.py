@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -9,7 +10,6 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -273,10 +273,14 @@ def test_the_first_signal_waits_for_the_step():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def begin(*command, **options) -> subprocess.Popen:
+def begin(*command, largest_file: int = resource.RLIM_INFINITY) -> subprocess.Popen:
     """Start `python COMMAND` in a session of its own, as in a terminal of its own."""
-    # A shell's "&" turns Ctrl-C off for what it starts.
-    heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+
+    def prepare():
+        # A shell's "&" turns Ctrl-C off for what it starts.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+
     return subprocess.Popen(
         [sys.executable, *map(str, command)],
         cwd=ROOT,
@@ -285,8 +289,7 @@ def begin(*command, **options) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        preexec_fn=heard,
-        **options,
+        preexec_fn=prepare,
     )
 
 
@@ -388,15 +391,9 @@ def test_a_full_disk_is_one_line(tiny_home, tmp_path, launcher):
     shared = options_of(tiny_home, "train_sft.py") | {"out": tmp_path, "schedule": "constant"}
     finish(start("train_sft.py", *flags(shared | {"steps": 1})))
     good = contents(tmp_path / "step-000001")
+    command = ["train_sft.py", *flags({"out": tmp_path, "steps": 2}), "--resume"]
     # No file may be larger than a part of the weights.
-    limited = """if True:
-        import resource, runpy, sys
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-        sys.argv = sys.argv[1:]
-        runpy.run_path(sys.argv[0], run_name="__main__")"""
-    (tmp_path / "limited.py").write_text(limited)
-    command = [tmp_path / "limited.py", "train_sft.py", *flags({"out": tmp_path, "steps": 2})]
-    code, said = ended(begin(*launcher, *command, "--resume"))
+    code, said = ended(begin(*launcher, *command, largest_file=200_000))
     lines = [line for line in said.splitlines() if line.startswith("train_sft.py:")]
     assert code == 2 and len(lines) == 1 and "Traceback" not in said, said
     assert "can't write" in lines[0] and "step-000002" in lines[0] and "with room" in lines[0]
