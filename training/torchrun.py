@@ -6,13 +6,15 @@ torchrun adds a traceback of its own and exits with 1, whatever a rank has said 
 gives ranks 30 s to save after Ctrl-C. Here they get ten minutes.
 """
 
+import logging
 import os
 import signal
 import sys
 
 # A shell starts a background process with Ctrl-C ignored. Before the slow imports.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-os.environ.setdefault("LOGLEVEL", "CRITICAL")
+# torch would warn of each rank that it passes the signal on to.
+logging.disable(logging.CRITICAL)
 os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
 
 
