@@ -87,6 +87,7 @@ from training.interrupt import Interrupts
 from training.metrics import Metrics, sums_by_path
 from training.optim import Optimizer, learning_rate
 from training.policy import Reference, load_policy, synced_passes
+from training.recorded import read_config
 
 
 @dataclass
@@ -641,7 +642,7 @@ def train(
     # What has learnt comes from here.
     rows_before = checkpoints.restore(checkpoint, optimizer, cfg.prompts * cfg.tries, **same)
     sampler = Sampler(order, cfg, done, rows_before)
-    before = folder.read_config(cfg.out) if checkpoint and ranks.is_first() else None
+    before = read_config(cfg.out) if checkpoint and ranks.is_first() else None
     cfg = choose_slots(cfg, rollout_model, settings.slots, (before or {}).get("slots") or 0)
     folder.write_config(cfg)
 

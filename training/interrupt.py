@@ -49,8 +49,10 @@ class Interrupts:
     def __exit__(self, kind, error, traceback) -> None:
         for signum, handler in self.before.items():
             signal.signal(signum, handler)
-        # A rank that has ended takes along those that wait for it. It has said why.
-        if self.signum and isinstance(error, RuntimeError) and ranks.did_not_answer(error):
+        # It came behind the last step's `arrived`; or a rank that has ended, and has said why, took
+        # along those that wait for it.
+        others_left = isinstance(error, RuntimeError) and ranks.did_not_answer(error)
+        if self.signum and (error is None or others_left):
             raise Interrupted(self.signum) from error
 
     def defer(self) -> None:

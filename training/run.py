@@ -21,6 +21,7 @@ from model.processor import Processor
 from srreal import Example
 from training import checkpoints, folder, interrupt, ranks
 from training.interrupt import Interrupted, Interrupts
+from training.recorded import recorded_flags
 
 MEMORY_FLAGS = ("micro_tokens", "slots", "max_pixels")
 
@@ -53,7 +54,7 @@ def launch(main: Callable, config: type) -> None:
 
 def parse(config: type, name: str, description: str):
     """Return the Config of the command line. With --resume a run's own flags are the defaults."""
-    recorded = folder.recorded_flags(config, sys.argv[1:])
+    recorded = recorded_flags(config, sys.argv[1:])
     defaults = {} if recorded is None else {"default": recorded}
     return tyro.cli(config, prog=name, description=description, **defaults)
 
