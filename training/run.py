@@ -69,7 +69,8 @@ def end_in_words(main: Callable, cfg, name: str) -> None:
             cfg.model = checkpoint_of(cfg.model, ranks.say)
         main(cfg)
     except data.BadRows as bad:
-        end(f"{name}: {bad.told(cfg.out or "out")}\n(--skip-bad-rows goes on without them)", 2)
+        told = bad.told(cfg.out or "out")
+        end(f"{name}: {told}\n(--skip-bad-rows goes on without them)", 2)
     except FloatingPointError as error:
         end(f"{name}: {error}; nothing was updated; {what_is_saved(cfg)} (with a lower --lr?)", 1)
     except (RuntimeError, MemoryError) as error:
