@@ -3,19 +3,19 @@
 import json
 import math
 import os
-import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import tyro
 from tqdm import tqdm
 
 import data
+import machine
 import plan
 from errors import UserError
 from model.processor import Processor
@@ -30,15 +30,13 @@ HUNG = ("imed out", "imeout", "Connection closed by peer", "Connection reset by 
 # ---- The command line
 
 
-def launch(main: Callable, config: type) -> None:
-    """Run main(Config) from the command line. A UserError ends it in one line, exit code 2.
+def launch(main: Callable, cfg) -> None:
+    """Run main(cfg), of the command line. A UserError ends it in one line, exit code 2.
 
     So do, with exit code 1, a loss that is not finite, want of memory, and ranks that don't answer.
     Everything else is a bug and keeps its traceback.
     """
     name = Path(sys.argv[0]).name
-    description = sys.modules[main.__module__].__doc__.split("\n\n")[0]
-    cfg = tyro.cli(config, prog=name, description=description)
     try:
         main(cfg)
     except data.BadRows as bad:
@@ -101,6 +99,21 @@ def explain(error: BaseException, cfg) -> str | None:
     return f"out of memory; turn down {' or '.join(flags)}"
 
 
+def say_doubts(cfg, doubts: Sequence[str] = ()) -> None:
+    """Say what is odd, though not wrong, about the flags: a line each. doubts: the script's own."""
+    found = list(doubts)
+    if cfg.warmup >= cfg.steps:
+        reached = cfg.steps / (cfg.warmup + 1)
+        found.append(
+            f"--warmup {cfg.warmup} is longer than --steps {cfg.steps}: the learning rate reaches "
+            f"{reached:.0%} of --lr"
+        )
+    if cfg.keep and not cfg.save_every:
+        found.append(f"--keep {cfg.keep} means nothing beside --save-every 0, which saves once")
+    for doubt in found:
+        ranks.say(f"note: {doubt}")
+
+
 # ---- What a run starts from
 
 
@@ -150,7 +163,7 @@ def load_processor(source: str, cfg) -> Processor:
     """
     workers = cfg.workers
     if workers is None and torch.cuda.is_available():
-        cores = len(os.sched_getaffinity(0)) // ranks.local_world_size(1)
+        cores = machine.cpus() // ranks.local_world_size(1)
         workers = min(max(cores - 1, 0), 8)
     return Processor.from_pretrained(
         source, max_pixels=cfg.max_pixels, regions=cfg.regions, workers=workers or 0
@@ -171,7 +184,7 @@ def resolve_auto_settings(cfg, config, device: torch.device, world: int, **sizes
     if cuda:
         memory = torch.cuda.mem_get_info(device)[1] / 1e9
     else:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / local_world / 1e9
+        memory = machine.memory() / local_world / 1e9
     least = -ranks.all_reduce([-memory], "MAX")[0]  # all ranks have to choose alike
     wanted = plan.Config(
         "",
@@ -204,14 +217,17 @@ def resolve_auto_settings(cfg, config, device: torch.device, world: int, **sizes
 
 
 class Log:
-    """metrics.jsonl, a printed line a step, and a bar with the time left. Rank 0 writes.
+    """metrics.jsonl, a printed line a step with the time left, and a bar. Rank 0 writes.
 
     columns: name -> format of what the line shows. Row k is step k: on resuming, what is behind the
-    checkpoint's row goes, a torn line too.
+    checkpoint's row goes, a torn line too. A value that was not measured is None, and null there.
     """
 
     def __init__(self, cfg, done: int, columns: dict[str, str]):
         self.columns = columns
+        self.steps = cfg.steps
+        self.steps_before = done
+        self.started = time.monotonic()
         hidden = None if ranks.is_first() else True  # None: where there is no terminal
         self.bar = tqdm(total=cfg.steps, initial=done, unit="step", disable=hidden)
         if not ranks.is_first():
@@ -237,12 +253,25 @@ class Log:
         if not_finite:
             values = ", ".join(f"{name} is {value}" for name, value in not_finite.items())
             ranks.say(f"step {row['step']}: {values}; null in metrics.jsonl")
-        shown = [f"{name} {row[name]:{form}}" for name, form in self.columns.items()]
-        ranks.say("  ".join(shown))
+        ranks.say("  ".join(self.shown(row, name) for name in self.columns))
+
+    def shown(self, row: dict, name: str) -> str:
+        """Return what the line says of a column; of the step also how many there are, and ETA."""
+        value = row[name]
+        if value is None:
+            return f"{name} {'-':>6}"
+        text = f"{name} {value:{self.columns[name]}}"
+        if name == "step":
+            # Validation and saving count, too: the clock runs since the loop began.
+            seconds = (time.monotonic() - self.started) / (value - self.steps_before)
+            left = timedelta(seconds=round(seconds * (self.steps - value)))
+            text += f"/{self.steps}  eta {left}"
+        return text
 
 
-def peak_memory(device: torch.device) -> float:
-    """Return MiB: of the GPU on CUDA, else of the process."""
+def peak_memory(device: torch.device) -> float | None:
+    """Return MiB: of the GPU on CUDA, else of the process; None where nobody counts them."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    peak = machine.peak_memory()
+    return None if peak is None else peak / 2**20
