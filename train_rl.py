@@ -140,12 +140,6 @@ class Config:
 
     def __post_init__(self):
         flags.check(self)
-        if self.updates > self.prompts:
-            raise UserError(
-                f"--updates {self.updates}: --prompts {self.prompts} can't be split into so many"
-            )
-        if self.eval_every and not self.eval_data:
-            raise UserError(f"--eval-every {self.eval_every}: there is no --eval-data")
         if self.train == "lora" and not self.lora:
             self.lora = flags.LORA_RANK
         from kernels.policy_loss import LOSSES  # here, as it imports torch
@@ -631,7 +625,7 @@ def choose_slots(cfg: Config, model: QwenVL, planned: int, before: int) -> Confi
 
 def main(cfg: Config) -> None:
     rank, world, device = ranks.start_ranks()
-    run.say_doubts(cfg, doubts(cfg))
+    run.check_together(cfg, doubts(cfg))
     checkpoint, done = checkpoints.find_start(cfg)
     torch.manual_seed(cfg.seed)  # nothing here draws from it; a fork's dropout would
     examples, held_out = run.load_data(cfg)

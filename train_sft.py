@@ -35,7 +35,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import flags
-from errors import UserError
 from flags import Count, CountOrZero, Positive, PositiveOrZero, Seed, Share, ShareBelowOne
 
 
@@ -82,8 +81,6 @@ class Config:
 
     def __post_init__(self):
         flags.check(self)
-        if self.eval_every and not self.eval_data:
-            raise UserError(f"--eval-every {self.eval_every}: there is no --eval-data")
         if self.train == "lora" and not self.lora:
             self.lora = flags.LORA_RANK
 
@@ -312,7 +309,7 @@ def validate(
 
 def main(cfg: Config) -> None:
     rank, world, device = ranks.start_ranks()
-    run.say_doubts(cfg)
+    run.check_together(cfg)
     checkpoint, done = checkpoints.find_start(cfg)
     torch.manual_seed(cfg.seed)  # nothing here draws from it; a fork's dropout would
     examples, held_out = run.load_data(cfg, why_not_trainable)

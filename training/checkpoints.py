@@ -91,6 +91,7 @@ def save(cfg, step: int, model: QwenVL, processor, optimizer: Optimizer, **same)
             for old in step_folders(Path(cfg.out))[: -cfg.keep]:
                 shutil.rmtree(old / "trainer", ignore_errors=True)
     ranks.all_reduce([0.0])  # nobody goes on before it is there
+    ranks.say(f"saved {final.name}")
 
 
 def gather_weights(model: QwenVL) -> dict[str, torch.Tensor]:

@@ -111,6 +111,8 @@ class Metrics:
         out = {}
         for name, by in self.means.items():
             out[name] = sums[name] / sums[by] if sums[by] else None
+        if not sums["groups"]:
+            out["kept"] = 0.0  # of no group none
         for name in LOGGED_COUNTS:
             out[name] = sums[name]
         if names is None:

@@ -99,8 +99,13 @@ def explain(error: BaseException, cfg) -> str | None:
     return f"out of memory; turn down {' or '.join(flags)}"
 
 
-def say_doubts(cfg, doubts: Sequence[str] = ()) -> None:
-    """Say what is odd, though not wrong, about the flags: a line each. doubts: the script's own."""
+def check_together(cfg, doubts: Sequence[str] = ()) -> None:
+    """Check flags that concern each other: UserError, or a line on what is odd, though not wrong.
+
+    doubts: the script's own.
+    """
+    if cfg.eval_every and not cfg.eval_data:
+        raise UserError(f"--eval-every {cfg.eval_every}: there is no --eval-data")
     found = list(doubts)
     if cfg.warmup >= cfg.steps:
         reached = cfg.steps / (cfg.warmup + 1)

@@ -522,6 +522,7 @@ def test_gradients_equal_those_of_the_padded_forward(home, checkpointing):
 HANG = """\"""One rank does not come.\"""
 import time
 from dataclasses import dataclass
+import flags
 from training import ranks, run
 
 @dataclass
@@ -535,7 +536,7 @@ def main(cfg):
     ranks.all_reduce([1.0])
 
 if __name__ == "__main__":
-    run.launch(main, Config)
+    run.launch(main, flags.parse(Config, __doc__))
 """
 
 
@@ -894,12 +895,13 @@ def test_bad_input_by_the_command_line(home, tmp_path, case):
 
 def test_what_another_rank_alone_knows_is_said():
     code = """'A script.'
+import flags
 import train_sft
 from training import ranks, run
 def main(cfg):
     from errors import UserError
     raise UserError("row 7")
-run.launch(main, train_sft.Config)
+run.launch(main, flags.parse(train_sft.Config, __doc__))
 """
     run = python("-c", code, "--model", "m", "--data", "d", "--out", "o", RANK=1)
     assert run.returncode == 2 and "row 7" in run.stderr and "Traceback" not in run.stderr
