@@ -222,7 +222,7 @@ def resolve_auto_settings(cfg, config, device: torch.device, world: int, **sizes
 
 
 class Log:
-    """metrics.jsonl, a printed line a step with the time left, and a bar. Rank 0 writes.
+    """metrics.jsonl, a printed line a step, and a bar with the time left. Rank 0 writes.
 
     columns: name -> format of what the line shows. Row k is step k: on resuming, what is behind the
     checkpoint's row goes, a torn line too. A value that was not measured is None, and null there.
@@ -261,13 +261,13 @@ class Log:
         ranks.say("  ".join(self.shown(row, name) for name in self.columns))
 
     def shown(self, row: dict, name: str) -> str:
-        """Return what the line says of a column; of the step also how many there are, and ETA."""
+        """Return what the line says of a column; without a bar of the step the total and ETA."""
         value = row[name]
         if value is None:
             return f"{name} {'-':>6}"
         text = f"{name} {value:{self.columns[name]}}"
-        if name == "step":
-            # Validation and saving count, too: the clock runs since the loop began.
+        if name == "step" and self.bar.disable:
+            # No terminal, no bar. The clock runs on while a run validates and saves.
             seconds = (time.monotonic() - self.started) / (value - self.steps_before)
             left = timedelta(seconds=round(seconds * (self.steps - value)))
             text += f"/{self.steps}  eta {left}"
