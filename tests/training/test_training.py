@@ -248,7 +248,7 @@ def test_errors_that_a_user_can_mend_are_words_and_exit_codes(monkeypatch, tmp_p
 def test_unknown_flags_fail_with_the_nearest_name(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["train.py", "--step", "3"])
     with pytest.raises(SystemExit) as stop:
-        run.launch(lambda cfg: None, Config())
+        flags.parse(Config, __doc__)
     captured = capsys.readouterr()
     assert stop.value.code == 2 and "--steps" in captured.out + captured.err
 
