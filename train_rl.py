@@ -113,11 +113,11 @@ class Config:
     warmup: CountOrZero = 0  # steps of linear warm-up; 0: none
     weight_decay: PositiveOrZero = 0.01  # of matrices; 0: none
     beta2: ShareBelowOne = 0.999  # of AdamW
-    # gradients are shrunk to this global norm; 0: they are left as they are
-    clip_norm: PositiveOrZero = 1.0
+    clip_norm: PositiveOrZero = 1.0  # gradients are shrunk to this global norm; 0: off
     # which parameters learn (TRAIN in model/lora.py)
     train: Literal["lm", "all", "spatial", "lora"] = "lm"
-    # rank of adapters on the decoder, which then stays as it is; merged on saving; 0: none
+    # rank of adapters on the decoder, which then stays as it is; merged on saving; 0: none, but 32
+    # with --train lora
     lora: CountOrZero = 0
     regions: Literal["token", "text"] = "token"  # as the model was trained to read a region
     max_pixels: Count | None = None  # image size limit; None: the checkpoint's own

@@ -52,8 +52,7 @@ class Config:
     optimizer: Literal["adamw", "muon"] = "adamw"
     weight_decay: PositiveOrZero = 0.0  # of matrices; 0: none
     beta2: ShareBelowOne = 0.999  # of AdamW
-    # gradients are shrunk to this global norm; 0: they are left as they are
-    clip_norm: PositiveOrZero = 1.0
+    clip_norm: PositiveOrZero = 1.0  # gradients are shrunk to this global norm; 0: off
     head_weight: PositiveOrZero = 1.0  # of the 3D head's loss; 0: it does not learn
     drop_depth: Share = 0.3  # share of the images that lose their depth
     questions_per_image: Count = 4  # at most so many questions of an image stand together
@@ -62,7 +61,8 @@ class Config:
     max_pixels: Count | None = None  # image size limit; None: the checkpoint's own
     # which parameters learn (TRAIN in model/lora.py)
     train: Literal["all", "lm", "spatial", "lora"] = "all"
-    # rank of adapters on the decoder, which then stays as it is; merged on saving; 0: none
+    # rank of adapters on the decoder, which then stays as it is; merged on saving; 0: none, but 32
+    # with --train lora
     lora: CountOrZero = 0
     # over the ranks (FSDP2); auto: if one can't hold it
     shard: Literal["auto", "always", "never"] = "auto"

@@ -744,7 +744,8 @@ def test_no_kept_group_means_no_update(home, tmp_path, monkeypatch, capsys):
     train_rl.main(config(home, "rl", tmp_path, steps=2))
     assert [
         (row["loss"], row["kept"], row["tokens"], row["grad_norm"]) for row in rows(tmp_path)
-    ] == [(0, 0, 0, 0)] * 2
+    ] == [(None, 0, 0, None)] * 2
+    assert all(row["entropy"] is row["kl"] is row["ratio_max"] is None for row in rows(tmp_path))
     assert "no update" in capsys.readouterr().out
     before, after = (
         load_file(home / "tiny" / "model.safetensors"),
