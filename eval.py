@@ -71,17 +71,15 @@ class Config:
     limit: Count | None = None
     max_new_tokens: Count = 1024  # a longer answer is cut and counted as truncated
     temperature: PositiveOrZero = 0.0  # 0 is greedy
-    top_p: ShareAboveZero = (
-        1.0  # sample among the likeliest tokens of this probability in sum; 1: all
-    )
+    # sample among the likeliest tokens of this probability in sum; 1: all
+    top_p: ShareAboveZero = 1.0
     out: str = "out/eval"  # gets predictions.jsonl (a row an answer) and summary.json (the table)
     seed: Seed = 0  # of the sampling noise
     regions: Literal["token", "text"] = "token"  # how the model was trained to read a region
     max_pixels: Count | None = None  # image size limit; None: the checkpoint's own
     depth: bool = True  # --no-depth: images only
-    again: CountOrZero = (
-        200  # at most so many questions are asked once more without their depth; 0: none
-    )
+    # at most so many questions are asked once more without their depth; 0: none
+    again: CountOrZero = 200
     # grey images, no depth, each region the whole image: what the wording alone earns
     blind: bool = False
     # processes a rank that read images ahead; 0: none; None: up to 8 on CUDA, 0 on a CPU
