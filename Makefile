@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY = passive
 READY = $(if $(filter .venv/bin/python,$(PYTHON)),.venv/installed)
 
 speedrun: $(READY)
-	PYTHON="$(PYTHON)" sh runs/speedrun.sh
+	PYTHON="$(PYTHON)" exec sh runs/speedrun.sh
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q $$($(PYTHON) -c "import xdist; print('-n 2 --dist loadfile')" 2>/dev/null)

@@ -15,6 +15,7 @@ if sys.version_info < (3, 11):
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, TypeVar, get_args, get_type_hints
@@ -249,22 +250,30 @@ def hint_at_ours(args: list[str], names: set[str]) -> None:
 # ---- The command line
 
 
-def parse(config: type[T], doc: str, args: list[str] | None = None) -> T:
+def parse(
+    config: type[T],
+    doc: str,
+    args: list[str] | None = None,
+    recorded: Callable[[type[T], list[str]], T | None] | None = None,
+) -> T:
     """Return the Config that the command line makes. What is wrong with it ends in exit code 2.
 
-    doc: the script's, whose first paragraph --help shows; args: instead of the process's own.
+    doc: the script's, whose first paragraph --help shows; args: instead of the process's own;
+    recorded: returns the defaults that a run in --out has recorded, None for the Config's own.
     """
     name = Path(sys.argv[0]).name
     args = sys.argv[1:] if args is None else args
     is_first = os.environ.get("RANK", "0") == "0"
     try:
         hint_at_ours(args, {field.name for field in fields(config)})
+        defaults = recorded(config, args) if recorded else None
         return tyro.cli(
             config,
             prog=name,
             description=doc.split("\n\n")[0],
             args=args,
             console_outputs=is_first,
+            **({} if defaults is None else {"default": defaults}),
         )
     except UserError as error:
         if is_first:

@@ -58,6 +58,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Literal
 
@@ -73,6 +74,7 @@ from flags import (
     ShareAboveZero,
     ShareBelowOne,
 )
+from training.recorded import read_config, recorded_flags
 
 
 @dataclass
@@ -150,7 +152,7 @@ class Config:
 
 if __name__ == "__main__":
     # Before the imports that take seconds: --help and a wrong flag are answered at once.
-    cfg = flags.parse(Config, __doc__)
+    cfg = flags.parse(Config, __doc__, recorded=recorded_flags)
 
 import torch
 from torch import Tensor
@@ -163,9 +165,9 @@ from model.batch import Prompt as EncodedPrompt
 from model.images import DeviceImages
 from model.processor import Processor
 from model.qwen_vl import QwenVL
-from model.rollout import Engine, Rollout, default_slots
+from model.rollout import Engine, Rollout, default_slots, occurrences
 from srreal import PATHS, REWARDS, Example, Scores, score, weights_of
-from training import checkpoints, ranks, run
+from training import checkpoints, folder, interrupt, ranks, run
 from training.batches import (
     Order,
     dummy_example,
@@ -173,6 +175,7 @@ from training.batches import (
     needs_dummy,
     pack_by_tokens,
 )
+from training.interrupt import Interrupts
 from training.metrics import Metrics, sums_by_path
 from training.optim import Optimizer, learning_rate
 from training.policy import Reference, load_policy, synced_passes
@@ -211,6 +214,7 @@ class Prompt:
 
     example: Example
     turn: int  # a turn has one prompt of each path
+    occurrence: int = 0  # how often the step has asked the same before: other noise each time
     encoded: EncodedPrompt | None = None
 
 
@@ -248,6 +252,13 @@ class Group:
         return self.prompt.example
 
 
+def number_occurrences(prompts: list[Prompt]) -> None:
+    """Number the prompts that occur more than once in a step, in the order over all ranks."""
+    examples = [prompt.example for prompt in prompts]
+    for prompt, occurrence in zip(prompts, occurrences(examples), strict=True):
+        prompt.occurrence = occurrence
+
+
 def encode(prompts: list[Prompt], processor: Processor) -> None:
     """Build each prompt once: ids, positions, regions, images. Its group carries it from here."""
     for prompt in prompts:
@@ -261,6 +272,33 @@ def local_share(prompts: list[Prompt], rank: int, world: int) -> list[Prompt]:
         boxes = len(prompt.example.regions) if prompt.example.path == "dtr" else 0
         lengths.append(1.0 + boxes)
     return [prompts[i] for i in ranks.shard_by_length(lengths, rank, world)]
+
+
+class Sampler:
+    """Which prompts this rank takes: a pure function of the step.
+
+    The run goes on at step `first_step`, behind `rows_before` prompts of the endless order.
+    """
+
+    def __init__(self, order: PromptOrder, cfg: Config, first_step: int, rows_before: int):
+        self.order = order
+        self.cfg = cfg
+        self.first_step = first_step
+        self.rows_before = rows_before
+
+    def rows_until(self, step: int) -> int:
+        """Return how many prompts the steps before this one have taken, over all ranks."""
+        per_step = self.cfg.prompts * self.cfg.tries
+        return self.rows_before + (step - self.first_step) * per_step
+
+    def local_prompts(self, step: int, rank: int, world: int) -> list[Prompt]:
+        """Return this rank's prompts of a step; none behind the last."""
+        if step >= self.cfg.steps:
+            return []
+        places = range(self.rows_until(step), self.rows_until(step + 1))
+        prompts = [self.order[place] for place in places]
+        number_occurrences(prompts)
+        return local_share(prompts, rank, world)
 
 
 # ---- Roll out, score, advantage
@@ -286,7 +324,9 @@ def roll_out(
     wanted: stop behind the group that is so many's last to differ in accuracy, in the order of the
     prompts; 0: never. What runs behind it is discarded.
     """
-    stream = engine.sample_groups([prompt.encoded for prompt in prompts], seed, images)
+    encoded = [prompt.encoded for prompt in prompts]
+    numbers = [prompt.occurrence for prompt in prompts]
+    stream = engine.sample_groups(encoded, seed, images, numbers)
     groups = []
     informative = 0
     for group in with_progress(prompts, stream, engine.options.n):
@@ -624,9 +664,18 @@ def choose_slots(cfg: Config, model: QwenVL, planned: int, before: int) -> Confi
 
 
 def main(cfg: Config) -> None:
-    rank, world, device = ranks.start_ranks()
+    place = ranks.start_ranks()
     run.check_together(cfg, doubts(cfg))
-    checkpoint, done = checkpoints.find_start(cfg)
+    with Interrupts() as interrupts, folder.lock(cfg.out):
+        checkpoint, done = checkpoints.find_start(cfg)
+        if done < cfg.steps:
+            train(cfg, checkpoint, done, place, interrupts)
+
+
+def train(
+    cfg: Config, checkpoint: Path | None, done: int, place: ranks.Ranks, interrupts: Interrupts
+) -> None:
+    rank, world, device = place
     torch.manual_seed(cfg.seed)  # nothing here draws from it; a fork's dropout would
     examples, held_out = run.load_data(cfg)
     order = PromptOrder(examples, cfg.seed)
@@ -655,16 +704,12 @@ def main(cfg: Config) -> None:
         "--train": cfg.train,
         "--lora": cfg.lora,
     }
-    checkpoints.restore(checkpoint, optimizer, **same)  # what has learnt comes from here
-    before = run.read_config(cfg.out) if cfg.resume and ranks.is_first() else {}
-    cfg = choose_slots(cfg, rollout_model, settings.slots, before.get("slots") or 0)
-    run.write_config(cfg)
-
-    def local_prompts(step: int) -> list[Prompt]:
-        """This rank's prompts of a step; none behind the last."""
-        count = cfg.prompts * cfg.tries if step < cfg.steps else 0
-        prompts = [order[step * count + i] for i in range(count)]
-        return local_share(prompts, rank, world)
+    # What has learnt comes from here.
+    rows_before = checkpoints.restore(checkpoint, optimizer, cfg.prompts * cfg.tries, **same)
+    sampler = Sampler(order, cfg, done, rows_before)
+    before = read_config(cfg.out) if checkpoint and ranks.is_first() else None
+    cfg = choose_slots(cfg, rollout_model, settings.slots, (before or {}).get("slots") or 0)
+    folder.write_config(cfg)
 
     def is_kept(group: Group) -> bool:
         return group.differs or cfg.filter == "none"
@@ -688,14 +733,16 @@ def main(cfg: Config) -> None:
     if held_out and done == 0:
         first_columns = {f"val0_{name}": value for name, value in validation().items()}
 
+    interrupts.defer()
     for step in range(done, cfg.steps):
         # Roll out and score, while the workers read the next step's images.
         ranks.phase(f"step {step + 1}, rollout")
         clock = [time.perf_counter()]
         metrics = Metrics(paths, list(REWARDS))
         images = DeviceImages(device)
-        prompts = local_prompts(step)
-        upcoming = [prompt.example for prompt in prompts + local_prompts(step + 1)]
+        prompts = sampler.local_prompts(step, rank, world)
+        following = sampler.local_prompts(step + 1, rank, world)
+        upcoming = [prompt.example for prompt in prompts + following]
         processor.prefetch(upcoming)
         wanted = math.ceil(len(prompts) / cfg.tries) if cfg.tries > 1 else 0
         seed = cfg.seed * 1_000_003 + step
@@ -762,12 +809,14 @@ def main(cfg: Config) -> None:
         if row["truncated"] and row["truncated"] > 0.5:
             share = f"{row['truncated']:.0%}"
             ranks.say(f"step {step + 1}: {share} were cut: is --max-new-tokens too low?")
-        is_last = step + 1 == cfg.steps
-        if held_out and (is_last or (cfg.eval_every and (step + 1) % cfg.eval_every == 0)):
+        if held_out and run.is_due(step + 1, cfg.eval_every, last=cfg.steps):
             row |= {f"val_{name}": value for name, value in validation().items()}
         log(row)
-        if is_last or (cfg.save_every and (step + 1) % cfg.save_every == 0):
-            checkpoints.save(cfg, step + 1, model, processor, optimizer, **same)
+        signum = interrupts.arrived()
+        if signum or run.is_due(step + 1, cfg.save_every, last=cfg.steps):
+            rows = sampler.rows_until(step + 1)
+            checkpoints.save(cfg, step + 1, rows, model, processor, optimizer, **same)
+        interrupt.raise_if(signum, f"saved step-{step + 1:06d}; --resume goes on")
 
 
 def validation_prompts(examples: list[Example], limit: int) -> list[Prompt]:

@@ -32,10 +32,12 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import flags
 from flags import Count, CountOrZero, Positive, PositiveOrZero, Seed, Share, ShareBelowOne
+from training.recorded import recorded_flags
 
 
 @dataclass
@@ -87,7 +89,7 @@ class Config:
 
 if __name__ == "__main__":
     # Before the imports that take seconds: --help and a wrong flag are answered at once.
-    cfg = flags.parse(Config, __doc__)
+    cfg = flags.parse(Config, __doc__, recorded=recorded_flags)
 
 import torch
 from torch import Tensor
@@ -97,7 +99,7 @@ from model.head3d import head_loss
 from model.processor import Processor
 from model.qwen_vl import Output, QwenVL
 from srreal import Example, target
-from training import checkpoints, ranks, run
+from training import checkpoints, folder, interrupt, ranks, run
 from training.batches import (
     Order,
     dummy_example,
@@ -107,6 +109,7 @@ from training.batches import (
     pack_by_tokens,
     prefetched,
 )
+from training.interrupt import Interrupts
 from training.optim import Optimizer, learning_rate
 from training.policy import load_policy, synced_passes
 
@@ -153,9 +156,20 @@ def drop_depths(examples: list[Example], probability: float, seed: str) -> list[
 
 
 class Sampler:
-    """Which examples this rank takes: a pure function of the step, so that it can look ahead."""
+    """Which examples this rank takes: a pure function of the step, so that it can look ahead.
 
-    def __init__(self, examples: list[Example], cfg: Config, rank: int, world: int):
+    The run goes on at step `first_step`, behind `rows_before` rows of the endless order.
+    """
+
+    def __init__(
+        self,
+        examples: list[Example],
+        cfg: Config,
+        rank: int,
+        world: int,
+        first_step: int = 0,
+        rows_before: int = 0,
+    ):
         # One path a run: answers of like length.
         keys = [(images_key(example), example.path) for example in examples]
         self.order = Order(keys, cfg.seed, cfg.questions_per_image)
@@ -163,10 +177,16 @@ class Sampler:
         self.cfg = cfg
         self.rank = rank
         self.world = world
+        self.first_step = first_step
+        self.rows_before = rows_before
+
+    def rows_until(self, step: int) -> int:
+        """Return how many rows the steps before this one have taken."""
+        return self.rows_before + (step - self.first_step) * self.cfg.batch
 
     def at_step(self, step: int) -> list[Example]:
-        batch = self.cfg.batch
-        rows = [self.examples[row] for row in self.order.rows(step * batch, batch)]
+        places = self.order.rows(self.rows_until(step), self.cfg.batch)
+        rows = [self.examples[place] for place in places]
         return self.local(drop_depths(rows, self.cfg.drop_depth, f"{self.cfg.seed} {step}"))
 
     def local(self, examples: list[Example]) -> list[Example]:
@@ -308,12 +328,20 @@ def validate(
 
 
 def main(cfg: Config) -> None:
-    rank, world, device = ranks.start_ranks()
+    place = ranks.start_ranks()
     run.check_together(cfg)
-    checkpoint, done = checkpoints.find_start(cfg)
+    with Interrupts() as interrupts, folder.lock(cfg.out):
+        checkpoint, done = checkpoints.find_start(cfg)
+        if done < cfg.steps:
+            train(cfg, checkpoint, done, place, interrupts)
+
+
+def train(
+    cfg: Config, checkpoint: Path | None, done: int, place: ranks.Ranks, interrupts: Interrupts
+) -> None:
+    rank, world, device = place
     torch.manual_seed(cfg.seed)  # nothing here draws from it; a fork's dropout would
     examples, held_out = run.load_data(cfg, why_not_trainable)
-    sampler = Sampler(examples, cfg, rank, world)
 
     processor = run.load_processor(str(checkpoint or cfg.model), cfg)
     settings = run.resolve_auto_settings(
@@ -336,12 +364,14 @@ def main(cfg: Config) -> None:
         "--optimizer": cfg.optimizer,
         "--lora": cfg.lora,
     }
-    checkpoints.restore(checkpoint, optimizer, **same)
-    run.write_config(cfg)
+    rows_before = checkpoints.restore(checkpoint, optimizer, cfg.batch, **same)
+    sampler = Sampler(examples, cfg, rank, world, done, rows_before)
+    folder.write_config(cfg)
 
     log = run.Log(cfg, done, COLUMNS)
     steps = range(done, cfg.steps)
     upcoming = prefetched_microbatches(sampler.at_step, steps, processor, cfg, world)
+    interrupts.defer()
     for step in steps:
         started = time.perf_counter()
         ranks.phase(f"step {step + 1}")
@@ -355,7 +385,7 @@ def main(cfg: Config) -> None:
         grad_norm = optimizer.step(lr, cfg.clip_norm, loss, name=f"step {step + 1}")
         seconds = time.perf_counter() - started
 
-        is_last = step + 1 == cfg.steps
+        rows = sampler.rows_until(step + 1)
         row = {
             "step": step + 1,
             "seconds": seconds,
@@ -367,14 +397,16 @@ def main(cfg: Config) -> None:
             "lr": lr,
             "tokens": sums.tokens,
             "tokens_per_second": sums.tokens / seconds,
-            "epoch": (step + 1) * cfg.batch / len(examples),
+            "epoch": rows / len(examples),
             "peak_memory_mib": run.peak_memory(device),
         }
-        if is_last or (cfg.eval_every and (step + 1) % cfg.eval_every == 0):
+        if run.is_due(step + 1, cfg.eval_every, last=cfg.steps):
             row |= validate(model, held_out, sampler, processor, cfg, world)
         log(row)
-        if is_last or (cfg.save_every and (step + 1) % cfg.save_every == 0):
-            checkpoints.save(cfg, step + 1, model, processor, optimizer, **same)
+        signum = interrupts.arrived()
+        if signum or run.is_due(step + 1, cfg.save_every, last=cfg.steps):
+            checkpoints.save(cfg, step + 1, rows, model, processor, optimizer, **same)
+        interrupt.raise_if(signum, f"saved step-{step + 1:06d}; --resume goes on")
 
 
 if __name__ == "__main__":

@@ -456,10 +456,14 @@ def test_resume_refuses_another_run(home, whole, tmp_path):
         train_sft.main(config(home, "sft", out, resume=True, train="lm"))
     lines = (home / "scenes" / "rows.jsonl").read_text().splitlines()
     (home / "scenes" / "fewer.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    fewer = {"data": (str(home / "scenes" / "fewer.jsonl"),)}
+    with pytest.raises(UserError, match="--data .*scenes, now it is .*fewer.jsonl"):
+        train_sft.main(config(home, "sft", out, resume=True, **fewer))
+    # Other rows in the place of the run's own.
+    file = out / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fewer))
     with pytest.raises(UserError, match="rows, sha256"):
-        train_sft.main(
-            config(home, "sft", out, resume=True, data=(str(home / "scenes" / "fewer.jsonl"),))
-        )
+        train_sft.main(config(home, "sft", out, resume=True, **fewer))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -587,7 +591,7 @@ def runs(home, out):
     # Three rows a rank and step; the cut makes one, two or three micro-batches of them.
     yield (
         "sft",
-        config(home, "sft", out / "text", micro_tokens=300, **base),
+        config(home, "sft", out / "text", micro_tokens=300, schedule="constant", **base),
         {
             (run, "load_data"): half_text,
             (train_sft, "images_key"): id,
@@ -669,7 +673,8 @@ def test_two_ranks_equal_one(home, tmp_path, capsys):
         for key in (key for key in first if "master" in key):
             torch.testing.assert_close(first[key], second[key], rtol=1e-3, atol=2e-3)
     # on another number of ranks
-    cfg = config(home, "sft", tmp_path / "two" / "text", steps=4, resume=True)
+    longer = {"steps": 4, "schedule": "constant"}
+    cfg = config(home, "sft", tmp_path / "two" / "text", resume=True, **longer)
     with pytest.MonkeyPatch.context() as patch:
         for (module, name), value in next(runs(home, tmp_path))[2].items():
             patch.setattr(module, name, value)

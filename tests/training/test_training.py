@@ -36,7 +36,7 @@ from model.qwen_vl import QwenVL
 from model.rollout import Rollout
 from model.tiny import SPECIAL, configuration, write
 from srreal import Example, Scores
-from training import batches, checkpoints, optim, policy, ranks, run
+from training import batches, checkpoints, folder, optim, policy, ranks, run
 
 
 def test_bad_rows_of_both_data_flags_come_in_one_list(tmp_path):
@@ -169,7 +169,7 @@ def test_a_new_run_does_not_mix_with_an_old_one(tmp_path):
     assert found.name == "step-000009" and done == 9
     new = Config(str(tmp_path / "new"), resume=True)
     assert checkpoints.find_start(new) == (None, 0)
-    run.write_config(new)
+    folder.write_config(new)
     assert json.loads((tmp_path / "new" / "config.json").read_text())["steps"] == 3
 
 
