@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from commands import QUIET, ROOT, TIMEOUT, finish, flags, metrics, start
 
-import flags
 import train_rl
 import train_sft
 from errors import UserError
+from flags import parse
 from srreal import Example
 from training import checkpoints, folder, interrupt, run
 from training.recorded import recorded_flags
@@ -145,7 +145,7 @@ def test_the_command_line_is_the_runs_own(tmp_path, monkeypatch):
 
     def parsed(*words):
         monkeypatch.setattr("sys.argv", ["train_sft.py", *words])
-        return flags.parse(train_sft.Config, "", recorded=recorded_flags)
+        return parse(train_sft.Config, "", recorded=recorded_flags)
 
     again = parsed("--out", str(tmp_path), "--resume")
     assert again == replace(cfg, resume=True)
