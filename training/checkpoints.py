@@ -37,6 +37,7 @@ def find_start(cfg) -> tuple[Path | None, int]:
     held = what_it_holds(out)
     if held and not cfg.resume:
         raise UserError(f"{out} holds a run ({held}) already: --resume it, or choose another --out")
+    # By flags first: it takes no more than a file, and says most.
     if held:
         folder.refuse_other_flags(cfg)
     found = newest(out) if cfg.resume else None
@@ -90,6 +91,7 @@ def save(cfg, step: int, rows: int, model: QwenVL, processor, optimizer: Optimiz
     aside = final.with_suffix(".partial")
     trainer = aside / "trainer"
     weights = gather_weights(model)
+    # A full disk must not keep this rank from what it gathers with the others: it is said later.
     problem = None
     if ranks.is_first():
         problem = folder.attempt(final, write_model, aside, weights, model, processor)

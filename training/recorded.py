@@ -47,6 +47,8 @@ def recorded_flags(config: type, arguments: list[str]):
             f"{given['out']}/config.json is missing, from which --resume takes the run's flags: "
             f"give {lacking}, or the --out of a run"
         )
+    # tyro adds to a default, or lets it stand, by the kind of a flag: so what is given here gets
+    # none of the run's.
     values = {}
     for field in fields(config):
         if field.name not in given and field.name in recorded:

@@ -86,10 +86,10 @@ def what_is_left(cfg) -> str:
         return "nothing had begun"
     if "resume" not in vars(cfg):
         return "the same command goes on" if "out" in vars(cfg) else "nothing is written"
-    kept = checkpoints.newest(Path(cfg.out), say_skipped=False)
-    if kept is None:
-        return "no step was finished, so there is nothing to save"
-    return f"{kept} is whole, and --resume goes on from it"
+    out = Path(cfg.out)
+    if folder.whole_rows(out / "metrics.jsonl") or checkpoints.step_folders(out):
+        return what_is_saved(cfg)
+    return "no step was finished, so there is nothing to save"
 
 
 def what_is_saved(cfg) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -395,10 +396,17 @@ def test_a_signal_before_the_loop_and_a_second_one(tiny_home, tmp_path):
 # ---- A full disk
 
 
+@pytest.fixture(scope="module")
+def one_step(tiny_home, tmp_path_factory):
+    out = tmp_path_factory.mktemp("one-step")
+    options = options_of(tiny_home, "train_sft.py") | {"out": out, "steps": 1}
+    finish(start("train_sft.py", *flags(options | {"schedule": "constant"})))
+    return out
+
+
 @pytest.mark.parametrize("launcher", [(), RANKS])
-def test_a_full_disk_is_one_line(tiny_home, tmp_path, launcher):
-    shared = options_of(tiny_home, "train_sft.py") | {"out": tmp_path, "schedule": "constant"}
-    finish(start("train_sft.py", *flags(shared | {"steps": 1})))
+def test_a_full_disk_is_one_line(one_step, tmp_path, launcher):
+    shutil.copytree(one_step, tmp_path, dirs_exist_ok=True)
     good = contents(tmp_path / "step-000001")
     command = ["train_sft.py", *flags({"out": tmp_path, "steps": 2}), "--resume"]
     # No file may be larger than a part of the weights.

@@ -425,7 +425,7 @@ def test_resume_after_sigkill(home, whole, tmp_path):
         "--steps",
         4,
         "--save-every",
-        2,
+        1,
     ]
     command = [sys.executable, "train_sft.py", *map(str, flags)]
     run = subprocess.Popen(
@@ -459,7 +459,8 @@ def test_resume_refuses_another_run(home, whole, tmp_path):
     fewer = {"data": (str(home / "scenes" / "fewer.jsonl"),)}
     with pytest.raises(UserError, match="--data .*scenes, now it is .*fewer.jsonl"):
         train_sft.main(config(home, "sft", out, resume=True, **fewer))
-    # Other rows in the place of the run's own.
+    # Other rows in the place of the run's own, which has steps to go.
+    shutil.rmtree(out / "step-000004")
     file = out / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | fewer))
     with pytest.raises(UserError, match="rows, sha256"):
