@@ -7,7 +7,7 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ModuleNotFoundError:  # it has no wheel for macOS and Windows
+except ImportError:  # it has no wheel for macOS and Windows
     from kernels import absent as tl
     from kernels import absent as triton
 

@@ -1,4 +1,4 @@
-"""Stands in for `triton` and `triton.language` where Triton is not installed: macOS, Windows.
+"""Stands in for `triton` and `triton.language` where Triton can't be imported: macOS, Windows.
 
 The kernels' files can be imported there, and every call runs its PyTorch reference, on the CPU.
 """
@@ -12,7 +12,7 @@ class Kernel:
 
     def __getitem__(self, grid):
         raise ModuleNotFoundError(
-            "on a GPU the kernels need Triton, which is not installed here; CUDA_VISIBLE_DEVICES= "
+            "on a GPU the kernels need Triton, which can't be imported here; CUDA_VISIBLE_DEVICES= "
             "runs on the CPU"
         )
 
