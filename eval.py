@@ -53,6 +53,47 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import flags
+from flags import Count, CountOrZero, PositiveOrZero, Seed, ShareAboveZero
+from srreal import PATHS, Example, Parsed, answer_score, parse, score
+
+
+@dataclass
+class Config:
+    model: str  # checkpoint directory or hub id
+    # data sets (path or kind:path); of a benchmark: its directory or hub id
+    data: tuple[str, ...] = ()
+    # a name of data/benchmarks, or one task of it: blink/Relative_Depth
+    benchmark: str | None = None
+    path: Literal[(*PATHS, "both")] = "both"  # how to ask; both: lor and dtr
+    # at most so many questions, the same ones for every model; None: all
+    limit: Count | None = None
+    max_new_tokens: Count = 1024  # a longer answer is cut and counted as truncated
+    temperature: PositiveOrZero = 0.0  # 0 is greedy
+    # sample among the likeliest tokens of this probability in sum; 1: all
+    top_p: ShareAboveZero = 1.0
+    # gets predictions.jsonl (a row an answer) and summary.json (the table); "": out/eval/MODEL-DATA
+    out: str = ""
+    seed: Seed = 0  # of the sampling noise
+    regions: Literal["token", "text"] = "token"  # how the model was trained to read a region
+    max_pixels: Count | None = None  # image size limit; None: the checkpoint's own
+    depth: bool = True  # --no-depth: images only
+    # at most so many questions are asked once more without their depth; 0: none
+    again: CountOrZero = 200
+    # grey images, no depth, each region the whole image: what the wording alone earns
+    blind: bool = False
+    # processes a rank that read images ahead; 0: none; None: up to 8 on CUDA, 0 on a CPU
+    workers: CountOrZero | None = None
+    skip_bad_rows: bool = False  # go on without the unusable rows, and count them
+
+    def __post_init__(self):
+        flags.check(self)
+
+
+if __name__ == "__main__":
+    # Before the imports that take seconds: --help and a wrong flag are answered at once.
+    cfg = flags.parse(Config, __doc__)
+
 import numpy as np
 import torch.distributed as dist
 from PIL import Image
@@ -63,11 +104,10 @@ from data import benchmarks
 from data.boxes import box_iou, read_boxes_3d
 from data.marks import Marked
 from errors import UserError
-from eval_table import COLUMNS, print_table, summarise_paths
+from eval_table import COLUMNS, print_table, question_id, summarise_paths, true_centres
 from model.processor import BOX_2D, object_of, truths
 from model.rollout import predict_centres, sample_groups
 from pictures import is_data_uri, picture_size
-from srreal import PATHS, Example, Parsed, answer_score, parse, score
 from training import folder, ranks, run
 from training.policy import load_model
 
@@ -83,51 +123,22 @@ NOT_SHOWN = {
 }
 
 
-@dataclass
-class Config:
-    model: str  # checkpoint directory or hub id
-    # data sets (path or kind:path); of a benchmark: its directory or hub id
-    data: tuple[str, ...] = ()
-    # a name of data/benchmarks, or one task of it: blink/Relative_Depth
-    benchmark: str | None = None
-    path: Literal[(*PATHS, "both")] = "both"  # how to ask; both: lor and dtr
-    limit: int | None = None  # at most so many questions (>= 1), the same ones for every model
-    max_new_tokens: int = 1024  # a longer answer is cut and counted as truncated
-    temperature: float = 0.0  # 0 is greedy
-    top_p: float = 1.0  # sample among the likeliest tokens of this probability in sum; 1: all
-    # gets predictions.jsonl (a row an answer) and summary.json (the table); "": out/eval/MODEL-DATA
-    out: str = ""
-    seed: int = 0  # of the sampling noise
-    regions: Literal["token", "text"] = "token"  # how the model was trained to read a region
-    max_pixels: int | None = None  # image size limit; None: the checkpoint's own
-    depth: bool = True  # --no-depth: images only
-    again: int = 200  # at most so many questions are asked once more without their depth; 0: none
-    # grey images, no depth, each region the whole image: what the wording alone earns
-    blind: bool = False
-    # processes a rank that read images ahead; None: up to 8 on CUDA, 0 on a CPU
-    workers: int | None = None
-    skip_bad_rows: bool = False  # go on without the unusable rows, and count them
-
-
 # ---- What is asked
 
 
 def questions(config: Config) -> list[Example]:
-    """Check the flags, read the set or the benchmark, and choose what is asked of it."""
-    if (config.limit is not None and config.limit < 1) or config.again < 0:
-        raise UserError(
-            f"--limit {config.limit} --again {config.again}: at least 1 and 0 are wanted"
-        )
-    if not 0 < config.top_p <= 1:
-        raise UserError(f"--top-p {config.top_p}: a number above 0 and up to 1 is wanted")
+    """Read the set or the benchmark, and choose what is asked of it."""
     if config.benchmark:
         examples = benchmark_questions(config)
     else:
         examples = datasets.load(config.data, skip_bad_rows=config.skip_bad_rows)
-    examples = select(examples, config.path, config.limit)
-    if not examples:
+    asked = select(examples, config.path, config.limit)
+    if not asked:
         raise UserError("there is nothing to ask: give --data or --benchmark")
-    return examples
+    count = len({question_id(example) for example in examples})
+    if config.limit and config.limit < count:
+        datasets.say(f"--limit: {config.limit} of {count} questions are asked")
+    return asked
 
 
 def benchmark_questions(config: Config) -> list[Example]:
@@ -139,11 +150,6 @@ def benchmark_questions(config: Config) -> list[Example]:
     except datasets.BadRows as bad:
         told = bad.told(config.out)
         raise UserError(f"{told}\n(a benchmark is read whole, or with --skip-bad-rows)") from None
-
-
-def question_id(example: Example) -> str:
-    """Return the id without its path: what a question's LOR and DTR rows have in common."""
-    return example.id.removesuffix(f"-{example.path}")
 
 
 def asked_as(example: Example, path: str) -> Example:
@@ -227,17 +233,6 @@ def best_constant(examples: list[Example], candidates: int) -> tuple[str, list |
     for example in examples:
         centres += true_centres(example, example.frame or 0).values()
     return best, np.median(centres, axis=0).tolist() if centres else None
-
-
-def true_centres(example: Example, view: int | None) -> dict[str, tuple]:
-    """Return mention -> centre in the camera frame of that view, where it is known."""
-    known = {}
-    for mention, centre in example.objects.items():
-        if isinstance(centre, dict):
-            centre = centre.get(view)
-        if centre is not None:
-            known[mention.lower().strip()] = centre
-    return known
 
 
 def distances(centres: dict, truth: dict) -> dict[str, float]:
@@ -613,6 +608,11 @@ def ask_all(config: Config, examples: list[Example], device) -> dict | None:
     with_depth = [example for example in examples if has_depth(example)]
     if with_depth and config.again and config.depth and not config.blind:
         asked_again = select(with_depth, config.path, config.again)
+        count = len({question_id(example) for example in with_depth})
+        if config.again < count:
+            datasets.say(
+                f"--again: {config.again} of {count} questions are asked once more without depth"
+            )
         runs[WITHOUT_DEPTH] = (replace(config, depth=False), asked_again)
     done = earlier_answers(config, {name: asked for name, (_, asked) in runs.items()})
     left = sum(len(asked) - len(done[name]) for name, (_, asked) in runs.items())
@@ -659,4 +659,4 @@ def write_end(config: Config, rows: list[dict], summary: dict) -> None:
 
 
 if __name__ == "__main__":
-    run.launch(main, Config)
+    run.launch(main, cfg)

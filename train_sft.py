@@ -15,9 +15,9 @@ matters. A batch takes runs of questions on one image: the processor packs them 
 it. With --drop-depth a share of the images loses its depth, so that the model also works without.
 
 Metrics of a step: loss; its parts loss_text (nats a target token) and loss_head; head_error_metres,
-the mean distance of the head's centres; tokens trained; grad_norm before the clip; times without
-validation and saving. val_loss is loss_text on --eval-data, with all depths, after the row's
-update.
+the mean distance of the head's centres (both null where no region has a known centre); tokens
+trained; grad_norm before the clip; times without validation and saving. val_loss is loss_text on
+--eval-data, with all depths, after the row's update.
 
 Departures from the paper and the official code:
  1. The loss is divided by the global number of target tokens, not by micro-batch.
@@ -35,12 +35,68 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import flags
+from flags import Count, CountOrZero, Positive, PositiveOrZero, Seed, Share, ShareBelowOne
+from training.recorded import recorded_flags
+
+
+@dataclass
+class Config:
+    model: str  # checkpoint directory or hub id
+    data: tuple[str, ...]  # data sets: paths or kind:path, concatenated; or a mixture file
+    out: str  # the run's directory
+    steps: Count = 1000  # optimiser steps
+    batch: Count = 64  # questions a step, over all ranks
+    lr: Positive = 5e-6  # peak learning rate
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"  # linear: flat, then 45 % down
+    warmup: CountOrZero = 50  # steps of linear warm-up; 0: none
+    # muon: for the blocks' matrices of a model from scratch
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    weight_decay: PositiveOrZero = 0.0  # of matrices; 0: none
+    beta2: ShareBelowOne = 0.999  # of AdamW
+    clip_norm: PositiveOrZero = 1.0  # gradients are shrunk to this global norm; 0: off
+    head_weight: PositiveOrZero = 1.0  # of the 3D head's loss; 0: it does not learn
+    drop_depth: Share = 0.3  # share of the images that lose their depth
+    questions_per_image: Count = 4  # at most so many questions of an image stand together
+    # a region is read as its token, or as its box in text
+    regions: Literal["token", "text"] = "token"
+    max_pixels: Count | None = None  # image size limit; None: the checkpoint's own
+    # which parameters learn (TRAIN in model/lora.py)
+    train: Literal["all", "lm", "spatial", "lora"] = "all"
+    # rank of adapters on the decoder, which then stays as it is; merged on saving; 0: none, but 32
+    # with --train lora
+    lora: CountOrZero = 0
+    # over the ranks (FSDP2); auto: if one can't hold it
+    shard: Literal["auto", "always", "never"] = "auto"
+    checkpointing: Literal["auto", "always", "never"] = "auto"  # recompute blocks backwards
+    # tokens of a forward pass of a rank; turn it down if memory runs out
+    micro_tokens: Count = 16384
+    # processes a rank that read images ahead; 0: none; None: up to 8 on CUDA, 0 on a CPU
+    workers: CountOrZero | None = None
+    eval_data: tuple[str, ...] = ()  # data sets for val_loss
+    eval_every: CountOrZero = 0  # steps between validations; 0: only at the end
+    seed: Seed = 0  # order of the data, dropped depths
+    save_every: CountOrZero = 500  # steps between checkpoints; 0: only at the end
+    keep: CountOrZero = 0  # so many of them stay such that --resume can go on from them; 0: all
+    resume: bool = False  # go on from the newest whole checkpoint in --out
+    skip_bad_rows: bool = False  # go on without the unusable rows, and count them
+
+    def __post_init__(self):
+        flags.check(self)
+        if self.train == "lora" and not self.lora:
+            self.lora = flags.LORA_RANK
+
+
+if __name__ == "__main__":
+    # Before the imports that take seconds: --help and a wrong flag are answered at once.
+    cfg = flags.parse(Config, __doc__, recorded=recorded_flags)
+
 import torch
 from torch import Tensor
 
 from model.batch import Batch
 from model.head3d import head_loss
-from model.lora import LORA_RANK, TRAIN
+from model.lora import TRAIN
 from model.processor import Processor
 from model.qwen_vl import Output, QwenVL
 from srreal import PATHS, Example, target
@@ -58,51 +114,6 @@ from training.interrupt import Interrupts
 from training.lengths import check_lengths
 from training.optim import Optimizer, learning_rate
 from training.policy import load_policy, synced_passes
-
-
-@dataclass
-class Config:
-    model: str  # checkpoint directory or hub id
-    data: tuple[str, ...]  # data sets: paths or kind:path, concatenated; or a mixture file
-    out: str  # the run's directory
-    steps: int = 1000  # optimiser steps
-    batch: int = 64  # questions a step, over all ranks
-    lr: float = 5e-6  # peak learning rate
-    schedule: Literal["constant", "cosine", "linear"] = "cosine"  # linear: flat, then 45 % down
-    warmup: int = 50  # steps of linear warm-up
-    # muon: for the blocks' matrices of a model from scratch
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    weight_decay: float = 0.0  # of matrices
-    beta2: float = 0.999  # of AdamW
-    clip_norm: float = 1.0  # gradients are shrunk to this global norm
-    head_weight: float = 1.0  # of the 3D head's loss
-    drop_depth: float = 0.3  # share of the images that lose their depth
-    questions_per_image: int = 4  # at most so many questions of an image stand together
-    # a region is read as its token, or as its box in text
-    regions: Literal["token", "text"] = "token"
-    max_pixels: int | None = None  # image size limit; None: the checkpoint's own
-    # which parameters learn (TRAIN in model/lora.py)
-    train: Literal["all", "lm", "spatial", "lora"] = "all"
-    # rank of adapters on the decoder, which then stays as it is; merged on saving; 0: none
-    lora: int = 0
-    # over the ranks (FSDP2); auto: if one can't hold it
-    shard: Literal["auto", "always", "never"] = "auto"
-    checkpointing: Literal["auto", "always", "never"] = "auto"  # recompute blocks backwards
-    micro_tokens: int = 16384  # tokens of a forward pass of a rank; turn it down if memory runs out
-    # processes a rank that read images ahead; None: up to 8 on CUDA, 0 on a CPU
-    workers: int | None = None
-    eval_data: tuple[str, ...] = ()  # data sets for val_loss
-    eval_every: int = 0  # steps between validations; 0: only at the end
-    seed: int = 0  # order of the data, dropped depths
-    save_every: int = 500  # steps between checkpoints
-    keep: int = 0  # so many of them stay such that --resume can go on from them; 0: all
-    resume: bool = False  # go on from the newest whole checkpoint in --out
-    skip_bad_rows: bool = False  # go on without the unusable rows, and count them
-
-    def __post_init__(self):
-        if self.train == "lora" and not self.lora:
-            self.lora = LORA_RANK
-
 
 # What a printed line shows of a step: name -> format.
 COLUMNS = {
@@ -287,9 +298,6 @@ def run_batch(
     tokens = sum(mb.target_tokens for mb in microbatches)
     regions = sum(mb.labelled_regions for mb in microbatches)
     tokens, regions = ranks.all_reduce([tokens, regions])
-    tokens = max(1.0, tokens)
-    regions = max(1.0, regions)
-
     sums = torch.zeros(3, dtype=torch.float64, device=model.device)
     microbatches = equalize_passes(microbatches, lambda: make_dummy(processor))
     for mb in synced_passes(model, microbatches):
@@ -297,7 +305,7 @@ def run_batch(
         with torch.set_grad_enabled(learn):
             text, head, error = losses(model(mb.batch), mb)
         if learn:
-            (text / tokens + cfg.head_weight * head / regions).backward()
+            (text / max(tokens, 1) + cfg.head_weight * head / max(regions, 1)).backward()
         sums += torch.stack((text, head, error)).detach()
     return Sums(*ranks.all_reduce(sums.tolist()), tokens, regions)
 
@@ -326,6 +334,7 @@ def validate(
 
 def main(cfg: Config) -> None:
     place = ranks.start_ranks()
+    run.check_together(cfg)
     with Interrupts() as interrupts, folder.lock(cfg.out):
         checkpoint, done = checkpoints.find_start(cfg)
         if done < cfg.steps:
@@ -375,8 +384,10 @@ def train(
         ranks.phase(f"step {step + 1}")
         sums = run_batch(model, next(upcoming), processor, cfg, learn=True)
         loss_text = sums.text / sums.tokens
-        loss_head = sums.head / sums.regions
-        loss = loss_text + cfg.head_weight * loss_head
+        # Where no region has a known centre, nothing was measured: null, not 0.
+        loss_head = sums.head / sums.regions if sums.regions else None
+        head_error = sums.head_error / sums.regions if sums.regions else None
+        loss = loss_text + cfg.head_weight * (loss_head or 0.0)
         lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup, cfg.schedule)
         grad_norm = optimizer.step(lr, cfg.clip_norm, loss, name=f"step {step + 1}")
         seconds = time.perf_counter() - started
@@ -388,7 +399,7 @@ def train(
             "loss": loss,
             "loss_text": loss_text,
             "loss_head": loss_head,
-            "head_error_metres": sums.head_error / sums.regions,
+            "head_error_metres": head_error,
             "grad_norm": grad_norm,
             "lr": lr,
             "tokens": sums.tokens,
@@ -406,4 +417,4 @@ def train(
 
 
 if __name__ == "__main__":
-    run.launch(main, Config)
+    run.launch(main, cfg)

@@ -27,11 +27,9 @@ import hashlib
 import math
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from kernels import interpreted, on_triton
+from kernels import interpreted, on_triton, tl, triton
 
 
 def _signed(constant: int, bits: int) -> int:

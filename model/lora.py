@@ -30,7 +30,6 @@ TRAIN = {
     "lora": (),
     "spatial": ("region.", "points.", "head3d."),
 }
-LORA_RANK = 32  # of --train lora
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SCALE = 2.0  # alpha / rank
 

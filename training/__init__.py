@@ -2,7 +2,7 @@
 
 In the order of a run:
 
-    run           flags -> Config -> main; user errors in one line; data, processor, settings, log
+    run           Config -> main; user errors in one line; data, processor, settings, log
     ranks         torchrun's environment -> rank, world, device; sums over ranks; shares of the work
     policy        the model that trains (sharded or not), the one that samples, the reference
     optim         torch.optim on fp32 masters; learning rates

@@ -115,6 +115,7 @@ def save(cfg, step: int, rows: int, model: QwenVL, processor, optimizer: Optimiz
         problem = f"{problem}; {then}"
     # Nobody goes on before it is there.
     ranks.raise_together(problem)
+    ranks.say(f"saved {final.name}")
 
 
 def write_model(aside: Path, weights: dict, model: QwenVL, processor) -> None:

@@ -2,28 +2,26 @@
 
 import math
 import os
-import resource
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import tyro
 from tqdm import tqdm
 
 import data
+import machine
 import plan
-from argv import join_repeated
 from errors import UserError
 from model.files import checkpoint_of
 from model.processor import Processor
 from srreal import Example
 from training import checkpoints, folder, interrupt, ranks
 from training.interrupt import Interrupted, Interrupts
-from training.recorded import recorded_flags
 
 MEMORY_FLAGS = ("micro_tokens", "slots", "max_pixels")
 
@@ -31,17 +29,15 @@ MEMORY_FLAGS = ("micro_tokens", "slots", "max_pixels")
 # ---- The command line
 
 
-def launch(main: Callable, config: type) -> None:
-    """Run main(Config) from the command line. A UserError ends it in one line, exit code 2.
+def launch(main: Callable, cfg) -> None:
+    """Run main(cfg), of the command line. A UserError ends it in one line, exit code 2.
 
     So do, with exit code 1, a loss that is not finite, want of memory, and ranks that don't answer;
     with 130 and 143, Ctrl-C and SIGTERM. Everything else is a bug and keeps its traceback.
     """
     name = Path(sys.argv[0]).name
-    cfg = None
     try:
         with Interrupts():
-            cfg = parse(config, name, sys.modules[main.__module__].__doc__.split("\n\n")[0])
             end_in_words(main, cfg, name)
     except UserError as error:
         end(f"{name}: {error}", 2)
@@ -52,14 +48,6 @@ def launch(main: Callable, config: type) -> None:
         end(f"{name}: interrupted: {what_is_left(cfg)}", 128 + signal.SIGINT)
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def parse(config: type, name: str, description: str):
-    """Return the Config of the command line. With --resume a run's own flags are the defaults."""
-    args = join_repeated(sys.argv[1:], config)
-    recorded = recorded_flags(config, args)
-    defaults = {} if recorded is None else {"default": recorded}
-    return tyro.cli(config, prog=name, description=description, args=args, **defaults)
 
 
 def end_in_words(main: Callable, cfg, name: str) -> None:
@@ -130,6 +118,26 @@ def explain(error: BaseException, cfg) -> str | None:
     return f"out of memory; turn down {' or '.join(flags)}"
 
 
+def check_together(cfg, doubts: Sequence[str] = ()) -> None:
+    """Check flags that concern each other: UserError, or a line on what is odd, though not wrong.
+
+    doubts: the script's own.
+    """
+    if cfg.eval_every and not cfg.eval_data:
+        raise UserError(f"--eval-every {cfg.eval_every}: there is no --eval-data")
+    found = list(doubts)
+    if cfg.warmup >= cfg.steps:
+        reached = cfg.steps / (cfg.warmup + 1)
+        found.append(
+            f"--warmup {cfg.warmup} is longer than --steps {cfg.steps}: the learning rate reaches "
+            f"{reached:.0%} of --lr"
+        )
+    if cfg.keep and not cfg.save_every:
+        found.append(f"--keep {cfg.keep} means nothing beside --save-every 0, which saves once")
+    for doubt in found:
+        ranks.say(f"note: {doubt}")
+
+
 # ---- What a run starts from
 
 
@@ -172,7 +180,7 @@ def load_processor(
     """
     workers = cfg.workers
     if workers is None and torch.cuda.is_available():
-        cores = len(os.sched_getaffinity(0)) // ranks.local_world_size(1)
+        cores = machine.cpus() // ranks.local_world_size(1)
         workers = min(max(cores - 1, 0), 8)
     processor = Processor.from_pretrained(
         source, max_pixels=cfg.max_pixels, regions=cfg.regions, workers=workers or 0
@@ -197,7 +205,7 @@ def resolve_auto_settings(cfg, config, device: torch.device, world: int, **sizes
     if cuda:
         memory = torch.cuda.mem_get_info(device)[1] / 1e9
     else:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / local_world / 1e9
+        memory = machine.memory() / local_world / 1e9
     least = -ranks.all_reduce([-memory], "MAX")[0]  # all ranks have to choose alike
     wanted = plan.Config(
         "",
@@ -237,11 +245,15 @@ def is_due(step: int, every: int, last: int) -> bool:
 class Log:
     """metrics.jsonl, a printed line a step, and a bar with the time left. Rank 0 writes.
 
-    columns: name -> format of what the line shows.
+    columns: name -> format of what the line shows. A value that was not measured is None, and null
+    in the row.
     """
 
     def __init__(self, cfg, done: int, columns: dict[str, str]):
         self.columns = columns
+        self.steps = cfg.steps
+        self.steps_before = done
+        self.started = time.monotonic()
         hidden = None if ranks.is_first() else True  # None: where there is no terminal
         self.bar = tqdm(total=cfg.steps, initial=done, unit="step", disable=hidden)
         self.rows = folder.Rows(Path(cfg.out) / "metrics.jsonl", done)
@@ -260,12 +272,25 @@ class Log:
         if not_finite:
             values = ", ".join(f"{name} is {value}" for name, value in not_finite.items())
             ranks.say(f"step {row['step']}: {values}; null in metrics.jsonl")
-        shown = [f"{name} {row[name]:{form}}" for name, form in self.columns.items()]
-        ranks.say("  ".join(shown))
+        ranks.say("  ".join(self.shown(row, name) for name in self.columns))
+
+    def shown(self, row: dict, name: str) -> str:
+        """Return what the line says of a column; without a bar of the step the total and ETA."""
+        value = row[name]
+        if value is None:
+            return f"{name} {'-':>6}"
+        text = f"{name} {value:{self.columns[name]}}"
+        if name == "step" and self.bar.disable:
+            # No terminal, no bar. The clock runs on while a run validates and saves.
+            seconds = (time.monotonic() - self.started) / (value - self.steps_before)
+            left = timedelta(seconds=round(seconds * (self.steps - value)))
+            text += f"/{self.steps}  eta {left}"
+        return text
 
 
-def peak_memory(device: torch.device) -> float:
-    """Return MiB: of the GPU on CUDA, else of the process."""
+def peak_memory(device: torch.device) -> float | None:
+    """Return MiB: of the GPU on CUDA, else of the process; None where nobody counts them."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    peak = machine.peak_memory()
+    return None if peak is None else peak / 2**20

@@ -19,6 +19,7 @@ from commands import QUIET, ROOT, TIMEOUT, finish, flags, metrics, start
 import train_rl
 import train_sft
 from errors import UserError
+from flags import parse
 from srreal import Example
 from training import checkpoints, folder, interrupt, run
 from training.recorded import recorded_flags
@@ -145,7 +146,7 @@ def test_the_command_line_is_the_runs_own(tmp_path, monkeypatch):
 
     def parsed(*words):
         monkeypatch.setattr("sys.argv", ["train_sft.py", *words])
-        return run.parse(train_sft.Config, "train_sft.py", "")
+        return parse(train_sft.Config, "", recorded=recorded_flags)
 
     again = parsed("--out", str(tmp_path), "--resume")
     assert again == replace(cfg, resume=True)
