@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY = passive
 READY = $(if $(filter .venv/bin/python,$(PYTHON)),.venv/installed)
 
 speedrun: $(READY)
-	PYTHON="$(PYTHON)" sh runs/speedrun.sh
+	PYTHON="$(PYTHON)" exec sh runs/speedrun.sh
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q $$($(PYTHON) -c "import xdist; print('-n 2 --dist loadfile')" 2>/dev/null)
@@ -28,9 +28,14 @@ bench: $(READY)
 	$(PYTHON) -m bench.train
 	$(PYTHON) -m bench.data
 
+OLD = Python 3.11 or newer is needed: name one, as in make .venv/installed PYTHON3=python3.12
+PYTHON3 ?= python3
+
 .venv/installed: requirements.txt
-	python3 -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(PYTHON3) -c 'import sys; sys.exit("$(OLD)" if sys.version_info < (3, 11) else 0)'
+	@echo "installing into .venv, once: some minutes, and 2.5 GB (torch with CUDA is most of it)"
+	$(PYTHON3) -m venv .venv
+	.venv/bin/python -m pip install --progress-bar on --disable-pip-version-check -r requirements.txt
 	touch .venv/installed
 
 .PHONY: speedrun test lint bench

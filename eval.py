@@ -36,8 +36,8 @@ answer got by both stands in predictions.jsonl (`official`, `robust`). Its --dat
 downloaded to.
 
 Several ranks share the questions and give the numbers of one. Interrupted, the same command goes on
-behind the answers in predictions.jsonl; after a finished eval, or with other settings, it starts
-again.
+behind the answers in predictions.jsonl; after a finished eval it only prints the table again. An
+--out with answers of another eval (model, data, path, sampling) is refused.
 
 `--no-depth` withholds the depth. `--blind` also greys the image and makes each region the whole
 image, so no position leaks: what the model scores then, it has from the wording.
@@ -46,13 +46,53 @@ image, so no position leaks: what the model scores then, it has from the wording
 import hashlib
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
+
+import flags
+from flags import Count, CountOrZero, PositiveOrZero, Seed, ShareAboveZero
+from srreal import PATHS, Example, Parsed, answer_score, parse, score
+
+
+@dataclass
+class Config:
+    model: str  # checkpoint directory or hub id
+    # data sets (path or kind:path); of a benchmark: its directory or hub id
+    data: tuple[str, ...] = ()
+    # a name of data/benchmarks, or one task of it: blink/Relative_Depth
+    benchmark: str | None = None
+    path: Literal[(*PATHS, "both")] = "both"  # how to ask; both: lor and dtr
+    # at most so many questions, the same ones for every model; None: all
+    limit: Count | None = None
+    max_new_tokens: Count = 1024  # a longer answer is cut and counted as truncated
+    temperature: PositiveOrZero = 0.0  # 0 is greedy
+    # sample among the likeliest tokens of this probability in sum; 1: all
+    top_p: ShareAboveZero = 1.0
+    # gets predictions.jsonl (a row an answer) and summary.json (the table); "": out/eval/MODEL-DATA
+    out: str = ""
+    seed: Seed = 0  # of the sampling noise
+    regions: Literal["token", "text"] = "token"  # how the model was trained to read a region
+    max_pixels: Count | None = None  # image size limit; None: the checkpoint's own
+    depth: bool = True  # --no-depth: images only
+    # at most so many questions are asked once more without their depth; 0: none
+    again: CountOrZero = 200
+    # grey images, no depth, each region the whole image: what the wording alone earns
+    blind: bool = False
+    # processes a rank that read images ahead; 0: none; None: up to 8 on CUDA, 0 on a CPU
+    workers: CountOrZero | None = None
+    skip_bad_rows: bool = False  # go on without the unusable rows, and count them
+
+    def __post_init__(self):
+        flags.check(self)
+
+
+if __name__ == "__main__":
+    # Before the imports that take seconds: --help and a wrong flag are answered at once.
+    cfg = flags.parse(Config, __doc__)
 
 import numpy as np
 import torch.distributed as dist
@@ -64,12 +104,11 @@ from data import benchmarks
 from data.boxes import box_iou, read_boxes_3d
 from data.marks import Marked
 from errors import UserError
-from eval_table import COLUMNS, print_table, summarise_paths
+from eval_table import COLUMNS, print_table, question_id, summarise_paths, true_centres
 from model.processor import BOX_2D, object_of, truths
 from model.rollout import predict_centres, sample_groups
 from pictures import is_data_uri, picture_size
-from srreal import PATHS, Example, Parsed, answer_score, parse, score
-from training import ranks, run
+from training import folder, ranks, run
 from training.policy import load_model
 
 BOTH = ("lor", "dtr")
@@ -77,52 +116,29 @@ BOTH = ("lor", "dtr")
 CHUNK = 512
 PREDICTIONS = "predictions.jsonl"
 WITHOUT_DEPTH = "predictions-no-depth.jsonl"
-
-
-@dataclass
-class Config:
-    model: str  # checkpoint directory or hub id
-    # data sets (path or kind:path); of a benchmark: its directory or hub id
-    data: tuple[str, ...] = ()
-    # a name of data/benchmarks, or one task of it: blink/Relative_Depth
-    benchmark: str | None = None
-    path: Literal[(*PATHS, "both")] = "both"  # how to ask; both: lor and dtr
-    limit: int | None = None  # at most so many questions (>= 1), the same ones for every model
-    max_new_tokens: int = 1024  # a longer answer is cut and counted as truncated
-    temperature: float = 0.0  # 0 is greedy
-    top_p: float = 1.0  # sample among the likeliest tokens of this probability in sum; 1: all
-    out: str = "out/eval"  # gets predictions.jsonl (a row an answer) and summary.json (the table)
-    seed: int = 0  # of the sampling noise
-    regions: Literal["token", "text"] = "token"  # how the model was trained to read a region
-    max_pixels: int | None = None  # image size limit; None: the checkpoint's own
-    depth: bool = True  # --no-depth: images only
-    again: int = 200  # at most so many questions are asked once more without their depth; 0: none
-    # grey images, no depth, each region the whole image: what the wording alone earns
-    blind: bool = False
-    # processes a rank that read images ahead; None: up to 8 on CUDA, 0 on a CPU
-    workers: int | None = None
-    skip_bad_rows: bool = False  # go on without the unusable rows, and count them
+# Settings whose values say nothing to a reader.
+NOT_SHOWN = {
+    "checkpoint": "the files of --model have changed",
+    "columns": "another version has measured them",
+}
 
 
 # ---- What is asked
 
 
 def questions(config: Config) -> list[Example]:
-    """Check the flags, read the set or the benchmark, and choose what is asked of it."""
-    if (config.limit is not None and config.limit < 1) or config.again < 0:
-        raise UserError(
-            f"--limit {config.limit} --again {config.again}: at least 1 and 0 are wanted"
-        )
-    if not 0 < config.top_p <= 1:
-        raise UserError(f"--top-p {config.top_p}: a number above 0 and up to 1 is wanted")
+    """Read the set or the benchmark, and choose what is asked of it."""
     if config.benchmark:
         examples = benchmark_questions(config)
     else:
         examples = datasets.load(config.data, skip_bad_rows=config.skip_bad_rows)
-    examples = select(examples, config.path, config.limit)
-    if not examples:
+    asked = select(examples, config.path, config.limit)
+    if not asked:
         raise UserError("there is nothing to ask: give --data or --benchmark")
-    return examples
+    count = len({question_id(example) for example in examples})
+    if config.limit and config.limit < count:
+        datasets.say(f"--limit: {config.limit} of {count} questions are asked")
+    return asked
 
 
 def benchmark_questions(config: Config) -> list[Example]:
@@ -134,11 +150,6 @@ def benchmark_questions(config: Config) -> list[Example]:
     except datasets.BadRows as bad:
         told = bad.told(config.out)
         raise UserError(f"{told}\n(a benchmark is read whole, or with --skip-bad-rows)") from None
-
-
-def question_id(example: Example) -> str:
-    """Return the id without its path: what a question's LOR and DTR rows have in common."""
-    return example.id.removesuffix(f"-{example.path}")
 
 
 def asked_as(example: Example, path: str) -> Example:
@@ -222,17 +233,6 @@ def best_constant(examples: list[Example], candidates: int) -> tuple[str, list |
     for example in examples:
         centres += true_centres(example, example.frame or 0).values()
     return best, np.median(centres, axis=0).tolist() if centres else None
-
-
-def true_centres(example: Example, view: int | None) -> dict[str, tuple]:
-    """Return mention -> centre in the camera frame of that view, where it is known."""
-    known = {}
-    for mention, centre in example.objects.items():
-        if isinstance(centre, dict):
-            centre = centre.get(view)
-        if centre is not None:
-            known[mention.lower().strip()] = centre
-    return known
 
 
 def distances(centres: dict, truth: dict) -> dict[str, float]:
@@ -348,26 +348,80 @@ def answer_row(example: Example, rollout, head, constant: tuple, box: str | None
 # ---- Asking, and going on where an eval was interrupted
 
 
-def begin(config: Config, asked: dict[str, list[Example]]) -> dict[str, dict]:
-    """Make --out ready; return file -> (id, path) -> row of what is answered already.
+def default_out(config: Config) -> str:
+    """Return a folder that is named by the model and by what it is asked."""
+    parts = Path(config.model).parts or ("model",)
+    # A step's folder says little without its run's.
+    model = parts[-2:] if parts[-1].startswith("step-") else parts[-1:]
+    asked = [config.benchmark.replace("/", "-")] if config.benchmark else []
+    if not asked:
+        for source in map(str, config.data):
+            path = source.partition(",")[0].partition("@")[0].rpartition(":")[2]
+            asked.append(Path(path).name)
+    return str(Path("out", "eval", "-".join([*model, *asked])))
 
-    That is where an eval with the same settings was interrupted. Called by rank 0 alone.
+
+def refuse_other_answers(config: Config) -> None:
+    """Raise UserError where --out holds answers of an eval that asked something else.
+
+    Called by all ranks; the first alone looks, others may not see its disk as it is now.
     """
+    problem = None
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    settings = settings_of(config)
-    done = {name: {} for name in asked}
-    if settings == earlier_settings(out):
-        done = {name: answered(out, name, examples) for name, examples in asked.items()}
-        all_done = all(len(done[name]) == len(asked[name]) for name in asked)
-        # An eval that had finished is asked for anew.
-        if all_done and (out / "summary.json").exists():
-            done = {name: {} for name in asked}
+    if ranks.is_first() and has_answers(out):
+        now = settings_of(config)
+        then = earlier_settings(out)
+        if then is None:
+            problem = f"{out} holds answers, and no settings.json that says of what"
+        elif differences := differing(then, now):
+            problem = f"{out} holds the answers of another eval: {differences}"
+    ranks.raise_together(problem and f"{problem}; choose another --out, or delete {out}")
+
+
+def has_answers(out: Path) -> bool:
+    return any(file.stat().st_size for file in out.glob("predictions*.jsonl*"))
+
+
+def differing(then: dict, now: dict) -> str:
+    """Return the settings that differ, with both values."""
+    said = []
+    for name, value in now.items():
+        before = then.get(name)
+        if before == value:
+            continue
+        if name in NOT_SHOWN:
+            said.append(NOT_SHOWN[name])
+        else:
+            flag = f"--{name.replace('_', '-')}"
+            said.append(f"{flag} {folder.shown(before)}, now it is {folder.shown(value)}")
+    return "; ".join(said)
+
+
+def earlier_answers(config: Config, asked: dict[str, list[Example]]) -> dict[str, dict]:
+    """Return file -> (id, path) -> row of what the same eval had answered when it stopped.
+
+    On the first rank; {} on the others, which may not see its disk as it is now.
+    """
+    if not ranks.is_first():
+        return {name: {} for name in asked}
+    out = Path(config.out)
+    return {name: answered(out, name, examples) for name, examples in asked.items()}
+
+
+def begin(config: Config, done: dict[str, dict]) -> None:
+    """Make --out ready, with the rows of what is answered already. Collective."""
+    problem = None
+    if ranks.is_first():
+        problem = folder.attempt(Path(config.out), write_beginning, config, done)
+    ranks.raise_together(problem)
+
+
+def write_beginning(config: Config, done: dict[str, dict]) -> None:
+    out = Path(config.out)
     (out / "summary.json").unlink(missing_ok=True)
-    for name in asked:
-        write_rows(out, name, done[name].values())
-    (out / "settings.json").write_text(json.dumps(settings, indent=1))
-    return done
+    folder.replace_text(out / "settings.json", json.dumps(settings_of(config), indent=1))
+    for name, rows in done.items():
+        write_rows(out, name, rows.values())
 
 
 def settings_of(config: Config) -> dict:
@@ -377,7 +431,7 @@ def settings_of(config: Config) -> dict:
     for file in sorted(Path(config.model).glob("*.safetensors")):
         state = file.stat()
         files.append((file.name, state.st_size, state.st_mtime_ns))
-    settings = asdict(replace(config, out=""))
+    settings = asdict(replace(config, out="", workers=None))
     settings |= {"checkpoint": files, "columns": list(COLUMNS)}
     return json.loads(json.dumps(settings))
 
@@ -405,18 +459,18 @@ def answered(out: Path, name: str, examples: list[Example]) -> dict[tuple, dict]
 
 def write_rows(out: Path, name: str, rows) -> None:
     """Write all rows into one file, in place of the ranks' own."""
-    # Aside first, so that a crash leaves either the old rows or the new ones.
-    aside = out / f"{name}.partial"
-    with open(aside, "w") as file:
-        append_rows(file, rows)
-    os.replace(aside, out / name)
+    folder.replace_text(out / name, as_lines(rows))
     for part in out.glob(f"{name}.*"):
         part.unlink()
 
 
-def append_rows(file, rows) -> None:
-    for row in rows:
-        file.write(json.dumps(row, allow_nan=False) + "\n")
+def append_rows(path: Path, rows: list[dict]) -> None:
+    with path.open("a") as file:
+        file.write(as_lines(rows))
+
+
+def as_lines(rows) -> str:
+    return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
 
 
 def answer_all(
@@ -427,35 +481,37 @@ def answer_all(
     done: (id, path) -> row of what needs no answer any more; on rank 0 only.
     """
     rank, world, _ = ranks.start_ranks()
-    known = set(share(list(done)))
+    known = set(ranks.broadcast(list(done)))
     constants = best_constants(examples)
     unanswered = [example for example in examples if (example.id, example.path) not in known]
     local_examples = unanswered[rank::world]
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
     # A file a rank, so that what each has written is kept if any is interrupted.
-    own_file = out / (f"{name}.{rank}" if rank else name)
+    own_file = Path(config.out) / (f"{name}.{rank}" if rank else name)
     bar = tqdm(
         total=len(local_examples), desc="eval", unit="answer", smoothing=0.05, disable=rank > 0
     )
     rows = []
-    with bar, open(own_file, "a") as file:
-        for start in range(0, len(local_examples), CHUNK):
-            chunk = local_examples[start : start + CHUNK]
-            new_rows = []
-            for row in answer_chunk(config, chunk, model, processor, constants):
-                new_rows.append(row)
-                bar.update()
-            append_rows(file, new_rows)
-            file.flush()
-            rows += new_rows
+    problem = None
+    for start in range(0, len(local_examples), CHUNK):
+        chunk = local_examples[start : start + CHUNK]
+        new_rows = []
+        for row in answer_chunk(config, chunk, model, processor, constants):
+            new_rows.append(row)
+            bar.update()
+        rows += new_rows
+        problem = folder.attempt(own_file, append_rows, own_file, new_rows)
+        if problem:
+            break
+    bar.close()
+    ranks.raise_together(problem)
 
     for row in gathered(rows):
         done[row["id"], row["path"]] = row
-    if rank > 0:
-        return []
-    rows = [done[example.id, example.path] for example in examples]
-    write_rows(out, name, rows)
+    rows = []
+    if rank == 0:
+        rows = [done[example.id, example.path] for example in examples]
+        problem = folder.attempt(own_file, write_rows, own_file.parent, name, rows)
+    ranks.raise_together(problem)
     return rows
 
 
@@ -482,14 +538,6 @@ def answer_chunk(
         head = next(heads) if example.regions else []
         box = true_box(example, processor)
         yield answer_row(example, rollout, head, constants[example.task], box)
-
-
-def share(value):
-    """Return rank 0's value on every rank."""
-    box = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box)
-    return box[0]
 
 
 def gathered(rows: list) -> list:
@@ -546,27 +594,43 @@ def print_benchmark(config: Config, path: str, marks: dict, asked: list[Example]
 def main(config: Config) -> dict | None:
     """Return the summary; None on all ranks but 0."""
     examples = questions(config)
-    rank, _, device = ranks.start_ranks()
-    shown = examples
-    if config.blind or not config.depth:
-        shown = [replace(example, depths=None) for example in examples]
-    processor = run.load_processor(config.model, config, shown, (), True)  # the head is read
-    model = load_model(config.model, device, None, 0, config.regions)
+    config = replace(config, out=config.out or default_out(config))
+    place = ranks.start_ranks()
+    with folder.lock(config.out):
+        return ask_all(config, examples, place.device)
 
+
+def ask_all(config: Config, examples: list[Example], device) -> dict | None:
+    """Ask what has no answer yet, print the table, and write the summary, which is returned."""
+    refuse_other_answers(config)
     # File -> the settings that its questions are asked with, and the questions.
     runs = {PREDICTIONS: (config, examples)}
     with_depth = [example for example in examples if has_depth(example)]
     if with_depth and config.again and config.depth and not config.blind:
         asked_again = select(with_depth, config.path, config.again)
+        count = len({question_id(example) for example in with_depth})
+        if config.again < count:
+            datasets.say(
+                f"--again: {config.again} of {count} questions are asked once more without depth"
+            )
         runs[WITHOUT_DEPTH] = (replace(config, depth=False), asked_again)
-    # Rank 0 alone looks for earlier answers: others may not see its disk as it is now.
-    done = {name: {} for name in runs}
-    if rank == 0:
-        done = begin(config, {name: asked for name, (_, asked) in runs.items()})
+    done = earlier_answers(config, {name: asked for name, (_, asked) in runs.items()})
+    left = sum(len(asked) - len(done[name]) for name, (_, asked) in runs.items())
+    model = processor = None
+    if ranks.broadcast(left) or not examples:
+        shown = examples
+        if config.blind or not config.depth:
+            shown = [replace(example, depths=None) for example in examples]
+        # The 3D head is read, too.
+        processor = run.load_processor(config.model, config, shown, (), True)
+        model = load_model(config.model, device, None, 0, config.regions)
+        begin(config, done)
+    else:
+        ranks.say(f"{config.out} has all answers: this is their table (to ask anew, delete it)")
     answers = {}
     for name, (settings, asked) in runs.items():
         answers[name] = answer_all(settings, asked, model, processor, name, done[name])
-    if rank > 0:
+    if not ranks.is_first():
         return None
 
     rows = answers[PREDICTIONS]
@@ -582,10 +646,17 @@ def main(config: Config) -> dict | None:
             summary["benchmark"][path] = marks
             print_benchmark(config, path, marks, [example for example, _ in pairs])
     # Once more: of a benchmark, rows have got both scorers' marks.
-    write_rows(Path(config.out), PREDICTIONS, rows)
-    (Path(config.out) / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False))
+    problem = folder.attempt(Path(config.out), write_end, config, rows, summary)
+    if problem:
+        raise UserError(problem)
     return summary
 
 
+def write_end(config: Config, rows: list[dict], summary: dict) -> None:
+    out = Path(config.out)
+    write_rows(out, PREDICTIONS, rows)
+    folder.replace_text(out / "summary.json", json.dumps(summary, indent=1, allow_nan=False))
+
+
 if __name__ == "__main__":
-    run.launch(main, Config)
+    run.launch(main, cfg)

@@ -1,10 +1,13 @@
-"""Means, medians and paired differences with clustered standard errors; the table of eval.py."""
+"""Means, medians and paired differences with clustered standard errors; the table of eval.py.
+
+Also what eval.py and report.py both have to know of a question.
+"""
 
 import math
 
 import numpy as np
 
-from srreal import REWARDS
+from srreal import REWARDS, Example
 
 # metric of a row of predictions.jsonl -> heading
 COLUMNS = {
@@ -23,6 +26,22 @@ COLUMNS = {
 # Columns of questions about boxes; they are printed only where there are some.
 BOXED = ("size_errors", "iou", "iou50")
 COUNTS = ("unparsed", "truncated")
+
+
+def question_id(example: Example) -> str:
+    """Return the id without its path: what a question's LOR and DTR rows have in common."""
+    return example.id.removesuffix(f"-{example.path}")
+
+
+def true_centres(example: Example, view: int | None) -> dict[str, tuple]:
+    """Return mention -> centre in the camera frame of that view, where it is known."""
+    known = {}
+    for mention, centre in example.objects.items():
+        if isinstance(centre, dict):
+            centre = centre.get(view)
+        if centre is not None:
+            known[mention.lower().strip()] = centre
+    return known
 
 
 def estimate(values, clusters, median: bool = False) -> dict | None:

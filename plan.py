@@ -48,14 +48,40 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+import flags
+from errors import UserError
+from flags import LORA_RANK, Count, CountOrZero, Positive, PositiveOrZero
+
+
+@dataclass
+class Config:
+    model: str  # checkpoint directory or hub id
+    gpus: Count = 1  # of one box
+    memory: Positive = 80.0  # GB of each
+    # a step, over all GPUs; 0: SFT, which samples nothing (one target a prompt, no KL)
+    prompts: CountOrZero = 64
+    group: Count = 8  # completions a prompt (G)
+    prompt_tokens: Count = 1024  # P, the image's included
+    new_tokens: Count = 1024  # R, of a completion
+    train: Literal["lm", "all", "spatial", "lora"] = "lm"  # which parameters learn
+    kl: PositiveOrZero = 0.01  # 0: no reference policy
+    lora: CountOrZero | None = None  # rank; 0: never; None: if nothing else fits
+    dtype: Literal["bf16", "fp32"] = "bf16"  # of the weights; fp32 is a CPU's
+
+    def __post_init__(self):
+        flags.check(self)
+
+
+if __name__ == "__main__":
+    # Before the imports that take seconds: --help and a wrong flag are answered at once.
+    cfg = flags.parse(Config, __doc__)
+
 import torch
-import tyro
 from transformers import AutoConfig
 
-from errors import UserError
 from model.families import DecoderSizes, VisionSizes
 from model.files import checkpoint_of, read_config
-from model.lora import LORA_RANK, learn
+from model.lora import learn
 from model.qwen_vl import QwenVL
 
 RESERVE = 1.5, 0.05  # GB of CUDA, its libraries and NCCL; share of the rest that lies in gaps
@@ -63,22 +89,6 @@ BUSY = 128  # live samples that keep a GPU busy
 MAX_SLOTS = 384  # live samples above which the matrix products gain nothing more
 PREFILL = 8192  # tokens of prompts that are encoded at a time: model.rollout's
 WORKSPACE = 64 * 2**20  # bytes of logits: kernels.linear_logprob's, rounded up
-
-
-@dataclass
-class Config:
-    model: str  # checkpoint directory or hub id
-    gpus: int = 1  # of one box
-    memory: float = 80.0  # GB of each
-    # a step, over all GPUs; 0: SFT, which samples nothing (one target a prompt, no KL)
-    prompts: int = 64
-    group: int = 8  # completions a prompt (G)
-    prompt_tokens: int = 1024  # P, the image's included
-    new_tokens: int = 1024  # R, of a completion
-    train: Literal["lm", "all", "spatial", "lora"] = "lm"  # which parameters learn
-    kl: float = 0.01  # 0: no reference policy
-    lora: int | None = None  # rank; 0: never; None: if nothing else fits
-    dtype: Literal["bf16", "fp32"] = "bf16"  # of the weights; fp32 is a CPU's
 
 
 @dataclass(frozen=True)
@@ -403,17 +413,6 @@ def choose(
 # ---- The command
 
 
-def check(cfg: Config) -> None:
-    """Raise UserError, with all of them, for flags that are too low."""
-    too_low = []
-    for name, value in vars(cfg).items():
-        least = 0 if name in ("kl", "lora", "prompts") else 1
-        if isinstance(value, int | float) and value < least:
-            too_low.append(f"--{name.replace('_', '-')} {value}: too low")
-    if too_low:
-        raise UserError(", ".join(too_low))
-
-
 def read(model: str):
     """Return transformers' config object of a directory or hub id."""
     folder = Path(checkpoint_of(model))
@@ -427,7 +426,6 @@ def read(model: str):
 
 
 def main(cfg: Config) -> None:
-    check(cfg)
     if not cfg.prompts:
         cfg = replace(cfg, group=1, kl=0.0)
     config = read(cfg.model)
@@ -441,12 +439,12 @@ def main(cfg: Config) -> None:
     for name, size in gb.items():
         print(f"  {name:20}{size:7.2f}")
 
-    flag = {True: "always", False: "never"}
-    flags = f"--shard {flag[settings.shard]} --checkpointing {flag[settings.checkpointing]}"
-    flags += f" --micro-tokens {settings.micro_tokens}"
+    choice = {True: "always", False: "never"}
+    chosen = f"--shard {choice[settings.shard]} --checkpointing {choice[settings.checkpointing]}"
+    chosen += f" --micro-tokens {settings.micro_tokens}"
     if settings.lora:
-        flags += f" --lora {settings.lora}"
-    print(flags, f" ({settings.slots} samples at a time)" if settings.slots else "")
+        chosen += f" --lora {settings.lora}"
+    print(chosen, f" ({settings.slots} samples at a time)" if settings.slots else "")
     if settings.slots and settings.keep:
         print(
             f"their cache and the graph of a step stay during the update: then the peak is "
@@ -465,7 +463,7 @@ def main(cfg: Config) -> None:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Config, description=__doc__.split("\n\n")[0]))
+        main(cfg)
     except UserError as error:
         print(f"plan: {error}", file=sys.stderr)
         sys.exit(2)

@@ -26,14 +26,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import tyro
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 import data as datasets
+import flags
 from errors import UserError
-from eval import question_id, true_centres
-from eval_table import paired
+from eval_table import paired, question_id, true_centres
+from flags import CountOrZero
 from pictures import read_metres, read_picture
 from srreal import PATHS, REWARDS, SECTIONS, Example, several_views
 
@@ -53,7 +53,10 @@ TEMPLATES = Path(__file__).parent / "report"
 @dataclass
 class Config:
     run: str  # the run's directory; report.html is written into it
-    questions: int = 12  # shown in the gallery
+    questions: CountOrZero = 12  # shown in the gallery; 0: none
+
+    def __post_init__(self):
+        flags.check(self)
 
 
 @dataclass(frozen=True)
@@ -743,7 +746,7 @@ def main(config: Config) -> None:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Config, description=__doc__))
+        main(flags.parse(Config, __doc__))
     except UserError as error:
         print(f"report.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -28,8 +28,9 @@ and discarded_tokens, samples (also begun ones) behind the last group that --tri
 truncated, the share of completions without an end token; length in tokens. Each of these for each
 path P as well: P_reward, P_accuracy and so on. Over the trained tokens: entropy (nats), kl (k3 to
 ref), both by path, too; clip_low, clip_high (shares whose loss the clip binds), ratio_max,
-mismatch_kl, and mismatch_mean and mismatch_max of |log p_old - log p_rollout|. grad_norm is before
-the clip; times are without validation and saving. With --eval-data: val_P_accuracy and so on,
+mismatch_kl, and mismatch_mean and mismatch_max of |log p_old - log p_rollout|. What a step has not
+measured is null: all of these in a step without an update, kl at --kl 0. grad_norm is before the
+clip; times are without validation and saving. With --eval-data: val_P_accuracy and so on,
 greedy, after the row's update; val0_* in the first row, before any.
 
 Departures from the paper and the official code:
@@ -54,38 +55,26 @@ Departures from the paper and the official code:
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from statistics import fmean
-from typing import Literal
+from typing import Annotated, Literal
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
+import flags
 from errors import UserError
-from kernels.policy_loss import LOSSES, policy_loss
-from kernels.rewards import rewards_and_advantages
-from model.batch import Batch
-from model.batch import Prompt as EncodedPrompt
-from model.images import DeviceImages
-from model.lora import LORA_RANK
-from model.processor import Processor
-from model.qwen_vl import QwenVL
-from model.rollout import Engine, Rollout, default_slots
-from srreal import REWARDS, Example, Scores, score, weights_of
-from training import checkpoints, ranks, run
-from training.batches import (
-    Order,
-    dummy_example,
-    equalize_passes,
-    needs_dummy,
-    pack_by_tokens,
+from flags import (
+    Bound,
+    Count,
+    CountOrZero,
+    Positive,
+    PositiveOrZero,
+    Seed,
+    ShareAboveZero,
+    ShareBelowOne,
 )
-from training.lengths import check_lengths
-from training.metrics import Metrics, sums_by_path
-from training.optim import Optimizer, learning_rate
-from training.policy import Reference, load_policy, synced_passes
+from training.recorded import read_config, recorded_flags
 
 
 @dataclass
@@ -93,65 +82,104 @@ class Config:
     model: str  # checkpoint directory or hub id; also the reference policy
     data: tuple[str, ...]  # data sets: paths or kind:path, concatenated; or a mixture file
     out: str  # the run's directory
-    steps: int = 100  # rollouts
-    prompts: int = 64  # prompts a step, over all ranks, in equal shares of the paths
-    group: int = 8  # completions a prompt
+    steps: Count = 100  # rollouts
+    prompts: Count = 64  # prompts a step, over all ranks, in equal shares of the paths
+    # completions a prompt
+    group: Annotated[int, Bound(2, why="one alone is never better than its group")] = 8
     # above 1: up to so many times the prompts, until --prompts groups differ in accuracy
-    tries: int = 1
+    tries: Count = 1
     # live samples of a rank; None: by its memory at the start, then as config.json
-    slots: int | None = None
-    updates: int = 1  # optimiser steps a rollout, each on its own share of the prompts
-    max_new_tokens: int = 1024  # a longer completion is cut, and so is not well-formed
-    temperature: float = 1.0  # of sampling; the trainer's log-probs are at the same
-    top_p: float = 1.0  # sample from the likeliest tokens that have so much probability together
+    slots: Count | None = None
+    updates: Count = 1  # optimiser steps a rollout, each on its own share of the prompts
+    max_new_tokens: Count = 1024  # a longer completion is cut, and so is not well-formed
+    temperature: Positive = 1.0  # of sampling; the trainer's log-probs are at the same
+    # sample from the likeliest tokens that have so much probability together; 1: from all
+    top_p: ShareAboveZero = 1.0
     rules: Literal["strict", "official"] = "strict"  # of scoring
     filter: Literal["accuracy", "none"] = "accuracy"  # which groups are trained on
-    loss: str = (
-        "dapo"  # a name of LOSSES in kernels/policy_loss.py: dapo, grpo, dr_grpo, gspo, cispo
-    )
-    fused_loss: bool = (
-        True  # the loss's Triton kernel on CUDA; --no-fused-loss: its PyTorch reference
-    )
-    kl: float = 0.01  # weight of the k3 KL to the reference policy
+    # a name of LOSSES in kernels/policy_loss.py: dapo, grpo, dr_grpo, gspo, cispo
+    loss: str = "dapo"
+    # the loss's Triton kernel on CUDA; --no-fused-loss: its PyTorch reference
+    fused_loss: bool = True
+    kl: PositiveOrZero = 0.01  # weight of the k3 KL to the reference policy; 0: no reference
     # the ratio is clipped to 1 - clip_low ...; None: what the loss's paper has (LOSSES)
-    clip_low: float | None = None
-    clip_high: float | None = None  # ... 1 + clip_high
-    dual_clip: float = 3.0  # cap of the loss where A < 0, in units of |A|
-    rollout_cap: float = 2.0  # cap of the weight p_old / p_rollout
-    lr: float = 1e-6  # peak learning rate
-    vector_rate: float = 1.0  # learning rate of norms and biases, in units of --lr
+    clip_low: ShareAboveZero | None = None
+    clip_high: Positive | None = None  # ... 1 + clip_high
+    # cap of the loss where A < 0, in units of |A|; 0: none
+    dual_clip: Annotated[float, Bound(1, without=(1,), also=0)] = 3.0
+    rollout_cap: Positive = 2.0  # cap of the weight p_old / p_rollout
+    lr: Positive = 1e-6  # peak learning rate
+    # learning rate of norms and biases, in units of --lr; 0: they stay
+    vector_rate: PositiveOrZero = 1.0
     schedule: Literal["constant", "cosine", "linear"] = "constant"  # linear: flat, then 45 % down
-    warmup: int = 0  # steps of linear warm-up
-    weight_decay: float = 0.01  # of matrices
-    beta2: float = 0.999  # of AdamW
-    clip_norm: float = 1.0  # gradients are shrunk to this global norm
+    warmup: CountOrZero = 0  # steps of linear warm-up; 0: none
+    weight_decay: PositiveOrZero = 0.01  # of matrices; 0: none
+    beta2: ShareBelowOne = 0.999  # of AdamW
+    clip_norm: PositiveOrZero = 1.0  # gradients are shrunk to this global norm; 0: off
     # which parameters learn (TRAIN in model/lora.py)
     train: Literal["lm", "all", "spatial", "lora"] = "lm"
-    # rank of adapters on the decoder, which then stays as it is; merged on saving; 0: none
-    lora: int = 0
+    # rank of adapters on the decoder, which then stays as it is; merged on saving; 0: none, but 32
+    # with --train lora
+    lora: CountOrZero = 0
     regions: Literal["token", "text"] = "token"  # as the model was trained to read a region
-    max_pixels: int | None = None  # image size limit; None: the checkpoint's own
+    max_pixels: Count | None = None  # image size limit; None: the checkpoint's own
     # over the ranks (FSDP2); auto: if one can't hold it
     shard: Literal["auto", "always", "never"] = "auto"
     checkpointing: Literal["auto", "always", "never"] = "auto"  # recompute blocks backwards
-    micro_tokens: int = 16384  # tokens of a forward pass of a rank; turn it down if memory runs out
-    # processes a rank that read images ahead; None: up to 8 on CUDA, 0 on a CPU
-    workers: int | None = None
+    # tokens of a forward pass of a rank; turn it down if memory runs out
+    micro_tokens: Count = 16384
+    # processes a rank that read images ahead; 0: none; None: up to 8 on CUDA, 0 on a CPU
+    workers: CountOrZero | None = None
     eval_data: tuple[str, ...] = ()  # data sets for validation, greedy, by the same rules
-    eval_every: int = 0  # steps between validations; 0: at the start and at the end
-    eval_limit: int = 256  # at most so many validation prompts, equally many of each path
-    seed: int = 0  # order of the data, sampling noise
-    save_every: int = 50  # steps between checkpoints
-    keep: int = 0  # so many of them stay such that --resume can go on from them; 0: all
+    eval_every: CountOrZero = 0  # steps between validations; 0: at the start and at the end
+    # at most so many validation prompts, equally many of each path; 0: all
+    eval_limit: CountOrZero = 256
+    seed: Seed = 0  # order of the data, sampling noise
+    save_every: CountOrZero = 50  # steps between checkpoints; 0: only at the end
+    keep: CountOrZero = 0  # so many of them stay such that --resume can go on from them; 0: all
     resume: bool = False  # go on from the newest whole checkpoint in --out
     skip_bad_rows: bool = False  # go on without the unusable rows, and count them
 
     def __post_init__(self):
+        flags.check(self)
         if self.train == "lora" and not self.lora:
-            self.lora = LORA_RANK
+            self.lora = flags.LORA_RANK
+        from kernels.policy_loss import LOSSES  # here, as it imports torch
+
         if self.loss not in LOSSES:
             raise UserError(f"--loss {self.loss}: it is one of {', '.join(LOSSES)}")
 
+
+if __name__ == "__main__":
+    # Before the imports that take seconds: --help and a wrong flag are answered at once.
+    cfg = flags.parse(Config, __doc__, recorded=recorded_flags)
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from kernels.policy_loss import LOSSES, policy_loss
+from kernels.rewards import rewards_and_advantages
+from model.batch import Batch
+from model.batch import Prompt as EncodedPrompt
+from model.images import DeviceImages
+from model.processor import Processor
+from model.qwen_vl import QwenVL
+from model.rollout import Engine, Rollout, default_slots, occurrences
+from srreal import PATHS, REWARDS, Example, Scores, score, weights_of
+from training import checkpoints, folder, interrupt, ranks, run
+from training.batches import (
+    Order,
+    dummy_example,
+    equalize_passes,
+    needs_dummy,
+    pack_by_tokens,
+)
+from training.interrupt import Interrupts
+from training.lengths import check_lengths
+from training.metrics import Metrics, sums_by_path
+from training.optim import Optimizer, learning_rate
+from training.policy import Reference, load_policy, synced_passes
 
 # What a printed line shows of a step: name -> format.
 COLUMNS = {
@@ -165,6 +193,15 @@ COLUMNS = {
     "rollout_tokens_per_second": "6.0f",
     "seconds": "6.2f",
 }
+
+
+def columns_of(paths: list[str]) -> dict[str, str]:
+    """Return what the line shows of a run on these paths: the accuracy of each, too."""
+    accuracies = {f"{path}_accuracy": "5.3f" for path in paths}
+    first = {name: COLUMNS[name] for name in ("step", "reward")}
+    return first | accuracies | COLUMNS
+
+
 # Columns that a validation has.
 VALIDATED = ["reward", *REWARDS, "length", "truncated", "groups", "sampled_tokens"]
 
@@ -178,6 +215,7 @@ class Prompt:
 
     example: Example
     turn: int  # a turn has one prompt of each path
+    occurrence: int = 0  # how often the step has asked the same before: other noise each time
     encoded: EncodedPrompt | None = None
 
 
@@ -215,6 +253,13 @@ class Group:
         return self.prompt.example
 
 
+def number_occurrences(prompts: list[Prompt]) -> None:
+    """Number the prompts that occur more than once in a step, in the order over all ranks."""
+    examples = [prompt.example for prompt in prompts]
+    for prompt, occurrence in zip(prompts, occurrences(examples), strict=True):
+        prompt.occurrence = occurrence
+
+
 def encode(prompts: list[Prompt], processor: Processor) -> None:
     """Build each prompt once: ids, positions, regions, images. Its group carries it from here."""
     for prompt in prompts:
@@ -228,6 +273,33 @@ def local_share(prompts: list[Prompt], rank: int, world: int) -> list[Prompt]:
         boxes = len(prompt.example.regions) if prompt.example.path == "dtr" else 0
         lengths.append(1.0 + boxes)
     return [prompts[i] for i in ranks.shard_by_length(lengths, rank, world)]
+
+
+class Sampler:
+    """Which prompts this rank takes: a pure function of the step.
+
+    The run goes on at step `first_step`, behind `rows_before` prompts of the endless order.
+    """
+
+    def __init__(self, order: PromptOrder, cfg: Config, first_step: int, rows_before: int):
+        self.order = order
+        self.cfg = cfg
+        self.first_step = first_step
+        self.rows_before = rows_before
+
+    def rows_until(self, step: int) -> int:
+        """Return how many prompts the steps before this one have taken, over all ranks."""
+        per_step = self.cfg.prompts * self.cfg.tries
+        return self.rows_before + (step - self.first_step) * per_step
+
+    def local_prompts(self, step: int, rank: int, world: int) -> list[Prompt]:
+        """Return this rank's prompts of a step; none behind the last."""
+        if step >= self.cfg.steps:
+            return []
+        places = range(self.rows_until(step), self.rows_until(step + 1))
+        prompts = [self.order[place] for place in places]
+        number_occurrences(prompts)
+        return local_share(prompts, rank, world)
 
 
 # ---- Roll out, score, advantage
@@ -253,7 +325,9 @@ def roll_out(
     wanted: stop behind the group that is so many's last to differ in accuracy, in the order of the
     prompts; 0: never. What runs behind it is discarded.
     """
-    stream = engine.sample_groups([prompt.encoded for prompt in prompts], seed, images)
+    encoded = [prompt.encoded for prompt in prompts]
+    numbers = [prompt.occurrence for prompt in prompts]
+    stream = engine.sample_groups(encoded, seed, images, numbers)
     groups = []
     informative = 0
     for group in with_progress(prompts, stream, engine.options.n):
@@ -316,10 +390,16 @@ def add_scores(metrics: Metrics, groups: list[Group], is_kept) -> None:
         metrics.add_group(
             group.example.path,
             rewards=[{"reward": s.total, **s.parts} for s in group.scores],
+            detects=detects(group.example),
             lengths=[len(r.tokens) for r in group.rollouts],
             cut=[not r.finished for r in group.rollouts],
             kept=is_kept(group),
         )
+
+
+def detects(example: Example) -> bool:
+    """Whether a response has objects to detect; else its part `detect` says nothing."""
+    return bool(example.objects) and "detect" in PATHS[example.path].sections
 
 
 def validate(
@@ -436,8 +516,9 @@ def add_tokens(
     """Add a pass to the metrics. The one wait for the device."""
     gap = (mb.old_logprob - mb.rollout_logprob).abs()
     gap = torch.cat((gap, gap.new_zeros(1)))  # a pass may have no token
+    has_reference = mb.ref_logprob is not None
     k3 = torch.zeros_like(logprob)
-    if mb.ref_logprob is not None:
+    if has_reference:
         d = mb.ref_logprob - logprob
         k3 = torch.expm1(d) - d
     by_path = sums_by_path(
@@ -450,6 +531,7 @@ def add_tokens(
     for i, path in enumerate(metrics.paths):
         tokens, nats, kl = values[3 * i : 3 * i + 3]
         metrics.add(path, tokens=tokens, entropy=nats, kl=kl)
+        metrics.add(path, reference_tokens=tokens if has_reference else 0)
     clip_low, clip_high, mismatch_kl, ratio_max, gap_sum, gap_max = values[-6:]
     count = len(logprob)
     metrics.add(
@@ -496,7 +578,7 @@ def update(
             kind=cfg.loss,
             clip_low=cfg.clip_low,
             clip_high=cfg.clip_high,
-            dual_clip=cfg.dual_clip,
+            dual_clip=cfg.dual_clip or None,
             ref_logprob=mb.ref_logprob,
             kl=cfg.kl,
             rollout_logprob=mb.rollout_logprob,
@@ -535,6 +617,26 @@ def add_logprobs(
 # ---- Set up
 
 
+def doubts(cfg: Config) -> list[str]:
+    """Return what is odd, though not wrong, about the flags, a sentence each."""
+    found = []
+    if cfg.updates == 1 and (cfg.clip_low or cfg.clip_high):
+        found.append("--clip-low and --clip-high never act with --updates 1: no ratio leaves 1")
+    if cfg.tries > 1 and cfg.filter == "none":
+        found.append(f"--tries {cfg.tries} counts groups that differ, --filter none keeps them all")
+    return found
+
+
+def check_updates(cfg: Config, paths: list[str]) -> None:
+    """Raise UserError where an update would get no prompt: they are split by whole turns."""
+    turns = math.ceil(cfg.prompts / len(paths))
+    if cfg.updates > turns:
+        raise UserError(
+            f"--updates {cfg.updates}: --prompts {cfg.prompts} on {len(paths)} paths "
+            f"({', '.join(paths)}) can be split into {turns} at most"
+        )
+
+
 def plan_sizes(cfg: Config, processor: Processor, examples: list[Example]) -> dict:
     """Return what plan.py has to know; the longest prompt is that of 64 examples or so."""
     some = examples[:: len(examples) // 64 + 1]
@@ -563,13 +665,25 @@ def choose_slots(cfg: Config, model: QwenVL, planned: int, before: int) -> Confi
 
 
 def main(cfg: Config) -> None:
-    rank, world, device = ranks.start_ranks()
-    checkpoint, done = checkpoints.find_start(cfg)
+    place = ranks.start_ranks()
+    run.check_together(cfg, doubts(cfg))
+    with Interrupts() as interrupts, folder.lock(cfg.out):
+        checkpoint, done = checkpoints.find_start(cfg)
+        if done < cfg.steps:
+            train(cfg, checkpoint, done, place, interrupts)
+
+
+def train(
+    cfg: Config, checkpoint: Path | None, done: int, place: ranks.Ranks, interrupts: Interrupts
+) -> None:
+    rank, world, device = place
     torch.manual_seed(cfg.seed)  # nothing here draws from it; a fork's dropout would
     examples, held_out = run.load_data(cfg)
     order = PromptOrder(examples, cfg.seed)
     paths = order.paths
+    check_updates(cfg, paths)
     exam = validation_prompts(held_out, cfg.eval_limit)
+    say_exam(exam, held_out, cfg.eval_limit)
     exam_paths = sorted({example.path for example in held_out})
 
     processor = run.load_processor(str(checkpoint or cfg.model), cfg, examples)
@@ -592,16 +706,12 @@ def main(cfg: Config) -> None:
         "--train": cfg.train,
         "--lora": cfg.lora,
     }
-    checkpoints.restore(checkpoint, optimizer, **same)  # what has learnt comes from here
-    before = run.read_config(cfg.out) if cfg.resume and ranks.is_first() else {}
-    cfg = choose_slots(cfg, rollout_model, settings.slots, before.get("slots") or 0)
-    run.write_config(cfg)
-
-    def local_prompts(step: int) -> list[Prompt]:
-        """This rank's prompts of a step; none behind the last."""
-        count = cfg.prompts * cfg.tries if step < cfg.steps else 0
-        prompts = [order[step * count + i] for i in range(count)]
-        return local_share(prompts, rank, world)
+    # What has learnt comes from here.
+    rows_before = checkpoints.restore(checkpoint, optimizer, cfg.prompts * cfg.tries, **same)
+    sampler = Sampler(order, cfg, done, rows_before)
+    before = read_config(cfg.out) if checkpoint and ranks.is_first() else None
+    cfg = choose_slots(cfg, rollout_model, settings.slots, (before or {}).get("slots") or 0)
+    folder.write_config(cfg)
 
     def is_kept(group: Group) -> bool:
         return group.differs or cfg.filter == "none"
@@ -620,19 +730,21 @@ def main(cfg: Config) -> None:
         top_p=cfg.top_p,
         slots=cfg.slots,
     )
-    log = run.Log(cfg, done, COLUMNS)
+    log = run.Log(cfg, done, columns_of(paths))
     first_columns = {}
     if held_out and done == 0:
         first_columns = {f"val0_{name}": value for name, value in validation().items()}
 
+    interrupts.defer()
     for step in range(done, cfg.steps):
         # Roll out and score, while the workers read the next step's images.
         ranks.phase(f"step {step + 1}, rollout")
         clock = [time.perf_counter()]
         metrics = Metrics(paths, list(REWARDS))
         images = DeviceImages(device)
-        prompts = local_prompts(step)
-        upcoming = [prompt.example for prompt in prompts + local_prompts(step + 1)]
+        prompts = sampler.local_prompts(step, rank, world)
+        following = sampler.local_prompts(step + 1, rank, world)
+        upcoming = [prompt.example for prompt in prompts + following]
         processor.prefetch(upcoming)
         wanted = math.ceil(len(prompts) / cfg.tries) if cfg.tries > 1 else 0
         seed = cfg.seed * 1_000_003 + step
@@ -678,8 +790,8 @@ def main(cfg: Config) -> None:
         row = {
             "step": step + 1,
             "seconds": clock[-1] - clock[0],
-            "loss": fmean([loss for loss, _ in updates]) if updates else 0.0,
-            "grad_norm": fmean([norm for _, norm in updates]) if updates else 0.0,
+            "loss": fmean([loss for loss, _ in updates]) if updates else None,
+            "grad_norm": fmean([norm for _, norm in updates]) if updates else None,
             "lr": learning_rate(step, cfg.steps, cfg.lr, cfg.warmup, cfg.schedule),
             **metrics.row(),
             **first_columns,
@@ -692,29 +804,46 @@ def main(cfg: Config) -> None:
             "peak_memory_mib": run.peak_memory(device),
         }
         row["rollout_tokens_per_second"] = row["sampled_tokens"] / rollout
-        row["update_tokens_per_second"] = row["tokens"] / updating
+        row["update_tokens_per_second"] = row["tokens"] / updating if updates else None
         first_columns = {}
         if not updates:
             ranks.say(f"step {step + 1}: in no group do the accuracies differ: no update")
-        if row["truncated"] > 0.5:
+        if row["truncated"] and row["truncated"] > 0.5:
             share = f"{row['truncated']:.0%}"
             ranks.say(f"step {step + 1}: {share} were cut: is --max-new-tokens too low?")
-        is_last = step + 1 == cfg.steps
-        if held_out and (is_last or (cfg.eval_every and (step + 1) % cfg.eval_every == 0)):
+        if held_out and run.is_due(step + 1, cfg.eval_every, last=cfg.steps):
             row |= {f"val_{name}": value for name, value in validation().items()}
         log(row)
-        if is_last or (step + 1) % cfg.save_every == 0:
-            checkpoints.save(cfg, step + 1, model, processor, optimizer, **same)
+        signum = interrupts.arrived()
+        if signum or run.is_due(step + 1, cfg.save_every, last=cfg.steps):
+            rows = sampler.rows_until(step + 1)
+            checkpoints.save(cfg, step + 1, rows, model, processor, optimizer, **same)
+        interrupt.raise_if(signum, f"saved step-{step + 1:06d}; --resume goes on")
 
 
 def validation_prompts(examples: list[Example], limit: int) -> list[Prompt]:
-    """Return at most `limit` prompts, equally many of each path that --eval-data has."""
+    """Return at most `limit` prompts (0: all), equally many of each path that --eval-data has."""
     if not examples:
         return []
     order = PromptOrder(examples, "exam")
     counts = [len(order.paths) * len(own) for own in order.examples.values()]
-    return [order[i] for i in range(min([limit, *counts]))]
+    count = min(counts)
+    if limit:
+        count = min(count, limit)
+    return [order[i] for i in range(count)]
+
+
+def say_exam(exam: list[Prompt], examples: list[Example], limit: int) -> None:
+    """Say how many questions of --eval-data are not asked."""
+    asked = Counter(prompt.example.path for prompt in exam)
+    there = Counter(example.path for example in examples)
+    if asked != there:
+        counts = ", ".join(f"{asked[path]} of {there[path]} {path}" for path in sorted(there))
+        ranks.say(
+            f"validation asks {counts} questions: equally many of each path, at most "
+            f"--eval-limit {limit or 'all'} together"
+        )
 
 
 if __name__ == "__main__":
-    run.launch(main, Config)
+    run.launch(main, cfg)

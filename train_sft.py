@@ -15,9 +15,9 @@ matters. A batch takes runs of questions on one image: the processor packs them 
 it. With --drop-depth a share of the images loses its depth, so that the model also works without.
 
 Metrics of a step: loss; its parts loss_text (nats a target token) and loss_head; head_error_metres,
-the mean distance of the head's centres; tokens trained; grad_norm before the clip; times without
-validation and saving. val_loss is loss_text on --eval-data, with all depths, after the row's
-update.
+the mean distance of the head's centres (both null where no region has a known centre); tokens
+trained; grad_norm before the clip; times without validation and saving. val_loss is loss_text on
+--eval-data, with all depths, after the row's update.
 
 Departures from the paper and the official code:
  1. The loss is divided by the global number of target tokens, not by micro-batch.
@@ -32,18 +32,75 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
+
+import flags
+from flags import Count, CountOrZero, Positive, PositiveOrZero, Seed, Share, ShareBelowOne
+from training.recorded import recorded_flags
+
+
+@dataclass
+class Config:
+    model: str  # checkpoint directory or hub id
+    data: tuple[str, ...]  # data sets: paths or kind:path, concatenated; or a mixture file
+    out: str  # the run's directory
+    steps: Count = 1000  # optimiser steps
+    batch: Count = 64  # questions a step, over all ranks
+    lr: Positive = 5e-6  # peak learning rate
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"  # linear: flat, then 45 % down
+    warmup: CountOrZero = 50  # steps of linear warm-up; 0: none
+    # muon: for the blocks' matrices of a model from scratch
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    weight_decay: PositiveOrZero = 0.0  # of matrices; 0: none
+    beta2: ShareBelowOne = 0.999  # of AdamW
+    clip_norm: PositiveOrZero = 1.0  # gradients are shrunk to this global norm; 0: off
+    head_weight: PositiveOrZero = 1.0  # of the 3D head's loss; 0: it does not learn
+    drop_depth: Share = 0.3  # share of the images that lose their depth
+    questions_per_image: Count = 4  # at most so many questions of an image stand together
+    # a region is read as its token, or as its box in text
+    regions: Literal["token", "text"] = "token"
+    max_pixels: Count | None = None  # image size limit; None: the checkpoint's own
+    # which parameters learn (TRAIN in model/lora.py)
+    train: Literal["all", "lm", "spatial", "lora"] = "all"
+    # rank of adapters on the decoder, which then stays as it is; merged on saving; 0: none, but 32
+    # with --train lora
+    lora: CountOrZero = 0
+    # over the ranks (FSDP2); auto: if one can't hold it
+    shard: Literal["auto", "always", "never"] = "auto"
+    checkpointing: Literal["auto", "always", "never"] = "auto"  # recompute blocks backwards
+    # tokens of a forward pass of a rank; turn it down if memory runs out
+    micro_tokens: Count = 16384
+    # processes a rank that read images ahead; 0: none; None: up to 8 on CUDA, 0 on a CPU
+    workers: CountOrZero | None = None
+    eval_data: tuple[str, ...] = ()  # data sets for val_loss
+    eval_every: CountOrZero = 0  # steps between validations; 0: only at the end
+    seed: Seed = 0  # order of the data, dropped depths
+    save_every: CountOrZero = 500  # steps between checkpoints; 0: only at the end
+    keep: CountOrZero = 0  # so many of them stay such that --resume can go on from them; 0: all
+    resume: bool = False  # go on from the newest whole checkpoint in --out
+    skip_bad_rows: bool = False  # go on without the unusable rows, and count them
+
+    def __post_init__(self):
+        flags.check(self)
+        if self.train == "lora" and not self.lora:
+            self.lora = flags.LORA_RANK
+
+
+if __name__ == "__main__":
+    # Before the imports that take seconds: --help and a wrong flag are answered at once.
+    cfg = flags.parse(Config, __doc__, recorded=recorded_flags)
 
 import torch
 from torch import Tensor
 
 from model.batch import Batch
 from model.head3d import head_loss
-from model.lora import LORA_RANK, TRAIN
+from model.lora import TRAIN
 from model.processor import Processor
 from model.qwen_vl import Output, QwenVL
 from srreal import PATHS, Example, target
-from training import checkpoints, ranks, run
+from training import checkpoints, folder, interrupt, ranks, run
 from training.batches import (
     Order,
     dummy_example,
@@ -53,54 +110,10 @@ from training.batches import (
     pack_by_tokens,
     prefetched,
 )
+from training.interrupt import Interrupts
 from training.lengths import check_lengths
 from training.optim import Optimizer, learning_rate
 from training.policy import load_policy, synced_passes
-
-
-@dataclass
-class Config:
-    model: str  # checkpoint directory or hub id
-    data: tuple[str, ...]  # data sets: paths or kind:path, concatenated; or a mixture file
-    out: str  # the run's directory
-    steps: int = 1000  # optimiser steps
-    batch: int = 64  # questions a step, over all ranks
-    lr: float = 5e-6  # peak learning rate
-    schedule: Literal["constant", "cosine", "linear"] = "cosine"  # linear: flat, then 45 % down
-    warmup: int = 50  # steps of linear warm-up
-    # muon: for the blocks' matrices of a model from scratch
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    weight_decay: float = 0.0  # of matrices
-    beta2: float = 0.999  # of AdamW
-    clip_norm: float = 1.0  # gradients are shrunk to this global norm
-    head_weight: float = 1.0  # of the 3D head's loss
-    drop_depth: float = 0.3  # share of the images that lose their depth
-    questions_per_image: int = 4  # at most so many questions of an image stand together
-    # a region is read as its token, or as its box in text
-    regions: Literal["token", "text"] = "token"
-    max_pixels: int | None = None  # image size limit; None: the checkpoint's own
-    # which parameters learn (TRAIN in model/lora.py)
-    train: Literal["all", "lm", "spatial", "lora"] = "all"
-    # rank of adapters on the decoder, which then stays as it is; merged on saving; 0: none
-    lora: int = 0
-    # over the ranks (FSDP2); auto: if one can't hold it
-    shard: Literal["auto", "always", "never"] = "auto"
-    checkpointing: Literal["auto", "always", "never"] = "auto"  # recompute blocks backwards
-    micro_tokens: int = 16384  # tokens of a forward pass of a rank; turn it down if memory runs out
-    # processes a rank that read images ahead; None: up to 8 on CUDA, 0 on a CPU
-    workers: int | None = None
-    eval_data: tuple[str, ...] = ()  # data sets for val_loss
-    eval_every: int = 0  # steps between validations; 0: only at the end
-    seed: int = 0  # order of the data, dropped depths
-    save_every: int = 500  # steps between checkpoints
-    keep: int = 0  # so many of them stay such that --resume can go on from them; 0: all
-    resume: bool = False  # go on from the newest whole checkpoint in --out
-    skip_bad_rows: bool = False  # go on without the unusable rows, and count them
-
-    def __post_init__(self):
-        if self.train == "lora" and not self.lora:
-            self.lora = LORA_RANK
-
 
 # What a printed line shows of a step: name -> format.
 COLUMNS = {
@@ -148,9 +161,20 @@ def drop_depths(examples: list[Example], probability: float, seed: str) -> list[
 
 
 class Sampler:
-    """Which examples this rank takes: a pure function of the step, so that it can look ahead."""
+    """Which examples this rank takes: a pure function of the step, so that it can look ahead.
 
-    def __init__(self, examples: list[Example], cfg: Config, rank: int, world: int):
+    The run goes on at step `first_step`, behind `rows_before` rows of the endless order.
+    """
+
+    def __init__(
+        self,
+        examples: list[Example],
+        cfg: Config,
+        rank: int,
+        world: int,
+        first_step: int = 0,
+        rows_before: int = 0,
+    ):
         # One path a run: answers of like length.
         keys = [(images_key(example), example.path) for example in examples]
         self.order = Order(keys, cfg.seed, cfg.questions_per_image)
@@ -158,10 +182,16 @@ class Sampler:
         self.cfg = cfg
         self.rank = rank
         self.world = world
+        self.first_step = first_step
+        self.rows_before = rows_before
+
+    def rows_until(self, step: int) -> int:
+        """Return how many rows the steps before this one have taken."""
+        return self.rows_before + (step - self.first_step) * self.cfg.batch
 
     def at_step(self, step: int) -> list[Example]:
-        batch = self.cfg.batch
-        rows = [self.examples[row] for row in self.order.rows(step * batch, batch)]
+        places = self.order.rows(self.rows_until(step), self.cfg.batch)
+        rows = [self.examples[place] for place in places]
         return self.local(drop_depths(rows, self.cfg.drop_depth, f"{self.cfg.seed} {step}"))
 
     def local(self, examples: list[Example]) -> list[Example]:
@@ -268,9 +298,6 @@ def run_batch(
     tokens = sum(mb.target_tokens for mb in microbatches)
     regions = sum(mb.labelled_regions for mb in microbatches)
     tokens, regions = ranks.all_reduce([tokens, regions])
-    tokens = max(1.0, tokens)
-    regions = max(1.0, regions)
-
     sums = torch.zeros(3, dtype=torch.float64, device=model.device)
     microbatches = equalize_passes(microbatches, lambda: make_dummy(processor))
     for mb in synced_passes(model, microbatches):
@@ -278,7 +305,7 @@ def run_batch(
         with torch.set_grad_enabled(learn):
             text, head, error = losses(model(mb.batch), mb)
         if learn:
-            (text / tokens + cfg.head_weight * head / regions).backward()
+            (text / max(tokens, 1) + cfg.head_weight * head / max(regions, 1)).backward()
         sums += torch.stack((text, head, error)).detach()
     return Sums(*ranks.all_reduce(sums.tolist()), tokens, regions)
 
@@ -306,11 +333,20 @@ def validate(
 
 
 def main(cfg: Config) -> None:
-    rank, world, device = ranks.start_ranks()
-    checkpoint, done = checkpoints.find_start(cfg)
+    place = ranks.start_ranks()
+    run.check_together(cfg)
+    with Interrupts() as interrupts, folder.lock(cfg.out):
+        checkpoint, done = checkpoints.find_start(cfg)
+        if done < cfg.steps:
+            train(cfg, checkpoint, done, place, interrupts)
+
+
+def train(
+    cfg: Config, checkpoint: Path | None, done: int, place: ranks.Ranks, interrupts: Interrupts
+) -> None:
+    rank, world, device = place
     torch.manual_seed(cfg.seed)  # nothing here draws from it; a fork's dropout would
     examples, held_out = run.load_data(cfg, why_not_trainable)
-    sampler = Sampler(examples, cfg, rank, world)
 
     source = str(checkpoint or cfg.model)
     processor = run.load_processor(source, cfg, examples, TRAIN[cfg.train])
@@ -335,44 +371,50 @@ def main(cfg: Config) -> None:
         "--optimizer": cfg.optimizer,
         "--lora": cfg.lora,
     }
-    checkpoints.restore(checkpoint, optimizer, **same)
-    run.write_config(cfg)
+    rows_before = checkpoints.restore(checkpoint, optimizer, cfg.batch, **same)
+    sampler = Sampler(examples, cfg, rank, world, done, rows_before)
+    folder.write_config(cfg)
 
     log = run.Log(cfg, done, COLUMNS)
     steps = range(done, cfg.steps)
     upcoming = prefetched_microbatches(sampler.at_step, steps, processor, cfg, world)
+    interrupts.defer()
     for step in steps:
         started = time.perf_counter()
         ranks.phase(f"step {step + 1}")
         sums = run_batch(model, next(upcoming), processor, cfg, learn=True)
         loss_text = sums.text / sums.tokens
-        loss_head = sums.head / sums.regions
-        loss = loss_text + cfg.head_weight * loss_head
+        # Where no region has a known centre, nothing was measured: null, not 0.
+        loss_head = sums.head / sums.regions if sums.regions else None
+        head_error = sums.head_error / sums.regions if sums.regions else None
+        loss = loss_text + cfg.head_weight * (loss_head or 0.0)
         lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup, cfg.schedule)
         grad_norm = optimizer.step(lr, cfg.clip_norm, loss, name=f"step {step + 1}")
         seconds = time.perf_counter() - started
 
-        is_last = step + 1 == cfg.steps
+        rows = sampler.rows_until(step + 1)
         row = {
             "step": step + 1,
             "seconds": seconds,
             "loss": loss,
             "loss_text": loss_text,
             "loss_head": loss_head,
-            "head_error_metres": sums.head_error / sums.regions,
+            "head_error_metres": head_error,
             "grad_norm": grad_norm,
             "lr": lr,
             "tokens": sums.tokens,
             "tokens_per_second": sums.tokens / seconds,
-            "epoch": (step + 1) * cfg.batch / len(examples),
+            "epoch": rows / len(examples),
             "peak_memory_mib": run.peak_memory(device),
         }
-        if is_last or (cfg.eval_every and (step + 1) % cfg.eval_every == 0):
+        if run.is_due(step + 1, cfg.eval_every, last=cfg.steps):
             row |= validate(model, held_out, sampler, processor, cfg, world)
         log(row)
-        if is_last or (step + 1) % cfg.save_every == 0:
-            checkpoints.save(cfg, step + 1, model, processor, optimizer, **same)
+        signum = interrupts.arrived()
+        if signum or run.is_due(step + 1, cfg.save_every, last=cfg.steps):
+            checkpoints.save(cfg, step + 1, rows, model, processor, optimizer, **same)
+        interrupt.raise_if(signum, f"saved step-{step + 1:06d}; --resume goes on")
 
 
 if __name__ == "__main__":
-    run.launch(main, Config)
+    run.launch(main, cfg)

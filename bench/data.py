@@ -30,12 +30,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from PIL import Image
 
 import data
+import flags
 from data import benchmarks
 from data.rooms.scene import scene
+from flags import Count, CountOrZero, Seed
 from model import tiny
 from model.processor import Processor
 from srreal import Example
@@ -45,10 +46,13 @@ from srreal import Example
 class Config:
     # whose processor; None: a tiny checkpoint, 16 px patches, 1280 tokens at most
     model: str | None = None
-    images: int = 16  # how many different ones
-    size: tuple[int, int] = (1296, 968)  # width, height: ScanNet's
-    workers: int = 2
-    seed: int = 0
+    images: Count = 16  # how many different ones
+    size: tuple[Count, Count] = (1296, 968)  # width, height: ScanNet's
+    workers: CountOrZero = 2
+    seed: Seed = 0
+
+    def __post_init__(self):
+        flags.check(self)
 
 
 def pictures(config: Config, folder: Path) -> list[str]:
@@ -181,4 +185,4 @@ def main(config: Config) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__.split("\n\n")[0]))
+    main(flags.parse(Config, __doc__))

@@ -43,15 +43,16 @@ from typing import Literal
 
 import numpy as np
 import torch
-import tyro
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoTokenizer, TrainerCallback
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
+import flags
 import plan
 import srreal
 import train_rl
+from flags import Count, CountOrZero, Positive
 from kernels.policy_loss import policy_loss
 from model import lora, tiny
 from model.families import FAMILIES
@@ -79,20 +80,26 @@ SHAPES = {
 @dataclass
 class Config:
     shape: Literal[tuple(SHAPES)] = "cpu"  # of the random model
-    prompts: int = 8  # images, one prompt each
-    group: int = 8  # completions a prompt (G)
-    image: tuple[int, int] = (256, 256)  # width, height in pixels; a token is two patches square
-    new_tokens: int = 64  # of a completion (R)
+    prompts: Count = 8  # images, one prompt each
+    group: Count = 8  # completions a prompt (G)
+    image: tuple[Count, Count] = (
+        256,
+        256,
+    )  # width, height in pixels; a token is two patches square
+    new_tokens: Count = 64  # of a completion (R)
     # of the comparison of updates: 650 tokens at the shape cpu
-    update_image: tuple[int, int] = (416, 400)
-    update_tokens: int = 300  # R of that; 0: leave it out
-    micro_tokens: int = 16384  # tokens of a forward pass
+    update_image: tuple[Count, Count] = (416, 400)
+    update_tokens: CountOrZero = 300  # R of that; 0: leave it out
+    micro_tokens: Count = 16384  # tokens of a forward pass
     checkpointing: bool = False  # as the training scripts'
-    lora: int = 0  # likewise
-    steps: int = 2  # timed steps of each, after one of ours on one prompt to warm up
+    lora: CountOrZero = 0  # likewise
+    steps: Count = 2  # timed steps of each, after one of ours on one prompt to warm up
     baseline: bool = True  # and the peer: TRL, else the baseline; a CPU's only
-    tflops: float = 989.0  # of the device in bf16, for MFU
+    tflops: Positive = 989.0  # of the device in bf16, for MFU
     out: Path = Path("bench/results")
+
+    def __post_init__(self):
+        flags.check(self)
 
 
 def shape_of(name: str) -> tiny.Shape:
@@ -567,4 +574,4 @@ def main(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__.split("\n\n")[0]))
+    main(flags.parse(Config, __doc__))

@@ -30,15 +30,16 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import tyro
 from PIL import Image
 from tqdm import tqdm
 
 import data
+import flags
 from data.arithmetic import equations, unknown_numbers, wrong
 from data.benchmarks.answers import said_text
 from data.rationale import centres, compute, is_teachable
 from errors import UserError
+from flags import Count, Positive, Seed
 from pictures import is_data_uri, read_picture
 from srreal import (
     NUMERAL,
@@ -58,17 +59,23 @@ class Config:
     data: tuple[str, ...]
     out: Path  # folder to write: rows.jsonl, summary.json, tried.jsonl
     expert: str | None = None  # checkpoint directory or hub id; None: computed from the truth
-    samples: int = 4  # drawn for each question; the best is kept
+    samples: Count = 4  # drawn for each question; the best is kept
     # least and most words of a rationale; a word: at most 10 characters
-    words: tuple[int, int] = (8, 300)
-    limit: int | None = None  # at most so many questions, from the first
-    seed: int = 0  # of the wordings and of the expert's sampling
-    temperature: float = 1.0  # of the expert's sampling
-    max_new_tokens: int = 768  # of the expert; a longer response is cut, and so is ill-formed
+    words: tuple[Count, Count] = (8, 300)
+    limit: Count | None = None  # at most so many questions, from the first; None: all
+    seed: Seed = 0  # of the wordings and of the expert's sampling
+    temperature: Positive = 1.0  # of the expert's sampling
+    max_new_tokens: Count = 768  # of the expert; a longer response is cut, and so is ill-formed
     # how the expert reads a region; token: one that we trained
     regions: Literal["token", "text"] = "text"
-    max_pixels: int | None = None  # the expert's image size limit; None: the checkpoint's own
+    max_pixels: Count | None = None  # the expert's image size limit; None: the checkpoint's own
     skip_bad_rows: bool = False  # go on without the unusable rows, and count them
+
+    def __post_init__(self):
+        flags.check(self)
+        least, most = self.words
+        if least > most:
+            raise UserError(f"--words {least} {most}: the least comes first")
 
 
 # ---- filters: (parsed, example, config, rationales kept so far) -> whether it is thrown out
@@ -348,11 +355,6 @@ def begin(cfg: Config) -> list[dict]:
 
 def questions(cfg: Config) -> list[Example]:
     """Return those that can be taught: on path dtr, with objects and a view of them all."""
-    least, most = cfg.words
-    if not (cfg.samples >= 1 and 1 <= least <= most):
-        raise UserError(
-            f"--samples {cfg.samples} --words {least} {most}: at least 1, and least <= most"
-        )
     # Each once, however often it comes an epoch.
     try:
         loaded = {(e.id, e.path): e for e in data.load(cfg.data, cfg.skip_bad_rows)}.values()
@@ -369,6 +371,10 @@ def questions(cfg: Config) -> list[Example]:
         raise UserError(f"{' '.join(cfg.data)}: {what}")
     if left_out:
         print(f"{left_out} dtr rows without objects, or a view of them all, are left out")
+    if len(asked) < len(loaded):
+        print(f"{len(loaded) - len(asked)} rows on other paths than lor and dtr are left out")
+    if cfg.limit and cfg.limit < len(examples):
+        print(f"--limit: the first {cfg.limit} of {len(examples)} questions are taken")
     return examples[: cfg.limit]
 
 
@@ -468,7 +474,7 @@ def main(cfg: Config) -> dict:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Config, description=__doc__.split("\n\n")[0]))
+        main(flags.parse(Config, __doc__))
     except UserError as error:
         print(f"coldstart: {error}", file=sys.stderr)
         sys.exit(2)

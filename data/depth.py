@@ -15,9 +15,29 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
 
+import flags
+from flags import Count
+
+
+@dataclass
+class Config:
+    data: tuple[str, ...]  # sets: path or kind:path
+    model: str  # hub id or directory of a depth model that transformers knows
+    # what the model predicts; auto: by its config.json
+    kind: Literal["auto", "metric"] = "auto"
+    batch: Count = 8  # images at a time, of one size
+    skip_bad_rows: bool = False  # go on without the unusable rows, and count them
+
+    def __post_init__(self):
+        flags.check(self)
+
+
+if __name__ == "__main__":
+    # Before the imports that take seconds: --help and a wrong flag are answered at once.
+    cfg = flags.parse(Config, __doc__)
+
 import numpy as np
 import torch
-import tyro
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModelForDepthEstimation
@@ -32,19 +52,7 @@ from pictures import is_data_uri, picture_size, read_picture
 KINDS = {"zoedepth": "metric", "glpn": "metric", "depth_pro": "metric", "dpt": "relative"}
 
 
-@dataclass
-class Config:
-    data: tuple[str, ...]  # sets: path or kind:path
-    model: str  # hub id or directory of a depth model that transformers knows
-    # what the model predicts; auto: by its config.json
-    kind: Literal["auto", "metric"] = "auto"
-    batch: int = 8  # images at a time, of one size
-    skip_bad_rows: bool = False  # go on without the unusable rows, and count them
-
-
 def main(cfg: Config) -> None:
-    if cfg.batch < 1:
-        raise UserError(f"--batch {cfg.batch}: at least 1")
     files = missing(cfg)
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans for every new shape
     model, processor = load_model(cfg.model)
@@ -84,6 +92,8 @@ def missing(cfg: Config) -> list[str]:
         print(f"{held} images lie in no file of their own: no depth for them")
     # Images of one size make a batch without padding; by name within it, so that runs are alike.
     bare = [file for file in files if estimated(file) is None]
+    if len(bare) < len(files):
+        print(f"{len(files) - len(bare)} of {len(files)} images have a depth map already")
     return sorted(bare, key=lambda file: (picture_size(file), file))
 
 
@@ -135,7 +145,7 @@ def millimetres(depth: np.ndarray) -> np.ndarray:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Config, description=__doc__.split("\n\n")[0]))
+        main(cfg)
     except UserError as error:
         print(f"depth: {error}", file=sys.stderr)
         sys.exit(2)

@@ -13,42 +13,45 @@ from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
-import tyro
 from PIL import Image
 from tqdm import tqdm
 
+import flags
 from data.rooms.questions import FAMILIES, ask, with_options
 from data.rooms.render import middle
 from data.rooms.scene import scene
 from errors import UserError
+from flags import Bound, Count, Seed, Share
+from machine import cpus
 
-
-def available_cpus() -> int:
-    """Return how many CPUs this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS has no affinity
-        return os.cpu_count() or 1
+Side = Annotated[int, Bound(32)]
 
 
 @dataclass
 class Config:
     out: Path  # folder to write: rows.jsonl, images/, depth/
-    n: int = 4000  # scenes; each yields several questions
-    seed: int = 0  # two seeds share no scene
-    size: tuple[int, int] = (256, 192)  # width and height of the images in pixels
+    n: Count = 4000  # scenes; each yields several questions
+    seed: Seed = 0  # two seeds share no scene
+    # width and height of the images in pixels
+    size: tuple[Side, Side] = (256, 192)
     ask: tuple[str, ...] = ()  # only these families of questions; empty: all of them
     # share of the scenes that are asked about on path lor, too; dtr asks about all
-    lor: float = 1.0
+    lor: Share = 1.0
     # processes; the set does not depend on their number
-    workers: int = field(default_factory=available_cpus)
+    workers: Count = field(default_factory=cpus)
+
+    def __post_init__(self):
+        flags.check(self)
+        unknown = sorted(set(self.ask) - FAMILIES.keys())
+        if unknown:
+            raise UserError(f"--ask {' '.join(unknown)}: it is of {', '.join(sorted(FAMILIES))}")
 
 
 def main(config: Config) -> None:
     """Render a set. rows.jsonl appears last: a set that was cut off has none."""
-    check_flags(config)
     rows = config.out / "rows.jsonl"
     part = config.out / "rows.jsonl.part"
     try:
@@ -62,23 +65,6 @@ def main(config: Config) -> None:
         made = pool.imap(partial(make, config), range(config.n), chunksize=8)
         file.writelines(tqdm(made, total=config.n, desc="scenes", unit="scene"))
     os.replace(part, rows)
-
-
-def check_flags(config: Config) -> None:
-    sound = {
-        "--size": min(config.size) >= 32,
-        "--seed": 0 <= config.seed < 2**32,
-        "--workers": config.workers >= 1,
-        "--n": config.n >= 1,
-        "--ask": set(config.ask) <= FAMILIES.keys(),
-        "--lor": 0 <= config.lor <= 1,
-    }
-    wrong = [flag for flag in sound if not sound[flag]]
-    if wrong:
-        raise UserError(
-            f"{' '.join(wrong)}: size >= 32, 0 <= seed < 2^32, workers >= 1, n >= 1, "
-            f"0 <= lor <= 1 and ask of {', '.join(sorted(FAMILIES))}"
-        )
 
 
 def make(config: Config, index: int) -> str:
@@ -145,7 +131,7 @@ def row_of(made, name, task, view, question):
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Config, description=__doc__))
+        main(flags.parse(Config, __doc__))
     except UserError as error:
         print(f"scenes: {error}", file=sys.stderr)
         sys.exit(2)

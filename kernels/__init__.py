@@ -4,6 +4,15 @@ import os
 
 from torch import Tensor
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # it has no wheel for macOS and Windows
+    from kernels import absent as tl
+    from kernels import absent as triton
+
+__all__ = ["interpreted", "on_triton", "tl", "triton"]
+
 
 def interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels, on the CPU (TRITON_INTERPRET=1)."""

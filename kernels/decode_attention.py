@@ -20,11 +20,9 @@ of K), D head width; P and R: room of a prompt and of a sample's own keys in the
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from kernels import interpreted, on_triton
+from kernels import interpreted, on_triton, tl, triton
 
 # (out, log-sum-exp)
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default

@@ -32,10 +32,10 @@ from functools import cached_property
 
 import numpy as np
 import torch
-import triton
 from packaging.version import Version
 from torch import Tensor
 
+from kernels import triton
 from kernels.packed_attention import upload
 
 CHUNK = 64

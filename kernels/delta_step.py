@@ -23,11 +23,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from kernels import on_triton
+from kernels import on_triton, tl, triton
 from kernels.delta_rule import unit
 from kernels.gated_norm import reference_gated_norm
 

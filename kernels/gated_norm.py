@@ -13,12 +13,10 @@ Shapes: a row is a head of a token; E its width.
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels import interpreted, on_triton
+from kernels import interpreted, on_triton, tl, triton
 
 # Elements of a tile; and at most so many programs sum up the weight's gradient.
 TILE = 2048

@@ -34,12 +34,10 @@ import sys
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels import interpreted, on_triton
+from kernels import interpreted, on_triton, tl, triton
 
 # Elements of a tile (at least a row): the interpreter pays by the operation.
 TILE = 2048

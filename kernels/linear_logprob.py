@@ -26,12 +26,10 @@ log-prob is positive.
 from collections.abc import Iterator
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels import on_triton
+from kernels import on_triton, tl, triton
 
 # bytes: the tile, its copy in the matmul's dtype, a chunk of hidden and of dhidden
 WORKSPACE = 64_000_000

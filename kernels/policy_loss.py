@@ -39,12 +39,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels import interpreted, on_triton
+from kernels import interpreted, on_triton, tl, triton
 
 # exp(80) = 5.5e34, and fp32 ends at 3.4e38.
 MAX_EXPONENT = 80.0

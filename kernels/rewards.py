@@ -20,11 +20,9 @@ group_start[g + 1].
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from kernels import on_triton
+from kernels import on_triton, tl, triton
 
 EPS = 1e-6
 SCALES = ("std", "none", "batch")

@@ -27,11 +27,9 @@ import hashlib
 import math
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from kernels import interpreted, on_triton
+from kernels import interpreted, on_triton, tl, triton
 
 
 def _signed(constant: int, bits: int) -> int:
@@ -54,13 +52,18 @@ UNIT = 2.0**-31 - 2.0**-55
 BLOCK = 2048
 
 
-def sequence_key(seed: int, example_id: str, path: str, sample_index: int) -> int:
+def sequence_key(
+    seed: int, example_id: str, path: str, sample_index: int, occurrence: int = 0
+) -> int:
     """Return the stable 64-bit key of one sampled completion.
 
-    It never depends on the completion's place in a list, slot or rank.
+    It never depends on the completion's place in a list, slot or rank. occurrence: how often the
+    same example has been asked before, so that no group is a copy of another.
     """
-    text = f"{seed}\0{example_id}\0{path}\0{sample_index}".encode()
-    digest = hashlib.blake2b(text, digest_size=8).digest()
+    text = f"{seed}\0{example_id}\0{path}\0{sample_index}"
+    if occurrence:
+        text += f"\0{occurrence}"
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 

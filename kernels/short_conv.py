@@ -15,12 +15,10 @@ Shapes: T rows, C channels, w taps.
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels import interpreted, on_triton
+from kernels import interpreted, on_triton, tl, triton
 
 # Rows and channels of a tile. A program of the backward walks over ROW_BLOCKS of them, and keeps
 # its share of the taps' gradient.

@@ -30,7 +30,6 @@ TRAIN = {
     "lora": (),
     "spatial": ("region.", "points.", "head3d."),
 }
-LORA_RANK = 32  # of --train lora
 # Of attention, of gated delta nets, of MLPs. in_proj_b and in_proj_a are left out: their few rows
 # have no rank to spare.
 PROJECTIONS = (

@@ -18,8 +18,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import flags
+from flags import Seed
+from model.families import FAMILIES
+
+
+@dataclass
+class Config:
+    out: Path  # directory to write
+    family: Literal[tuple(FAMILIES)] = "qwen3_vl"  # which Qwen-VL's structure
+    seed: Seed = 0  # of the weights
+
+    def __post_init__(self):
+        flags.check(self)
+
+
+if __name__ == "__main__":
+    # Before the imports that take seconds: --help and a wrong flag are answered at once.
+    cfg = flags.parse(Config, __doc__)
+
 import torch
-import tyro
 from tokenizers import (
     AddedToken,
     Tokenizer,
@@ -36,7 +54,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from model.families import FAMILIES
 from model.files import pre_tokenizer
 from model.qwen_vl import QwenVL
 from srreal import Example, prompt, target
@@ -254,16 +271,5 @@ def write_spatial(out: Path, seed: int) -> None:
     model.save_pretrained(out)
 
 
-def main(out: Path, family: Literal[tuple(FAMILIES)] = "qwen3_vl", seed: int = 0):
-    """Writes a tiny random checkpoint, with tokenizer and processor files.
-
-    Args:
-        out: directory to write
-        family: which Qwen-VL's structure
-        seed: of the weights
-    """
-    write(family, out, seed)
-
-
 if __name__ == "__main__":
-    tyro.cli(main)
+    write(cfg.family, cfg.out, cfg.seed)

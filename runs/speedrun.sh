@@ -1,16 +1,32 @@
 #!/bin/sh
 # From an empty directory to an RL-trained dual-path model, on a CPU or a GPU: `make speedrun` runs this.
-# Interrupted, it goes on where it stopped; `rm -rf out/speedrun` starts over.
+# Interrupted (Ctrl-C, kill), it saves, and goes on where it stopped; `rm -rf out/speedrun` starts over.
 #   OUT=out/speedrun  SEED=0  SFT_STEPS=2900  RL_STEPS=200  RANKS=GPUs, or cores (at most 4)
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python} OUT=${OUT:-out/speedrun} SEED=${SEED:-0}
 SFT_STEPS=${SFT_STEPS:-2900} RL_STEPS=${RL_STEPS:-200}
-RANKS=${RANKS:-$("$PYTHON" -c 'import os, torch; print(torch.cuda.device_count() or min(len(os.sched_getaffinity(0)), 4))')}
+CORES='len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()'
+RANKS=${RANKS:-$("$PYTHON" -c "import os, torch; print(torch.cuda.device_count() or min($CORES, 4))")}
 # Idle threads sleep instead of spinning: on a busy machine spinning costs more than it saves.
 export OMP_WAIT_POLICY=passive OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TRANSFORMERS_VERBOSITY=error
 
-ranks() { "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$RANKS" "$@"; }
+# Ctrl-C reaches the ranks without us, which then finish a step and save; what is sent to this script alone is passed on.
+child=
+trap : INT
+trap 'kill -TERM "$child" 2>/dev/null || exit 143' TERM
+ranks() {
+    "$PYTHON" -m training.torchrun --standalone --nproc_per_node "$RANKS" "$@" &
+    child=$! code=0
+    wait "$child" || code=$?
+    # A signal ends the wait, not the ranks.
+    while kill -0 "$child" 2>/dev/null; do
+        code=0
+        wait "$child" || code=$?
+    done
+    child=
+    return "$code"
+}
 stage() { printf '\n== %s\n' "$*"; }
 scenes() {
     [ -f "$OUT/scenes/$1/rows.jsonl" ] || {
@@ -33,7 +49,7 @@ stage "2/6 a tiny random Qwen3-VL checkpoint"
 stage "3/6 cold start: SFT on both paths"
 ranks train_sft.py --model "$OUT/tiny" --data "$OUT/scenes/train" --out "$OUT/sft" --steps "$SFT_STEPS" \
     --batch 16 --questions-per-image 6 --optimizer muon --lr 2e-3 --beta2 0.98 --schedule linear --warmup 50 \
-    --head-weight 0.5 --drop-depth 0.05 --save-every 1450 --seed "$SEED" --resume
+    --head-weight 0.5 --drop-depth 0.05 --save-every 50 --keep 2 --seed "$SEED" --resume
 SFT=$OUT/sft/step-$(printf %06d "$SFT_STEPS")
 
 stage "4/6 test it: without images, with them, and sampled"
@@ -45,7 +61,7 @@ stage "5/6 GRPO on both paths"
 # Norms learn 120 times as fast as matrices, whose updates are mostly noise, which the KL holds back: see LOG.md.
 ranks train_rl.py --model "$SFT" --data "$OUT/scenes/rl" "$OUT/scenes/rl-all" --out "$OUT/rl" --steps "$RL_STEPS" \
     --prompts 16 --group 16 --lr 7e-5 --vector-rate 120 --kl 0.15 --schedule linear --warmup 5 \
-    --max-new-tokens 256 --save-every 50 --seed "$SEED" --resume
+    --max-new-tokens 256 --save-every 10 --keep 2 --seed "$SEED" --resume
 
 stage "6/6 test it again, on the same questions"
 RL=$OUT/rl/step-$(printf %06d "$RL_STEPS")

@@ -2,7 +2,8 @@
 
     trainer/master, exp_avg, exp_avg_sq, momentum_buffer .safetensors    by full parameter names
     trainer/random.safetensors    random states
-    trainer/state.json            step, updates, what the run must not change, sizes of all files
+    trainer/state.json            step, rows taken from the data, updates, what the run must not
+                                  change, sizes of all files
 
 A step is written aside and renamed, so that it is whole or not there. It resumes to the bit on a
 CPU, on any number of ranks.
@@ -23,7 +24,7 @@ from model.checkpoint import PARTS, save_tensors
 from model.files import check_readable, missing_file
 from model.qwen_vl import QwenVL
 from srreal import Example
-from training import ranks
+from training import folder, ranks
 from training.optim import KINDS, Optimizer, whole
 from training.policy import compute_dtype, reshard
 
@@ -31,14 +32,15 @@ from training.policy import compute_dtype, reshard
 def find_start(cfg) -> tuple[Path | None, int]:
     """Return (the checkpoint to go on from or None, steps done); nothing is written.
 
-    UserError where --out holds a run that is not to be resumed.
+    UserError where --out holds a run that is not to be resumed, or can't be.
     """
     out = Path(cfg.out)
-    old = step_folders(out)
-    if old and not cfg.resume:
-        raise UserError(
-            f"{out} holds a run ({old[-1].name}) already: --resume it, or choose another --out"
-        )
+    held = what_it_holds(out)
+    if held and not cfg.resume:
+        raise UserError(f"{out} holds a run ({held}) already: --resume it, or choose another --out")
+    # By flags first: it takes no more than a file, and says most.
+    if held:
+        folder.refuse_other_flags(cfg)
     found = newest(out) if cfg.resume else None
     done = read_state(found)["step"] if found else 0
     most = ranks.all_reduce([done], "MAX")[0]
@@ -47,11 +49,27 @@ def find_start(cfg) -> tuple[Path | None, int]:
         raise UserError(
             f"{out}: the ranks find different checkpoints in it; --out has to be on a shared disk"
         )
-    if found:
+    if held and not found:
+        raise UserError(
+            f"{out} holds a run ({held}), but no whole checkpoint to go on from: move {out} away "
+            "to start again, or choose another --out"
+        )
+    if found and done >= cfg.steps:
+        ranks.say(f"{found} is the last of {cfg.steps} steps: there is nothing to do")
+    elif found:
         ranks.say(f"going on from {found}")
     elif cfg.resume:
-        ranks.say(f"no whole checkpoint in {out}: starting at step 0")
+        ranks.say(f"there is no run in {out}: starting at step 0")
     return found, done
+
+
+def what_it_holds(out: Path) -> str:
+    """Return what a run has left in the folder; "": nothing that could be lost."""
+    rows = folder.whole_rows(out / "metrics.jsonl")
+    if rows:
+        return f"metrics.jsonl, {len(rows)} steps"
+    steps = sorted(out.glob("step-*"))
+    return steps[-1].name if steps else ""
 
 
 def step_folders(out: Path) -> list[Path]:
@@ -64,35 +82,56 @@ def fingerprint(examples: Sequence[Example]) -> str:
     return f"{len(examples)} rows, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-def save(cfg, step: int, model: QwenVL, processor, optimizer: Optimizer, **same) -> None:
+def save(cfg, step: int, rows: int, model: QwenVL, processor, optimizer: Optimizer, **same) -> None:
     """Write out/step-000123. Rank 0 writes, but gathering is collective.
 
-    same: name -> what a resumed run must have again (`restore`).
+    rows: how many the run has taken from the data; same: name -> what a resumed run must have again
+    (`restore`). UserError on all ranks where it can't be written; nothing stays of it.
     """
     final = Path(cfg.out) / f"step-{step:06d}"
     aside = final.with_suffix(".partial")
     note_learnt(model, processor, optimizer)
+    trainer = aside / "trainer"
     weights = gather_weights(model)
+    # A full disk must not keep this rank from what it gathers with the others: it is said later.
+    problem = None
     if ranks.is_first():
-        shutil.rmtree(aside, ignore_errors=True)
-        (aside / "trainer").mkdir(parents=True)
-        model_files.write(aside, weights, model.origin, processor)
+        problem = folder.attempt(final, write_model, aside, weights, model, processor)
     del weights  # before the moments come: they are twice as large
     for kind in KINDS:
         state = {}
         for name, full in optimizer.state(kind):
             if ranks.is_first():
                 state[name] = full.cpu()
-        if ranks.is_first():
-            save_tensors(state, aside / "trainer" / f"{kind}.safetensors")
-    if ranks.is_first():
-        save_tensors({"torch": torch.get_rng_state()}, aside / "trainer" / "random.safetensors")
-        write_state(aside, step, optimizer.updates, same)
-        model_files.replace(aside, final)
-        if cfg.keep:
-            for old in step_folders(Path(cfg.out))[: -cfg.keep]:
-                shutil.rmtree(old / "trainer", ignore_errors=True)
-    ranks.all_reduce([0.0])  # nobody goes on before it is there
+        if ranks.is_first() and problem is None:
+            problem = folder.attempt(final, save_tensors, state, trainer / f"{kind}.safetensors")
+    if ranks.is_first() and problem is None:
+        record = {"step": step, "rows": rows, "updates": optimizer.updates, "same": same}
+        problem = folder.attempt(final, finish, aside, final, record, cfg.keep)
+    if problem:
+        shutil.rmtree(aside, ignore_errors=True)
+        kept = newest(final.parent, say_skipped=False)
+        then = f"--resume goes on from {kept}" if kept else "no checkpoint was saved before"
+        problem = f"{problem}; {then}"
+    # Nobody goes on before it is there.
+    ranks.raise_together(problem)
+    ranks.say(f"saved {final.name}")
+
+
+def write_model(aside: Path, weights: dict, model: QwenVL, processor) -> None:
+    shutil.rmtree(aside, ignore_errors=True)
+    (aside / "trainer").mkdir(parents=True)
+    model_files.write(aside, weights, model.origin, processor)
+
+
+def finish(aside: Path, final: Path, record: dict, keep: int) -> None:
+    """Write what is left of a checkpoint, and give it its name; take old ones' trainer/ away."""
+    save_tensors({"torch": torch.get_rng_state()}, aside / "trainer" / "random.safetensors")
+    write_state(aside, record)
+    model_files.replace(aside, final)
+    if keep:
+        for old in step_folders(final.parent)[:-keep]:
+            shutil.rmtree(old / "trainer", ignore_errors=True)
 
 
 def note_learnt(model: QwenVL, processor, optimizer: Optimizer) -> None:
@@ -121,29 +160,26 @@ def gather_weights(model: QwenVL) -> dict[str, torch.Tensor]:
     return weights
 
 
-def write_state(folder: Path, step: int, updates: int, same: dict) -> None:
+def write_state(aside: Path, record: dict) -> None:
     files = {}
-    for path in folder.rglob("*"):
+    for path in aside.rglob("*"):
         if path.is_file():
-            files[str(path.relative_to(folder))] = path.stat().st_size
-    state = {
-        "step": step,
-        "updates": updates,
-        "ranks": ranks.world_size(),
-        "same": same,
-        "files": files,
-    }
+            files[str(path.relative_to(aside))] = path.stat().st_size
+    state = {**record, "ranks": ranks.world_size(), "files": files}
     text = json.dumps(state, indent=1, allow_nan=False)
-    (folder / "trainer" / "state.json").write_text(text)
+    (aside / "trainer" / "state.json").write_text(text)
 
 
-def restore(checkpoint: Path | None, optimizer: Optimizer, **same) -> None:
-    """Restore optimiser, masters and random states; None: a new run, nothing to do.
+def restore(checkpoint: Path | None, optimizer: Optimizer, batch: int, **same) -> int:
+    """Restore optimiser, masters and random states; return the rows taken from the data so far.
+
+    checkpoint None: a new run, nothing to do. batch: rows a step, for a checkpoint that does not
+    say how many it has taken.
 
     UserError where `same` differs from what `save` was given, or a file is torn.
     """
     if checkpoint is None:
-        return
+        return 0
     state = read_state(checkpoint)
     for key, now in same.items():
         then = state["same"].get(key, now)
@@ -162,6 +198,7 @@ def restore(checkpoint: Path | None, optimizer: Optimizer, **same) -> None:
         raise UserError(f"{folder}: {error}") from error
     optimizer.load(lambda kind, name: files[kind].get_tensor(name), state["updates"])
     torch.set_rng_state(random_states.get_tensor("torch"))
+    return state.get("rows", state["step"] * batch)
 
 
 def read_state(checkpoint: Path) -> dict:

@@ -13,13 +13,21 @@ MEANS = {
     "truncated": "completions",
     "kept": "groups",
     "entropy": "tokens",
-    "kl": "tokens",
+    "kl": "reference_tokens",
     "clip_low": "trained_tokens",
     "clip_high": "trained_tokens",
     "mismatch_kl": "trained_tokens",
     "mismatch_mean": "trained_tokens",
 }
-COUNTS = ("completions", "groups", "sampled_tokens", "tokens", "trained_tokens")
+COUNTS = (
+    "completions",
+    "detecting_completions",  # that have objects to detect
+    "groups",
+    "sampled_tokens",
+    "tokens",
+    "reference_tokens",  # whose log-prob the reference has told
+    "trained_tokens",
+)
 LOGGED_COUNTS = ("groups", "sampled_tokens", "tokens")
 # What a loss says of all its tokens, whatever their path; not logged by path.
 OF_ALL_PATHS = ("clip_low", "clip_high", "mismatch_kl", "mismatch_mean")
@@ -29,16 +37,19 @@ MAXIMA = ("ratio_max", "mismatch_max")
 class Metrics:
     """Sums by path on this rank; `row` has their means over all ranks.
 
-    A column is logged for each path as `PATH_name`, and for all together as `name`. Every entry of
+    What was not measured is None: a mean over nothing, and no 0 that could be read as a result. A
+    column is logged for each path as `PATH_name`, and for all together as `name`. Every entry of
     the registry of rewards is a column.
     """
 
     def __init__(self, paths: list[str], rewards: list[str]):
         self.paths = paths
         self.means = MEANS | dict.fromkeys(rewards, "completions")
+        if "detect" in rewards:
+            self.means["detect"] = "detecting_completions"
         self.columns = [*self.means, *COUNTS]
         self.sums = {path: dict.fromkeys(self.columns, 0.0) for path in paths}
-        self.maxima = dict.fromkeys(MAXIMA, 0.0)
+        self.maxima = dict.fromkeys(MAXIMA, -math.inf)
 
     def add(self, path: str, **values: float) -> None:
         """Add to the sums of a path."""
@@ -51,18 +62,23 @@ class Metrics:
         if math.isnan(value) or value > self.maxima[name]:
             self.maxima[name] = value
 
-    def add_group(self, path: str, rewards: list[dict[str, float]], lengths, cut, kept) -> None:
+    def add_group(
+        self, path: str, rewards: list[dict[str, float]], detects: bool, lengths, cut, kept
+    ) -> None:
         """Add the completions of one prompt.
 
-        rewards: of each completion, its total as "reward" and its parts by name; lengths: in
-        tokens; cut: of each, whether it has no end token; kept: whether the group is trained on.
+        rewards: of each completion, its total as "reward" and its parts by name; detects: whether
+        there are objects to detect; lengths: in tokens; cut: of each, whether it has no end token;
+        kept: whether the group is trained on.
         """
+        if detects:
+            self.add(path, detecting_completions=len(lengths))
         self.add(path, groups=1, kept=kept, completions=len(lengths))
         self.add(path, length=sum(lengths), sampled_tokens=sum(lengths), truncated=sum(cut))
         for parts in rewards:
             self.add(path, **parts)
 
-    def row(self, names: list[str] | None = None) -> dict[str, float]:
+    def row(self, names: list[str] | None = None) -> dict[str, float | None]:
         """Return means, counts and maxima over all ranks. Collective.
 
         names: the columns to return; None: all of them.
@@ -88,13 +104,15 @@ class Metrics:
         largest = all_reduce([self.maxima[name] for name in MAXIMA], "MAX")
         for name, value in zip(MAXIMA, largest, strict=True):
             if names is None or name in names:
-                row[name] = value
+                row[name] = None if value == -math.inf else value
         return row
 
-    def _averages(self, sums: dict[str, float], names: list[str] | None) -> dict[str, float]:
+    def _averages(self, sums: dict[str, float], names: list[str] | None) -> dict[str, float | None]:
         out = {}
         for name, by in self.means.items():
-            out[name] = sums[name] / max(sums[by], 1.0)
+            out[name] = sums[name] / sums[by] if sums[by] else None
+        if not sums["groups"]:
+            out["kept"] = 0.0  # of no group none
         for name in LOGGED_COUNTS:
             out[name] = sums[name]
         if names is None:

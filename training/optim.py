@@ -185,8 +185,9 @@ class Optimizer:
         norm = total_norm.item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(f"{name}: the loss is {loss}, the gradient norm {norm}")
-        for masters in self._by_kind():
-            clip_grads_with_norm_(masters, clip_norm, total_norm)
+        if clip_norm:  # 0: off
+            for masters in self._by_kind():
+                clip_grads_with_norm_(masters, clip_norm, total_norm)
         for optimizer in self.optimizers:
             # The schedule sets one number; each group has its own scale of it.
             for group in optimizer.param_groups:

@@ -17,6 +17,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from errors import UserError
+
+# Words of a collective that took too long, or whose other end is gone.
+HUNG = ("imed out", "imeout", "Connection closed by peer", "Connection reset by peer")
+
 
 class Ranks(NamedTuple):
     rank: int
@@ -108,6 +113,12 @@ def say(text: str) -> None:
         sys.stdout.flush()
 
 
+def did_not_answer(error: BaseException) -> bool:
+    """Return whether a collective failed because of the other ranks."""
+    text = str(error)
+    return any(word in text for word in HUNG)
+
+
 # ---- Sums and shares
 
 
@@ -118,6 +129,24 @@ def all_reduce(values: Sequence[float], op: str = "SUM") -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(tensor, getattr(dist.ReduceOp, op))
     return tensor.tolist()
+
+
+def broadcast(value, rank: int = 0):
+    """Return that rank's value on every rank. Collective."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, rank)
+    return box[0]
+
+
+def raise_together(problem: str | None) -> None:
+    """Raise UserError on all ranks where any has a problem, so that nobody waits. Collective.
+
+    A rank that alone reads or writes a file says what went wrong here, behind its work.
+    """
+    (last,) = all_reduce([rank() + 1 if problem else 0], "MAX")
+    if last:
+        raise UserError(broadcast(problem, int(last) - 1))
 
 
 def shard_by_length(lengths: Sequence[float], rank: int, world: int) -> list[int]:

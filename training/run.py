@@ -1,58 +1,65 @@
 """A run from its command line to its log: flags, user errors, data, settings, metrics.jsonl."""
 
-import json
 import math
 import os
-import resource
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import tyro
 from tqdm import tqdm
 
 import data
+import machine
 import plan
-from argv import join_repeated
 from errors import UserError
 from model.delta import check_kernels
 from model.files import checkpoint_of
 from model.processor import Processor
 from srreal import Example
-from training import checkpoints, ranks
+from training import checkpoints, folder, interrupt, ranks
+from training.interrupt import Interrupted, Interrupts
 
 MEMORY_FLAGS = ("micro_tokens", "slots", "max_pixels")
-# Words of a collective that took too long, or whose other end is gone.
-HUNG = ("imed out", "imeout", "Connection closed by peer", "Connection reset by peer")
 
 
 # ---- The command line
 
 
-def launch(main: Callable, config: type) -> None:
-    """Run main(Config) from the command line. A UserError ends it in one line, exit code 2.
+def launch(main: Callable, cfg) -> None:
+    """Run main(cfg), of the command line. A UserError ends it in one line, exit code 2.
 
-    So do, with exit code 1, a loss that is not finite, want of memory, and ranks that don't answer.
-    Everything else is a bug and keeps its traceback.
+    So do, with exit code 1, a loss that is not finite, want of memory, and ranks that don't answer;
+    with 130 and 143, Ctrl-C and SIGTERM. Everything else is a bug and keeps its traceback.
     """
     name = Path(sys.argv[0]).name
-    description = sys.modules[main.__module__].__doc__.split("\n\n")[0]
-    args = join_repeated(sys.argv[1:], config)
-    cfg = tyro.cli(config, prog=name, description=description, args=args)
+    try:
+        with Interrupts():
+            end_in_words(main, cfg, name)
+    except UserError as error:
+        end(f"{name}: {error}", 2)
+    except Interrupted as stop:
+        saved = str(stop) or what_is_left(cfg)
+        end(f"{name}: interrupted: {saved}", stop.exit_code)
+    except KeyboardInterrupt:
+        end(f"{name}: interrupted: {what_is_left(cfg)}", 128 + signal.SIGINT)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def end_in_words(main: Callable, cfg, name: str) -> None:
+    """Run main(cfg); end the process in one line where it fails for a reason that is no bug."""
     try:
         if vars(cfg).get("model"):
             cfg.model = checkpoint_of(cfg.model, ranks.say)
         main(cfg)
     except data.BadRows as bad:
-        end(f"{name}: {bad.told(cfg.out)}\n(--skip-bad-rows goes on without them)", 2)
-    except UserError as error:
-        end(f"{name}: {error}", 2)
-    except KeyboardInterrupt:
-        end(f"{name}: interrupted{how_to_resume(cfg)}", 130)
+        told = bad.told(cfg.out or "out")
+        end(f"{name}: {told}\n(--skip-bad-rows goes on without them)", 2)
     except FloatingPointError as error:
         end(f"{name}: {error}; nothing was updated; {what_is_saved(cfg)} (with a lower --lr?)", 1)
     except (RuntimeError, MemoryError) as error:
@@ -60,8 +67,6 @@ def launch(main: Callable, config: type) -> None:
         if words is None:
             raise
         end(f"{name}: {words}", 1)
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def end(message: str, code: int) -> None:
@@ -69,19 +74,27 @@ def end(message: str, code: int) -> None:
 
     Other ranks and background threads may hang in what this rank will not take part in.
     """
+    interrupt.reset()
+    by_signal = code > 128
     if code == 2 and not ranks.is_first():
         # Where all ranks stop, the first has said it by then, and torchrun has ended the others.
         time.sleep(5)
-    if ranks.is_first() or code != 130:
+    if ranks.is_first() or not by_signal:
         print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)
 
 
-def how_to_resume(cfg) -> str:
+def what_is_left(cfg) -> str:
+    """Return what an interrupted command can go on from, where its loop had nothing to save."""
+    if cfg is None:
+        return "nothing had begun"
     if "resume" not in vars(cfg):
-        return ""
-    return f"; --resume goes on from the newest checkpoint in {cfg.out}"
+        return "the same command goes on" if "out" in vars(cfg) else "nothing is written"
+    out = Path(cfg.out)
+    if folder.whole_rows(out / "metrics.jsonl") or checkpoints.step_folders(out):
+        return what_is_saved(cfg)
+    return "no step was finished, so there is nothing to save"
 
 
 def what_is_saved(cfg) -> str:
@@ -93,12 +106,11 @@ def what_is_saved(cfg) -> str:
 
 def explain(error: BaseException, cfg) -> str | None:
     """Return what a user can do about a hung collective or want of memory; None: it is a bug."""
-    text = str(error)
-    if any(word in text for word in HUNG):
+    if ranks.did_not_answer(error):
         where = f"rank {ranks.rank()}, {ranks.current_phase()}"
         return f"{where}: the other ranks did not answer ({error})"
     of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    if not of_memory and "can't allocate memory" not in text:
+    if not of_memory and "can't allocate memory" not in str(error):
         return None
     flags = []
     for flag, value in vars(cfg).items():
@@ -107,25 +119,27 @@ def explain(error: BaseException, cfg) -> str | None:
     return f"out of memory; turn down {' or '.join(flags)}"
 
 
+def check_together(cfg, doubts: Sequence[str] = ()) -> None:
+    """Check flags that concern each other: UserError, or a line on what is odd, though not wrong.
+
+    doubts: the script's own.
+    """
+    if cfg.eval_every and not cfg.eval_data:
+        raise UserError(f"--eval-every {cfg.eval_every}: there is no --eval-data")
+    found = list(doubts)
+    if cfg.warmup >= cfg.steps:
+        reached = cfg.steps / (cfg.warmup + 1)
+        found.append(
+            f"--warmup {cfg.warmup} is longer than --steps {cfg.steps}: the learning rate reaches "
+            f"{reached:.0%} of --lr"
+        )
+    if cfg.keep and not cfg.save_every:
+        found.append(f"--keep {cfg.keep} means nothing beside --save-every 0, which saves once")
+    for doubt in found:
+        ranks.say(f"note: {doubt}")
+
+
 # ---- What a run starts from
-
-
-def read_config(out: str) -> dict:
-    """Return config.json of the run in `out`, {} where there is none."""
-    path = Path(out) / "config.json"
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def write_config(cfg) -> None:
-    """Write config.json of the run, whole or not at all: a resumed run reads it. Rank 0 alone."""
-    if not ranks.is_first():
-        return
-    out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
-    config = {"script": Path(sys.argv[0]).stem, **asdict(cfg)}
-    aside = out / "config.json.partial"
-    aside.write_text(json.dumps(config, indent=1, allow_nan=False) + "\n")
-    aside.replace(out / "config.json")
 
 
 def load_data(cfg, more: Callable | None = None) -> tuple[list[Example], list[Example]]:
@@ -167,7 +181,7 @@ def load_processor(
     """
     workers = cfg.workers
     if workers is None and torch.cuda.is_available():
-        cores = len(os.sched_getaffinity(0)) // ranks.local_world_size(1)
+        cores = machine.cpus() // ranks.local_world_size(1)
         workers = min(max(cores - 1, 0), 8)
     processor = Processor.from_pretrained(
         source, max_pixels=cfg.max_pixels, regions=cfg.regions, workers=workers or 0
@@ -193,7 +207,7 @@ def resolve_auto_settings(cfg, config, device: torch.device, world: int, **sizes
     if cuda:
         memory = torch.cuda.mem_get_info(device)[1] / 1e9
     else:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / local_world / 1e9
+        memory = machine.memory() / local_world / 1e9
     least = -ranks.all_reduce([-memory], "MAX")[0]  # all ranks have to choose alike
     wanted = plan.Config(
         "",
@@ -222,49 +236,63 @@ def resolve_auto_settings(cfg, config, device: torch.device, world: int, **sizes
     return settings
 
 
+def is_due(step: int, every: int, last: int) -> bool:
+    """Return whether something is done after that step: each so many steps (0: never), and last."""
+    return step == last or (every > 0 and step % every == 0)
+
+
 # ---- The log
 
 
 class Log:
     """metrics.jsonl, a printed line a step, and a bar with the time left. Rank 0 writes.
 
-    columns: name -> format of what the line shows. Row k is step k: on resuming, what is behind the
-    checkpoint's row goes, a torn line too.
+    columns: name -> format of what the line shows. A value that was not measured is None, and null
+    in the row.
     """
 
     def __init__(self, cfg, done: int, columns: dict[str, str]):
         self.columns = columns
+        self.steps = cfg.steps
+        self.steps_before = done
+        self.started = time.monotonic()
         hidden = None if ranks.is_first() else True  # None: where there is no terminal
         self.bar = tqdm(total=cfg.steps, initial=done, unit="step", disable=hidden)
-        if not ranks.is_first():
-            return
-        path = Path(cfg.out) / "metrics.jsonl"
-        rows = path.read_text().splitlines(keepends=True)[:done] if done else []
-        aside = path.with_suffix(".partial")
-        aside.write_text("".join(rows))
-        os.replace(aside, path)
-        self.file = path.open("a")
+        self.rows = folder.Rows(Path(cfg.out) / "metrics.jsonl", done)
 
     def __call__(self, row: dict) -> None:
-        """Append the row of one step. JSON has no NaN: what is not finite is null, and said."""
+        """Append the row of one step. Collective.
+
+        JSON has no NaN: what is not finite is null, and said.
+        """
         self.bar.update()
-        if not ranks.is_first():
-            return
         not_finite = {}
         for name, value in row.items():
             if isinstance(value, float) and not math.isfinite(value):
                 not_finite[name] = value
-        self.file.write(json.dumps(row | dict.fromkeys(not_finite), allow_nan=False) + "\n")
-        self.file.flush()
+        self.rows.append([row | dict.fromkeys(not_finite)])
         if not_finite:
             values = ", ".join(f"{name} is {value}" for name, value in not_finite.items())
             ranks.say(f"step {row['step']}: {values}; null in metrics.jsonl")
-        shown = [f"{name} {row[name]:{form}}" for name, form in self.columns.items()]
-        ranks.say("  ".join(shown))
+        ranks.say("  ".join(self.shown(row, name) for name in self.columns))
+
+    def shown(self, row: dict, name: str) -> str:
+        """Return what the line says of a column; without a bar of the step the total and ETA."""
+        value = row[name]
+        if value is None:
+            return f"{name} {'-':>6}"
+        text = f"{name} {value:{self.columns[name]}}"
+        if name == "step" and self.bar.disable:
+            # No terminal, no bar. The clock runs on while a run validates and saves.
+            seconds = (time.monotonic() - self.started) / (value - self.steps_before)
+            left = timedelta(seconds=round(seconds * (self.steps - value)))
+            text += f"/{self.steps}  eta {left}"
+        return text
 
 
-def peak_memory(device: torch.device) -> float:
-    """Return MiB: of the GPU on CUDA, else of the process."""
+def peak_memory(device: torch.device) -> float | None:
+    """Return MiB: of the GPU on CUDA, else of the process; None where nobody counts them."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    peak = machine.peak_memory()
+    return None if peak is None else peak / 2**20

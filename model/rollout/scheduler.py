@@ -1,6 +1,6 @@
 """Which sequences wait for a slot, run in one, and have finished. Lists on the host, no tensors."""
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from kernels.sample import sequence_key
@@ -34,15 +34,38 @@ class Sequence:
     logprobs: list[float] = field(default_factory=list)
 
 
-class Scheduler:
-    """All sequences of one call, in the examples' order."""
+def occurrences(examples: list[Example]) -> list[int]:
+    """Return of each example how many before it have the same id and path."""
+    counts: Counter = Counter()
+    numbers = []
+    for example in examples:
+        key = (example.id, example.path)
+        numbers.append(counts[key])
+        counts[key] += 1
+    return numbers
 
-    def __init__(self, examples: list[Example | Prompt], n: int, seed: int):
+
+class Scheduler:
+    """All sequences of one call, in the examples' order.
+
+    numbers: which occurrence each is of its example; None: as `occurrences` counts them here.
+    """
+
+    def __init__(
+        self,
+        examples: list[Example | Prompt],
+        n: int,
+        seed: int,
+        numbers: list[int] | None = None,
+    ):
         self.groups = [SequenceGroup(example) for example in examples]
-        for group in self.groups:
+        if numbers is None:
+            numbers = occurrences([group.example for group in self.groups])
+        for group, number in zip(self.groups, numbers, strict=True):
+            example = group.example
             group.unfinished = n
             for index in range(n):
-                key = sequence_key(seed, group.example.id, group.example.path, index)
+                key = sequence_key(seed, example.id, example.path, index, number)
                 group.sequences.append(Sequence(group, key))
         self.unencoded = deque(self.groups)
         self.waiting: deque[Sequence] = deque()

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -1190,7 +1191,7 @@ def test_eval_measures_2d_boxes(tmp_path, monkeypatch, capsys, family):
 
     def half(e):
         true = e.answer.replace("50.00,", "30.00,") if e.id.endswith("#1/0") else "no box"
-        return processor.decode(processor.target_ids(evaluation.replace(e, answer=true)))
+        return processor.decode(processor.target_ids(replace(e, answer=true)))
 
     stand_in(monkeypatch, half)
     monkeypatch.setattr(run, "load_processor", lambda *args: processor)
@@ -1203,7 +1204,7 @@ def test_eval_measures_2d_boxes(tmp_path, monkeypatch, capsys, family):
     ]
     assert sorted(row["iou"] is None for row in rows) == [False, False, True]
     assert "2D IoU" in capsys.readouterr().out
-    evaluation.main(evaluation.replace(config, data=sources[1:]))
+    evaluation.main(replace(config, data=sources[1:], out=str(tmp_path / "chat")))
     assert "2D IoU" not in capsys.readouterr().out
 
 
@@ -1260,7 +1261,8 @@ def test_eval_prints_both_scorers(tmp_path, monkeypatch, capsys):
         limit=2,
     )
     evaluation.main(part)
-    evaluation.main(evaluation.replace(part, benchmark="cv-bench/Count", limit=None))
+    count = dict(benchmark="cv-bench/Count", limit=None, out=str(tmp_path / "count"))
+    evaluation.main(replace(part, **count))
     table = capsys.readouterr().out  # of a part, no figure that somebody else has for the whole
     assert "SpatialThinker" not in table and "68.6" not in table and "cv-bench/Count lor" in table
     assert "(0 of 2 questions had regions)" in table
@@ -1276,13 +1278,14 @@ def test_eval_prints_both_scorers(tmp_path, monkeypatch, capsys):
         evaluation.main(
             evaluation.Config("m", config.data[:0] + (str(tmp_path / "set"),), benchmark="cv-bench")
         )
-    summary = evaluation.main(evaluation.replace(part, limit=None, skip_bad_rows=True, path="lor"))
+    rest = dict(limit=None, skip_bad_rows=True, path="lor", out=str(tmp_path / "rest"))
+    summary = evaluation.main(replace(part, **rest))
     assert summary["results"]["lor"]["all"]["n"] == 3
 
 
 def test_an_interrupted_eval_goes_on(tmp_path, monkeypatch):
     """Killed within a chunk (a torn line), it asks the rest; the files are those of the eval that
-    never stopped. A finished one, other settings, and other questions are asked again."""
+    never stopped. Of a finished one the table is printed again; other settings are refused."""
     asked, limit = [], [10**9]
 
     def write_answer(e):
@@ -1302,7 +1305,7 @@ def test_an_interrupted_eval_goes_on(tmp_path, monkeypatch):
     assert len(asked) == 12
     asked.clear()
     limit[0] = 7
-    config = evaluation.replace(config, out=str(tmp_path / "b"))
+    config = replace(config, out=str(tmp_path / "b"))
     with pytest.raises(RuntimeError):
         evaluation.main(config)
     file = tmp_path / "b" / "predictions.jsonl"
@@ -1324,19 +1327,25 @@ def test_an_interrupted_eval_goes_on(tmp_path, monkeypatch):
     evaluation.main(config)
     assert len(asked) == 3 and file.read_text() == whole
     asked.clear()
-    evaluation.main(config)  # a finished one
-    assert len(asked) == 12
-    file.write_text("".join(file.read_text().splitlines(keepends=True)[:5]))
-    asked.clear()
-    evaluation.main(evaluation.replace(config, max_new_tokens=7))
-    assert len(asked) == 12
+    again = evaluation.main(replace(config, workers=0))  # a finished one
+    assert not asked and again["results"] == summaries[0]["results"] and file.read_text() == whole
+    for change, words in (
+        (dict(max_new_tokens=7), "--max-new-tokens 1024, now it is 7"),
+        (dict(model="n"), "--model m, now it is n"),
+        (dict(path="dtr"), "--path lor, now it is dtr"),
+        (dict(temperature=1.0, seed=2), "--temperature 0.0, now it is 1.0; --seed 0, now it is 2"),
+    ):
+        with pytest.raises(UserError, match=words):
+            evaluation.main(replace(config, **change))
     # begun by a version with fewer columns: its rows won't do
-    (tmp_path / "b" / "summary.json").unlink()
     settings = json.loads((tmp_path / "b" / "settings.json").read_text())
     (tmp_path / "b" / "settings.json").write_text(json.dumps(settings | {"columns": ["accuracy"]}))
-    asked.clear()
-    evaluation.main(evaluation.replace(config, max_new_tokens=7))
-    assert len(asked) == 12
+    with pytest.raises(UserError, match="another version has measured them; choose another --out"):
+        evaluation.main(config)
+    (tmp_path / "b" / "settings.json").unlink()
+    with pytest.raises(UserError, match="no settings.json"):
+        evaluation.main(config)
+    assert not asked and file.read_text() == whole
 
 
 def test_ranks_give_the_numbers_of_one(tmp_path, monkeypatch):

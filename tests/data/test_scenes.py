@@ -460,7 +460,7 @@ def test_a_wrong_flag_ends_the_command_in_one_line(tmp_path, capsys, monkeypatch
     with pytest.raises(SystemExit) as stop:
         runpy.run_module("data.scenes", run_name="__main__")
     assert stop.value.code == 2
-    assert re.fullmatch("scenes: --n: .*\n", capsys.readouterr().err)
+    assert re.fullmatch("scenes: --n 0: it has to be at least 1\n", capsys.readouterr().err)
 
 
 def test_json_of_rows_is_strict(folder):

@@ -33,8 +33,11 @@ def test_keys_are_stable_and_all_parts_enter():
         (0, "a", "dtr", 0),
         (0, "a", "lor", 1),
         (0, "", "alor", 0),
+        (0, "a", "lor", 0, 1),
+        (0, "a", "lor", 0, 2),
     ]
     keys = [sequence_key(*p) for p in parts]
+    assert sequence_key(0, "a", "lor", 0, 0) == keys[0]  # the first occurrence
     assert len(set(keys)) == len(keys) and all(-(2**63) <= k < 2**63 for k in keys)
 
 

@@ -101,6 +101,9 @@ def test_triton_and_references_train_alike(script, home):
     assert len(runs["0"]) == len(runs["1"]) == STEPS
     for plain, triton in zip(runs["0"], runs["1"], strict=True):
         for name in COLUMNS[script]:
+            if plain[name] is None:  # a step without an update
+                assert triton[name] is None, f"step {plain['step']}: {name}"
+                continue
             close = pytest.approx(plain[name], rel=TOLERANCE, abs=TOLERANCE)
             assert triton[name] == close, f"step {plain['step']}: {name}"
     assert len({row["loss"] for row in runs["0"]}) > STEPS // 2  # something was learnt

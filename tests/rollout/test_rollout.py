@@ -192,6 +192,26 @@ def test_a_sample_depends_on_nothing_but_its_key(tiny):
     assert tokens[0][0] != tokens[0][1]
 
 
+def test_who_is_asked_twice_answers_twice(tiny):
+    """The first time as ever, then with other noise, whatever else there is, and in any slot."""
+    model, processor, _ = tiny
+    one, two = examples()[:2]
+    asked = [one, two, one, one]
+    options = dict(n=2, max_new_tokens=12, seed=3)
+    tokens = tokens_of(generate(model, processor, asked, **options))
+    assert tokens[:2] == tokens_of(generate(model, processor, [one, two], **options))
+    assert tokens[0] != tokens[2] != tokens[3] != tokens[0]
+    waves = generate(model, processor, asked, slots=3, **options)
+    assert tokens == tokens_of(waves)
+    assert [tokens[i] for i in (0, 2, 3)] == tokens_of(
+        generate(model, processor, [one] * 3, **options)
+    )
+    # The number that a rank is told counts those of the others.
+    engine = Engine(model, processor, n=2, max_new_tokens=12)
+    alone = engine.sample_groups([one, two], seed=3, numbers=[2, 0])
+    assert tokens_of(list(alone)) == [tokens[3], tokens[1]]
+
+
 def test_end_tokens_length_and_bans(tiny):
     model, processor, _ = tiny
     weight = model.head_weight
@@ -564,7 +584,7 @@ def test_slots_are_chosen_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Engine, "sample_groups", note)
     monkeypatch.setattr(train_rl, "default_slots", lambda *_: 3)
-    train(tmp_path / "tiny", tmp_path / "run")
+    train(tmp_path / "tiny", tmp_path / "run", save_every=1)
     assert slots() == 3 and set(used) == {3}
     monkeypatch.setattr(train_rl, "default_slots", lambda *_: 2)
     used.clear()

@@ -336,10 +336,42 @@ def test_what_has_depth_is_asked_again_without(tmp_path, monkeypatch, capsys):
     assert len(answers) == 16 and {json.loads(line)["text"] for line in answers} == {"?"}
     assert len((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()) == 24
     for change in (dict(depth=False), dict(blind=True), dict(again=0)):
-        found = evaluation.main(replace(config, **change))["results"]
+        out = str(tmp_path / "-".join(change))
+        found = evaluation.main(replace(config, **change, out=out))["results"]
         assert all("no depth" not in tasks for tasks in found.values())
     monkeypatch.setattr(evaluation.datasets, "load", lambda *args, **options: [example()])
+    config = replace(config, out=str(tmp_path / "flat"))
     assert "no depth" not in evaluation.main(config)["results"]["dtr"]
+
+
+def test_the_default_out_names_the_model_and_the_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stand_in(monkeypatch, target)
+    data = (write_set(tmp_path / "set", 1),)
+    for model in ("out/sft/step-000100", "Qwen/Qwen3-VL-4B-Instruct"):
+        evaluation.main(Config(model, data))
+    outs = sorted(path.parent.name for path in tmp_path.glob("out/eval/*/summary.json"))
+    assert outs == ["Qwen3-VL-4B-Instruct-set", "sft-step-000100-set"]
+    name = evaluation.default_out(Config("m", ("vqa:/a/b@/images,split=x",), benchmark=None))
+    assert name == "out/eval/m-b"
+    config = Config("m", ("/sets/BLINK",), benchmark="blink/Relative_Depth")
+    assert evaluation.default_out(config) == "out/eval/m-blink-Relative_Depth"
+
+
+def test_an_out_that_can_not_be_written(tmp_path, monkeypatch):
+    stand_in(monkeypatch, target)
+    (tmp_path / "file").write_text("mine")
+    config = Config("m", (write_set(tmp_path / "set", 1),), out=str(tmp_path / "file"))
+    with pytest.raises(UserError, match="can't write .*file.*--out has to be a folder"):
+        evaluation.main(config)
+    assert (tmp_path / "file").read_text() == "mine"
+
+    def full(path, rows):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(evaluation, "append_rows", full)
+    with pytest.raises(UserError, match=r"can't write .*predictions\.jsonl: No space left"):
+        evaluation.main(replace(config, out=str(tmp_path / "out")))
 
 
 def test_bad_input_ends_in_one_message(tmp_path):

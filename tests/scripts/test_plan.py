@@ -420,10 +420,10 @@ def test_the_command_prints_parts_and_settings(configs, capsys):
 @pytest.mark.parametrize(
     "flags, reason",
     [
-        (dict(gpus=0), "--gpus 0: too low"),
-        (dict(kl=-1.0), "--kl -1.0: too low"),
-        (dict(lora=-2), "--lora -2: too low"),
-        (dict(memory=0, group=0), "--memory 0: too low, --group 0: too low"),
+        (dict(gpus=0), "--gpus 0: it has to be at least 1"),
+        (dict(kl=-1.0), "--kl -1.0: it has to be at least 0"),
+        (dict(lora=-2), "--lora -2: it has to be at least 0"),
+        (dict(memory=0, group=0), "--memory 0: .* above 0; --group 0: .* at least 1"),
         ({}, "no config.json"),
     ],
 )

@@ -84,6 +84,17 @@ def test_norm_clip_and_missing_gradients():
         torch.testing.assert_close(ours[name], zeros[name], rtol=1e-5, atol=1e-6)
 
 
+def test_a_clip_of_0_is_off():
+    clipped, free = params(), params()
+    a, b = Optimizer(clipped.items()), Optimizer(free.items())
+    for i in range(3):
+        backward(clipped, i, 100)
+        backward(free, i, 100)
+        assert step(a, 0.1, clip_norm=0.0) == step(b, 0.1, clip_norm=1e9)
+    for name in clipped:
+        assert torch.equal(clipped[name], free[name])
+
+
 def test_small_updates_do_not_vanish_in_bf16():
     bf16 = params(torch.bfloat16)
     fp32 = {name: torch.nn.Parameter(p.detach().float()) for name, p in bf16.items()}

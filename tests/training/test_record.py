@@ -25,7 +25,9 @@ def metadata(step) -> dict:
 def sft(home, out, **options):
     common = dict(model=str(home / "tiny"), data=(str(home / "scenes" / "rows.jsonl"),))
     train_sft.main(
-        train_sft.Config(**common | dict(out=str(out), steps=2, batch=6, lr=1e-3) | options)
+        train_sft.Config(
+            **common | dict(out=str(out), steps=2, batch=6, lr=1e-3, schedule="constant") | options
+        )
     )
     return out / f"step-{options.get('steps', 2):06d}"
 
@@ -78,7 +80,7 @@ def test_the_record_goes_on_through_rl_and_resume(tiny_home, trained, tmp_path):
     assert metadata(trained) == everything
     assert metadata(rl(tiny_home, trained, tmp_path / "rl")) == everything
     shutil.copytree(trained.parent, tmp_path / "sft")
-    sft(tiny_home, tmp_path / "sft", steps=3, resume=True, schedule="cosine")
+    sft(tiny_home, tmp_path / "sft", steps=3, resume=True)
     assert metadata(tmp_path / "sft" / "step-000003") == everything
     # RL alone trains no extra part of a checkpoint that had none.
     assert metadata(rl(tiny_home, tiny_home / "tiny", tmp_path / "raw"))["trained"] == ""

@@ -13,7 +13,7 @@ from commands import TIMEOUT, start
 
 import data
 import train_sft
-from argv import join_repeated
+from flags import join_repeated
 from model.processor import Processor
 from srreal import Example
 from training import run

@@ -425,7 +425,7 @@ def test_resume_after_sigkill(home, whole, tmp_path):
         "--steps",
         4,
         "--save-every",
-        2,
+        1,
     ]
     command = [sys.executable, "train_sft.py", *map(str, flags)]
     run = subprocess.Popen(
@@ -456,10 +456,15 @@ def test_resume_refuses_another_run(home, whole, tmp_path):
         train_sft.main(config(home, "sft", out, resume=True, train="lm"))
     lines = (home / "scenes" / "rows.jsonl").read_text().splitlines()
     (home / "scenes" / "fewer.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    fewer = {"data": (str(home / "scenes" / "fewer.jsonl"),)}
+    with pytest.raises(UserError, match="--data .*scenes, now it is .*fewer.jsonl"):
+        train_sft.main(config(home, "sft", out, resume=True, **fewer))
+    # Other rows in the place of the run's own, which has steps to go.
+    shutil.rmtree(out / "step-000004")
+    file = out / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fewer))
     with pytest.raises(UserError, match="rows, sha256"):
-        train_sft.main(
-            config(home, "sft", out, resume=True, data=(str(home / "scenes" / "fewer.jsonl"),))
-        )
+        train_sft.main(config(home, "sft", out, resume=True, **fewer))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -522,6 +527,7 @@ def test_gradients_equal_those_of_the_padded_forward(home, checkpointing):
 HANG = """\"""One rank does not come.\"""
 import time
 from dataclasses import dataclass
+import flags
 from training import ranks, run
 
 @dataclass
@@ -535,7 +541,7 @@ def main(cfg):
     ranks.all_reduce([1.0])
 
 if __name__ == "__main__":
-    run.launch(main, Config)
+    run.launch(main, flags.parse(Config, __doc__))
 """
 
 
@@ -586,7 +592,7 @@ def runs(home, out):
     # Three rows a rank and step; the cut makes one, two or three micro-batches of them.
     yield (
         "sft",
-        config(home, "sft", out / "text", micro_tokens=300, **base),
+        config(home, "sft", out / "text", micro_tokens=300, schedule="constant", **base),
         {
             (run, "load_data"): half_text,
             (train_sft, "images_key"): id,
@@ -656,7 +662,8 @@ def test_two_ranks_equal_one(home, tmp_path, capsys):
         assert len(one) == len(two) == 3  # only rank 0 writes
         for a, b in zip(one, two, strict=True):
             assert a.keys() == b.keys()
-            for key in ("loss", "grad_norm", "tokens"):
+            assert (a["loss"] is None) == (b["loss"] is None)  # a step without an update
+            for key in [key for key in ("loss", "grad_norm", "tokens") if a[key] is not None]:
                 # AdamW makes much of little
                 rel = 1e-5 if key != "grad_norm" or a["step"] == 1 else 1e-4
                 assert b[key] == pytest.approx(a[key], rel=rel, abs=2e-6), (name, a["step"], key)
@@ -668,7 +675,8 @@ def test_two_ranks_equal_one(home, tmp_path, capsys):
         for key in (key for key in first if "master" in key):
             torch.testing.assert_close(first[key], second[key], rtol=1e-3, atol=2e-3)
     # on another number of ranks
-    cfg = config(home, "sft", tmp_path / "two" / "text", steps=4, resume=True)
+    longer = {"steps": 4, "schedule": "constant"}
+    cfg = config(home, "sft", tmp_path / "two" / "text", resume=True, **longer)
     with pytest.MonkeyPatch.context() as patch:
         for (module, name), value in next(runs(home, tmp_path))[2].items():
             patch.setattr(module, name, value)
@@ -743,7 +751,8 @@ def test_no_kept_group_means_no_update(home, tmp_path, monkeypatch, capsys):
     train_rl.main(config(home, "rl", tmp_path, steps=2))
     assert [
         (row["loss"], row["kept"], row["tokens"], row["grad_norm"]) for row in rows(tmp_path)
-    ] == [(0, 0, 0, 0)] * 2
+    ] == [(None, 0, 0, None)] * 2
+    assert all(row["entropy"] is row["kl"] is row["ratio_max"] is None for row in rows(tmp_path))
     assert "no update" in capsys.readouterr().out
     before, after = (
         load_file(home / "tiny" / "model.safetensors"),
@@ -894,12 +903,13 @@ def test_bad_input_by_the_command_line(home, tmp_path, case):
 
 def test_what_another_rank_alone_knows_is_said():
     code = """'A script.'
+import flags
 import train_sft
 from training import ranks, run
 def main(cfg):
     from errors import UserError
     raise UserError("row 7")
-run.launch(main, train_sft.Config)
+run.launch(main, flags.parse(train_sft.Config, __doc__))
 """
     run = python("-c", code, "--model", "m", "--data", "d", "--out", "o", RANK=1)
     assert run.returncode == 2 and "row 7" in run.stderr and "Traceback" not in run.stderr

@@ -22,6 +22,7 @@ from PIL import Image
 from torch.distributed.tensor import DTensor
 
 import data
+import flags
 import plan
 import train_rl
 import train_sft
@@ -35,7 +36,7 @@ from model.qwen_vl import QwenVL
 from model.rollout import Rollout
 from model.tiny import SPECIAL, configuration, write
 from srreal import Example, Scores
-from training import batches, checkpoints, optim, policy, ranks, run
+from training import batches, checkpoints, folder, optim, policy, ranks, run
 
 
 def test_bad_rows_of_both_data_flags_come_in_one_list(tmp_path):
@@ -168,7 +169,7 @@ def test_a_new_run_does_not_mix_with_an_old_one(tmp_path):
     assert found.name == "step-000009" and done == 9
     new = Config(str(tmp_path / "new"), resume=True)
     assert checkpoints.find_start(new) == (None, 0)
-    run.write_config(new)
+    folder.write_config(new)
     assert json.loads((tmp_path / "new" / "config.json").read_text())["steps"] == 3
 
 
@@ -216,7 +217,7 @@ def last_words(monkeypatch, error, argv=()):
     monkeypatch.setattr(run, "end", end)
     monkeypatch.setattr("sys.argv", ["train.py", *argv])
     with pytest.raises(SystemExit):
-        run.launch(main, Config)
+        run.launch(main, flags.parse(Config, __doc__))
     return said[0]
 
 
@@ -241,13 +242,13 @@ def test_errors_that_a_user_can_mend_are_words_and_exit_codes(monkeypatch, tmp_p
     assert last_words(monkeypatch, KeyboardInterrupt())[1] == 130
     monkeypatch.setattr("sys.argv", ["train.py"])
     with pytest.raises(RuntimeError, match="a bug"):  # what only we can mend keeps its traceback
-        run.launch(lambda cfg: (_ for _ in ()).throw(RuntimeError("a bug")), Config)
+        run.launch(lambda cfg: (_ for _ in ()).throw(RuntimeError("a bug")), Config())
 
 
 def test_unknown_flags_fail_with_the_nearest_name(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["train.py", "--step", "3"])
     with pytest.raises(SystemExit) as stop:
-        run.launch(lambda cfg: None, Config)
+        flags.parse(Config, __doc__)
     captured = capsys.readouterr()
     assert stop.value.code == 2 and "--steps" in captured.out + captured.err
 

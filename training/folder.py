@@ -1,0 +1,267 @@
+"""A run's directory: its lock, the flags that it was begun with, its rows.
+
+    lock             who is at work in it; there is none once the run has ended
+    config.json      the script and its flags, with which --resume goes on
+    metrics.jsonl    a row a step
+    step-000123/     a checkpoint (checkpoints.py)
+
+The first rank reads and writes them; what goes wrong there is raised on all ranks.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from errors import UserError
+from training import ranks
+from training.recorded import read_config
+
+# What may change on --resume, for it does not change what a run means.
+MAY_CHANGE = (
+    "out",  # a folder may be moved
+    "resume",
+    "save_every",
+    "keep",
+    "eval_every",
+    "log_groups",
+    "track",
+    # memory and speed
+    "workers",
+    "micro_tokens",
+    "slots",
+    "shard",
+    "checkpointing",
+)
+
+
+def attempt(path: Path, write: Callable, *arguments) -> str | None:
+    """Call write(*arguments); return a line on what is wrong with the disk or the folder of path.
+
+    It is not raised, for the other ranks may wait for this one: `ranks.raise_together` does, later.
+    """
+    try:
+        write(*arguments)
+    except Exception as error:
+        # What safetensors and tokenizers raise of a full disk is no OSError.
+        if not isinstance(error, OSError) and "os error" not in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        return (
+            f"can't write {path}: {reason}; --out has to be a folder that you may write to, on a "
+            "disk with room"
+        )
+    return None
+
+
+# ---- The lock
+
+
+@contextlib.contextmanager
+def lock(out: str) -> Iterator[None]:
+    """Keep other runs out of the folder meanwhile, and make it where it is missing. Collective.
+
+    A folder in which nothing was written goes again. UserError where another run is at work.
+    """
+    path = Path(out) / "lock"
+    made = []
+    problem = None
+    if ranks.is_first():
+        made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
+        problem = attempt(path.parent, path.parent.mkdir, 0o777, True, True)
+        problem = problem or holder(path) or attempt(path, write_lock, path)
+    try:
+        ranks.raise_together(problem)
+        yield
+    finally:
+        if ranks.is_first() and problem is None:
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            for folder in made:
+                folder.rmdir()
+
+
+def holder(path: Path) -> str | None:
+    """Return who else holds the lock, and what to do; take away what a dead process has left."""
+    try:
+        record = json.loads(path.read_text())
+        host = record["host"]
+        pid = int(record["pid"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{path} can't be read: delete it if no run is at work in this folder"
+    if host != socket.gethostname():
+        return (
+            f"{path}: process {pid} on {host} is at work in this folder; "
+            "if it no longer is, delete that file"
+        )
+    if is_alive(pid):
+        return f"{path}: process {pid} is at work in this folder; choose another --out, or end it"
+    ranks.say(f"{path}: process {pid}, which is dead, left it behind")
+    path.unlink(missing_ok=True)
+    return None
+
+
+def write_lock(path: Path) -> None:
+    """Write who this is; FileExistsError where another run was quicker."""
+    record = {"host": socket.gethostname(), "pid": os.getpid()}
+    file = path.open("x")
+    try:
+        with file:
+            file.write(json.dumps(record))
+    except OSError:
+        path.unlink()
+        raise
+
+
+def is_alive(pid: int) -> bool:
+    # A container's processes have the same few numbers each time: one's own was another's.
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+# ---- config.json
+
+
+def write_config(cfg) -> None:
+    """Write config.json of the run, whole or not at all: a resumed run reads it. Collective."""
+    path = Path(cfg.out) / "config.json"
+    problem = None
+    if ranks.is_first():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        config = {"script": script_of(cfg), **asdict(cfg)}
+        text = json.dumps(config, indent=1, allow_nan=False) + "\n"
+        problem = attempt(path, replace_text, path, text)
+    ranks.raise_together(problem)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file aside and rename it; what stands there stays where that fails."""
+    aside = path.with_name(f"{path.name}.partial")
+    try:
+        aside.write_text(text)
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def script_of(cfg) -> str:
+    """Return the name of the script whose flags these are."""
+    module = type(cfg).__module__
+    return Path(sys.argv[0]).stem if module == "__main__" else module
+
+
+# ---- Going on
+
+
+def refuse_other_flags(cfg) -> None:
+    """Raise UserError where the run in --out was begun with flags that mean another run."""
+    before = read_config(cfg.out)
+    path = Path(cfg.out) / "config.json"
+    if before is None:
+        ranks.say(f"{path} is missing: these flags can't be compared with the run's")
+        return
+    script = script_of(cfg)
+    if before.get("script", script) != script:
+        raise UserError(f"{cfg.out} is a run of {before['script']}.py, and this is {script}.py")
+    differences = []
+    for field in fields(cfg):
+        # A version that lacks a flag did what is its default now.
+        then = before.get(field.name, field.default)
+        now = getattr(cfg, field.name)
+        if field.name in MAY_CHANGE or as_json(then) == as_json(now):
+            continue
+        if field.name == "steps" and now > then and before.get("schedule") == "constant":
+            continue
+        flag = field.name.replace("_", "-")
+        differences.append(f"--{flag} {shown(then)}, now it is {shown(now)}")
+    if differences:
+        raise UserError(
+            f"{path}: the run had {'; '.join(differences)}: leave that flag out, or choose "
+            "another --out"
+        )
+
+
+def as_json(value):
+    """Return a flag's value as config.json gives it back."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def shown(value) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+# ---- Rows
+
+
+class Rows:
+    """A file of JSON rows, each of a `step`. The first rank writes.
+
+    done: steps of the checkpoint that a run goes on from: rows of later steps go, and a torn line.
+    """
+
+    def __init__(self, path: Path, done: int):
+        self.path = path
+        self.file = None
+        problem = None
+        if ranks.is_first():
+            problem = attempt(path, self.open, done)
+        ranks.raise_together(problem)
+
+    def open(self, done: int) -> None:
+        replace_text(self.path, "".join(self.lines_up_to(done)))
+        self.file = self.path.open("a")
+
+    def lines_up_to(self, done: int) -> list[str]:
+        """Return the lines of the first `done` steps; say where some are missing."""
+        if not done:
+            return []
+        kept = []
+        steps = set()
+        for row, line in whole_rows(self.path):
+            if row["step"] <= done:
+                kept.append(line)
+                steps.add(row["step"])
+        if len(steps) < done:
+            ranks.say(f"{self.path} has rows of {len(steps)} of the {done} steps that are done")
+        return kept
+
+    def append(self, rows: list[dict]) -> None:
+        """Write the rows of a step. Collective."""
+        problem = None
+        if self.file:
+            problem = attempt(self.path, self.write, rows)
+        ranks.raise_together(problem)
+
+    def write(self, rows: list[dict]) -> None:
+        for row in rows:
+            self.file.write(json.dumps(row, allow_nan=False) + "\n")
+        self.file.flush()
+
+
+def whole_rows(path: Path) -> list[tuple[dict, str]]:
+    """Return (row, line) of all lines that are not torn; [] where there is no file."""
+    rows = []
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for line in path.read_text(errors="replace").splitlines(keepends=True):
+            try:
+                row = json.loads(line)
+                row["step"] += 0
+            except (ValueError, KeyError, TypeError):
+                continue
+            if line.endswith("\n"):
+                rows.append((row, line))
+    return rows
