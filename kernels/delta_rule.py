@@ -71,6 +71,7 @@ class Chunks:
     @cached_property
     def _host_index(self) -> np.ndarray:
         starts = np.cumsum([0, *self.lengths])
+        # One chunk a row, in the walk's order; behind a sequence's end stands the token of zeros.
         rows = []
         for step, active in enumerate(self.steps):
             for sequence in self.order[:active]:
@@ -128,6 +129,7 @@ def reference_delta_rule(
     """Specify `delta_rule`, a chunk at a time, in fp32 (or fp64)."""
     heads, width = v.shape[1:]
     repeat = heads // k.shape[1]
+    # Interleaved, not tiled: key head 0 serves value heads 0 ... V / K - 1.
     key = unit(k).repeat_interleave(repeat, 1)
     query = unit(q).repeat_interleave(repeat, 1) * q.shape[-1] ** -0.5
     wide = key.dtype
@@ -149,6 +151,7 @@ def reference_delta_rule(
     last = decay[:, :, -1:]  # G_C
 
     # What depends on no state, for all chunks at once.
+    # Within a chunk a token's correction depends on those before it: a triangular system.
     mutual = (beta * (key @ key.transpose(2, 3)) * between).tril(-1)  # N
     sides = torch.cat((beta * value, beta * decay.exp() * key), -1)
     solved = torch.linalg.solve_triangular(mutual, sides, upper=False, unitriangular=True)
@@ -156,6 +159,7 @@ def reference_delta_rule(
     within = (query @ key.transpose(2, 3)) * between
     reading = query * decay.exp()
     writing = (key * (last - decay).exp()).transpose(2, 3)
+    # From here on no value depends on another chunk's.
     kept = last.exp()
 
     # The walk over the states. Split once: a slice's gradient would fill a whole tensor, each time.
@@ -168,6 +172,7 @@ def reference_delta_rule(
     ended = []
     for u, w, attention, read, write, keep in zip(*parts, strict=True):
         # Sequences that have no chunk here are the last of those that had one before.
+        # `order` has the longest first, so what ends here is a tail of the states.
         ended.append(state[len(u) :])
         state = state[: len(u)]
         correction = u - w @ state

@@ -66,6 +66,7 @@ def reference_delta_step(
 
     # The ring's rows from the oldest to the new one.
     slot = torch.arange(slots, device=mixed.device)
+    # The new row takes the place of the one that is w tokens old, which nobody reads any more.
     newest = place % taps
     ring[slot, newest] = torch.where(live[:, None], mixed, ring[slot, newest])
     rows = (place[:, None] + torch.arange(1, taps + 1, device=mixed.device)) % taps
@@ -82,6 +83,7 @@ def reference_delta_step(
 
     beta = b.to(state.dtype).sigmoid()
     g = log_decay(a, weights.A_log, weights.dt_bias)
+    # The prediction is taken after the decay, the output after the update.
     decayed = state * g.exp()[..., None, None]
     predicted = (k[:, :, None] @ decayed)[:, :, 0]  # (S, V, E)
     correction = beta[..., None] * (v - predicted)
@@ -140,6 +142,8 @@ def _delta_step_kernel(
     slot = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     if tl.load(ended + slot) == 0:
+        # constexpr, so that the divisions below are shifts where the ratio is a power of two; in
+        # 27B it is 3.
         repeat: tl.constexpr = heads // key_heads
         channels: tl.constexpr = 2 * key_heads * D + heads * E
         i = tl.arange(0, WIDE_D)
@@ -169,12 +173,14 @@ def _delta_step_kernel(
 
         at = ((slot * heads + head) * D + i)[:, None] * E + j[None, :]
         inside = (i < D)[:, None] & (j < E)[None, :]
+        # All of a head's memory at once: 128 x 128 floats over 8 warps are 64 registers a thread.
         S = tl.load(state + at, mask=inside, other=0.0) * kept
         predicted = tl.sum(S * k[:, None], 0)
         S += k[:, None] * (beta * (v - predicted))[None, :]
         tl.store(state + at, S, mask=inside)
         o = tl.sum(S * q[:, None], 0)
 
+        # The norm needs the whole head, which is why a program holds one.
         gain = tl.load(norm + j, mask=j < E, other=0.0).to(tl.float32)
         gain *= tl.rsqrt(tl.sum(o * o, 0) / E + eps)
         gate = tl.load(z + slot * z_slot + head * E + j, mask=j < E, other=0.0).to(tl.float32)

@@ -44,6 +44,7 @@ def _norm_kernel(x, z, weight, out, rows, width, eps, ROWS: tl.constexpr, BLOCK:
     mask = (r < rows)[:, None] & (c < width)
     at = r.to(tl.int64)[:, None] * width + c
     n = _load(x, at, mask)
+    # Padding behind the head is 0, so that it adds nothing to the sum.
     n = n * tl.rsqrt(tl.sum(n * n, 1) / width + eps)[:, None]
     gate = _load(z, at, mask)
     gate = gate / (1 + tl.exp(-gate))
@@ -86,10 +87,12 @@ def _grad_kernel(
         sigmoid = 1 / (1 + tl.exp(-gate))
         d = _load(d_out, at, mask)
         d_normed = d * gate * sigmoid
+        # Over all of the program's rows, in registers.
         d_weight += tl.sum(d_normed * n, 0)
         g = d_normed * w
         mean = (tl.sum(g * n, 1) / width)[:, None]
         tl.store(d_x + at, scale * (g - n * mean), mask=mask)
+        # silu'(z)
         slope = sigmoid * (1 + gate * (1 - sigmoid))
         tl.store(d_z + at, d * w * n * slope, mask=mask)
     place = tl.program_id(0) * width + tl.arange(0, BLOCK)
@@ -118,6 +121,7 @@ class _GatedNorm(torch.autograd.Function):
         rows = x.numel() // width
         block = triton.next_power_of_2(width)
         tile = max(TILE // block, 1)
+        # Few enough that adding up `partial` costs nothing, enough to fill the device.
         programs = min(triton.cdiv(rows, tile), 4 if interpreted() else PROGRAMS)
         d_x = torch.empty_like(x)
         d_z = torch.empty_like(z)

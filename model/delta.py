@@ -57,6 +57,7 @@ class Walk:
     device: torch.device
 
     def __post_init__(self):
+        # Segments without tokens have no place in a walk: their state is that of nobody.
         self.roots = [s for s in self.segments if s[1] > s[0] and s[2] == s[3]]
         self.leaves = [s for s in self.segments if s[1] > s[0] and s[2] < s[3]]
         self.root_at = {(start, end): i for i, (start, end, _, _) in enumerate(self.roots)}
@@ -90,6 +91,8 @@ class Walk:
         """Each walked segment's rows, the copies of its prefix's end in front, and their number."""
         rows = []
         for start, end, low, high in self.roots + self.leaves:
+            # A prefix shorter than w - 1 rows has fewer, and zeros stand before it, as before any
+            # sequence.
             tail = np.arange(max(low, high - self.taps + 1), high)
             rows.append((np.concatenate((tail, np.arange(start, end))), len(tail)))
         return rows
@@ -140,6 +143,8 @@ class Walk:
         As decoding finds them: row t % w of token t, counted from behind the root. And which of
         them there are at all: a short root has fewer, and the oldest is never read.
         """
+        # Token -1 of the completion is the prompt's last: it stands in row (w - 1) % w, and so on
+        # back.
         index = np.zeros((len(self.roots), self.taps), np.int64)
         there = np.zeros((len(self.roots), self.taps), bool)
         for i, (start, end, _, _) in enumerate(self.roots):
@@ -168,6 +173,7 @@ class GatedDeltaNet(nn.Module):
         self.conv1d = nn.Conv1d(d.channels, d.channels, d.taps, groups=d.channels, bias=False)
         self.A_log = nn.Parameter(torch.zeros(d.value_heads))
         self.dt_bias = nn.Parameter(torch.zeros(d.value_heads))
+        # Names as published: norm.weight, and no norm of its own here (kernels/gated_norm.py).
         self.norm = nn.Module()
         self.norm.weight = nn.Parameter(torch.ones(d.value_dim))
         self.out_proj = nn.Linear(value_width, s.hidden, bias=False)
@@ -191,6 +197,7 @@ class GatedDeltaNet(nn.Module):
         last rows, (N, w, C).
         """
         d = self.sizes
+        # b and a are one number a head: how much of a correction is written, how much is forgotten.
         mixed = self.in_proj_qkv(x)
         z = self.in_proj_z(x).unflatten(-1, (-1, d.value_dim))
         beta = self.in_proj_b(x).sigmoid()
@@ -205,6 +212,7 @@ class GatedDeltaNet(nn.Module):
         out, states = walk_sequences(q, k, v, g, beta, walk)
         if cache is not None:
             index, there = walk.tails
+            # Where a short prompt has no row, zeros, as the convolution reads them.
             rings = mixed[index] * there[..., None].to(mixed.dtype)
             cache.append((states, rings))
 
@@ -228,10 +236,13 @@ def walk_sequences(q, k, v, g, beta, walk: Walk) -> tuple[Tensor, Tensor]:
     """
     if walk.is_packed_order:
         return delta_rule(q, k, v, g, beta, walk.root_chunks)
+    # Copies of a prompt's last rows have no part in the rule.
     g = g.index_select(0, walk.tokens)
     beta = beta.index_select(0, walk.tokens)
     cut = (walk.root_tokens, len(q) - walk.root_tokens)
-    roots, leaves = zip(*(x.split(cut) for x in (q, k, v, g, beta)), strict=True)
+    # The walk has the roots' tokens first.
+    parts = [x.split(cut) for x in (q, k, v, g, beta)]
+    roots, leaves = zip(*parts, strict=True)
     root_out, states = delta_rule(*roots, walk.root_chunks)
     # A state that several go on from: a copy each, whose gradients sum in fp32, as all of it is.
     leaf_out, _ = delta_rule(*leaves, walk.leaf_chunks, states.index_select(0, walk.parents))

@@ -87,6 +87,11 @@ def ends_with_words(text: str, words: str) -> bool:
     return not begins_within
 
 
+def has_depth(example: Example) -> bool:
+    """Return whether any of an example's images comes with depth."""
+    return any(depth is not None for depth in example.depths or ())
+
+
 def truths(example: Example) -> list[tuple]:
     """Return (centre in its own image's camera frame, size) of every region, NaN where unknown.
 
@@ -448,7 +453,7 @@ class Processor:
         as_token = self.regions == "token" and any(example.regions for example in examples)
         used = {
             "region": as_token,
-            "points": any(any(d is not None for d in e.depths or ()) for e in examples),
+            "points": any(has_depth(example) for example in examples),
             "head3d": as_token and head and any(example.objects for example in examples),
         }
         consequences = {

@@ -213,7 +213,9 @@ class Optimizer:
                 # Not skipped: torch.optim would leave out its decay and its moments, on this rank
                 # only.
                 master.grad = torch.zeros_like(master)
-        replicated, sharded = ([master.grad for master in kind] for kind in self._by_kind())
+        replicated, sharded = self._by_kind()
+        replicated = [master.grad for master in replicated]
+        sharded = [master.grad for master in sharded]
         # FSDP2 has reduced the gradients of shards by itself.
         if dist.is_initialized():
             sum_over_replicas(replicated)

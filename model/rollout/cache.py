@@ -45,6 +45,7 @@ def default_slots(model, n: int, max_new_tokens: int, prompt: int = 1024) -> int
     """
     # The cache has two prompt rows for every n slots.
     tokens = max_new_tokens + 2 * prompt / n
+    # A slot's own, and its share of the prompts'.
     states = 1 + 2 / n
     slot = tokens * token_bytes(model) + states * state_bytes(model)
     slots = spare_bytes(model.device) // slot
@@ -69,7 +70,7 @@ def token_bytes(model) -> int:
 
 def state_bytes(model) -> int:
     """Return the bytes of one sequence's states in all gated delta layers."""
-    return sum(t.nbytes for pair in new_states(model, 1, "meta") for t in pair)
+    return sum(state.nbytes + ring.nbytes for state, ring in new_states(model, 1, "meta"))
 
 
 def new_states(model, count: int, device=None) -> list[tuple[Tensor, Tensor]]:
@@ -210,8 +211,9 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        states = [t for pair in (*self.prompts.states, *self.states) for t in pair]
-        return sum(t.nbytes for t in (*self.prompts.layers, *self.suffixes, *states))
+        keys_and_values = sum(t.nbytes for t in (*self.prompts.layers, *self.suffixes))
+        states = (*self.prompts.states, *self.states)
+        return keys_and_values + sum(state.nbytes + ring.nbytes for state, ring in states)
 
     def reset(self) -> None:
         self.prompts.reset()
