@@ -250,11 +250,11 @@ def test_from_files_to_a_training_step(everything, tmp_path):
 
     import train_sft
     from model.processor import Processor
-    from model.tiny import main as tiny
+    from model.tiny import write
 
     folder, sources = everything
     torch.set_num_threads(1)
-    tiny(tmp_path / "tiny", "qwen2_5_vl")
+    write("qwen2_5_vl", tmp_path / "tiny")
     # SPAR's rows have no rationale to learn
     teach = sources[1:]
     read = data.load(sources)

@@ -333,7 +333,7 @@ def test_targets_end_with_the_end_token_and_decode_to_the_text():
         assert p.decode(ids) == p.decode(ids[:-1]) == target(e) and "<think>" in target(e)
         assert (
             p.tokenizer.convert_tokens_to_ids("<think>") in p.tokenizer.added_tokens_decoder
-        ) == (family == "qwen3_vl")
+        ) == (family in ("qwen3_vl", "qwen3_5"))
 
 
 @pytest.mark.parametrize(
@@ -392,6 +392,7 @@ def test_banned_and_end_ids(tmp_path):
         want = never | {p.mask_id} | (set(range(rows)) - set(vocab.values()))
         assert set(p.banned.nonzero().flatten().tolist()) == want and len(p.banned) == rows
         assert p.end_ids == [vocab["<|im_end|>"], vocab["<|endoftext|>"]]
+    vocab = processor("qwen3_vl").tokenizer.get_vocab()
     one = edited(tmp_path / "one", "generation_config.json", lambda old: {"eos_token_id": 5})
     none = edited(tmp_path / "none", "generation_config.json", lambda old: {})
     assert (
