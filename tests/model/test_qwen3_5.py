@@ -1,8 +1,4 @@
-"""Qwen3.5: gated delta nets against transformers, packed without leaks, with shared prompts.
-
-Other codebases' leaks, each a test here: ms-swift#9565, slime#1686, lmms-engine#167, NeMo
-Automodel#2147, transformers#46093.
-"""
+"""Qwen3.5: gated delta nets against transformers, packed without leaks, with shared prompts."""
 
 import json
 import shutil
@@ -16,6 +12,7 @@ from tiny_checkpoint import checkpoint
 from tiny_models import make_qwen3_5
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from kernels.delta_rule import Chunks
 from model.batch import Batch
 from model.delta import Walk
 from model.files import CheckpointError
@@ -129,6 +126,32 @@ def test_no_state_crosses_between_packed_sequences(model):
     hook.remove()
     (grad,) = torch.autograd.grad(hidden[80:].square().sum(), inputs)
     assert (grad[:80] == 0).all() and (grad[80:] != 0).any(dim=1).all()
+
+
+LEAKS = {
+    "ms-swift#9565: the boundaries got lost": ("conv", "rule"),
+    "transformers#46093: position_ids alone don't separate": ("conv", "rule"),
+    "slime#1686: the convolution knew them, the rule didn't": ("rule",),
+    "lmms-engine#167: seq_idx wasn't passed to the convolution": ("conv",),
+    "NeMo Automodel#2147: a layer saw one sequence": ("conv", "rule"),
+}
+
+
+@pytest.mark.parametrize("leak", LEAKS)
+def test_each_leak_of_others_would_show(leak, model, monkeypatch):
+    """What these let cross the boundary, put back one by one, moves the second sequence."""
+    second = tokens(70, seed=5)
+
+    def hidden(seed):
+        return model.hidden(packed([(tokens(80, seed=seed), 0, None), (second, 0, None)]))[80:]
+
+    assert torch.equal(hidden(1), hidden(2))
+    if "conv" in LEAKS[leak]:
+        monkeypatch.setattr(Walk, "before", property(lambda walk: torch.arange(150)))
+    if "rule" in LEAKS[leak]:
+        one = Chunks([150], torch.device("cpu"))
+        monkeypatch.setattr(Walk, "root_chunks", property(lambda walk: one))
+    assert (hidden(1) - hidden(2)).abs().max() > 0.01
 
 
 def test_a_completion_reads_its_prompt_and_no_other_completion(model):
