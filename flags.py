@@ -87,12 +87,22 @@ def check(config) -> None:
         value = getattr(config, name)
         if bound is None or value is None:
             continue
-        numbers = value if isinstance(value, tuple) else (value,)
+        numbers = numbers_in(value)
         if not all(bound.holds(number) for number in numbers):
             typed = " ".join(str(number) for number in numbers)
             wrong.append(f"{flag(name)} {typed}: it has to be {bound}")
     if wrong:
         raise UserError("; ".join(wrong))
+
+
+def numbers_in(value) -> list:
+    """Return a number as a list, and all of a tuple's, also of a tuple of tuples."""
+    if not isinstance(value, tuple):
+        return [value]
+    numbers = []
+    for part in value:
+        numbers += numbers_in(part)
+    return numbers
 
 
 def flag(name: str) -> str:

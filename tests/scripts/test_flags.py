@@ -11,6 +11,7 @@ from dataclasses import fields
 import pytest
 from commands import ROOT, start
 
+import ask
 import eval as evaluation
 import flags
 import plan
@@ -25,6 +26,7 @@ SCRIPTS = {
     "train_sft.py": (train_sft, "--model m --data d --out o"),
     "train_rl.py": (train_rl, "--model m --data d --out o"),
     "eval.py": (evaluation, "--model m --data d"),
+    "ask.py": (ask, "--model m --image i --question q"),
     "plan.py": (plan, "--model m"),
     "report.py": (report, "--run r"),
     "-m data.scenes": (scenes, "--out o"),
