@@ -9,8 +9,12 @@ from hub import edit_json
 from published_sizes import published
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import checkpoint
-from tiny_models import make_qwen3_5
-from transformers import AutoConfig, AutoModelForImageTextToText
+from tiny_models import inputs, make_qwen3_5, reference_logits
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    Qwen3_5ForConditionalGeneration,
+)
 
 from kernels.delta_rule import Chunks
 from model.batch import Batch
@@ -189,6 +193,8 @@ def test_decays_stay_in_fp32(tmp_path):
     [
         (dict(output_gate_type="sigmoid"), "output_gate_type 'sigmoid'"),
         (dict(attn_output_gate=False), "attn_output_gate False"),
+        (dict(attention_bias=True), "attention_bias True"),
+        (dict(layer_types=["sliding_attention"] * 4), "layer_types sliding_attention"),
         (
             dict(
                 rope_parameters=dict(
@@ -208,6 +214,23 @@ def test_what_is_refused_by_name(change, words):
         setattr(config.text_config, name, value)
     with pytest.raises(ValueError, match=words):
         QwenVL(config)
+
+
+@pytest.mark.parametrize("head_dim", [24, 96, 256])
+def test_sections_that_are_missing_are_transformers(head_dim, tmp_path):
+    """It takes [11, 11, 10], cut where a head has fewer frequencies; images turn by all three."""
+    torch.manual_seed(0)
+    config = make_qwen3_5().config
+    config.text_config.head_dim = head_dim
+    config.text_config.rope_parameters = dict(
+        rope_type="default", rope_theta=1e4, partial_rotary_factor=0.25
+    )
+    reference = Qwen3_5ForConditionalGeneration(config).eval()
+    ours = load(reference, tmp_path)
+    batch = inputs("left")
+    keep = batch["attention_mask"].bool()
+    expected = reference_logits(reference, batch)
+    assert (ours.logits(**batch) - expected)[keep].abs().max() < 1e-4
 
 
 def test_layers_without_a_list_attend_every_fourth():
