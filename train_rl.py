@@ -143,6 +143,8 @@ class Config:
     # at most so many validation prompts, equally many of each path; 0: all
     eval_limit: CountOrZero = 256
     seed: Seed = 0  # order of the data, sampling noise
+    # so many groups of each path a step go to rollouts.jsonl, with text and advantages; 0: none
+    log_groups: CountOrZero = 1
     save_every: CountOrZero = 50  # steps between checkpoints; 0: only at the end
     keep: CountOrZero = 0  # so many of them stay such that --resume can go on from them; 0: all
     resume: bool = False  # go on from the newest whole checkpoint in --out
@@ -224,6 +226,7 @@ class Prompt:
     example: Example
     turn: int  # a turn has one prompt of each path
     occurrence: int = 0  # how often the step has asked the same before: other noise each time
+    number: int = 0  # which of its path's prompts in the step
     encoded: EncodedPrompt | None = None
 
 
@@ -262,7 +265,11 @@ class Group:
 
 
 def number_occurrences(prompts: list[Prompt]) -> None:
-    """Number the prompts that occur more than once in a step, in the order over all ranks."""
+    """Number a step's prompts, in the order over all ranks: within their path, and repeats."""
+    of_path = Counter()
+    for prompt in prompts:
+        prompt.number = of_path[prompt.example.path]
+        of_path[prompt.example.path] += 1
     examples = [prompt.example for prompt in prompts]
     for prompt, occurrence in zip(prompts, occurrences(examples), strict=True):
         prompt.occurrence = occurrence
@@ -415,6 +422,38 @@ def add_scores(metrics: Metrics, groups: list[Group], is_kept) -> None:
             cut=[not r.finished for r in group.rollouts],
             kept=is_kept(group),
         )
+
+
+def rollout_rows(step: int, groups: list[Group], count: int, is_kept) -> list[dict]:
+    """Return rollouts.jsonl's rows of a step: a completion each, of `count` groups of each path."""
+    rows = []
+    for group in groups:
+        if group.prompt.number >= count:
+            continue
+        example = group.example
+        completions = zip(group.rollouts, group.scores, group.advantages, strict=True)
+        for sample, (rollout, scores, advantage) in enumerate(completions):
+            rows.append(
+                {
+                    "step": step,
+                    "group": group.prompt.number,
+                    "sample": sample,
+                    "id": example.id,
+                    "path": example.path,
+                    "question": example.question,
+                    "truth": example.answer,
+                    "text": rollout.text,
+                    "tokens": rollout.tokens,
+                    "logprobs": [round(logprob, 4) for logprob in rollout.logprobs],
+                    "parts": dict(scores.parts),
+                    "total": scores.total,
+                    "advantage": advantage,
+                    "kept": is_kept(group),
+                    "finished": rollout.finished,
+                }
+            )
+    rows = ranks.gather(rows)
+    return sorted(rows, key=lambda row: (row["path"], row["group"], row["sample"]))
 
 
 def detects(example: Example) -> bool:
@@ -775,6 +814,9 @@ def train(
         slots=cfg.slots,
     )
     log = run.Log(cfg, done, columns_of(paths))
+    rollout_log = None
+    if cfg.log_groups:
+        rollout_log = folder.Rows(Path(cfg.out) / "rollouts.jsonl", done)
     first_columns = {}
     if held_out and done == 0:
         first_columns = {f"val0_{name}": value for name, value in validation().items()}
@@ -803,6 +845,8 @@ def train(
         # Advantages; the groups that teach; forward passes.
         add_advantages(rolled_out.groups, device, cfg.advantage or LOSSES[cfg.loss].advantage)
         add_scores(metrics, rolled_out.groups, is_kept)
+        if rollout_log:
+            rollout_log.append(rollout_rows(step + 1, rolled_out.groups, cfg.log_groups, is_kept))
         kept = [group for group in rolled_out.groups if is_kept(group)]
         clock.append(time.perf_counter())
         minibatches = []
@@ -850,11 +894,7 @@ def train(
         row["rollout_tokens_per_second"] = row["sampled_tokens"] / rollout
         row["update_tokens_per_second"] = row["tokens"] / updating if updates else None
         first_columns = {}
-        if not updates:
-            ranks.say(f"step {step + 1}: in no group do the accuracies differ: no update")
-        if row["truncated"] and row["truncated"] > 0.5:
-            share = f"{row['truncated']:.0%}"
-            ranks.say(f"step {step + 1}: {share} were cut: is --max-new-tokens too low?")
+        say_what_is_odd(row, bool(updates))
         if held_out and run.is_due(step + 1, cfg.eval_every, last=cfg.steps):
             row |= {f"val_{name}": value for name, value in validation().items()}
         log(row)
@@ -863,6 +903,15 @@ def train(
             rows = sampler.rows_until(step + 1)
             checkpoints.save(cfg, step + 1, rows, model, processor, optimizer, **same)
         interrupt.raise_if(signum, f"saved step-{step + 1:06d}; --resume goes on")
+
+
+def say_what_is_odd(row: dict, has_update: bool) -> None:
+    """Say what a step had that should not become a habit."""
+    if not has_update:
+        ranks.say(f"step {row['step']}: in no group do the accuracies differ: no update")
+    if row["truncated"] and row["truncated"] > 0.5:
+        share = f"{row['truncated']:.0%}"
+        ranks.say(f"step {row['step']}: {share} were cut: is --max-new-tokens too low?")
 
 
 def validation_prompts(examples: list[Example], limit: int) -> list[Prompt]:

@@ -150,10 +150,11 @@ def whole(home):
 
 
 def test_a_run_directory(whole):
-    for out in whole.values():
+    for script, out in whole.items():
         assert {p.name for p in out.iterdir()} == {
             "config.json",
             "metrics.jsonl",
+            *(["rollouts.jsonl"] if script == "rl" else []),
             "step-000002",
             "step-000004",
         }
