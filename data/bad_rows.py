@@ -88,7 +88,8 @@ def line(row: tuple) -> str:
 
 
 def shortened(reason: str) -> str:
-    """Leave out the middle of a long reason: a row's own values may have any length."""
+    """Return a reason as one line, without its middle if it is long: values may have any length."""
+    reason = " ".join(reason.split())
     if len(reason) <= LONGEST:
         return reason
     return f"{reason[: LONGEST - 100]} ... {reason[-80:]}"

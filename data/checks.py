@@ -315,6 +315,8 @@ def read_header(file: str, decode: bool) -> Header | str:
             return Header(*size, RELATIVE if relative else image.mode)
     except FileNotFoundError:
         return f"missing file: {file} (kind:path@image_root says where the images of a set lie)"
+    except PermissionError:
+        return f"no permission to read it: {file}"
     # Pillow raises all sorts of exceptions on bad bytes.
     except Exception as error:
         return f"corrupt file: {name_of(file)}: {error}"

@@ -103,9 +103,9 @@ def recognise(path: Path) -> str:
             if rows is not None:
                 path = rows
                 break
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         return "refcoco"
-    if path.suffix not in (".json", ".jsonl"):
+    if path.suffix.lower() not in (".json", ".jsonl"):
         raise MissingFile(
             f"{path}: neither a folder with rows.jsonl (a whole set) nor a .json or .jsonl file"
         )
@@ -113,7 +113,7 @@ def recognise(path: Path) -> str:
     if not start:
         return "llava"  # its reader names an empty file
     # One object is a single row, or a table of GBs: not to be read for this.
-    if path.suffix == ".json" and start == b"{":
+    if path.suffix.lower() == ".json" and start == b"{":
         kind = recognise_object(path)
         if kind is not None:
             return kind

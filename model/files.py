@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import huggingface_hub
+from PIL import Image
 from tokenizers import Regex, pre_tokenizers
 from transformers import AddedToken, AutoConfig, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -215,7 +216,7 @@ def image_settings(directory: Path) -> list[tuple[Path, dict, dict]]:
     if newer.is_file():
         content = read_json(newer)
         found.append((newer, content, content.get("image_processor")))
-    return [(path, content, settings) for path, content, settings in found if settings]
+    return [(path, content, settings) for path, content, settings in found if settings is not None]
 
 
 def read_image_processor(directory: Path) -> Qwen2VLImageProcessorPil:
@@ -237,6 +238,15 @@ def read_image_processor(directory: Path) -> Qwen2VLImageProcessorPil:
     for name, value in needed.items():
         if value is None:
             raise CheckpointError(f"{path}: no {name}; copy it from the original checkpoint")
+    try:
+        side = image_processor.patch_size * image_processor.merge_size
+        if image_processor.do_resize:
+            side += 1  # what has its size already is not resized
+        image_processor(Image.new("RGB", (side, side)))
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{path}: {str(error).strip().splitlines()[0]}; copy it from the original checkpoint"
+        ) from error
     return image_processor
 
 
@@ -350,7 +360,10 @@ def read_chat_template(directory: Path, own: str | dict | None) -> str | dict[st
         if default is None:
             names = ", ".join(template)
             raise CheckpointError(f"{directory}: chat templates {names}, and none named default")
-    if not isinstance(default, str) or not default.strip():
+    if default is not None and not isinstance(default, str):
+        kind = type(default).__name__
+        raise CheckpointError(f"{directory}: its chat template is a {kind}, and no text")
+    if default is None or not default.strip():
         raise CheckpointError(f"{directory}: no chat_template.jinja, nor an older form of it")
     return template
 
