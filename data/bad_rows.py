@@ -1,6 +1,7 @@
 """Rows that can't be used, said so that a thousand of them don't fill the screen."""
 
 import os
+import re
 from pathlib import Path
 
 from errors import UserError
@@ -89,7 +90,7 @@ def line(row: tuple) -> str:
 
 def shortened(reason: str) -> str:
     """Return a reason as one line, without its middle if it is long: values may have any length."""
-    reason = " ".join(reason.split())
+    reason = re.sub(r"\s*\n\s*", " ", reason.strip())
     if len(reason) <= LONGEST:
         return reason
     return f"{reason[: LONGEST - 100]} ... {reason[-80:]}"
