@@ -167,8 +167,12 @@ def read_config(directory: Path):
     path = directory / "config.json"
     check_adapter(directory)
     if not path.is_file():
+        # A trainer's folder of checkpoints, or the hub's of snapshots.
+        inside = [*directory.glob("*/config.json"), *directory.glob("*/*/config.json")]
+        newest = max(inside, key=lambda path: path.stat().st_mtime, default=None)
+        hint = f"; did you mean {newest.parent}?" if newest else ""
         raise CheckpointError(
-            f"{directory}: no config.json, so no checkpoint in the Hugging Face layout"
+            f"{directory}: no config.json, so no checkpoint in the Hugging Face layout{hint}"
         )
     # transformers would quantise even whole weights by it.
     quantised = read_json(path).get("quantization_config")
@@ -238,6 +242,13 @@ def read_image_processor(directory: Path) -> Qwen2VLImageProcessorPil:
     for name, value in needed.items():
         if value is None:
             raise CheckpointError(f"{path}: no {name}; copy it from the original checkpoint")
+    resample = image_processor.resample
+    # transformers takes any text for bilinear.
+    if isinstance(resample, str):
+        raise CheckpointError(
+            f"{path}: resample {resample!r} is no filter's number (3 is bicubic);"
+            " copy it from the original checkpoint"
+        )
     try:
         side = image_processor.patch_size * image_processor.merge_size
         if image_processor.do_resize:

@@ -261,6 +261,10 @@ class Processor:
                 f"{example.id}: {count} <mask> in the {what}, {masks} wanted (one a region)"
             )
 
+    def check_template(self) -> None:
+        """Raise CheckpointError where the chat template has no place for an image."""
+        self._turn_ids("?<image>", images=1)
+
     def _turn_ids(self, text: str, images: int) -> np.ndarray:
         """Tokenize a user turn by the checkpoint's template, with one placeholder an image.
 
