@@ -88,7 +88,8 @@ def checkpoint_of(source: str, say=note) -> str:
         return str(source)
     for step in reversed(steps):
         # A step that keeps its trainer/ no more has been whole.
-        if missing_file(step) is None or not (step / "trainer").exists():
+        without_state = (step / "config.json").is_file() and not (step / "trainer").exists()
+        if without_state or missing_file(step) is None:
             say(f"{source}: a run; its newest whole checkpoint is {step.name}")
             return str(step)
     raise CheckpointError(
@@ -330,7 +331,14 @@ def read_tokenizer(directory: Path, rows: int, regions: str = "token"):
 
 def load_tokenizer(directory: Path):
     """Return transformers' tokenizer, which cuts text as its family does in every version."""
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # what the libraries raise on bad files has no common type
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise CheckpointError(
+            f"{directory}: its tokenizer can't be read ({reason}); copy tokenizer.json and"
+            " tokenizer_config.json from the original checkpoint"
+        ) from error
     family = FAMILIES.get(read_json(directory / "config.json").get("model_type"))
     if family is not None and family.pretokenizer is not None:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer(family.pretokenizer)

@@ -292,7 +292,7 @@ class Processor:
         turn = self.encode(re.sub(r"<think>(\s*</think>)?\s*$", "", rendered))
         places = int((turn == self.image_token_id).sum())
         if places != images:
-            reason = f"{places} places for {images} images"
+            reason = f"{places} places for {images} images, of token {self.image_token_id}"
             raise CheckpointError(f"{self.files}: {BAD_TEMPLATE} ({reason})")
         return turn
 

@@ -179,7 +179,10 @@ BAD_TEMPLATES = {
     "of other text": ("{{ messages[0].content.strip() }}", r"none for images; .*'strip'"),
     "that refuses": ("{{ raise_exception('no lists') }}", r"none for images; .*\(no lists\)"),
     "torn": ("{% for m in messages %}", "none for images; .*endfor"),
-    "without a place for images": (TEMPLATE, r"none for images; .*\(0 places for 1 images\)"),
+    "without a place for images": (
+        TEMPLATE,
+        r"none for images; .*\(0 places for 1 images, of token \d+\)",
+    ),
     "a list": (named(default=TEMPLATE), "its chat template is a list, and no text"),
 }
 
@@ -194,6 +197,14 @@ def test_a_template_that_can_not_show_images_is_named(case, tmp_path):
     if case.startswith("without"):
         with pytest.raises(CheckpointError, match=words):
             Processor.from_pretrained(folder)([example()])
+
+
+@pytest.mark.parametrize("text", ["{}", '{"model": {}, "added_tokens": []}'])
+def test_a_tokenizer_that_can_not_be_read_is_named(text, tmp_path):
+    shutil.copytree(checkpoint("qwen3_vl"), tmp_path / "m")
+    (tmp_path / "m" / "tokenizer.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"m: its tokenizer can't be read [^\n]*$"):
+        Processor.from_pretrained(tmp_path / "m")
 
 
 @pytest.mark.parametrize("end", ["5", ["<|im_end|>"], 10**6, -1, True, 5.0])
@@ -621,6 +632,7 @@ def test_a_runs_directory_means_its_newest_whole_step(tmp_path, capfd):
     step(run, 3)
     step(run, 4, torn=True)
     (run / "step-000005.partial").mkdir()
+    (run / "step-000006").mkdir()
     capfd.readouterr()
     assert QwenVL.from_pretrained(run).origin.directory == run / "step-000003"
     assert Processor.from_pretrained(run).files == run / "step-000003"
