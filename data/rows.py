@@ -205,7 +205,7 @@ def records(file: Path) -> Iterator[tuple[int, dict | Bad]]:
                 yield number, Bad("row", f"wrong type: {row!r:.60} is no JSON object")
     except ValueError as error:
         # A damaged array: rows behind this place can't be told apart.
-        yield number + 1, Bad("row", f"unreadable: {error}")
+        yield number + 1, Bad("row", f"unreadable from here on: {error}")
         return
     if number == 0:
         yield 0, Bad("row", "empty file")
@@ -434,9 +434,9 @@ def matrix(file: Path) -> list | None:
     try:
         found = np.loadtxt(file, ndmin=2)
     except ValueError as error:
-        raise Bad("image", f"no matrix in {file}: {error}") from error
+        raise Bad("image", f"no matrix: {file}: {error}") from error
     if found.shape not in ((3, 3), (4, 4)) or not np.isfinite(found).all():
-        raise Bad("image", f"no matrix in {file}: its shape is {found.shape}, or it isn't finite")
+        raise Bad("image", f"no matrix: {file}: its shape is {found.shape}, or it isn't finite")
     return found.tolist()
 
 
