@@ -71,9 +71,12 @@ def open_source(source: str) -> Iterator[Row]:
     root = None
     if "@" in path and not os.path.exists(path):
         path, _, root = path.rpartition("@")
+    # Behind a colon no shell does it.
+    path = os.path.expanduser(path)
     if not os.path.exists(path):
         raise MissingFile(f"no such file or folder: {path} (of source {source!r})")
     if root is not None:
+        root = os.path.expanduser(root)
         if not os.path.isdir(root):
             raise MissingFile(
                 f"no such folder of images: {root} (what stands behind the @ of {source!r})"

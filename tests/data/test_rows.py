@@ -404,6 +404,18 @@ def test_the_bad_rows_of_a_source_named_twice_come_once(two_sets):
     assert [e.id for e in data.load([one, one], skip_bad_rows=True)] == ["a", "a"]
 
 
+def test_a_home_is_found_and_a_mixture_may_begin_with_a_mark(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    picture(tmp_path / "images" / "0.png")
+    write(tmp_path / "set" / "c.json", chat("<image>What?", "That.", image="0.png"))
+    source = "llava:~/set/c.json@~/images"
+    mixture = tmp_path / "mixture.toml"
+    mixture.write_bytes(b'\xef\xbb\xbf[[source]]\r\ndata = "' + source.encode() + b'"\r\n')
+    (example,) = data.load([source])
+    assert example.images == [str(tmp_path / "images" / "0.png")]
+    assert data.load([mixture]) == [example]
+
+
 def test_every_path_that_is_not_there_is_named(two_sets):
     one, _ = two_sets
     with pytest.raises(UserError, match="nowhere.*elsewhere"):
