@@ -157,7 +157,7 @@ def check_mentions(example):
         return
     for mention in example.objects:
         # An answer's mention stands in brackets of the answer's own, without blanks around it.
-        if mention != mention.strip() or (mention[0], mention[-1]) == ("(", ")"):
+        if mention != mention.strip() or (mention[:1], mention[-1:]) == ("(", ")"):
             yield "objects", f"blanks or brackets around a mention: {mention!r}"
             return
     texts = example.question.split("<mask>")[:-1]
