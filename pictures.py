@@ -188,7 +188,7 @@ def to_eight_bits(image: Image.Image) -> Image.Image:
     """Scale a grey image of 16 bits, of which Pillow would clip all above 255 to white."""
     values = np.asarray(image)
     if image.mode != "I" or values.max() > 255:
-        values = values >> 8
+        values = (values >> 8).clip(0, 255)
     return Image.fromarray(values.astype(np.uint8))
 
 

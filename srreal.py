@@ -376,7 +376,7 @@ NUMERAL = rf"[+\u2212-]?(?:{GROUPED}|{UNSIGNED})"
 NUMBER = re.compile(rf"({NUMERAL}){UNIT}")
 # What may stand around the number of a truth: one word before it and one behind. An answer has to
 # do without, or it could hedge.
-BEFORE = "about|around|approximately|approx|roughly|nearly|almost|~|≈"
+BEFORE = r"about|around|approximately|approx\.?|roughly|nearly|almost|~|≈"
 BEHIND = "away|apart|far|wide|tall|high|long|deep|thick|across"
 TRUE_NUMBER = re.compile(
     rf"(?:(?ai:{BEFORE})\s*)?(?P<number>{NUMBER.pattern})(?:\s+(?ai:{BEHIND})\.?)?"

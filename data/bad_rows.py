@@ -1,6 +1,7 @@
 """Rows that can't be used, said so that a thousand of them don't fill the screen."""
 
 import os
+import re
 from pathlib import Path
 
 from errors import UserError
@@ -88,7 +89,8 @@ def line(row: tuple) -> str:
 
 
 def shortened(reason: str) -> str:
-    """Leave out the middle of a long reason: a row's own values may have any length."""
+    """Return a reason as one line, without its middle if it is long: values may have any length."""
+    reason = re.sub(r"\s*\n\s*", " ", reason.strip())
     if len(reason) <= LONGEST:
         return reason
     return f"{reason[: LONGEST - 100]} ... {reason[-80:]}"

@@ -30,6 +30,7 @@ CONTROL = re.compile(r"<\|(?!(?:object_ref|box|quad)_)\w+\|>")
 # Centres are compared with depth maps, which have to be decoded for it, in all rows of sets of so
 # many files, and in as large a share of the rows of larger ones.
 COMPARED = 400
+LARGEST = 100  # metres of an object
 
 
 def check(example: Example, headers: Headers, seen: set) -> list[tuple[str, str]]:
@@ -144,6 +145,8 @@ def check_numbers(example):
     for mention, size in (example.sizes or {}).items():
         if size and not (is_finite(size) and min(size) > 0):
             yield "sizes", f"not finite and positive: {mention}: {size}"
+        elif size and max(size) > LARGEST:
+            yield "sizes", f"above {LARGEST} m, so in millimetres?: {mention}: {size}"
     if example.frame is not None and not 0 <= example.frame < count:
         yield "frame", f"no such view: {example.frame} of {count}"
 
@@ -152,6 +155,11 @@ def check_mentions(example):
     """Check that the question speaks of every object, and one region at least shows one."""
     if not example.objects:
         return
+    for mention in example.objects:
+        # An answer's mention stands in brackets of the answer's own, without blanks around it.
+        if mention != mention.strip() or (mention[:1], mention[-1:]) == ("(", ")"):
+            yield "objects", f"blanks or brackets around a mention: {mention!r}"
+            return
     texts = example.question.split("<mask>")[:-1]
     if is_lone_mark(example, texts):
         return
@@ -315,6 +323,8 @@ def read_header(file: str, decode: bool) -> Header | str:
             return Header(*size, RELATIVE if relative else image.mode)
     except FileNotFoundError:
         return f"missing file: {file} (kind:path@image_root says where the images of a set lie)"
+    except PermissionError:
+        return f"no permission to read it: {file}"
     # Pillow raises all sorts of exceptions on bad bytes.
     except Exception as error:
         return f"corrupt file: {name_of(file)}: {error}"

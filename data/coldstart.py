@@ -360,7 +360,9 @@ def questions(cfg: Config) -> list[Example]:
         loaded = {(e.id, e.path): e for e in data.load(cfg.data, cfg.skip_bad_rows)}.values()
     except data.BadRows as bad:
         told = bad.told(cfg.out)
-        raise UserError(f"{told}\n(--skip-bad-rows goes on without them)") from bad
+        if not cfg.skip_bad_rows:
+            told += "\n(--skip-bad-rows goes on without them)"
+        raise UserError(told) from bad
     asked = [with_frame(e) for e in loaded if e.path in ("lor", "dtr")]
     examples = [e for e in asked if is_teachable(e, e.path)]
     left_out = len(asked) - len(examples)

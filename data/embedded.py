@@ -14,6 +14,7 @@ from data.rows import Bad
 
 # data:image/png;base64,iVBOR...
 DATA_URI = re.compile(r"data:([^,]{0,200}),", re.IGNORECASE)
+URL = re.compile(r"[a-z][a-z0-9]+://", re.IGNORECASE)
 # No file's path is as long: so a text is the base64 of an image without its header.
 LONGEST_PATH = 4096
 
@@ -23,6 +24,8 @@ def image_of(name: str, base: str, field: str = "image") -> str | Marked:
     header = DATA_URI.match(name)
     if header:
         return decode(name[header.end() :], header[1], field)
+    if URL.match(name):
+        raise Bad(field, f"a URL and no file: {name}: images are not downloaded")
     if len(name) > LONGEST_PATH:
         return decode(name, "base64", field)
     return os.path.join(base, name)
@@ -42,7 +45,10 @@ def decode(text: str, header: str, field: str) -> Marked:
         # Of a PNG this also checks that all of it is there.
         Image.open(io.BytesIO(content)).verify()
     except Exception as error:  # Pillow raises all sorts on bad bytes
-        reason = f"{type(error).__name__}" if len(str(error)) > 80 else error
+        # Pillow names the stream in memory, by its address.
+        reason = str(error).partition(" <_io")[0]
+        if len(reason) > 80:
+            reason = type(error).__name__
         raise Bad(field, f"broken data URI: {about(text)}: {reason}") from error
     return Marked(content)
 

@@ -17,7 +17,8 @@ from errors import UserError
 # #a.json#, a.bak.json), half-written files, and what systems leave.
 LEFTOVER = re.compile(
     r"\..*|~\$.*|.*~|#.*#|.*\.(?:bak|tmp|swp|orig|part|partial|crdownload)(?:\.\w+)?"
-    r"|__MACOSX|__pycache__|Thumbs\.db|desktop\.ini|\$RECYCLE\.BIN|lost\+found",
+    r"|__MACOSX|__pycache__|Thumbs\.db|desktop\.ini|\$RECYCLE\.BIN|lost\+found|@eaDir"
+    r"|System Volume Information",
     re.IGNORECASE,
 )
 
@@ -41,7 +42,7 @@ class Found:
 
 def like(paths: list[str], patterns: tuple[str, ...]) -> Iterator[Path]:
     # One expression for all, as there may be millions of files.
-    fits = re.compile("|".join(map(fnmatch.translate, patterns))).match
+    fits = re.compile("|".join(map(fnmatch.translate, patterns)), re.IGNORECASE).match
     for path in paths:
         if fits(os.path.basename(path)):
             yield Path(path)
@@ -95,13 +96,16 @@ class Walker:
                     self.found.leftovers.append(entry.path)
                 elif entry.is_symlink():
                     self.keep_link(entry)
-                elif not entry.is_dir():
+                elif entry.is_file():
                     self.found.files.append(entry.path)
+                elif not entry.is_dir():  # a pipe, say: whoever reads it waits for ever
+                    self.found.leftovers.append(entry.path)
                 elif self.enter(entry.path, os.path.join(real_folder, entry.name)):
                     folders.append(entry.path)
 
     def keep_link(self, entry: os.DirEntry) -> None:
-        if entry.is_dir():
+        # Not the entry's own method, which fails at links that lead to each other.
+        if os.path.isdir(entry.path):
             heapq.heappush(self.folder_links, entry.path)
         else:
             self.file_links.append(entry.path)
@@ -127,7 +131,7 @@ class Walker:
     def add_file(self, link: str) -> None:
         """Add the file that a link leads to, unless it was found under its own name."""
         real = os.path.realpath(link)
-        if not os.path.exists(real):
+        if not os.path.isfile(real):
             self.found.dead_links.append(link)
             return
         # Where downloads are kept by their hashes, only the links have the files' endings.

@@ -125,7 +125,7 @@ def make_part(source: str, options: dict) -> Part:
 def read_mixture(file: str) -> list[Part]:
     """Return the parts that a .toml file lists."""
     try:
-        mixture = tomllib.loads(Path(file).read_text())
+        mixture = tomllib.loads(Path(file).read_text("utf-8-sig"))
     except (ValueError, OSError) as error:
         raise BadSource(f"{file}: {error}") from error
     entries = mixture.get("source")

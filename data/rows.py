@@ -127,7 +127,8 @@ def set_name(file: Path) -> str:
         names.append(folder.name)
         if folder.name not in GENERIC_FOLDERS:
             break
-    return "/".join(reversed(names))
+    # A name may hold bytes that are no text, which an id can't.
+    return "/".join(reversed(names)).encode(errors="replace").decode()
 
 
 def each(path: Path, suffixes: tuple, build: Callable) -> Iterator[Row]:
@@ -204,7 +205,7 @@ def records(file: Path) -> Iterator[tuple[int, dict | Bad]]:
                 yield number, Bad("row", f"wrong type: {row!r:.60} is no JSON object")
     except ValueError as error:
         # A damaged array: rows behind this place can't be told apart.
-        yield number + 1, Bad("row", f"unreadable: {error}")
+        yield number + 1, Bad("row", f"unreadable from here on: {error}")
         return
     if number == 0:
         yield 0, Bad("row", "empty file")
@@ -214,14 +215,15 @@ def json_values(file: Path) -> Iterator[tuple[int, object]]:
     """Yield (number from 1, value): an array's elements, the single object, or of each line."""
     if first_byte(file) == b"[":
         yield from enumerate(elements(file), 1)
-    elif file.suffix == ".json":
+    elif file.suffix.lower() == ".json":
         yield from single_object(file)
     else:
         yield from json_lines(file)
 
 
-# White space, and the byte order mark that some editors put in front.
-BLANK = b"\xef\xbb\xbf \t\r\n\f\v"
+# The byte order mark that some editors put in front.
+BOM = b"\xef\xbb\xbf"
+BLANK = BOM + b" \t\r\n\f\v"
 
 
 def first_byte(file: Path) -> bytes:
@@ -258,6 +260,9 @@ def single_object(file: Path) -> Iterator[tuple[int, object]]:
 def elements(file: Path, prefix: str = "item") -> Iterator:
     """Yield the elements of an array as they come: tens of GB pass through a few MB."""
     with open(file, "rb") as stream:
+        # ijson knows no byte order mark.
+        if stream.read(len(BOM)) != BOM:
+            stream.seek(0)
         # use_float: ijson's numbers are Decimals otherwise.
         try:
             yield from ijson.items(stream, prefix, use_float=True)
@@ -429,9 +434,9 @@ def matrix(file: Path) -> list | None:
     try:
         found = np.loadtxt(file, ndmin=2)
     except ValueError as error:
-        raise Bad("image", f"no matrix in {file}: {error}") from error
+        raise Bad("image", f"no matrix: {file}: {error}") from error
     if found.shape not in ((3, 3), (4, 4)) or not np.isfinite(found).all():
-        raise Bad("image", f"no matrix in {file}: its shape is {found.shape}, or it isn't finite")
+        raise Bad("image", f"no matrix: {file}: its shape is {found.shape}, or it isn't finite")
     return found.tolist()
 
 

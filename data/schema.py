@@ -46,7 +46,7 @@ class OwnRow(BaseModel):
 
 def own_rows(path: Path, root: str | None) -> Iterator[Row]:
     file = path / "rows.jsonl" if path.is_dir() else path
-    if file.suffix != ".jsonl" or not file.is_file():
+    if file.suffix.lower() != ".jsonl" or not file.is_file():
         raise MissingFile(
             f"{path}: neither a folder with rows.jsonl (a whole set) nor a .jsonl file"
         )

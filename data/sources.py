@@ -71,9 +71,12 @@ def open_source(source: str) -> Iterator[Row]:
     root = None
     if "@" in path and not os.path.exists(path):
         path, _, root = path.rpartition("@")
+    # Behind a colon no shell does it.
+    path = os.path.expanduser(path)
     if not os.path.exists(path):
         raise MissingFile(f"no such file or folder: {path} (of source {source!r})")
     if root is not None:
+        root = os.path.expanduser(root)
         if not os.path.isdir(root):
             raise MissingFile(
                 f"no such folder of images: {root} (what stands behind the @ of {source!r})"
@@ -103,9 +106,9 @@ def recognise(path: Path) -> str:
             if rows is not None:
                 path = rows
                 break
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         return "refcoco"
-    if path.suffix not in (".json", ".jsonl"):
+    if path.suffix.lower() not in (".json", ".jsonl"):
         raise MissingFile(
             f"{path}: neither a folder with rows.jsonl (a whole set) nor a .json or .jsonl file"
         )
@@ -113,7 +116,7 @@ def recognise(path: Path) -> str:
     if not start:
         return "llava"  # its reader names an empty file
     # One object is a single row, or a table of GBs: not to be read for this.
-    if path.suffix == ".json" and start == b"{":
+    if path.suffix.lower() == ".json" and start == b"{":
         kind = recognise_object(path)
         if kind is not None:
             return kind

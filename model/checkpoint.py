@@ -293,8 +293,10 @@ def check_weights(
             " the embedding; is its tie_word_embeddings of these weights?"
         )
     if missing:
+        instead = f", and has {listed(surplus)} instead" if surplus else ""
         raise CheckpointError(
-            f"{directory}: the checkpoint lacks {listed(missing)}; is config.json of these weights?"
+            f"{directory}: the checkpoint lacks {listed(missing)}{instead}; is config.json of these"
+            " weights?"
         )
     if surplus:
         raise CheckpointError(

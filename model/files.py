@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import huggingface_hub
+from PIL import Image
 from tokenizers import Regex, pre_tokenizers
 from transformers import AddedToken, AutoConfig, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -87,7 +88,8 @@ def checkpoint_of(source: str, say=note) -> str:
         return str(source)
     for step in reversed(steps):
         # A step that keeps its trainer/ no more has been whole.
-        if missing_file(step) is None or not (step / "trainer").exists():
+        without_state = (step / "config.json").is_file() and not (step / "trainer").exists()
+        if without_state or missing_file(step) is None:
             say(f"{source}: a run; its newest whole checkpoint is {step.name}")
             return str(step)
     raise CheckpointError(
@@ -166,8 +168,12 @@ def read_config(directory: Path):
     path = directory / "config.json"
     check_adapter(directory)
     if not path.is_file():
+        # A trainer's folder of checkpoints, or the hub's of snapshots.
+        inside = [*directory.glob("*/config.json"), *directory.glob("*/*/config.json")]
+        newest = max(inside, key=lambda path: path.stat().st_mtime, default=None)
+        hint = f"; did you mean {newest.parent}?" if newest else ""
         raise CheckpointError(
-            f"{directory}: no config.json, so no checkpoint in the Hugging Face layout"
+            f"{directory}: no config.json, so no checkpoint in the Hugging Face layout{hint}"
         )
     # transformers would quantise even whole weights by it.
     quantised = read_json(path).get("quantization_config")
@@ -215,7 +221,7 @@ def image_settings(directory: Path) -> list[tuple[Path, dict, dict]]:
     if newer.is_file():
         content = read_json(newer)
         found.append((newer, content, content.get("image_processor")))
-    return [(path, content, settings) for path, content, settings in found if settings]
+    return [(path, content, settings) for path, content, settings in found if settings is not None]
 
 
 def read_image_processor(directory: Path) -> Qwen2VLImageProcessorPil:
@@ -237,6 +243,22 @@ def read_image_processor(directory: Path) -> Qwen2VLImageProcessorPil:
     for name, value in needed.items():
         if value is None:
             raise CheckpointError(f"{path}: no {name}; copy it from the original checkpoint")
+    resample = image_processor.resample
+    # transformers takes any text for bilinear.
+    if isinstance(resample, str):
+        raise CheckpointError(
+            f"{path}: resample {resample!r} is no filter's number (3 is bicubic);"
+            " copy it from the original checkpoint"
+        )
+    try:
+        side = image_processor.patch_size * image_processor.merge_size
+        if image_processor.do_resize:
+            side += 1  # what has its size already is not resized
+        image_processor(Image.new("RGB", (side, side)))
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{path}: {str(error).strip().splitlines()[0]}; copy it from the original checkpoint"
+        ) from error
     return image_processor
 
 
@@ -309,7 +331,14 @@ def read_tokenizer(directory: Path, rows: int, regions: str = "token"):
 
 def load_tokenizer(directory: Path):
     """Return transformers' tokenizer, which cuts text as its family does in every version."""
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # what the libraries raise on bad files has no common type
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise CheckpointError(
+            f"{directory}: its tokenizer can't be read ({reason}); copy tokenizer.json and"
+            " tokenizer_config.json from the original checkpoint"
+        ) from error
     family = FAMILIES.get(read_json(directory / "config.json").get("model_type"))
     if family is not None and family.pretokenizer is not None:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer(family.pretokenizer)
@@ -350,7 +379,10 @@ def read_chat_template(directory: Path, own: str | dict | None) -> str | dict[st
         if default is None:
             names = ", ".join(template)
             raise CheckpointError(f"{directory}: chat templates {names}, and none named default")
-    if not isinstance(default, str) or not default.strip():
+    if default is not None and not isinstance(default, str):
+        kind = type(default).__name__
+        raise CheckpointError(f"{directory}: its chat template is a {kind}, and no text")
+    if default is None or not default.strip():
         raise CheckpointError(f"{directory}: no chat_template.jinja, nor an older form of it")
     return template
 

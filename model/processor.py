@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 
 import srreal
 from model.batch import Batch, Prompt, Region, mrope_positions, pack
@@ -58,6 +59,10 @@ BOX_2D = re.compile(r"<2d_box>((?:[0-9.]+,){3}[0-9.]+)</2d_box>")
 # Han).
 LETTER = re.compile(r"[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]|-")
 UNKNOWN = (np.nan, np.nan, np.nan)
+BAD_TEMPLATE = (
+    "its chat template is none for images; copy the original checkpoint's chat_template.json or"
+    " chat_template.jinja"
+)
 
 
 # ---- What is known about a region
@@ -153,13 +158,17 @@ class Processor:
         text_config.vocab_size = rows
         self.image_token_id = self.config.image_token_id
         self._read_special_tokens()
+        # Before any row is read: many templates know texts alone.
+        self._turn_ids("?", images=0)
 
         image_processor = read_image_processor(files)
         self.image_processor = image_processor
         self.is_resized = max_pixels is not None
         self.max_pixels = max_pixels or image_processor.size["longest_edge"]
-        # An upper bound below the lower one would be no bound.
-        min_pixels = min(image_processor.size["shortest_edge"], self.max_pixels)
+        min_pixels = image_processor.size["shortest_edge"]
+        if self.is_resized:
+            # An upper bound below the lower one would be no bound.
+            min_pixels = min(min_pixels, self.max_pixels)
         image_processor.size = {"shortest_edge": min_pixels, "longest_edge": self.max_pixels}
         self.levels = byte_levels(image_processor)
         self.decoder = ImageDecoder(image_processor, self.max_pixels)
@@ -177,6 +186,13 @@ class Processor:
         if end is None or end == []:  # 0 is an id
             end = eos
         self.end_ids = list(end) if isinstance(end, list) else [end]
+        rows = self.config.get_text_config().vocab_size
+        for end in self.end_ids:
+            if not (type(end) is int and 0 <= end < rows):
+                raise CheckpointError(
+                    f"{generation}: eos_token_id {end!r} is no token's id (nor does the tokenizer"
+                    " say what ends a turn); copy the original file"
+                )
         self.end_id = eos if eos in self.end_ids else self.end_ids[0]
         if self.family.turn_end in vocab:
             # Some checkpoints come without a generation_config.json, and with another eos.
@@ -184,7 +200,6 @@ class Processor:
             if self.end_id not in self.end_ids:
                 self.end_ids.append(self.end_id)
 
-        rows = self.config.get_text_config().vocab_size
         # Rows that no token has, and what would open an image. The ban doesn't enter log-probs.
         self.banned = torch.ones(rows, dtype=torch.bool)
         self.banned[[i for i in vocab.values() if i < rows]] = False
@@ -246,6 +261,10 @@ class Processor:
                 f"{example.id}: {count} <mask> in the {what}, {masks} wanted (one a region)"
             )
 
+    def check_template(self) -> None:
+        """Raise CheckpointError where the chat template has no place for an image."""
+        self._turn_ids("?<image>", images=1)
+
     def _turn_ids(self, text: str, images: int) -> np.ndarray:
         """Tokenize a user turn by the checkpoint's template, with one placeholder an image.
 
@@ -261,13 +280,21 @@ class Processor:
             content.append({"type": "text", "text": part})
         content = [item for item in content if item.get("text") != ""]
         chat = [{"role": "user", "content": content}]
-        # Qwen3.8 writes a system turn about the effort of reasoning unless thinking is off.
-        rendered = self.tokenizer.apply_chat_template(
-            chat, tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
+        try:
+            # Qwen3.8 writes a system turn about the effort of reasoning unless thinking is off.
+            rendered = self.tokenizer.apply_chat_template(
+                chat, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+        except (TemplateError, TypeError) as error:  # TypeError: it glues texts together
+            raise CheckpointError(f"{self.files}: {BAD_TEMPLATE} ({error})") from error
         # A template may open <think> itself, or write an empty block: our paths begin with their
         # own first tag.
-        return self.encode(re.sub(r"<think>(\s*</think>)?\s*$", "", rendered))
+        turn = self.encode(re.sub(r"<think>(\s*</think>)?\s*$", "", rendered))
+        places = int((turn == self.image_token_id).sum())
+        if places != images:
+            reason = f"{places} places for {images} images, of token {self.image_token_id}"
+            raise CheckpointError(f"{self.files}: {BAD_TEMPLATE} ({reason})")
+        return turn
 
     # ---- Prompts
 

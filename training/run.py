@@ -59,7 +59,10 @@ def end_in_words(main: Callable, cfg, name: str) -> None:
         main(cfg)
     except data.BadRows as bad:
         told = bad.told(cfg.out or "out")
-        end(f"{name}: {told}\n(--skip-bad-rows goes on without them)", 2)
+        # Where it is given already, no row is left.
+        if not cfg.skip_bad_rows:
+            told += "\n(--skip-bad-rows goes on without them)"
+        end(f"{name}: {told}", 2)
     except FloatingPointError as error:
         end(f"{name}: {error}; nothing was updated; {what_is_saved(cfg)} (with a lower --lr?)", 1)
     except (RuntimeError, MemoryError) as error:
@@ -186,6 +189,8 @@ def load_processor(
     processor = Processor.from_pretrained(
         source, max_pixels=cfg.max_pixels, regions=cfg.regions, workers=workers or 0
     )
+    if any(example.images for example in examples):
+        processor.check_template()
     if examples:
         for sentence in processor.untrained_parts(examples, learning, head):
             ranks.say(sentence)

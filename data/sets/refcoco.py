@@ -43,7 +43,7 @@ OPTIONAL = {"file_name": str, "image": str | dict, "question_id": str | int}
 def refcoco_rows(path: Path, root: str | None) -> Iterator[Row]:
     """Yield a Row for each expression of the files that a path stands for. root: of the images."""
     notes = Notes()
-    in_parquet = path.suffix == ".parquet" or (
+    in_parquet = path.suffix.lower() == ".parquet" or (
         path.is_dir() and any(walk(path).files_like("*.parquet"))
     )
     suffixes = (".parquet",) if in_parquet else (".json", ".jsonl")

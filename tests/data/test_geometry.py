@@ -226,6 +226,21 @@ BAD = {  # mistake: (changes, field, what is said, among it both numbers and the
         "objects",
         ["not in the question: 'red bbox'; the nearest mention is 'blue bbox'"],
     ),
+    "a mention that no answer can say": (
+        {"objects": {"red bbox ": CENTRE}, "sizes": None},
+        "objects",
+        ["blanks or brackets around a mention: 'red bbox '"],
+    ),
+    "a mention in brackets": (
+        {"objects": {"(red bbox)": CENTRE}, "sizes": None},
+        "objects",
+        ["blanks or brackets around a mention: '(red bbox)'"],
+    ),
+    "a size in millimetres": (
+        {"sizes": {"red bbox": (500.0, 400.0, 300.0)}},
+        "sizes",
+        ["above 100 m, so in millimetres?: red bbox: (500.0, 400.0, 300.0)"],
+    ),
     "no mention at all": (
         {"question": "How far?", "regions": []},
         "objects",

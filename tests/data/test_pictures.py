@@ -169,6 +169,14 @@ def test_sixteen_bits_are_scaled_from_every_source(tmp_path):
         assert np.array_equal(got, np.repeat(wanted[..., None], 3, 2)), name
 
 
+def test_what_is_beyond_sixteen_bits_is_white():
+    values = np.array([[65535, 70_000], [2**31 - 1, -5]], np.int32)
+    assert np.asarray(read_picture(Image.fromarray(values)))[..., 0].tolist() == [
+        [255, 255],
+        [255, 0],
+    ]
+
+
 def test_a_bad_picture_is_named_in_one_short_line(tmp_path):
     half = content(noise(400, 400), "PNG")[:2000]
     (tmp_path / "half.png").write_bytes(half)

@@ -14,6 +14,7 @@ from PIL import Image
 
 import data
 from data import benchmarks
+from data.bad_rows import shortened
 from data.folders import walk
 from errors import UserError
 
@@ -76,6 +77,8 @@ def linked(tmp_path):
     (store / "far" / "above").symlink_to(tmp_path)
     (folder / "alone.jsonl").symlink_to(store / "alone" / "alone.jsonl")  # a file alone
     (folder / "gone").symlink_to(tmp_path / "nowhere")
+    (folder / "round.json").symlink_to(folder / "and-round.json")  # files in a circle
+    (folder / "and-round.json").symlink_to(folder / "round.json")
     return folder
 
 
@@ -87,7 +90,7 @@ def test_links_to_folders_are_followed_once(linked, capsys):
     assert len(read) == 3 and str(linked / "real" / "0.png") in {e.images[0] for e in read}
     assert data.load([linked]) == read  # recognised
     said = capsys.readouterr().out
-    assert f"{linked}: skipped 1 links that lead nowhere (gone)" in said
+    assert f"{linked}: skipped 3 links that lead nowhere (and-round.json, gone, round.json)" in said
 
 
 def test_walking_equals_find_where_there_are_no_links(tmp_path):
@@ -112,6 +115,8 @@ LEFTOVERS = [
     "sub/.hidden.json",
     "sub/.DS_Store",
     "sub/Thumbs.db",
+    "@eaDir/chat.json",
+    "System Volume Information/chat.json",
 ]
 
 
@@ -131,6 +136,26 @@ def test_what_editors_and_systems_leave_is_no_data_and_is_said(tmp_path, capsys)
     picture(below / "0.png")
     write(below / "chat.json", chat("<image>What?", "That.", image="0.png"))
     assert len(data.load([below])) == 1
+
+
+def test_endings_in_capitals_are_read_and_pipes_are_not(tmp_path, capsys):
+    picture(tmp_path / "0.png")
+    for name in ("a.JSON", "b.Jsonl", "c.json"):
+        write(tmp_path / name, chat("<image>What?", "That.", image="0.png"))
+    os.mkfifo(tmp_path / "pipe.json")  # whoever opens it waits for ever
+    assert len(data.load([f"llava:{tmp_path}"])) == len(data.load([tmp_path])) == 3
+    assert "skipped 1 hidden files, or copies that editors and systems leave (pipe.json)" in (
+        capsys.readouterr().out
+    )
+    assert len(data.load([tmp_path / "a.JSON"])) == 1
+
+
+def test_a_name_that_is_no_text_gives_an_id_that_is(tmp_path):
+    picture(tmp_path / "0.png")
+    name = os.fsdecode(b"caf\xe9.json")
+    write(tmp_path / name, chat("<image>What?", "That.", image="0.png"))
+    (example,) = data.load([f"llava:{tmp_path}"])
+    assert "caf?" in example.id and example.id.encode()
 
 
 def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
@@ -187,6 +212,9 @@ def test_blank_lines_pass_and_count(tmp_path, end, mark):
         data.load([file])
     assert [row[1:3] for row in error.value.rows] == [(6, "row")]
     file.write_bytes(mark + end.join(lines[:5] + lines[6:]).encode())
+    assert [e.id for e in data.load([file])] == ["1", "2"]
+    # An array, as well.
+    file.write_bytes(mark + json.dumps([own("1"), own("2")]).replace(", ", f",{end}").encode())
     assert [e.id for e in data.load([file])] == ["1", "2"]
     file.write_bytes(mark + (end * 3).encode())
     with pytest.raises(data.BadRows, match="empty file"):
@@ -249,6 +277,7 @@ def test_regions_lie_on_an_image_of_the_row_itself(tmp_path):
         ("data:image/png;base64,", "broken data URI"),
         ("x" * 800_000, "broken data URI"),
         ("data:text/plain,hello", "broken data URI"),
+        ("https://example.org/a.png", "a URL and no file: .* images are not downloaded"),
         ("images/" + "x" * 3000 + ".png", "missing file|corrupt file"),
     ],
 )
@@ -259,6 +288,7 @@ def test_a_broken_image_in_a_row_is_named_shortly(tmp_path, text, why, kind):
     with pytest.raises(data.BadRows, match=why) as error:
         data.load([f"{kind}:{file}"])
     assert [row[:2] for row in error.value.rows] == [(str(file), 1)]
+    assert "BytesIO" not in str(error.value)
     assert len(str(error.value)) < 1000 and max(map(len, error.value.rows[0][2:])) < 450
 
 
@@ -374,6 +404,18 @@ def test_the_bad_rows_of_a_source_named_twice_come_once(two_sets):
     assert [e.id for e in data.load([one, one], skip_bad_rows=True)] == ["a", "a"]
 
 
+def test_a_home_is_found_and_a_mixture_may_begin_with_a_mark(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    picture(tmp_path / "images" / "0.png")
+    write(tmp_path / "set" / "c.json", chat("<image>What?", "That.", image="0.png"))
+    source = "llava:~/set/c.json@~/images"
+    mixture = tmp_path / "mixture.toml"
+    mixture.write_bytes(b'\xef\xbb\xbf[[source]]\r\ndata = "' + source.encode() + b'"\r\n')
+    (example,) = data.load([source])
+    assert example.images == [str(tmp_path / "images" / "0.png")]
+    assert data.load([mixture]) == [example]
+
+
 def test_every_path_that_is_not_there_is_named(two_sets):
     one, _ = two_sets
     with pytest.raises(UserError, match="nowhere.*elsewhere"):
@@ -410,6 +452,7 @@ def test_few_bad_rows_leave_no_file(tmp_path):
 def test_many_reasons_fill_no_screen(tmp_path):
     rows = [("a.jsonl", k, "row", f"reason {k % 150}: of row {k}") for k in range(1000)]
     bad = data.BadRows(rows)
+    assert shortened("lexical error:\n      [1\n    ^\n") == "lexical error: [1 ^"
     assert len(str(bad).splitlines()) < 30 and len(bad.summary(2000)) < 500
     (tmp_path / "file").write_text("")
     assert "could not be written" in bad.told(tmp_path / "file")

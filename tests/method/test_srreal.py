@@ -847,6 +847,7 @@ def test_kinds_of_truth():
         ("2.4 meters away", ("2.4", "240 cm"), ("2.5 m",), ("2.4 m or 3 m", "about 2.4 m", "far")),
         ("about 3 feet tall.", ("3 ft", "36 in"), ("1 m",), ("around 3 feet", "3 feet high")),
         ("~ 5", ("5",), ("5.5",), ("~5.5",)),
+        ("Approx. 2 m", ("2",), ("2.1 m",), ("approx. 2.1 m",)),
         ("rotate_left:\u221230°", ("rotate_right:30",), ("rotate_right:28°",), ("30°",)),
         ("1,234,567", ("1234567",), (), ("1234,567", "1,234567", "01,234,567")),
     ],

@@ -174,6 +174,47 @@ def test_named_templates(tmp_path):
         Processor.from_pretrained(folder)
 
 
+BAD_TEMPLATES = {
+    "of texts alone": (TEXT_ONLY, r"none for images; .*\(can only concatenate str"),
+    "of other text": ("{{ messages[0].content.strip() }}", r"none for images; .*'strip'"),
+    "that refuses": ("{{ raise_exception('no lists') }}", r"none for images; .*\(no lists\)"),
+    "torn": ("{% for m in messages %}", "none for images; .*endfor"),
+    "without a place for images": (
+        TEMPLATE,
+        r"none for images; .*\(0 places for 1 images, of token \d+\)",
+    ),
+    "a list": (named(default=TEMPLATE), "its chat template is a list, and no text"),
+}
+
+
+@pytest.mark.parametrize("case", list(BAD_TEMPLATES))
+def test_a_template_that_can_not_show_images_is_named(case, tmp_path):
+    template, words = BAD_TEMPLATES[case]
+    folder = published("qwen2_5_vl", tmp_path / "m")
+    edit_json(folder / "chat_template.json", chat_template=template)
+    with pytest.raises(CheckpointError, match=words + r"[^\n]*$"):
+        Processor.from_pretrained(folder).check_template()
+    if case.startswith("without"):
+        with pytest.raises(CheckpointError, match=words):
+            Processor.from_pretrained(folder)([example()])
+
+
+@pytest.mark.parametrize("text", ["{}", '{"model": {}, "added_tokens": []}'])
+def test_a_tokenizer_that_can_not_be_read_is_named(text, tmp_path):
+    shutil.copytree(checkpoint("qwen3_vl"), tmp_path / "m")
+    (tmp_path / "m" / "tokenizer.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"m: its tokenizer can't be read [^\n]*$"):
+        Processor.from_pretrained(tmp_path / "m")
+
+
+@pytest.mark.parametrize("end", ["5", ["<|im_end|>"], 10**6, -1, True, 5.0])
+def test_an_end_token_that_is_none_is_named(end, tmp_path):
+    shutil.copytree(checkpoint("qwen3_vl"), tmp_path / "m")
+    edit_json(tmp_path / "m" / "generation_config.json", eos_token_id=end)
+    with pytest.raises(CheckpointError, match=r"generation_config.json: eos_token_id .* no token"):
+        Processor.from_pretrained(tmp_path / "m")
+
+
 # ---- weights ----
 
 
@@ -442,6 +483,7 @@ SETTINGS = {
         min_pixels=64 * 64,
         max_pixels=64 * 96,
     ),
+    "upper bound below the lower": dict(size={"shortest_edge": 64 * 96, "longest_edge": 64 * 64}),
     "null": dict(min_pixels=None, max_pixels=None, do_rescale=None),
 }
 
@@ -488,6 +530,13 @@ def test_unresized_images_have_to_fit_the_patches(tmp_path):
         (dict(size="large"), "size"),
         (dict(size={"min_pixels": 64, "max_pixels": 640}), "size.shortest_edge"),
         (dict(image_mean=None), "image_mean"),
+        (dict(image_mean=[0.5], image_std=[0.5]), "mean must have 3 elements"),
+        (dict(resample="bicubic"), "resample 'bicubic' is no filter"),
+        (dict(resample=9), "resampling filter"),
+        (dict(max_pixels="6144"), "str"),
+        (dict(rescale_factor="1/255"), "multiply"),
+        (dict(size={"shortest_edge": 0, "longest_edge": 6144}), "shortest_edge"),
+        (dict(patch_size=None), "NoneType"),
     ],
 )
 def test_image_settings_that_transformers_can_not_use_are_named(changes, named, tmp_path):
@@ -562,6 +611,14 @@ def step(run, number: int, torn: bool = False) -> None:
         (folder / "model.safetensors").write_bytes(b"x")
 
 
+def test_a_folder_around_checkpoints_says_which_was_meant(tmp_path):
+    for place in ("trainer/checkpoint-500", "hub/snapshots/0a1b"):
+        shutil.copytree(checkpoint("qwen3_vl"), tmp_path / place)
+        folder = tmp_path / place.partition("/")[0]
+        with pytest.raises(CheckpointError, match=f"did you mean {tmp_path / place}[?]$"):
+            QwenVL.from_pretrained(folder)
+
+
 def test_a_runs_directory_means_its_newest_whole_step(tmp_path, capfd):
     run = tmp_path / "run"
     run.mkdir()
@@ -575,6 +632,7 @@ def test_a_runs_directory_means_its_newest_whole_step(tmp_path, capfd):
     step(run, 3)
     step(run, 4, torn=True)
     (run / "step-000005.partial").mkdir()
+    (run / "step-000006").mkdir()
     capfd.readouterr()
     assert QwenVL.from_pretrained(run).origin.directory == run / "step-000003"
     assert Processor.from_pretrained(run).files == run / "step-000003"
