@@ -130,7 +130,10 @@ def finish(aside: Path, final: Path, record: dict, keep: int) -> None:
     write_state(aside, record)
     model_files.replace(aside, final)
     if keep:
-        for old in step_folders(final.parent)[:-keep]:
+        steps = step_folders(final.parent)
+        # Behind it stand incomplete ones alone: the run went on from one before them.
+        up_to_this = steps[: steps.index(final) + 1]
+        for old in up_to_this[:-keep]:
             shutil.rmtree(old / "trainer", ignore_errors=True)
 
 

@@ -210,7 +210,7 @@ def resolve_auto_settings(cfg, config, device: torch.device, world: int, **sizes
         memory = machine.memory() / local_world / 1e9
     least = -ranks.all_reduce([-memory], "MAX")[0]  # all ranks have to choose alike
     wanted = plan.Config(
-        "",
+        cfg.model,
         local_world,
         least,
         train=cfg.train,
