@@ -383,6 +383,14 @@ def join_repeated(arguments: list[str], config: type) -> list[str]:
     return words
 
 
+def say_interrupted(kind: type, error: BaseException, trace) -> None:
+    """Say that Ctrl-C ended a command, in place of the traceback of what it was importing."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+    elif os.environ.get("RANK", "0") == "0":
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+
+
 def parse(
     config: type[T],
     doc: str,
@@ -395,6 +403,7 @@ def parse(
     recorded: returns the defaults that a run in --out has recorded, None for the Config's own.
     """
     name = Path(sys.argv[0]).name
+    sys.excepthook = say_interrupted
     args = join_repeated(sys.argv[1:] if args is None else args, config)
     is_first = os.environ.get("RANK", "0") == "0"
     try:

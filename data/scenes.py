@@ -54,10 +54,12 @@ def main(config: Config) -> None:
     """Render a set. rows.jsonl appears last: a set that was cut off has none."""
     rows = config.out / "rows.jsonl"
     part = config.out / "rows.jsonl.part"
-    with writing(config.out):
+    try:
         for folder in ("images", "depth"):
             (config.out / folder).mkdir(parents=True, exist_ok=True)
         rows.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {config.out}: {error}") from error
     # Ctrl-C is this process's to answer.
     workers = Pool(config.workers, signal.signal, (signal.SIGINT, signal.SIG_IGN))
     # A scene depends on (seed, index) alone, and imap keeps the order: so not on the workers.

@@ -24,7 +24,7 @@ from srreal import Example
 from training import checkpoints, folder, interrupt, ranks
 from training.interrupt import Interrupted, Interrupts
 
-MEMORY_FLAGS = ("micro_tokens", "slots", "max_pixels")
+MEMORY_FLAGS = ("micro_tokens", "slots", "max_new_tokens", "max_pixels")
 
 
 # ---- The command line
