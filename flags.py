@@ -6,14 +6,13 @@ imports torch, which takes seconds: --help and a wrong flag are answered at once
 is imported here.
 """
 
-import os
-import sys
+import python_version  # noqa: F401
 
-if sys.version_info < (3, 11):
-    print(f"Python 3.11 or newer is needed; this is {sys.version.split()[0]}", file=sys.stderr)
-    sys.exit(2)
+# isort: split
 
 import math
+import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields

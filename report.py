@@ -14,6 +14,10 @@ whose answer training changed, and one that it gets wrong. That is a tour, not a
 are in the table. The page's markup is in report/*.html and report/style.css.
 """
 
+import python_version  # noqa: F401
+
+# isort: split
+
 import base64
 import hashlib
 import io

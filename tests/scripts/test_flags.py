@@ -238,8 +238,11 @@ def test_help_and_a_wrong_flag_need_no_torch(script, line, without_torch):
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3
 
 
-def test_an_old_python_is_told_so():
-    code = "import sys; sys.version_info = (3, 10, 9); import flags"
+@pytest.mark.parametrize("module", ["flags", "data", "report"])
+def test_an_old_python_is_told_so(module):
+    # Nothing is installed for it, either.
+    code = "import sys; sys.version_info = (3, 10, 9); sys.modules['numpy'] = None; import "
+    code += module
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("Python 3.11 or newer is needed; this is 3.")
