@@ -95,7 +95,6 @@ if __name__ == "__main__":
     cfg = flags.parse(Config, __doc__)
 
 import numpy as np
-import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
@@ -506,7 +505,7 @@ def answer_all(
     bar.close()
     ranks.raise_together(problem)
 
-    for row in gathered(rows):
+    for row in ranks.gather(rows):
         done[row["id"], row["path"]] = row
     rows = []
     if rank == 0:
@@ -539,15 +538,6 @@ def answer_chunk(
         head = next(heads) if example.regions else []
         box = true_box(example, processor)
         yield answer_row(example, rollout, head, constants[example.task], box)
-
-
-def gathered(rows: list) -> list:
-    """Return all ranks' rows on rank 0, [] on the others."""
-    if not dist.is_initialized():
-        return rows
-    parts = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(rows, parts)
-    return sum(parts or [], [])
 
 
 # ---- A benchmark's own table

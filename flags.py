@@ -86,12 +86,22 @@ def check(config) -> None:
         value = getattr(config, name)
         if bound is None or value is None:
             continue
-        numbers = value if isinstance(value, tuple) else (value,)
+        numbers = numbers_in(value)
         if not all(bound.holds(number) for number in numbers):
             typed = " ".join(str(number) for number in numbers)
             wrong.append(f"{flag(name)} {typed}: it has to be {bound}")
     if wrong:
         raise UserError("; ".join(wrong))
+
+
+def numbers_in(value) -> list:
+    """Return a number as a list, and all of a tuple's, also of a tuple of tuples."""
+    if not isinstance(value, tuple):
+        return [value]
+    numbers = []
+    for part in value:
+        numbers += numbers_in(part)
+    return numbers
 
 
 def flag(name: str) -> str:
@@ -160,7 +170,7 @@ PEERS: dict[str, tuple[tuple[str, ...], str]] = {
     "clip-ratio": (("clip_low",), "and --clip-high"),
     "delta": (("dual_clip",), ""),
     "loss-type": (("loss",), ""),
-    "scale-rewards": ((), "advantages are divided by the group's std"),
+    "scale-rewards": (("advantage",), "std, none or batch"),
     "max-completion-length": (("max_new_tokens",), ""),
     "max-response-length": (("max_new_tokens",), ""),
     "max-tokens": (("max_new_tokens", "micro_tokens"), ""),
@@ -252,11 +262,10 @@ PEERS: dict[str, tuple[tuple[str, ...], str]] = {
     "num-return-sequences": (("group",), ""),
     "init-kl-coef": (("kl",), ""),
     "kl-penalty": (("kl",), "it is k3"),
-    "entropy-coef": ((), "there is no entropy bonus; the entropy is logged"),
-    "entropy-coeff": ((), "there is no entropy bonus; the entropy is logged"),
-    "adv-estimator": ((), "it is GRPO's; see --loss"),
-    "advantage-estimator": ((), "it is GRPO's; see --loss"),
-    "mask-truncated-completions": ((), "truncated completions are trained on, and earn nothing"),
+    "entropy-coeff": (("entropy_coef",), ""),
+    "adv-estimator": (("advantage", "loss"), "and --loss"),
+    "advantage-estimator": (("advantage", "loss"), "and --loss"),
+    "mask-truncated-completions": (("mask_truncated",), ""),
     "top-k": (("top_p",), "or --temperature"),
     "min-p": (("top_p",), "or --temperature"),
     "do-sample": (("temperature",), "0 is greedy"),

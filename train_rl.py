@@ -10,6 +10,8 @@ completions of each.
     r = srreal.score(text, example).total          A = (r - mean) / (std + 1e-6) in the group
     loss = policy loss(log p, A) + kl * k3(ref)    over completion tokens of kept groups
 
+--loss and --advantage choose other papers' (docs/papers.md has the flags of eight).
+
 A group is kept if the accuracies in it differ (--filter accuracy): where all are right or all
 wrong, only noise in the smaller parts would be learnt. Three policies stand beside the one that
 learns:
@@ -46,7 +48,7 @@ Departures from the paper and the official code:
 
  4. Sampling is not cut (top_p 1; theirs .99), and the sampler's own log-probs correct the loss.
     Completions that were cut at --max-new-tokens are trained on as they are: ill-formed, they earn
-    nothing.
+    nothing (--mask-truncated leaves them out).
 
  5. One set of weights samples and trains; theirs keeps the prompts' embeddings from a frozen copy.
 
@@ -97,8 +99,14 @@ class Config:
     top_p: ShareAboveZero = 1.0
     rules: Literal["strict", "official"] = "strict"  # of scoring
     filter: Literal["accuracy", "none"] = "accuracy"  # which groups are trained on
-    # a name of LOSSES in kernels/policy_loss.py: dapo, grpo, dr_grpo, gspo, cispo
+    # a name of LOSSES in kernels/policy_loss.py: dapo, grpo, dr_grpo, gspo, cispo, sapo
     loss: str = "dapo"
+    # what advantages are divided by: the std of their group, nothing, or the std of all completions
+    # of the step; None: what the loss's paper has (dr_grpo: none)
+    advantage: Literal["std", "none", "batch"] | None = None
+    # completions that were cut at --max-new-tokens count in their group, but aren't trained on
+    mask_truncated: bool = False
+    entropy_coef: PositiveOrZero = 0.0  # weight of an entropy bonus in the loss; 0: none
     # the loss's Triton kernel on CUDA; --no-fused-loss: its PyTorch reference
     fused_loss: bool = True
     kl: PositiveOrZero = 0.01  # weight of the k3 KL to the reference policy; 0: no reference
@@ -135,6 +143,8 @@ class Config:
     # at most so many validation prompts, equally many of each path; 0: all
     eval_limit: CountOrZero = 256
     seed: Seed = 0  # order of the data, sampling noise
+    # so many groups of each path a step go to rollouts.jsonl, with text and advantages; 0: none
+    log_groups: CountOrZero = 1
     save_every: CountOrZero = 50  # steps between checkpoints; 0: only at the end
     keep: CountOrZero = 0  # so many of them stay such that --resume can go on from them; 0: all
     resume: bool = False  # go on from the newest whole checkpoint in --out
@@ -158,7 +168,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kernels.policy_loss import LOSSES, policy_loss
+from kernels.policy_loss import LOSSES, aggregate, policy_loss
 from kernels.rewards import rewards_and_advantages
 from model.batch import Batch
 from model.batch import Prompt as EncodedPrompt
@@ -216,6 +226,7 @@ class Prompt:
     example: Example
     turn: int  # a turn has one prompt of each path
     occurrence: int = 0  # how often the step has asked the same before: other noise each time
+    number: int = 0  # which of its path's prompts in the step
     encoded: EncodedPrompt | None = None
 
 
@@ -254,7 +265,11 @@ class Group:
 
 
 def number_occurrences(prompts: list[Prompt]) -> None:
-    """Number the prompts that occur more than once in a step, in the order over all ranks."""
+    """Number a step's prompts, in the order over all ranks: within their path, and repeats."""
+    of_path = Counter()
+    for prompt in prompts:
+        prompt.number = of_path[prompt.example.path]
+        of_path[prompt.example.path] += 1
     examples = [prompt.example for prompt in prompts]
     for prompt, occurrence in zip(prompts, occurrences(examples), strict=True):
         prompt.occurrence = occurrence
@@ -360,10 +375,11 @@ def finite_score(text: str, example: Example, rules: str) -> Scores:
     return Scores(0.0)
 
 
-def add_advantages(groups: list[Group], device: torch.device) -> None:
-    """Fill in advantages, and whether the accuracies of a group differ: one launch on CUDA."""
-    if not groups:
-        return
+def add_advantages(groups: list[Group], device: torch.device, scale: str = "std") -> None:
+    """Fill in advantages, and whether the accuracies of a group differ: one launch on CUDA.
+
+    Collective where scale is "batch": that is the std over all ranks, of which the kernel sees one.
+    """
     parts = []
     weights = []
     starts = [0]
@@ -372,16 +388,27 @@ def add_advantages(groups: list[Group], device: torch.device) -> None:
         for scores in group.scores:
             parts.append(list(scores.parts.values()))
         starts.append(len(parts))
-    _, advantages, keep = rewards_and_advantages(
-        torch.tensor(parts, dtype=torch.float64, device=device),
-        torch.tensor(weights, dtype=torch.float64, device=device),
+    total, advantages, keep = rewards_and_advantages(
+        torch.tensor(parts, dtype=torch.float64, device=device).view(-1, len(REWARDS)),
+        torch.tensor(weights, dtype=torch.float64, device=device).view(-1, len(REWARDS)),
         torch.tensor(starts, device=device),
         accuracy_column=list(REWARDS).index("accuracy"),
+        scale="none" if scale == "batch" else scale,
     )
+    if scale == "batch":
+        advantages = advantages / (std_over_ranks(total.tolist()) + 1e-6)
     advantages = advantages.tolist()
     for group, differs, start, end in zip(groups, keep.tolist(), starts, starts[1:], strict=False):
         group.advantages = advantages[start:end]
         group.differs = differs
+
+
+def std_over_ranks(values: list[float]) -> float:
+    """Return the unbiased standard deviation of all ranks' values. Collective."""
+    count, total = ranks.all_reduce([len(values), sum(values)])
+    mean = total / max(count, 1)
+    (squares,) = ranks.all_reduce([sum((value - mean) ** 2 for value in values)])
+    return math.sqrt(squares / max(count - 1, 1))
 
 
 def add_scores(metrics: Metrics, groups: list[Group], is_kept) -> None:
@@ -395,6 +422,38 @@ def add_scores(metrics: Metrics, groups: list[Group], is_kept) -> None:
             cut=[not r.finished for r in group.rollouts],
             kept=is_kept(group),
         )
+
+
+def rollout_rows(step: int, groups: list[Group], count: int, is_kept) -> list[dict]:
+    """Return rollouts.jsonl's rows of a step: a completion each, of `count` groups of each path."""
+    rows = []
+    for group in groups:
+        if group.prompt.number >= count:
+            continue
+        example = group.example
+        completions = zip(group.rollouts, group.scores, group.advantages, strict=True)
+        for sample, (rollout, scores, advantage) in enumerate(completions):
+            rows.append(
+                {
+                    "step": step,
+                    "group": group.prompt.number,
+                    "sample": sample,
+                    "id": example.id,
+                    "path": example.path,
+                    "question": example.question,
+                    "truth": example.answer,
+                    "text": rollout.text,
+                    "tokens": rollout.tokens,
+                    "logprobs": [round(logprob, 4) for logprob in rollout.logprobs],
+                    "parts": dict(scores.parts),
+                    "total": scores.total,
+                    "advantage": advantage,
+                    "kept": is_kept(group),
+                    "finished": rollout.finished,
+                }
+            )
+    rows = ranks.gather(rows)
+    return sorted(rows, key=lambda row: (row["path"], row["group"], row["sample"]))
 
 
 def detects(example: Example) -> bool:
@@ -450,21 +509,27 @@ def pack(
     groups: list[Group],
     processor: Processor,
     paths: list[str],
-    micro_tokens: int,
+    cfg: Config,
     world: int,
     device: torch.device,
 ) -> list[MicroBatch]:
-    """Pack groups into forward passes of about `micro_tokens`, equally many on every rank."""
+    """Pack groups into forward passes of about --micro-tokens, equally many on every rank."""
     pieces = []
     lengths = []
     for group in groups:
         prompt_tokens = len(group.prompt.encoded.ids)
-        completions = [len(r.tokens) for r in group.rollouts]
-        for part in pack_by_tokens(completions, micro_tokens - prompt_tokens):
-            pieces.append(Piece(group.prompt, group.rollouts[part], group.advantages[part]))
+        rollouts = []
+        advantages = []
+        for rollout, advantage in zip(group.rollouts, group.advantages, strict=True):
+            if rollout.finished or not cfg.mask_truncated:
+                rollouts.append(rollout)
+                advantages.append(advantage)
+        completions = [len(r.tokens) for r in rollouts]
+        for part in pack_by_tokens(completions, cfg.micro_tokens - prompt_tokens):
+            pieces.append(Piece(group.prompt, rollouts[part], advantages[part]))
             lengths.append(prompt_tokens + sum(completions[part]))
     microbatches = []
-    for part in pack_by_tokens(lengths, micro_tokens):
+    for part in pack_by_tokens(lengths, cfg.micro_tokens):
         microbatches.append(make_microbatch(pieces[part], processor, paths, world, device))
     return equalize_passes(
         microbatches, lambda: make_microbatch([], processor, paths, world, device)
@@ -564,29 +629,13 @@ def update(
     tokens, sequences = ranks.all_reduce([tokens, sequences])
     if tokens == 0:
         return None
-    per_token = LOSSES[cfg.loss].divided_by == "tokens"
+    denominator = tokens if LOSSES[cfg.loss].divided_by == "tokens" else sequences
     loss_sum = 0.0
     for mb in synced_passes(model, microbatches):
         logprob, entropy = forward(model, mb, cfg.temperature, images)
         if mb.old_logprob is None:
             mb.old_logprob = logprob.detach()
-        loss, loss_metrics = policy_loss(
-            logprob,
-            mb.old_logprob,
-            mb.advantage,
-            mb.cu_seqlens,
-            kind=cfg.loss,
-            clip_low=cfg.clip_low,
-            clip_high=cfg.clip_high,
-            dual_clip=cfg.dual_clip or None,
-            ref_logprob=mb.ref_logprob,
-            kl=cfg.kl,
-            rollout_logprob=mb.rollout_logprob,
-            rollout_cap=cfg.rollout_cap,
-            max_tokens=cfg.max_new_tokens,
-            denominator=tokens if per_token else sequences,
-            fused=cfg.fused_loss,
-        )
+        loss, loss_metrics = loss_of(cfg, mb, logprob, entropy, denominator)
         loss.backward()
         loss_sum += loss.item()
         add_tokens(metrics, mb, logprob, entropy, loss_metrics)
@@ -594,6 +643,36 @@ def update(
     lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup, cfg.schedule)
     grad_norm = optimizer.step(lr, cfg.clip_norm, loss_sum, name=f"step {step + 1}")
     return loss_sum, grad_norm
+
+
+def loss_of(
+    cfg: Config, mb: MicroBatch, logprob: Tensor, entropy: Tensor, denominator: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss of a pass by the flags, and its metrics.
+
+    denominator: tokens or sequences of all ranks' passes.
+    """
+    loss, metrics = policy_loss(
+        logprob,
+        mb.old_logprob,
+        mb.advantage,
+        mb.cu_seqlens,
+        kind=cfg.loss,
+        clip_low=cfg.clip_low,
+        clip_high=cfg.clip_high,
+        dual_clip=cfg.dual_clip or None,
+        ref_logprob=mb.ref_logprob,
+        kl=cfg.kl,
+        rollout_logprob=mb.rollout_logprob,
+        rollout_cap=cfg.rollout_cap,
+        max_tokens=cfg.max_new_tokens,
+        denominator=denominator,
+        fused=cfg.fused_loss,
+    )
+    if cfg.entropy_coef:
+        bonus = aggregate(entropy, mb.cu_seqlens, cfg.loss, cfg.max_new_tokens, denominator)
+        loss = loss - cfg.entropy_coef * bonus
+    return loss, metrics
 
 
 @torch.no_grad()
@@ -620,6 +699,10 @@ def add_logprobs(
 def doubts(cfg: Config) -> list[str]:
     """Return what is odd, though not wrong, about the flags, a sentence each."""
     found = []
+    clips = [name for name in ("clip_low", "clip_high") if getattr(cfg, name) is not None]
+    unused = {"sapo": clips, "cispo": [name for name in clips if name == "clip_low"]}
+    for name in unused.get(cfg.loss, []):
+        found.append(f"{flags.flag(name)} does nothing with --loss {cfg.loss}")
     if cfg.updates == 1 and (cfg.clip_low or cfg.clip_high):
         found.append("--clip-low and --clip-high never act with --updates 1: no ratio leaves 1")
     if cfg.tries > 1 and cfg.filter == "none":
@@ -731,6 +814,9 @@ def train(
         slots=cfg.slots,
     )
     log = run.Log(cfg, done, columns_of(paths))
+    rollout_log = None
+    if cfg.log_groups:
+        rollout_log = folder.Rows(Path(cfg.out) / "rollouts.jsonl", done)
     first_columns = {}
     if held_out and done == 0:
         first_columns = {f"val0_{name}": value for name, value in validation().items()}
@@ -757,14 +843,16 @@ def train(
         clock.append(time.perf_counter())
 
         # Advantages; the groups that teach; forward passes.
-        add_advantages(rolled_out.groups, device)
+        add_advantages(rolled_out.groups, device, cfg.advantage or LOSSES[cfg.loss].advantage)
         add_scores(metrics, rolled_out.groups, is_kept)
+        if rollout_log:
+            rollout_log.append(rollout_rows(step + 1, rolled_out.groups, cfg.log_groups, is_kept))
         kept = [group for group in rolled_out.groups if is_kept(group)]
         clock.append(time.perf_counter())
         minibatches = []
         for u in range(cfg.updates):
             share = [group for group in kept if group.prompt.turn % cfg.updates == u]
-            minibatches.append(pack(share, processor, paths, cfg.micro_tokens, world, device))
+            minibatches.append(pack(share, processor, paths, cfg, world, device))
 
         # Log-probs of the reference and, before several updates, of the policy itself.
         ranks.phase(f"step {step + 1}, log-probs")
@@ -806,11 +894,7 @@ def train(
         row["rollout_tokens_per_second"] = row["sampled_tokens"] / rollout
         row["update_tokens_per_second"] = row["tokens"] / updating if updates else None
         first_columns = {}
-        if not updates:
-            ranks.say(f"step {step + 1}: in no group do the accuracies differ: no update")
-        if row["truncated"] and row["truncated"] > 0.5:
-            share = f"{row['truncated']:.0%}"
-            ranks.say(f"step {step + 1}: {share} were cut: is --max-new-tokens too low?")
+        say_what_is_odd(row, bool(updates))
         if held_out and run.is_due(step + 1, cfg.eval_every, last=cfg.steps):
             row |= {f"val_{name}": value for name, value in validation().items()}
         log(row)
@@ -819,6 +903,15 @@ def train(
             rows = sampler.rows_until(step + 1)
             checkpoints.save(cfg, step + 1, rows, model, processor, optimizer, **same)
         interrupt.raise_if(signum, f"saved step-{step + 1:06d}; --resume goes on")
+
+
+def say_what_is_odd(row: dict, has_update: bool) -> None:
+    """Say what a step had that should not become a habit."""
+    if not has_update:
+        ranks.say(f"step {row['step']}: in no group do the accuracies differ: no update")
+    if row["truncated"] and row["truncated"] > 0.5:
+        share = f"{row['truncated']:.0%}"
+        ranks.say(f"step {row['step']}: {share} were cut: is --max-new-tokens too low?")
 
 
 def validation_prompts(examples: list[Example], limit: int) -> list[Prompt]:

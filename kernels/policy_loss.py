@@ -6,14 +6,15 @@
              l = max(-r A, -clip(r, 1 - clip_low, 1 + clip_high) A)
              but for gspo, where A < 0: at most -dual_clip A
     cispo    l = -stopgrad(min(r, 1 + clip_high)) A logprob
+    sapo     l = -(4 / tau) sigmoid(tau (r - 1)) A,  tau = 1 where A > 0, else 1.05
     a token  stopgrad(min(exp(old - rollout), rollout_cap)) l + kl (e^d - d - 1),  d = ref - logprob
     the sum  dapo, cispo: over tokens / T
-             grpo, gspo: over sequences of the mean over their tokens / S
+             grpo, gspo, sapo: over sequences of the mean over their tokens / S
              dr_grpo: over tokens / (S max_tokens)
 
 PPO's clip: arXiv 1707.06347, eq. 7. Dual clip: 1912.09729, eq. 5. GRPO: 2402.03300, eq. 3; the KL
 estimator: its eq. 4. DAPO: 2503.14476, eq. 8. Dr. GRPO: 2503.20783. GSPO: 2507.18071, eq. 5 to 7.
-CISPO: 2506.13585, eq. 4 and 5.
+CISPO: 2506.13585, eq. 4 and 5. SAPO: 2511.20347, eq. 5 and 6.
 
 T and S are those of the call, unless the caller gives the global denominator, a number or a 0-dim
 tensor, so that micro-batches and ranks add up exactly. Exponents end at 80: e^80 is finite in fp32
@@ -34,6 +35,7 @@ Shapes: T tokens of all completions, one after the other; S sequences; sequence 
 cu_seqlens[s] to cu_seqlens[s + 1].
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -77,6 +79,24 @@ def clipped_weight(
     return -weight * advantage * logprob, binds
 
 
+# How fast SAPO's gate closes as the ratio leaves 1: where a token is made less likely, faster, as
+# that raises all others'.
+TAU = 1.0
+TAU_DOWN = 1.05
+
+
+def soft_gate(
+    ratio: Tensor, advantage: Tensor, logprob: Tensor, low: float, high: float
+) -> tuple[Tensor, Tensor]:
+    """Return -(4 / tau) sigmoid(tau (r - 1)) A. Nothing is clipped: the slope fades out instead.
+
+    4 / tau makes the slope that of -r A where r is 1.
+    """
+    tau = torch.full_like(advantage, TAU_DOWN).masked_fill(advantage > 0, TAU)
+    gate = torch.sigmoid(tau * (ratio - 1))
+    return -4 / tau * gate * advantage, torch.zeros_like(ratio, dtype=torch.bool)
+
+
 @dataclass(frozen=True)
 class Loss:
     """What makes a kind of loss."""
@@ -89,6 +109,9 @@ class Loss:
     divided_by: Literal["tokens", "sequences", "sequences * max_tokens"]
     sequence_ratio: bool = False  # one ratio for all tokens of a sequence
     dual_clip: bool = True  # whether it takes one
+    # What advantages are divided by, unless the caller says: the std of their group, nothing, or
+    # the std of the batch (SCALES in kernels/rewards.py).
+    advantage: Literal["std", "none", "batch"] = "std"
 
     @property
     def sequence_mean(self) -> bool:
@@ -99,10 +122,11 @@ class Loss:
 LOSSES = {
     "dapo": Loss(clipped_surrogate, 0.2, 0.3, "tokens"),
     "grpo": Loss(clipped_surrogate, 0.2, 0.2, "sequences"),
-    "dr_grpo": Loss(clipped_surrogate, 0.2, 0.2, "sequences * max_tokens"),
+    "dr_grpo": Loss(clipped_surrogate, 0.2, 0.2, "sequences * max_tokens", advantage="none"),
     "gspo": Loss(clipped_surrogate, 3e-4, 4e-4, "sequences", sequence_ratio=True, dual_clip=False),
     # A ratio is never below 1 - 1: no lower clip.
     "cispo": Loss(clipped_weight, 1.0, 5.0, "tokens", dual_clip=False),
+    "sapo": Loss(soft_gate, 1.0, math.inf, "sequences", dual_clip=False),
 }
 
 
@@ -122,6 +146,24 @@ def _denominator(kind, tokens, sequences, max_tokens, denominator):
     if divided_by == "sequences * max_tokens":
         denominator = denominator * max_tokens
     return denominator
+
+
+def aggregate(
+    values: Tensor,
+    cu_seqlens: Tensor,
+    kind: str,
+    max_tokens: int | None = None,
+    denominator: float | Tensor | None = None,
+) -> Tensor:
+    """Return what a loss of this kind makes of a number a token, values (T,): an entropy bonus.
+
+    The sum over tokens, or over the sequences' means, divided as `policy_loss` divides.
+    """
+    if LOSSES[kind].sequence_mean:
+        lengths = cu_seqlens.diff()
+        values = values / torch.repeat_interleave(lengths, lengths, output_size=len(values))
+    sequences = len(cu_seqlens) - 1
+    return values.sum() / _denominator(kind, len(values), sequences, max_tokens, denominator)
 
 
 # ---- The reference
@@ -222,7 +264,11 @@ def reference_policy_loss(
 # A forker edits the reference above first. What follows is the same once more, for CUDA, with the
 # slope of each line written beside it, as no autograd runs through a kernel.
 # The surrogates that `_surrogate` below has a branch for.
-FUSED_SURROGATES = (clipped_surrogate, clipped_weight)
+FUSED_SURROGATES = (clipped_surrogate, clipped_weight, soft_gate)
+
+
+TAU_ = tl.constexpr(TAU)
+TAU_DOWN_ = tl.constexpr(TAU_DOWN)
 
 
 @triton.jit
@@ -283,6 +329,13 @@ def _surrogate(log_ratio, A, logprob, low, high, dual_clip, SURROGATE: tl.conste
         binds = (ratio > high) & (A != 0)
         slope = -tl.where(ratio > high, high, ratio) * A
         loss = slope * logprob
+    elif SURROGATE == "soft_gate":
+        tau = tl.where(A > 0, TAU_, TAU_DOWN_)
+        gate = 1 / (1 + tl.exp(-tau * (ratio - 1)))
+        loss = -4 / tau * gate * A
+        # dr/dlogprob = r; at the end of the exponents the gate is shut.
+        slope = -4 * gate * (1 - gate) * ratio * A
+        binds = ratio < 0
     else:
         clipped_ratio = tl.where(ratio > high, high, tl.where(ratio < low, low, ratio))
         unclipped = -ratio * A

@@ -230,6 +230,16 @@ def check_family(model_type: str) -> None:
     raise ValueError(f"model_type {model_type!r} is not supported: {reason}")
 
 
+def default_sections(frequencies: int) -> tuple[int, int, int]:
+    """Return what transformers makes of a Qwen3.5 config without mrope_section: [11, 11, 10].
+
+    Interleaved, and cut where there are fewer frequencies.
+    """
+    rows = len(range(1, min(33, frequencies), 3))
+    columns = len(range(2, min(30, frequencies), 3))
+    return frequencies - rows - columns, rows, columns
+
+
 @dataclass(frozen=True)
 class DeltaSizes:
     """The sizes of a gated delta net."""
@@ -248,9 +258,14 @@ class DeltaSizes:
     @classmethod
     def of(cls, text) -> "DeltaSizes":
         """Read the text part of transformers' config object."""
+        kinds = set(text.layer_types) - {"linear_attention", "full_attention"}
+        if kinds:
+            raise ValueError(f"layer_types {', '.join(sorted(kinds))} are not supported")
         for name, allowed in (
             ("output_gate_type", ("silu", "swish")),
             ("attn_output_gate", (True,)),
+            ("attention_bias", (False,)),
+            ("hidden_act", ("silu",)),
         ):
             value = getattr(text, name, allowed[0])
             if value not in allowed:
@@ -310,7 +325,10 @@ class DecoderSizes:
         rotary = head_dim
         if family.partial_rotary:
             rotary = int(head_dim * rope["partial_rotary_factor"])
-        sections = tuple(rope["mrope_section"])
+        sections = rope.get("mrope_section")
+        if sections is None and family.partial_rotary:
+            sections = default_sections(rotary // 2)
+        sections = tuple(sections)
         if 2 * sum(sections) != rotary:
             raise ValueError(f"mrope_section {list(sections)} should sum to {rotary // 2}")
         attends = (True,) * text.num_hidden_layers

@@ -139,6 +139,15 @@ def broadcast(value, rank: int = 0):
     return box[0]
 
 
+def gather(rows: list) -> list:
+    """Return all ranks' rows, in their order, on rank 0, and [] on the others. Collective."""
+    if not dist.is_initialized():
+        return rows
+    parts = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(rows, parts)
+    return sum(parts or [], [])
+
+
 def raise_together(problem: str | None) -> None:
     """Raise UserError on all ranks where any has a problem, so that nobody waits. Collective.
 

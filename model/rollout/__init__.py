@@ -18,7 +18,7 @@ token) are never sampled; the ban does not enter the log-probs.
 
 from model.rollout.cache import default_slots
 from model.rollout.engine import Engine, Rollout, SampleStream, generate, sample_groups
-from model.rollout.prefill import predict_centres
+from model.rollout.prefill import predict_boxes, predict_centres
 from model.rollout.scheduler import occurrences
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "default_slots",
     "generate",
     "occurrences",
+    "predict_boxes",
     "predict_centres",
     "sample_groups",
 ]

@@ -25,11 +25,17 @@ def prompts_within(processor, sources: Iterable[Example | Prompt], budget: int) 
     return prompts
 
 
-@torch.no_grad()
 def predict_centres(model, processor, examples: list[Example]) -> list[np.ndarray]:
-    """Return the 3D head's centres of each example's regions, without sampling a token.
+    """Return the 3D head's centres of each example's regions: see `predict_boxes`."""
+    return [centres for centres, _ in predict_boxes(model, processor, examples)]
 
-    An array (k, 3) per example, in metres, in the camera frame of the region's own image.
+
+@torch.no_grad()
+def predict_boxes(model, processor, examples: list[Example]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the 3D head's centres and sizes of each example's regions, without sampling a token.
+
+    Two arrays (k, 3) per example, in metres, x y z in the camera frame of the region's own image,
+    and w h l.
     """
     budget = PREFILL_TOKENS[model.device.type]
     out = []
@@ -37,11 +43,12 @@ def predict_centres(model, processor, examples: list[Example]) -> list[np.ndarra
         remaining = examples[len(out) :]
         batch = processor.pack(prompts_within(processor, remaining, budget)).to(model.device)
         hidden = model.hidden(batch)
-        centres, _ = model.head3d(hidden[batch.region_token])
+        centres, sizes = model.head3d(hidden[batch.region_token])
         region_token = batch.region_token.cpu().numpy()
-        centres = centres.cpu().numpy()
+        centres = centres.float().cpu().numpy()
+        sizes = sizes.float().cpu().numpy()
         # A segment is an example: its regions are the <mask> tokens inside.
         for start, end, *_ in batch.segments:
             inside = (region_token >= start) & (region_token < end)
-            out.append(centres[inside])
+            out.append((centres[inside], sizes[inside]))
     return out

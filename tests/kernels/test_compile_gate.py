@@ -39,7 +39,7 @@ INTERPRETED = [
     ("test_sample.py", "triton or greedy or bad_input"),
     ("test_layers.py", "not float64 and not dtype2"),
     ("test_decode_attention.py", ""),
-    ("test_delta.py", "conv or steps or norm"),
+    ("test_delta.py", "(conv and dtype0) or (steps and heads1) or (norm and 20)"),
     ("test_checkpointing.py", "not commands"),
 ]
 

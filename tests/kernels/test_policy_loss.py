@@ -10,7 +10,7 @@ from kernels import interpreted
 from kernels.policy_loss import LOSSES, Loss, policy_loss, reference_policy_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"
-KINDS = ("dapo", "grpo", "dr_grpo", "gspo", "cispo")
+KINDS = ("dapo", "grpo", "dr_grpo", "gspo", "cispo", "sapo")
 # The clips of the papers. CISPO has no lower one.
 PAPER = {
     "dapo": (0.2, 0.3),
@@ -18,6 +18,7 @@ PAPER = {
     "dr_grpo": (0.2, 0.2),
     "gspo": (3e-4, 4e-4),
     "cispo": (1.0, 5.0),
+    "sapo": (1.0, math.inf),  # has none
 }
 needs_triton = pytest.mark.skipif(
     not (DEVICE == "cuda" or interpreted()), reason="needs a GPU, or TRITON_INTERPRET=1"
@@ -44,6 +45,9 @@ def token_loss(kind, r, A, logprob, clips, dual_clip):
     high = 1 + clips[1]
     if kind == "cispo":
         return -min(r, high) * A * logprob, False, r > high
+    if kind == "sapo":
+        tau = 1.0 if A > 0 else 1.05
+        return -4 / tau / (1 + math.exp(-tau * (r - 1))) * A, False, False
     clip = min(max(r, low), high)
     loss = max(-r * A, -clip * A)
     if dual_clip is not None and kind != "gspo" and A < 0:
@@ -91,7 +95,7 @@ def oracle(
             if ref_logprob is not None:
                 d = ref_logprob[t].item() - lp[t]
                 loss += kl * (math.exp(d) - d - 1)
-            total += loss / (len(tokens) if kind in ("grpo", "gspo") else 1)
+            total += loss / (len(tokens) if kind in ("grpo", "gspo", "sapo") else 1)
     default = len(lp) if kind in ("dapo", "cispo") else len(advantage)
     denominator = (denominator or default) * (max_tokens if kind == "dr_grpo" else 1)
     metrics = dict(clip_low=clipped_low, clip_high=clipped_high)

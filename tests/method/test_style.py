@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "train_rl.py": {"errors", "flags", "srreal", "model", "kernels", "training"},
     "eval_table.py": {"srreal"},
     "eval.py": {"errors", "flags", "pictures", "srreal", "data", "model", "training", "eval_table"},
+    "ask.py": {"errors", "flags", "pictures", "srreal", "data", "model", "training"},
     "report.py": {
         "errors",
         "flags",
@@ -56,6 +57,7 @@ OWN = {
     "train_rl",
     "eval_table",
     "eval",
+    "ask",
     "report",
 }
 

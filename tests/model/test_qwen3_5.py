@@ -1,8 +1,4 @@
-"""Qwen3.5: gated delta nets against transformers, packed without leaks, with shared prompts.
-
-Other codebases' leaks, each a test here: ms-swift#9565, slime#1686, lmms-engine#167, NeMo
-Automodel#2147, transformers#46093.
-"""
+"""Qwen3.5: gated delta nets against transformers, packed without leaks, with shared prompts."""
 
 import json
 import shutil
@@ -13,9 +9,14 @@ from hub import edit_json
 from published_sizes import published
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import checkpoint
-from tiny_models import make_qwen3_5
-from transformers import AutoConfig, AutoModelForImageTextToText
+from tiny_models import inputs, make_qwen3_5, reference_logits
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    Qwen3_5ForConditionalGeneration,
+)
 
+from kernels.delta_rule import Chunks
 from model.batch import Batch
 from model.delta import Walk
 from model.files import CheckpointError
@@ -131,6 +132,32 @@ def test_no_state_crosses_between_packed_sequences(model):
     assert (grad[:80] == 0).all() and (grad[80:] != 0).any(dim=1).all()
 
 
+LEAKS = {
+    "ms-swift#9565: the boundaries got lost": ("conv", "rule"),
+    "transformers#46093: position_ids alone don't separate": ("conv", "rule"),
+    "slime#1686: the convolution knew them, the rule didn't": ("rule",),
+    "lmms-engine#167: seq_idx wasn't passed to the convolution": ("conv",),
+    "NeMo Automodel#2147: a layer saw one sequence": ("conv", "rule"),
+}
+
+
+@pytest.mark.parametrize("leak", LEAKS)
+def test_each_leak_of_others_would_show(leak, model, monkeypatch):
+    """What these let cross the boundary, put back one by one, moves the second sequence."""
+    second = tokens(70, seed=5)
+
+    def hidden(seed):
+        return model.hidden(packed([(tokens(80, seed=seed), 0, None), (second, 0, None)]))[80:]
+
+    assert torch.equal(hidden(1), hidden(2))
+    if "conv" in LEAKS[leak]:
+        monkeypatch.setattr(Walk, "before", property(lambda walk: torch.arange(150)))
+    if "rule" in LEAKS[leak]:
+        one = Chunks([150], torch.device("cpu"))
+        monkeypatch.setattr(Walk, "root_chunks", property(lambda walk: one))
+    assert (hidden(1) - hidden(2)).abs().max() > 0.01
+
+
 def test_a_completion_reads_its_prompt_and_no_other_completion(model):
     pieces = [(tokens(9), 0, None), (tokens(5, 1), 9, 0), (tokens(70, 2), 9, 0)]
     alone = model.hidden(packed([pieces[0], pieces[2]]))[9:]
@@ -166,6 +193,8 @@ def test_decays_stay_in_fp32(tmp_path):
     [
         (dict(output_gate_type="sigmoid"), "output_gate_type 'sigmoid'"),
         (dict(attn_output_gate=False), "attn_output_gate False"),
+        (dict(attention_bias=True), "attention_bias True"),
+        (dict(layer_types=["sliding_attention"] * 4), "layer_types sliding_attention"),
         (
             dict(
                 rope_parameters=dict(
@@ -185,6 +214,23 @@ def test_what_is_refused_by_name(change, words):
         setattr(config.text_config, name, value)
     with pytest.raises(ValueError, match=words):
         QwenVL(config)
+
+
+@pytest.mark.parametrize("head_dim", [24, 96, 256])
+def test_sections_that_are_missing_are_transformers(head_dim, tmp_path):
+    """It takes [11, 11, 10], cut where a head has fewer frequencies; images turn by all three."""
+    torch.manual_seed(0)
+    config = make_qwen3_5().config
+    config.text_config.head_dim = head_dim
+    config.text_config.rope_parameters = dict(
+        rope_type="default", rope_theta=1e4, partial_rotary_factor=0.25
+    )
+    reference = Qwen3_5ForConditionalGeneration(config).eval()
+    ours = load(reference, tmp_path)
+    batch = inputs("left")
+    keep = batch["attention_mask"].bool()
+    expected = reference_logits(reference, batch)
+    assert (ours.logits(**batch) - expected)[keep].abs().max() < 1e-4
 
 
 def test_layers_without_a_list_attend_every_fourth():

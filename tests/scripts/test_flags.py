@@ -11,6 +11,7 @@ from dataclasses import fields
 import pytest
 from commands import ROOT, start
 
+import ask
 import eval as evaluation
 import flags
 import plan
@@ -25,6 +26,7 @@ SCRIPTS = {
     "train_sft.py": (train_sft, "--model m --data d --out o"),
     "train_rl.py": (train_rl, "--model m --data d --out o"),
     "eval.py": (evaluation, "--model m --data d"),
+    "ask.py": (ask, "--model m --image i --question q"),
     "plan.py": (plan, "--model m"),
     "report.py": (report, "--run r"),
     "-m data.scenes": (scenes, "--out o"),
@@ -156,7 +158,7 @@ def test_a_number_out_of_bounds_is_one_line(script, line, words, capsys, monkeyp
         ("train_sft.py", "--clip_grad 1", "--clip-norm"),
         ("train_rl.py", "--ppo-mini-batch-size 8", "--updates"),
         ("train_rl.py", "--lora_alpha 32", "--lora"),
-        ("train_rl.py", "--entropy-coeff 0.01", "entropy"),
+        ("train_rl.py", "--entropy-coeff 0.01", "--entropy-coef"),
         ("train_sft.py", "--image_folder x", "PATH@FOLDER"),
         ("train_sft.py", "--local_rank=0", "torchrun"),
     ],
