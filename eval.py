@@ -374,7 +374,8 @@ def refuse_other_answers(config: Config) -> None:
             problem = f"{out} holds answers, and no settings.json that says of what"
         elif differences := differing(then, now):
             problem = f"{out} holds the answers of another eval: {differences}"
-    ranks.raise_together(problem and f"{problem}; choose another --out, or delete {out}")
+    remedy = f"choose another --out, or delete its {PREDICTIONS} and settings.json"
+    ranks.raise_together(problem and f"{problem}; {remedy}")
 
 
 def has_answers(out: Path) -> bool:
@@ -386,7 +387,7 @@ def differing(then: dict, now: dict) -> str:
     said = []
     for name, value in now.items():
         before = then.get(name)
-        if before == value:
+        if folder.as_json(before) == folder.as_json(value):
             continue
         if name in NOT_SHOWN:
             said.append(NOT_SHOWN[name])

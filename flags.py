@@ -6,14 +6,13 @@ imports torch, which takes seconds: --help and a wrong flag are answered at once
 is imported here.
 """
 
-import os
-import sys
+import python_version  # noqa: F401
 
-if sys.version_info < (3, 11):
-    print(f"Python 3.11 or newer is needed; this is {sys.version.split()[0]}", file=sys.stderr)
-    sys.exit(2)
+# isort: split
 
 import math
+import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -112,6 +111,9 @@ def flag(name: str) -> str:
 
 # ---- Other trainers' flags
 
+# What others put behind a switch.
+TRUTHS = ("true", "false", "yes", "no", "on", "off", "0", "1")
+
 # What TRL, transformers, verl and others call it -> ours, the first that the script has; and what
 # else there is to say.
 PEERS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -168,7 +170,7 @@ PEERS: dict[str, tuple[tuple[str, ...], str]] = {
     "clip-ratio": (("clip_low",), "and --clip-high"),
     "delta": (("dual_clip",), ""),
     "loss-type": (("loss",), ""),
-    "scale-rewards": ((), "advantages are divided by the group's std"),
+    "scale-rewards": (("advantage",), "std, none or batch"),
     "max-completion-length": (("max_new_tokens",), ""),
     "max-response-length": (("max_new_tokens",), ""),
     "max-tokens": (("max_new_tokens", "micro_tokens"), ""),
@@ -234,6 +236,75 @@ PEERS: dict[str, tuple[tuple[str, ...], str]] = {
     "num-examples": (("limit", "n"), ""),
     "num-scenes": (("n",), ""),
     "tasks": (("benchmark",), ""),
+    "n-epochs": (("steps",), "an epoch has rows / --batch steps, in RL prompts / --prompts"),
+    "max-epochs": (("steps",), "an epoch has rows / --batch steps, in RL prompts / --prompts"),
+    "total-steps": (("steps",), ""),
+    "total-training-steps": (("steps",), ""),
+    "max-train-steps": (("steps",), ""),
+    "rollout-batch-size": (("prompts",), "over all ranks"),
+    "generation-batch-size": (("prompts",), "over all ranks; --group completions of each"),
+    "steps-per-generation": (("updates",), ""),
+    "mini-batch-size": (("updates", "batch"), "in RL a rollout is split into so many"),
+    "ppo-mini-batch-size": (("updates", "batch"), "in RL a rollout is split into so many"),
+    "micro-train-batch-size": (("micro_tokens",), "in tokens"),
+    "per-gpu-train-batch-size": (("batch", "prompts"), "over all ranks"),
+    "train-micro-batch-size-per-gpu": (("micro_tokens",), "in tokens"),
+    "gradient-accumulation": (
+        ("micro_tokens",),
+        "a step is accumulated over as many passes of so many tokens as it takes",
+    ),
+    "clip-grad": (("clip_norm",), ""),
+    "gradient-clipping": (("clip_norm",), ""),
+    "warmup-iters": (("warmup",), ""),
+    "lr-warmup-steps": (("warmup",), ""),
+    "min-lr": ((), "a cosine ends at 0; see --schedule"),
+    "adam-epsilon": ((), "it is 1e-8"),
+    "num-return-sequences": (("group",), ""),
+    "init-kl-coef": (("kl",), ""),
+    "kl-penalty": (("kl",), "it is k3"),
+    "entropy-coeff": (("entropy_coef",), ""),
+    "adv-estimator": (("advantage", "loss"), "and --loss"),
+    "advantage-estimator": (("advantage", "loss"), "and --loss"),
+    "mask-truncated-completions": (("mask_truncated",), ""),
+    "top-k": (("top_p",), "or --temperature"),
+    "min-p": (("top_p",), "or --temperature"),
+    "do-sample": (("temperature",), "0 is greedy"),
+    "cutoff-len": (("max_new_tokens",), "prompts are never cut"),
+    "max-model-len": (("max_new_tokens",), "prompts are never cut"),
+    "gpu-memory-utilization": (("slots",), "the live samples of a rank"),
+    "tensor-parallel-size": ((), "each rank samples its own share of the prompts"),
+    "lora-alpha": (("lora",), "the rank"),
+    "lora-dropout": (("lora",), "the rank; there is no dropout"),
+    "lora-target-modules": (("lora",), "it is on all matrices of the decoder"),
+    "load-in-4bit": ((), "quantised weights do not learn here; --lora takes least memory"),
+    "finetuning-type": (("train",), ""),
+    "train-type": (("train",), ""),
+    "freeze-vision-modules": (("train",), "lm"),
+    "freeze-vit": (("train",), "lm"),
+    "tune-mm-vision": (("train",), "all"),
+    "min-pixels": (("max_pixels",), "the least is the checkpoint's own"),
+    "eval-strategy": (("eval_every",), "in steps"),
+    "evaluation-strategy": (("eval_every",), "in steps"),
+    "eval-freq": (("eval_every",), "in steps"),
+    "save-strategy": (("save_every",), "in steps"),
+    "overwrite-output-dir": (("out",), "what a run has written is never replaced"),
+    "experiment-name": (("out",), ""),
+    "exp-name": (("out",), ""),
+    "save-dir": (("out",), ""),
+    "checkpoint-dir": (("out",), ""),
+    "log-dir": (("out",), "its metrics.jsonl"),
+    "use-wandb": (("track",), "every step is a line of metrics.jsonl in --out"),
+    "resume-from": (("resume",), "with the run's --out"),
+    "ckpt": (("model",), ""),
+    "checkpoint": (("model",), ""),
+    "data-dir": (("data",), ""),
+    "image-folder": (("data",), "PATH@FOLDER, where the images lie elsewhere"),
+    "image-root": (("data",), "PATH@FOLDER, where the images lie elsewhere"),
+    "device-map": ((), "the GPU if there is one; CUDA_VISIBLE_DEVICES= leaves it out"),
+    "flash-attn": ((), "it has its own attention"),
+    "attn-impl": ((), "it has its own attention"),
+    "local-rank": ((), "several ranks are started with torchrun"),
+    "nproc-per-node": ((), "it stands before the script: torchrun --nproc_per_node 8 ..."),
     "random-seed": (("seed",), ""),
 }
 
@@ -255,6 +326,31 @@ def hint_at_ours(args: list[str], names: set[str]) -> None:
             hints.append(f"--{theirs}: {': '.join(said)}")
     if hints:
         raise UserError("; ".join(hints))
+
+
+def check_words(args: list[str], config: type) -> None:
+    """Raise UserError for a switch with a value, `--resume true`, and for an empty value.
+
+    An empty one is what a shell makes of a variable that is not set; a path would become ".".
+    """
+    hints = get_type_hints(config)
+    may_be_empty = {flag(field.name) for field in fields(config) if field.default == ""}
+    typed = ""
+    for word in args:
+        value = word
+        is_flag = word.startswith("--")
+        if is_flag:
+            typed, is_joined, value = word.partition("=")
+            if not is_joined:
+                continue
+        name = typed.removeprefix("--").replace("-", "_")
+        if not value and typed and flag(name) not in may_be_empty:
+            raise UserError(f"{typed} is empty")
+        if name not in hints:
+            name = name.removeprefix("no_")
+        if hints.get(name) is bool and (is_flag or value.lower() in TRUTHS):
+            off = flag(f"no_{name}")
+            raise UserError(f"{typed} takes no value: it is {flag(name)}, or {off} to leave it out")
 
 
 # ---- The command line
@@ -295,6 +391,14 @@ def join_repeated(arguments: list[str], config: type) -> list[str]:
     return words
 
 
+def say_interrupted(kind: type, error: BaseException, trace) -> None:
+    """Say that Ctrl-C ended a command, in place of the traceback of what it was importing."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+    elif os.environ.get("RANK", "0") == "0":
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+
+
 def parse(
     config: type[T],
     doc: str,
@@ -307,10 +411,12 @@ def parse(
     recorded: returns the defaults that a run in --out has recorded, None for the Config's own.
     """
     name = Path(sys.argv[0]).name
+    sys.excepthook = say_interrupted
     args = join_repeated(sys.argv[1:] if args is None else args, config)
     is_first = os.environ.get("RANK", "0") == "0"
     try:
         hint_at_ours(args, {field.name for field in fields(config)})
+        check_words(args, config)
         defaults = recorded(config, args) if recorded else None
         return tyro.cli(
             config,

@@ -41,7 +41,6 @@ graph again.
 """
 
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -49,7 +48,7 @@ from pathlib import Path
 from typing import Literal
 
 import flags
-from errors import UserError
+from errors import UserError, launch
 from flags import LORA_RANK, Count, CountOrZero, Positive, PositiveOrZero
 
 
@@ -462,8 +461,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(cfg)
-    except UserError as error:
-        print(f"plan: {error}", file=sys.stderr)
-        sys.exit(2)
+    launch("plan", main, cfg)

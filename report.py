@@ -14,13 +14,16 @@ whose answer training changed, and one that it gets wrong. That is a tour, not a
 are in the table. The page's markup is in report/*.html and report/style.css.
 """
 
+import python_version  # noqa: F401
+
+# isort: split
+
 import base64
 import hashlib
 import io
 import json
 import math
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +34,7 @@ from PIL import Image
 
 import data as datasets
 import flags
-from errors import UserError
+from errors import UserError, launch, writing
 from eval_table import paired, question_id, true_centres
 from flags import CountOrZero
 from pictures import read_metres, read_picture
@@ -739,14 +742,12 @@ def main(config: Config) -> None:
     if not run.is_dir():
         raise UserError(f"{run}: no such directory")
     out = run / "report.html"
-    out.write_text(page(run, config.questions))
+    text = page(run, config.questions)
+    with writing(out):
+        out.write_text(text)
     print(headline(read_evals(run, EVALS), read_evals(run, SAMPLED_EVALS)))
     print(f"{out} ({out.stat().st_size / 1e6:.1f} MB)")
 
 
 if __name__ == "__main__":
-    try:
-        main(flags.parse(Config, __doc__))
-    except UserError as error:
-        print(f"report.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    launch("report.py", main, flags.parse(Config, __doc__))

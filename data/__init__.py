@@ -8,6 +8,10 @@ data/schema.py, and what makes a row unusable in data/checks.py.
 To add a kind, write a generator of rows (data/rows.py says what it yields) and enter it in SOURCES.
 """
 
+import python_version  # noqa: F401
+
+# isort: split
+
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator

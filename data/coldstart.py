@@ -23,7 +23,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -38,7 +37,7 @@ import flags
 from data.arithmetic import equations, unknown_numbers, wrong
 from data.benchmarks.answers import said_text
 from data.rationale import centres, compute, is_teachable
-from errors import UserError
+from errors import UserError, launch, writing
 from flags import Count, Positive, Seed
 from pictures import is_data_uri, read_picture
 from srreal import (
@@ -347,9 +346,10 @@ def begin(cfg: Config) -> list[dict]:
                 f"{cfg.out} was begun with --{key.replace('_', '-')} {old.get(key)}, "
                 f"now it is {settings[key]}: choose another --out"
             )
-    config.write_text(json.dumps(settings, indent=1) + "\n")
-    if whole != lines:
-        os.truncate(tried, sum(map(len, whole)))
+    with writing(cfg.out):
+        config.write_text(json.dumps(settings, indent=1) + "\n")
+        if whole != lines:
+            os.truncate(tried, sum(map(len, whole)))
     return before
 
 
@@ -442,9 +442,10 @@ def finish(tried: list[dict], out: Path) -> dict:
         counts["samples"] += line["good"] + sum(line["thrown_out"].values())
         counts.update(line["thrown_out"])
     rows = [json.dumps(line["row"]) + "\n" for line in tried if line["row"]]
-    (out / "rows.part").write_text("".join(rows))
-    os.replace(out / "rows.part", out / "rows.jsonl")
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    with writing(out):
+        (out / "rows.part").write_text("".join(rows))
+        os.replace(out / "rows.part", out / "rows.jsonl")
+        (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary
 
 
@@ -458,14 +459,16 @@ def main(cfg: Config) -> dict:
     # So many questions at a time: enough for the expert's batch, little to lose when it is stopped.
     width = max(1, 128 // cfg.samples)
     bar = tqdm(total=len(todo), desc="cold start", unit="question")
-    with open(cfg.out / "tried.jsonl", "a") as file, bar:
+    path = cfg.out / "tried.jsonl"
+    with bar:
         for start in range(0, len(todo), width):
             asked = todo[start : start + width]
+            lines = []
             for e, texts in zip(asked, sample(asked), strict=True):
-                line = try_question(e, texts, cfg, kept)
-                tried.append(line)
-                file.write(json.dumps(line) + "\n")
-            file.flush()
+                lines.append(try_question(e, texts, cfg, kept))
+            with writing(path), path.open("a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+            tried += lines
             bar.update(len(asked))
     summary = finish(tried, cfg.out)
     for path, counts in summary.items():
@@ -475,8 +478,4 @@ def main(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        main(flags.parse(Config, __doc__))
-    except UserError as error:
-        print(f"coldstart: {error}", file=sys.stderr)
-        sys.exit(2)
+    launch("coldstart", main, flags.parse(Config, __doc__))

@@ -10,7 +10,6 @@ images that have no depth yet.
 """
 
 import os
-import sys
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
@@ -45,7 +44,7 @@ from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 import data
 from data.marks import Marked
 from data.rows import estimated, estimated_name
-from errors import UserError
+from errors import UserError, launch, writing
 from pictures import is_data_uri, picture_size, read_picture
 
 # By model_type; Depth Anything's config says it itself.
@@ -68,8 +67,10 @@ def main(cfg: Config) -> None:
             for file, depth in zip(batch, predict(model, processor, images), strict=True):
                 # Whole or not at all.
                 part = f"{estimated_name(file)}.part"
-                Image.fromarray(millimetres(depth)).save(part, format="png", pnginfo=about)
-                os.replace(part, estimated_name(file))
+                image = Image.fromarray(millimetres(depth))
+                with writing(part):
+                    image.save(part, format="png", pnginfo=about)
+                    os.replace(part, estimated_name(file))
             bar.update(len(batch))
     print(f"{len(files)} depth maps, {kind} (by {cfg.model})")
 
@@ -144,8 +145,4 @@ def millimetres(depth: np.ndarray) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    try:
-        main(cfg)
-    except UserError as error:
-        print(f"depth: {error}", file=sys.stderr)
-        sys.exit(2)
+    launch("depth", main, cfg)

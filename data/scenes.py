@@ -8,7 +8,7 @@ data/rooms/ draws the rooms and asks the questions; this writes them in our own 
 
 import json
 import os
-import sys
+import signal
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import Pool
@@ -23,7 +23,7 @@ import flags
 from data.rooms.questions import FAMILIES, ask, with_options
 from data.rooms.render import middle
 from data.rooms.scene import scene
-from errors import UserError
+from errors import UserError, launch, writing
 from flags import Bound, Count, Seed, Share
 from machine import cpus
 
@@ -60,8 +60,10 @@ def main(config: Config) -> None:
         rows.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"--out {config.out}: {error}") from error
+    # Ctrl-C is this process's to answer.
+    workers = Pool(config.workers, signal.signal, (signal.SIGINT, signal.SIG_IGN))
     # A scene depends on (seed, index) alone, and imap keeps the order: so not on the workers.
-    with Pool(config.workers) as pool, open(part, "w") as file:
+    with writing(part), workers as pool, open(part, "w") as file:
         made = pool.imap(partial(make, config), range(config.n), chunksize=8)
         file.writelines(tqdm(made, total=config.n, desc="scenes", unit="scene"))
     os.replace(part, rows)
@@ -71,11 +73,13 @@ def make(config: Config, index: int) -> str:
     """Write a scene's images and depth; return its rows as text."""
     made = scene(config.seed, index, config.size)
     name = f"s{config.seed}-{index:06d}"
-    # Fast rather than small: a set is written once and read a few times.
     for view, (image, metres) in enumerate(zip(made.images, made.depths, strict=True)):
-        image.save(config.out / "images" / f"{name}-{view}.png", compress_level=1)
         millimetres = Image.fromarray((metres * 1000).round().astype(np.uint16))
-        millimetres.save(config.out / "depth" / f"{name}-{view}.png", compress_level=1)
+        for folder, picture in (("images", image), ("depth", millimetres)):
+            path = config.out / folder / f"{name}-{view}.png"
+            with writing(path):
+                # Fast rather than small: a set is written once and read a few times.
+                picture.save(path, compress_level=1)
     asked = rows_of(made, name)
     # The scene's last draw: the share of lor changes nothing else.
     paths = ("lor", "dtr") if made.rng.random() < config.lor else ("dtr",)
@@ -130,8 +134,4 @@ def row_of(made, name, task, view, question):
 
 
 if __name__ == "__main__":
-    try:
-        main(flags.parse(Config, __doc__))
-    except UserError as error:
-        print(f"scenes: {error}", file=sys.stderr)
-        sys.exit(2)
+    launch("scenes", main, flags.parse(Config, __doc__))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 import flags
+from errors import UserError, launch, writing
 from flags import Seed
 from model.families import FAMILIES
 
@@ -156,7 +157,11 @@ def scenes(count: int) -> list[Example]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "data.scenes", "--out", folder, "--n", str(count)]
         command += ["--seed", "0", "--size", "128", "96"]
-        subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parent.parent)
+        root = Path(__file__).parent.parent
+        made = subprocess.run(command, capture_output=True, text=True, cwd=root)
+        if made.returncode == 2:
+            raise UserError(made.stderr.strip().splitlines()[-1])
+        made.check_returncode()
         rows = (Path(folder) / "rows.jsonl").read_text(encoding="utf-8").splitlines()
     return [Example(**json.loads(row, object_hook=with_view_numbers)) for row in rows]
 
@@ -248,17 +253,19 @@ def write(family: str, out: Path, seed: int = 0, shape: Shape | None = None) -> 
     pad = ids["<|endoftext|>"]
     end = [ids["<|im_end|>"], pad]
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad)
-    model.save_pretrained(out)
-    tokens.save_pretrained(out)
     settings = {
         "image_processor_type": "Qwen2VLImageProcessor",
         "image_mean": FAMILIES[family].pixel_mean,
         "image_std": FAMILIES[family].pixel_std,
         **shape.images,
     }
-    path = Path(out) / "preprocessor_config.json"
-    path.write_text(json.dumps(settings, indent=2) + "\n")
-    write_spatial(out, seed)
+    with writing(out):
+        Path(out).mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(out)
+        tokens.save_pretrained(out)
+        path = Path(out) / "preprocessor_config.json"
+        path.write_text(json.dumps(settings, indent=2) + "\n")
+        write_spatial(out, seed)
 
 
 def write_spatial(out: Path, seed: int) -> None:
@@ -272,4 +279,4 @@ def write_spatial(out: Path, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    write(cfg.family, cfg.out, cfg.seed)
+    launch("tiny", write, cfg.family, cfg.out, cfg.seed)

@@ -14,7 +14,7 @@ set -eu
 cd "$(dirname "$0")/.."
 MODEL=${MODEL:-Qwen/Qwen3.5-9B} OUT=${OUT:-out/qwen35-9b}
 SFT_DATA=${SFT_DATA:-runs/sft_mixture.toml} RL_DATA=${RL_DATA:-runs/rl_mixture.toml}
-SFT_STEPS=${SFT_STEPS:-2000} RL_STEPS=${RL_STEPS:-200} TORCHRUN=${TORCHRUN:-torchrun --nproc_per_node 8}
+SFT_STEPS=${SFT_STEPS:-2000} RL_STEPS=${RL_STEPS:-200} TORCHRUN=${TORCHRUN:-python -m training.torchrun --nproc_per_node 8}
 
 $TORCHRUN train_sft.py --model "$MODEL" --data "$SFT_DATA" --out "$OUT/sft" --steps "$SFT_STEPS" --batch 512 \
     --lr 5e-6 --schedule cosine --warmup $((SFT_STEPS * 3 / 100)) --save-every 100 --keep 2 --resume

@@ -78,8 +78,11 @@ def step_folders(out: Path) -> list[Path]:
 
 def fingerprint(examples: Sequence[Example]) -> str:
     """Return what a checkpoint keeps of the data set, to refuse to resume on another."""
-    text = "\n".join(f"{example.id} {example.path}" for example in examples)
-    return f"{len(examples)} rows, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    digest = hashlib.sha256()
+    for e in examples:
+        row = (e.id, e.path, e.question, e.answer, e.rationale)
+        digest.update(repr(row).encode())
+    return f"{len(examples)} rows, sha256 {digest.hexdigest()[:16]}"
 
 
 def save(cfg, step: int, rows: int, model: QwenVL, processor, optimizer: Optimizer, **same) -> None:
@@ -130,7 +133,10 @@ def finish(aside: Path, final: Path, record: dict, keep: int) -> None:
     write_state(aside, record)
     model_files.replace(aside, final)
     if keep:
-        for old in step_folders(final.parent)[:-keep]:
+        steps = step_folders(final.parent)
+        # Behind it stand incomplete ones alone: the run went on from one before them.
+        up_to_this = steps[: steps.index(final) + 1]
+        for old in up_to_this[:-keep]:
             shutil.rmtree(old / "trainer", ignore_errors=True)
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from errors import UserError
+from errors import UserError, writing
 from training import ranks
 from training.recorded import read_config
 
@@ -45,16 +45,10 @@ def attempt(path: Path, write: Callable, *arguments) -> str | None:
     It is not raised, for the other ranks may wait for this one: `ranks.raise_together` does, later.
     """
     try:
-        write(*arguments)
-    except Exception as error:
-        # What safetensors and tokenizers raise of a full disk is no OSError.
-        if not isinstance(error, OSError) and "os error" not in str(error):
-            raise
-        reason = getattr(error, "strerror", None) or error
-        return (
-            f"can't write {path}: {reason}; --out has to be a folder that you may write to, on a "
-            "disk with room"
-        )
+        with writing(path):
+            write(*arguments)
+    except UserError as error:
+        return str(error)
     return None
 
 
@@ -91,17 +85,21 @@ def holder(path: Path) -> str | None:
         record = json.loads(path.read_text())
         host = record["host"]
         pid = int(record["pid"])
+        alive = pid > 0 and is_alive(pid)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return f"{path} can't be read: delete it if no run is at work in this folder"
     if host != socket.gethostname():
         return (
             f"{path}: process {pid} on {host} is at work in this folder; "
             "if it no longer is, delete that file"
         )
-    if is_alive(pid):
-        return f"{path}: process {pid} is at work in this folder; choose another --out, or end it"
+    if alive:
+        return (
+            f"{path}: process {pid} is at work in this folder; choose another --out, or end it "
+            "(if that process is no run, delete that file)"
+        )
     ranks.say(f"{path}: process {pid}, which is dead, left it behind")
     path.unlink(missing_ok=True)
     return None
@@ -129,7 +127,9 @@ def is_alive(pid: int) -> bool:
         return False
     except PermissionError:
         pass
-    return True
+    # A dead process whose parent never asks (PID 1 of many containers) has no command line.
+    command = Path(f"/proc/{pid}/cmdline")
+    return not command.exists() or bool(command.read_bytes())
 
 
 # ---- config.json
@@ -196,8 +196,10 @@ def refuse_other_flags(cfg) -> None:
 
 
 def as_json(value):
-    """Return a flag's value as config.json gives it back."""
-    return list(value) if isinstance(value, tuple) else value
+    """Return a flag's value as config.json gives it back; of a path without ./ and a last slash."""
+    if isinstance(value, tuple | list):
+        return [as_json(item) for item in value]
+    return os.path.normpath(value) if isinstance(value, str) else value
 
 
 def shown(value) -> str:
@@ -254,14 +256,19 @@ class Rows:
 
 def whole_rows(path: Path) -> list[tuple[dict, str]]:
     """Return (row, line) of all lines that are not torn; [] where there is no file."""
+    try:
+        text = path.read_text(errors="replace")
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}") from error
     rows = []
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        for line in path.read_text(errors="replace").splitlines(keepends=True):
-            try:
-                row = json.loads(line)
-                row["step"] += 0
-            except (ValueError, KeyError, TypeError):
-                continue
-            if line.endswith("\n"):
-                rows.append((row, line))
+    for line in text.splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+            row["step"] += 0
+        except (ValueError, KeyError, TypeError):
+            continue
+        if line.endswith("\n"):
+            rows.append((row, line))
     return rows

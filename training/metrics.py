@@ -101,6 +101,8 @@ class Metrics:
                 if name not in OF_ALL_PATHS:
                     row[f"{path}_{name}"] = value
         row |= self._averages(overall, names)
+        if "kept" in row and row["kept"] is None:
+            row["kept"] = 0.0  # of no group none; of a path that was not asked it is null
         largest = all_reduce([self.maxima[name] for name in MAXIMA], "MAX")
         for name, value in zip(MAXIMA, largest, strict=True):
             if names is None or name in names:
@@ -111,8 +113,6 @@ class Metrics:
         out = {}
         for name, by in self.means.items():
             out[name] = sums[name] / sums[by] if sums[by] else None
-        if not sums["groups"]:
-            out["kept"] = 0.0  # of no group none
         for name in LOGGED_COUNTS:
             out[name] = sums[name]
         if names is None:

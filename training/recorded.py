@@ -6,6 +6,7 @@ Read before torch is imported, so that a wrong flag is answered at once.
 import json
 from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -50,13 +51,34 @@ def recorded_flags(config: type, arguments: list[str]):
     # tyro adds to a default, or lets it stand, by the kind of a flag: so what is given here gets
     # none of the run's.
     values = {}
+    hints = get_type_hints(config)
     for field in fields(config):
         if field.name not in given and field.name in recorded:
             value = recorded[field.name]
+            if not fits(value, hints[field.name]):
+                raise UserError(
+                    f"{given['out']}/config.json: {field.name} is {value!r}: copy the file back, "
+                    "or delete it and give all flags"
+                )
             values[field.name] = tuple(value) if isinstance(value, list) else value
         elif field.name in required:
             values[field.name] = tyro.MISSING
     return config(**values)
+
+
+def fits(value, hint) -> bool:
+    """Return whether a value that JSON has given back is one of a field of that type."""
+    parts = get_args(hint)
+    origin = get_origin(hint)
+    if origin is Literal:
+        return value in parts
+    if origin is tuple:
+        return isinstance(value, list) and all(fits(item, parts[0]) for item in value)
+    if parts:  # int | None
+        return any(fits(value, part) for part in parts)
+    if hint is float:
+        return type(value) in (int, float)
+    return type(value) is hint
 
 
 def given_flags(config: type, arguments: list[str]) -> dict[str, str]:

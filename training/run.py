@@ -24,7 +24,7 @@ from srreal import Example
 from training import checkpoints, folder, interrupt, ranks
 from training.interrupt import Interrupted, Interrupts
 
-MEMORY_FLAGS = ("micro_tokens", "slots", "max_pixels")
+MEMORY_FLAGS = ("micro_tokens", "slots", "max_new_tokens", "max_pixels")
 
 
 # ---- The command line
@@ -215,7 +215,7 @@ def resolve_auto_settings(cfg, config, device: torch.device, world: int, **sizes
         memory = machine.memory() / local_world / 1e9
     least = -ranks.all_reduce([-memory], "MAX")[0]  # all ranks have to choose alike
     wanted = plan.Config(
-        "",
+        cfg.model,
         local_world,
         least,
         train=cfg.train,

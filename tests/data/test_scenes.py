@@ -451,6 +451,12 @@ def test_an_output_that_is_no_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(UserError, match="--out .*file"):
         scenes.main(scenes.Config(out=tmp_path / "file", n=1, workers=1))
+    # As on a full disk, an image can't be written, by a worker.
+    image = tmp_path / "set" / "images" / "s0-000000-0.png"
+    image.mkdir(parents=True)
+    with pytest.raises(UserError, match=f"can't write {image}"):
+        scenes.main(scenes.Config(out=tmp_path / "set", n=1, workers=1))
+    assert not (tmp_path / "set" / "rows.jsonl").exists()
 
 
 def test_a_wrong_flag_ends_the_command_in_one_line(tmp_path, capsys, monkeypatch):

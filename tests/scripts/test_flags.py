@@ -110,6 +110,15 @@ def answer(script: str, line: str, capsys, monkeypatch) -> str:
         ("-m data.scenes", "--lor 2", "--lor 2.0: .* at least 0 and at most 1"),
         ("-m data.coldstart", "--samples 0", "--samples 0: it has to be at least 1"),
         ("-m data.depth", "--batch 0", "--batch 0: it has to be at least 1"),
+        (
+            "train_sft.py",
+            "--resume true",
+            "--resume takes no value: it is --resume, or --no-resume",
+        ),
+        ("train_rl.py", "--no-fused-loss=1", "--no-fused-loss takes no value: it is --fused-loss"),
+        ("eval.py", "--depth False --limit 3", "--depth takes no value"),
+        ("train_sft.py", "--out=", "--out is empty"),
+        ("-m data.scenes", "--out=", "--out is empty"),
         ("-m model.tiny", "--seed 4294967296", "--seed 4294967296: .* at most 4.29497e"),
     ],
 )
@@ -145,6 +154,13 @@ def test_a_number_out_of_bounds_is_one_line(script, line, words, capsys, monkeyp
         ("train_rl.py", "--save-steps 10", "--save-every"),
         ("train_rl.py", "--save-total-limit 2", "--keep"),
         ("-m data.coldstart", "--num-samples 3", "--samples"),
+        ("train_sft.py", "--n_epochs=3", "--steps"),
+        ("train_sft.py", "--clip_grad 1", "--clip-norm"),
+        ("train_rl.py", "--ppo-mini-batch-size 8", "--updates"),
+        ("train_rl.py", "--lora_alpha 32", "--lora"),
+        ("train_rl.py", "--entropy-coeff 0.01", "--entropy-coef"),
+        ("train_sft.py", "--image_folder x", "PATH@FOLDER"),
+        ("train_sft.py", "--local_rank=0", "torchrun"),
     ],
 )
 def test_other_trainers_flags_get_a_hint_at_ours(script, theirs, ours, capsys, monkeypatch):
@@ -167,6 +183,21 @@ def test_the_hints_are_flags_that_there_are():
     known.add("track")  # what logs elsewhere, where there is one
     for theirs, (ours, note) in flags.PEERS.items():
         assert set(ours) <= known and (ours or note), theirs
+
+
+def test_an_empty_word_is_refused_where_the_flag_has_a_meaning_for_none(monkeypatch, capsys):
+    needed = ["--model", "m", "--data", "d"]
+    assert flags.parse(evaluation.Config, "", [*needed, "--out", ""]).out == ""
+    for words in (["--data", "a", ""], ["--model", ""], ["--out", "", "--resume"]):
+        with pytest.raises(SystemExit):
+            flags.parse(train_sft.Config, "", [*needed, *words])
+        assert re.search(r": --\w+ is empty\n$", capsys.readouterr().err)
+
+
+def test_ctrl_c_while_a_script_is_imported_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["/here/train_rl.py"])
+    flags.say_interrupted(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert capsys.readouterr().err == "train_rl.py: interrupted\n"
 
 
 # ---- How soon
@@ -209,8 +240,11 @@ def test_help_and_a_wrong_flag_need_no_torch(script, line, without_torch):
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3
 
 
-def test_an_old_python_is_told_so():
-    code = "import sys; sys.version_info = (3, 10, 9); import flags"
+@pytest.mark.parametrize("module", ["flags", "data", "report"])
+def test_an_old_python_is_told_so(module):
+    # Nothing is installed for it, either.
+    code = "import sys; sys.version_info = (3, 10, 9); sys.modules['numpy'] = None; import "
+    code += module
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("Python 3.11 or newer is needed; this is 3.")

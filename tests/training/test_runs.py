@@ -95,6 +95,7 @@ def test_what_means_no_other_run_may_change(tmp_path):
     cfg = rl(tmp_path)
     fake_run(tmp_path, cfg)
     changes = dict(steps=200, save_every=1, eval_every=3, workers=2, micro_tokens=99, keep=1)
+    changes |= dict(model="./m/", data=("d/",))  # another spelling of the same
     found, done = checkpoints.find_start(rl(tmp_path, resume=True, **changes))
     assert (found.name, done) == ("step-000002", 2)
 
@@ -121,6 +122,18 @@ def test_rows_without_a_whole_checkpoint_are_not_overwritten(tmp_path, capsys):
     assert checkpoints.find_start(sft(fresh, resume=True)) == (None, 0)
 
 
+def test_a_torn_later_step_does_not_count_as_kept(tmp_path):
+    """Run on behind an incomplete step 9, --keep 1 is the step that has just been saved."""
+    for step in (2, 9):
+        fake_checkpoint(tmp_path, step)
+    (tmp_path / "step-000009" / "model.safetensors").unlink()
+    (tmp_path / "aside" / "trainer").mkdir(parents=True)
+    final = tmp_path / "step-000003"
+    checkpoints.finish(tmp_path / "aside", final, {"step": 3}, keep=1)
+    assert checkpoints.newest(tmp_path) == final
+    assert not (tmp_path / "step-000002" / "trainer").exists()
+
+
 def test_a_finished_run_has_nothing_to_do(tmp_path, capsys):
     fake_run(tmp_path, sft(tmp_path, steps=2))
     before = contents(tmp_path)
@@ -133,6 +146,11 @@ def test_a_lost_or_torn_config_is_said(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"script": "tr')
     with pytest.raises(UserError, match=r"config\.json can't be read .*give all flags"):
         train_sft.main(sft(tmp_path, resume=True))
+    kinds = {"steps": "abc", "lr": None, "data": "d", "schedule": "step", "max_pixels": 9.5}
+    for name, value in kinds.items():
+        (tmp_path / "config.json").write_text(json.dumps(SFT | {name: value}))
+        with pytest.raises(UserError, match=rf"config\.json: {name} is .*give all flags"):
+            recorded_flags(train_sft.Config, ["--out", str(tmp_path), "--resume"])
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match=r"config\.json is missing.* give --data and --model"):
         recorded_flags(train_sft.Config, ["--out", str(tmp_path), "--resume"])
@@ -204,6 +222,13 @@ def test_one_run_a_folder(tmp_path, capsys):
     alive.communicate()
     with folder.lock(str(out)):
         assert "is dead" in capsys.readouterr().out
+    # Dead, though nobody has asked for its exit code yet.
+    dead = subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE)
+    dead.stdout.read()
+    held_by(file, socket.gethostname(), dead.pid)
+    with folder.lock(str(out)):
+        assert f"process {dead.pid}, which is dead" in capsys.readouterr().out
+    dead.wait()
     held_by(file, "elsewhere", 1)
     with pytest.raises(UserError, match=r"lock: process 1 on elsewhere .* delete that file"):
         train_sft.main(sft(out))
@@ -221,6 +246,9 @@ def test_an_out_that_can_not_be_written(tmp_path):
             with pytest.raises(UserError, match="can't write .*file.*--out has to be a folder"):
                 main(make(out, resume=True))
     assert (tmp_path / "file").read_text() == "mine"
+    (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"metrics\.jsonl can't be read: Is a directory"):
+        train_sft.main(sft(tmp_path / "run"))
 
 
 # ---- The place in the data

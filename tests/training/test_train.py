@@ -719,6 +719,8 @@ def test_advantages_and_filter():
     totals = [1.0, 0.2, 0.2, 1.0, 0.94, 0.94, 0.94, 0.4, 0.4, 1.0, 0.9]
     assert row["kept"] == 0.2 and row["reward"] == pytest.approx(sum(totals) / 11)
     assert graded()[1]["kept"] == 0.0
+    # Of a path that a step has not asked, nothing was measured.
+    assert graded()[1]["lor_kept"] is None
 
 
 def test_prompts_alternate_between_the_paths():

@@ -253,11 +253,15 @@ def test_unknown_flags_fail_with_the_nearest_name(monkeypatch, capsys):
     assert stop.value.code == 2 and "--steps" in captured.out + captured.err
 
 
-def test_fingerprint_sees_ids_paths_and_order():
+def test_fingerprint_sees_rows_and_order():
     rows = [Example(str(i), "lor", [], "?", "A") for i in range(3)]
     other = [Example(str(i), "dtr", [], "?", "A") for i in range(3)]
     prints = Counter(map(checkpoints.fingerprint, (rows, other, rows[::-1], rows[:2], list(rows))))
     assert sorted(prints.values()) == [1, 1, 1, 2]
+    # What is asked and answered, too: a set may be made again under the same ids.
+    for change in ({"question": "!"}, {"answer": "B"}, {"rationale": "So."}):
+        changed = [*rows[:2], replace(rows[2], **change)]
+        assert checkpoints.fingerprint(changed) != checkpoints.fingerprint(rows)
 
 
 # ---- Images made ahead
