@@ -19,6 +19,7 @@ Prints each answer, and writes to --out
 transformers' (Apple's DepthPro, Depth Anything V2 metric).
 """
 
+import itertools
 import json
 import math
 import re
@@ -121,6 +122,7 @@ def prepare(cfg: Config, depth: np.ndarray | None = None) -> Asked:
     if depth is None:
         assumed.append("no depth: the model sees the image alone")
     elif camera is None:
+        # tan(half the angle) is half the width over the focal length.
         focal = image.width / 2 / math.tan(math.radians(FIELD_OF_VIEW / 2))
         camera = (focal, focal, image.width / 2, image.height / 2)
         assumed.append(
@@ -149,9 +151,10 @@ def with_regions(question: str, regions: int) -> tuple[str, list[str], list[str]
         )
     names = []
     for text in before:
+        # "... the chair (red bbox " -> red bbox: the mention is what stands right before <mask>.
         words = re.findall(r"\w+", text)[-2:]
         names.append(" ".join(words) or "region")
-    used = {word for name in names for word in name.split()}
+    used = " ".join(names).split()
     free = [colour for colour in COLOURS if colour not in used]
     missing = regions - len(before)
     if missing > len(free):
@@ -209,6 +212,7 @@ def ask(source: str, asked: Asked, cfg: Config, device) -> list[dict]:
     boxes = None
     if asked.example.regions and regions == "token":
         (boxes,) = predict_boxes(model, processor, examples[:1])
+        # A head that never learnt would draw boxes anywhere.
         if record.trained is not None and "head3d" not in record.trained:
             boxes = None
             asked.assumed.append(f"{source} has a 3D head that never learnt: it isn't asked")
@@ -276,18 +280,21 @@ def project(xyz, camera) -> tuple[float, float] | None:
 
 def corners(centre, size) -> np.ndarray:
     """Return the corners (8, 3) of a box (w, h, l) along the camera's axes."""
-    signs = np.array([[i >> 2 & 1, i >> 1 & 1, i & 1] for i in range(8)]) - 0.5
+    # Corner i has the signs of i's three bits.
+    signs = np.stack(np.unravel_index(np.arange(8), (2, 2, 2)), 1) - 0.5
     return np.asarray(centre) + signs * np.asarray(size)
 
 
 # Corners that differ in one sign.
-EDGES = [(a, b) for a in range(8) for b in range(a) if (a ^ b).bit_count() == 1]
+PAIRS = itertools.combinations(range(8), 2)
+EDGES = [(a, b) for a, b in PAIRS if (a ^ b).bit_count() == 1]
 
 
 def draw(asked: Asked, answers: list[dict]) -> Image.Image:
     """Draw the image with what was written about it, and beside it the view from above."""
     example = asked.example
     (image,) = example.images
+    # Small images are drawn larger, so that labels fit.
     scale = SIDE / max(image.size)
     canvas = image.resize((round(image.width * scale), round(image.height * scale)))
     pen = ImageDraw.Draw(canvas)
@@ -316,6 +323,7 @@ def draw(asked: Asked, answers: list[dict]) -> Image.Image:
 
 
 def cross(pen, x: float, y: float, colour, half: int = 7) -> None:
+    # A white rim, to be seen on any ground.
     for width, shade in ((6, "white"), (3, colour)):
         pen.line((x - half, y - half, x + half, y + half), fill=shade, width=width)
         pen.line((x - half, y + half, x + half, y - half), fill=shade, width=width)
@@ -331,8 +339,9 @@ def draw_box(pen, box: dict, camera, scale: float) -> None:
         end = np.array(points[b]) * scale
         pieces = max(int(np.linalg.norm(end - start) / 8), 1)
         for piece in range(0, pieces, 2):
-            ends = [start + (end - start) * min(k / pieces, 1) for k in (piece, piece + 1)]
-            pen.line([tuple(point) for point in ends], fill=colour_of(box["mention"]), width=2)
+            begin = start + (end - start) * piece / pieces
+            stop = start + (end - start) * min((piece + 1) / pieces, 1)
+            pen.line((*begin, *stop), fill=colour_of(box["mention"]), width=2)
 
 
 def from_above(asked: Asked, answers: list[dict], height: int) -> Image.Image:
@@ -384,6 +393,7 @@ def paint_depth(view: Image.Image, example: Example, depth: np.ndarray, place) -
     down = np.where(known, (rows - cy) * depth / fy, 0)
     # A ceiling would hide the room.
     known &= down > -0.2
+    # The floor first: what stands on it is painted over it.
     order = np.argsort(-down[known])
     z = depth[known][order]
     x = (columns[known][order] - cx) * z / fx

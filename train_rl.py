@@ -238,6 +238,8 @@ class PromptOrder:
         self.examples = {}
         self.orders = {}
         for path in self.paths:
+            # Each path is shuffled by itself: a set with few DTR rows sees them in every step all
+            # the same.
             own = [example for example in examples if example.path == path]
             self.examples[path] = own
             self.orders[path] = Order(range(len(own)), f"{seed} {path}")
@@ -286,6 +288,7 @@ def local_share(prompts: list[Prompt], rank: int, world: int) -> list[Prompt]:
     lengths = []
     for prompt in prompts:
         boxes = len(prompt.example.regions) if prompt.example.path == "dtr" else 0
+        # A guess before anything is sampled; real lengths are known too late.
         lengths.append(1.0 + boxes)
     return [prompts[i] for i in ranks.shard_by_length(lengths, rank, world)]
 
@@ -347,6 +350,7 @@ def roll_out(
     informative = 0
     for group in with_progress(prompts, stream, engine.options.n):
         group.scores = [finite_score(r.text, group.example, cfg.rules) for r in group.rollouts]
+        # The filter is the kernel's later; here it only decides how long to go on.
         accuracies = [s.accuracy for s in group.scores]
         informative += max(accuracies) - min(accuracies) > 1e-6
         groups.append(group)
@@ -543,7 +547,10 @@ def make_microbatch(
     world: int,
     device: torch.device,
 ) -> MicroBatch:
-    owner, advantage, rollout_logprob, completions = [], [], [], []
+    owner = []
+    advantage = []
+    rollout_logprob = []
+    completions = []
     for piece in pieces:
         path = paths.index(piece.prompt.example.path)
         advantage.extend(piece.advantages)
@@ -553,6 +560,7 @@ def make_microbatch(
             rollout_logprob.extend(r.logprobs)
     prompts = [piece.prompt.encoded for piece in pieces]
     if needs_dummy([piece.prompt.example for piece in pieces], world):
+        # FSDP2 waits for a gradient of every parameter from every rank.
         prompts.append(processor.prompt(dummy_example()))
         completions.append([[processor.end_ids[0]]])
     batch = processor.pack(prompts, completions)
@@ -629,11 +637,13 @@ def update(
     tokens, sequences = ranks.all_reduce([tokens, sequences])
     if tokens == 0:
         return None
+    # Of all ranks and passes of this update: so the cut into micro-batches changes nothing.
     denominator = tokens if LOSSES[cfg.loss].divided_by == "tokens" else sequences
     loss_sum = 0.0
     for mb in synced_passes(model, microbatches):
         logprob, entropy = forward(model, mb, cfg.temperature, images)
         if mb.old_logprob is None:
+            # The first pass of the only update: the policy has not moved since it sampled.
             mb.old_logprob = logprob.detach()
         loss, loss_metrics = loss_of(cfg, mb, logprob, entropy, denominator)
         loss.backward()
@@ -829,10 +839,12 @@ def train(
         metrics = Metrics(paths, list(REWARDS))
         images = DeviceImages(device)
         prompts = sampler.local_prompts(step, rank, world)
+        # Which prompts come next is known: a pure function of the step.
         following = sampler.local_prompts(step + 1, rank, world)
         upcoming = [prompt.example for prompt in prompts + following]
         processor.prefetch(upcoming)
         wanted = math.ceil(len(prompts) / cfg.tries) if cfg.tries > 1 else 0
+        # A step's noise is its own; the multiplier is a prime beyond any number of steps.
         seed = cfg.seed * 1_000_003 + step
         encode(prompts, processor)
         rolled_out = roll_out(engine, prompts, cfg, seed, images, wanted)
@@ -851,6 +863,7 @@ def train(
         clock.append(time.perf_counter())
         minibatches = []
         for u in range(cfg.updates):
+            # By turns, so that each update has prompts of every path.
             share = [group for group in kept if group.prompt.turn % cfg.updates == u]
             minibatches.append(pack(share, processor, paths, cfg, world, device))
 

@@ -176,6 +176,7 @@ class Sampler:
         rows_before: int = 0,
     ):
         # One path a run: answers of like length.
+        # Rows of one image come together, so that they share its tokens.
         keys = [(images_key(example), example.path) for example in examples]
         self.order = Order(keys, cfg.seed, cfg.questions_per_image)
         self.examples = examples
@@ -298,6 +299,7 @@ def run_batch(
     tokens = sum(mb.target_tokens for mb in microbatches)
     regions = sum(mb.labelled_regions for mb in microbatches)
     tokens, regions = ranks.all_reduce([tokens, regions])
+    # On the device: one read a batch, not one a pass.
     sums = torch.zeros(3, dtype=torch.float64, device=model.device)
     microbatches = equalize_passes(microbatches, lambda: make_dummy(processor))
     for mb in synced_passes(model, microbatches):

@@ -38,6 +38,8 @@ class Order:
         """Return the rows of epoch `number` in their order."""
         if number in self.epochs:
             return self.epochs[number]
+        # A string as the seed: Python hashes it the same on every machine, and no other epoch
+        # shares it.
         rng = random.Random(f"{self.seed} {number}")
         runs = []
         for group in self.groups:
@@ -57,6 +59,7 @@ class Order:
         """Return rows [start, start + count) of the endless order."""
         out = []
         for place in range(start, start + count):
+            # A place may lie in any epoch: a resumed run asks for where it was.
             epoch, offset = divmod(place, self.rows_in_epoch)
             out.append(self.epoch(epoch)[offset])
         return out
@@ -93,6 +96,7 @@ def pack_by_tokens(
     runs = []
     start = used = 0
     for i, length in enumerate(lengths):
+        # What the row before has packed already costs nothing.
         added = length - shared[i] if shared and i > start else length
         if i > start and used + added > budget:
             runs.append(slice(start, i))
@@ -110,6 +114,7 @@ def pack_by_tokens(
 
 def equalize_passes(microbatches: list, make_dummy: Callable) -> list:
     """Return the micro-batches, and dummies for as long as another rank still has some."""
+    # Every pass is a collective where parameters are sharded: all ranks make equally many.
     most = int(all_reduce([len(microbatches)], "MAX")[0])
     return microbatches + [make_dummy() for _ in range(most - len(microbatches))]
 
@@ -134,5 +139,6 @@ def needs_dummy(examples: list[Example], world: int) -> bool:
 
 
 def touches_all_parameters(example: Example) -> bool:
+    # Image, depth and region: together they pass by every parameter that may learn.
     has_depth = any(depth is not None for depth in example.depths or ())
     return bool(example.images and example.regions and has_depth)

@@ -43,6 +43,7 @@ def find_start(cfg) -> tuple[Path | None, int]:
         folder.refuse_other_flags(cfg)
     found = newest(out) if cfg.resume else None
     done = read_state(found)["step"] if found else 0
+    # Ranks that see another disk would train from different steps, and never say so.
     most = ranks.all_reduce([done], "MAX")[0]
     least = -ranks.all_reduce([-done], "MAX")[0]
     if most != least:
@@ -78,6 +79,7 @@ def step_folders(out: Path) -> list[Path]:
 
 def fingerprint(examples: Sequence[Example]) -> str:
     """Return what a checkpoint keeps of the data set, to refuse to resume on another."""
+    # Images are left out: to read all of them would take minutes.
     digest = hashlib.sha256()
     for e in examples:
         row = (e.id, e.path, e.question, e.answer, e.rationale)
@@ -91,10 +93,12 @@ def save(cfg, step: int, rows: int, model: QwenVL, processor, optimizer: Optimiz
     rows: how many the run has taken from the data; same: name -> what a resumed run must have again
     (`restore`). UserError on all ranks where it can't be written; nothing stays of it.
     """
+    # A name that no reader takes for a checkpoint, until the last file is on the disk.
     final = Path(cfg.out) / f"step-{step:06d}"
     aside = final.with_suffix(".partial")
     note_learnt(model, processor, optimizer)
     trainer = aside / "trainer"
+    # Collective: with shards every rank sends its own, whoever writes.
     weights = gather_weights(model)
     # A full disk must not keep this rank from what it gathers with the others: it is said later.
     problem = None

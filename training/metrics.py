@@ -83,12 +83,15 @@ class Metrics:
 
         names: the columns to return; None: all of them.
         """
+        # One message for all sums: a step has some hundred of them, and each collective waits for
+        # the slowest rank.
         flat = []
         for path in self.paths:
             flat.extend(self.sums[path][column] for column in self.columns)
         totals = all_reduce(flat)
         by_path = {}
         for i, path in enumerate(self.paths):
+            # In the order in which they were laid out above.
             own = totals[i * len(self.columns) : (i + 1) * len(self.columns)]
             by_path[path] = dict(zip(self.columns, own, strict=True))
         overall = {}
@@ -103,6 +106,7 @@ class Metrics:
         row |= self._averages(overall, names)
         if "kept" in row and row["kept"] is None:
             row["kept"] = 0.0  # of no group none; of a path that was not asked it is null
+        # A maximum over ranks isn't a sum, hence a second message.
         largest = all_reduce([self.maxima[name] for name in MAXIMA], "MAX")
         for name, value in zip(MAXIMA, largest, strict=True):
             if names is None or name in names:
@@ -122,5 +126,6 @@ class Metrics:
 
 def sums_by_path(values: torch.Tensor, owner: torch.Tensor, paths: int) -> torch.Tensor:
     """Sum the rows of values (T, C) by their path owner (T,) -> (paths, C) fp64, on the device."""
+    # fp64, and on the device: nobody waits for it here, and a long step's sums keep their digits.
     sums = torch.zeros(paths, values.shape[1], dtype=torch.float64, device=values.device)
     return sums.index_add_(0, owner, values.double())

@@ -63,6 +63,8 @@ def start_ranks() -> Ranks:
     if cuda:
         torch.cuda.set_device(local_rank)
     if world > 1 and not dist.is_initialized():
+        # Counts and sums live on the host, so they travel by gloo, and no GPU is kept waiting for
+        # them.
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout()))
         threading.Thread(target=watch, daemon=True).start()
@@ -126,6 +128,7 @@ def all_reduce(values: Sequence[float], op: str = "SUM") -> list[float]:
     """Return the SUM (or MAX) of each value over the ranks, in fp64. Collective."""
     if not dist.is_initialized():
         return list(values)
+    # fp64: counts of tokens stay exact far beyond 2^24.
     tensor = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(tensor, getattr(dist.ReduceOp, op))
     return tensor.tolist()
@@ -153,6 +156,7 @@ def raise_together(problem: str | None) -> None:
 
     A rank that alone reads or writes a file says what went wrong here, behind its work.
     """
+    # The highest rank with a problem speaks; one sentence is enough.
     (last,) = all_reduce([rank() + 1 if problem else 0], "MAX")
     if last:
         raise UserError(broadcast(problem, int(last) - 1))
@@ -165,6 +169,7 @@ def shard_by_length(lengths: Sequence[float], rank: int, world: int) -> list[int
     """
     loads = [0.0] * world
     mine = []
+    # Greedy: within a third of the best possible share, and here far nearer, as rows are many.
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     for i in longest_first:
         least_loaded = loads.index(min(loads))
@@ -176,6 +181,7 @@ def shard_by_length(lengths: Sequence[float], rank: int, world: int) -> list[int
 
 def shard_contiguous(lengths: Sequence[float], rank: int, world: int) -> slice:
     """Return this rank's share of consecutive rows, of about equal length for all ranks."""
+    # A row belongs to the rank in whose stretch its middle lies.
     middles = np.cumsum(lengths) - np.array(lengths) / 2
     edges = np.searchsorted(middles, sum(lengths) * np.arange(world + 1) / world)
     return slice(int(edges[rank]), int(edges[rank + 1]))

@@ -207,6 +207,7 @@ def resolve_auto_settings(cfg, config, device: torch.device, world: int, **sizes
     check_kernels(config, device)
     ranks.phase("loading and sharding")
     local_world = ranks.local_world_size(world)
+    # The plan is of one box; prompts are of all.
     sizes["prompts"] = math.ceil(sizes["prompts"] * local_world / world)
     cuda = device.type == "cuda"
     if cuda:
@@ -228,6 +229,7 @@ def resolve_auto_settings(cfg, config, device: torch.device, world: int, **sizes
     for sharded in choices[cfg.shard] if world > 1 else (False,):
         for checkpointing in choices[cfg.checkpointing]:
             options.append(plan.Settings(sharded, checkpointing, cfg.lora, cfg.micro_tokens))
+    # On the meta device: nothing is loaded to know how much there will be.
     counts = plan.count(config, cfg.train, cfg.lora)
     try:
         settings, _ = plan.choose(config, wanted, options, lambda _: counts)
@@ -271,6 +273,7 @@ class Log:
         JSON has no NaN: what is not finite is null, and said.
         """
         self.bar.update()
+        # A NaN may be the most telling value of a run, and JSON has none.
         not_finite = {}
         for name, value in row.items():
             if isinstance(value, float) and not math.isfinite(value):
