@@ -404,10 +404,29 @@ def read_carried(origin: Origin) -> dict[str, Tensor]:
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict | None = None) -> None:
     """Write a safetensors file with the permissions that the umask gives; its own are 0600."""
     save_file(tensors, path, metadata=metadata)
+    sort_metadata(path)
     # It can't be read without being set.
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)
+
+
+def sort_metadata(path: Path) -> None:
+    """Write a safetensors file's metadata in the order of their names; it has them in any.
+
+    So equal tensors make equal files, byte for byte.
+    """
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        if "__metadata__" not in header:
+            return
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        # Blanks behind it align what follows. It is as long as before; if not, it stays.
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def write_shards(tensors: dict[str, Tensor], directory: Path) -> None:

@@ -60,7 +60,7 @@ def end_in_words(main: Callable, cfg, name: str) -> None:
     except data.BadRows as bad:
         told = bad.told(cfg.out or "out")
         # Where it is given already, no row is left.
-        if not cfg.skip_bad_rows:
+        if not vars(cfg).get("skip_bad_rows"):
             told += "\n(--skip-bad-rows goes on without them)"
         end(f"{name}: {told}", 2)
     except FloatingPointError as error:

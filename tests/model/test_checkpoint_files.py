@@ -25,6 +25,7 @@ from tiny_models import inputs, make, reference_logits
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from model import tiny
+from model.checkpoint import save_tensors
 from model.files import CheckpointError, checkpoint_of
 from model.processor import Processor
 from model.qwen_vl import QwenVL
@@ -703,3 +704,16 @@ def test_untrained_parts_that_would_be_used_are_named(tmp_path):
     path = tmp_path / "old" / "spatial.safetensors"
     save_file(load_file(path), path, {"points": "metric"})
     assert Processor.from_pretrained(tmp_path / "old").untrained_parts([with_region()]) == []
+
+
+def test_equal_tensors_make_equal_files(tmp_path):
+    """safetensors writes metadata in an order that differs from run to run."""
+    tensors = {"b": torch.arange(5.0), "a.é": torch.ones(2, 3, dtype=torch.bfloat16)}
+    metadata = {f"key {i}": f"wert {i} ü" for i in range(9)}
+    contents = set()
+    for i in range(4):
+        save_tensors(tensors, tmp_path / str(i), dict(reversed(metadata.items())))
+        contents.add((tmp_path / str(i)).read_bytes())
+    assert len(contents) == 1
+    with safe_open(tmp_path / "0", framework="pt") as file:
+        assert file.metadata() == metadata and torch.equal(file.get_tensor("b"), tensors["b"])

@@ -428,6 +428,7 @@ def test_workers_on_a_gpu_share_the_cores_and_a_cpu_keeps_its_own(monkeypatch):
 
 @dataclass
 class Run:
+    model: str = "m"
     train: str = "lm"
     lora: int = 0
     shard: str = "auto"
@@ -517,7 +518,8 @@ def gradients(source, share, dtype, shard):
     groups = fixed_groups()
     own = [groups[i] for i in (SHARES[share][rank] if world > 1 else range(4))]
     train_rl.encode([group.prompt for group in own], processor)
-    micros = train_rl.pack(own, processor, ["lor"], 90, world, device)
+    cfg = SimpleNamespace(micro_tokens=90, mask_truncated=False)
+    micros = train_rl.pack(own, processor, ["lor"], cfg, world, device)
     (tokens,), losses = ranks.all_reduce([sum(len(one.rollout_logprob) for one in micros)]), []
     for one in micros:
         logprob, _ = train_rl.forward(model, one, 1.0, None)
