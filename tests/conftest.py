@@ -17,26 +17,6 @@ MAKE_TINY = """if True:
     tiny.write("qwen3_vl", Path(sys.argv[1]), shape=shape)"""
 
 
-# The files that take longest, in this order.
-LONG = (
-    "test_train.py",
-    "test_runs.py",
-    "test_agreement.py",
-    "test_compile_gate.py",
-    "test_training.py",
-    "test_rollout.py",
-    "test_two_boxes.py",
-    "test_fork.py",
-    "test_platforms.py",
-    "test_end_to_end.py",
-)
-
-
-def pytest_collection_modifyitems(items):
-    """Run long files first: one that comes last keeps a process busy while others have nothing."""
-    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
-
-
 @pytest.fixture(scope="session")
 def tiny_home(tmp_path_factory):
     """A folder with tiny/, a random checkpoint, and scenes/: rows.jsonl of both paths, and
