@@ -68,6 +68,7 @@ if __name__ == "__main__":
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from data.geometry import project
 from model.checkpoint import SpatialRecord
 from model.files import resolve
 from model.processor import Processor
@@ -90,6 +91,7 @@ COLOURS = {
 OTHER = (120, 120, 120)
 SIDE = 640  # pixels of the longer side of what is drawn
 CELL = 4  # pixels of a cell of the view from above
+NEAR = 0.05  # metres before the camera, from which on something is drawn
 FIELD_OF_VIEW = 60  # degrees, of a camera that isn't known
 
 
@@ -271,13 +273,6 @@ def colour_of(mention: str) -> tuple[int, int, int]:
     return OTHER
 
 
-def project(xyz, camera) -> tuple[float, float] | None:
-    """Return where a point of the camera's frame stands in the image; None behind the camera."""
-    x, y, z = xyz
-    fx, fy, cx, cy = camera
-    return (fx * x / z + cx, fy * y / z + cy) if z > 0.05 else None
-
-
 def corners(centre, size) -> np.ndarray:
     """Return the corners (8, 3) of a box (w, h, l) along the camera's axes."""
     # Corner i has the signs of i's three bits.
@@ -312,7 +307,7 @@ def draw(asked: Asked, answers: list[dict]) -> Image.Image:
             for box in answer["head"] or ():
                 draw_box(pen, box, camera, scale)
             for box in answer["boxes"]:
-                point = project(box["centre"], camera)
+                point = project(box["centre"], camera, NEAR)
                 if point is not None:
                     cross(pen, point[0] * scale, point[1] * scale, colour_of(box["mention"]))
     above = from_above(asked, answers, canvas.height)
@@ -331,7 +326,7 @@ def cross(pen, x: float, y: float, colour, half: int = 7) -> None:
 
 def draw_box(pen, box: dict, camera, scale: float) -> None:
     """Draw the edges of the 3D head's box that lie before the camera, dashed."""
-    points = [project(corner, camera) for corner in corners(box["centre"], box["size"])]
+    points = [project(corner, camera, NEAR) for corner in corners(box["centre"], box["size"])]
     for a, b in EDGES:
         if points[a] is None or points[b] is None:
             continue

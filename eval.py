@@ -104,7 +104,7 @@ from data.boxes import box_iou, read_boxes_3d
 from data.marks import Marked
 from errors import UserError
 from eval_table import COLUMNS, print_table, question_id, summarise_paths, true_centres
-from model.processor import BOX_2D, object_of, truths
+from model.processor import BOX_2D, has_depth, object_of, truths
 from model.rollout import predict_centres, sample_groups
 from pictures import is_data_uri, picture_size
 from training import folder, ranks, run
@@ -183,10 +183,6 @@ def select(examples: list[Example], path: str, limit: int | None) -> list[Exampl
                 any_row = next(iter(rows.values()))
                 selected.append(rows.get(wanted) or asked_as(any_row, wanted))
     return selected
-
-
-def has_depth(example: Example) -> bool:
-    return any(depth is not None for depth in example.depths or ())
 
 
 def seen(example: Example, config: Config) -> Example:

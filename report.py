@@ -34,6 +34,7 @@ from PIL import Image
 
 import data as datasets
 import flags
+from data.geometry import project
 from errors import UserError, launch, writing
 from eval_table import paired, question_id, true_centres
 from flags import CountOrZero
@@ -475,16 +476,6 @@ def points_of(example: Example, row: dict, view: int) -> list[Point]:
         if index == view:
             points.append(Point("head", colour_of(mention), xyz))
     return points
-
-
-def project(xyz, camera) -> tuple[float, float] | None:
-    """Project a point of the camera frame to a pixel (u, v); None if it is behind the camera."""
-    x, y, z = xyz
-    fx, fy, cx, cy = camera
-    if z <= 0.01:
-        return None
-    # The pinhole camera of OpenCV: pixel centres lie at integers.
-    return fx * x / z + cx, fy * y / z + cy
 
 
 def data_uri(image: Image.Image, kind: str) -> str:

@@ -1,16 +1,15 @@
 """Images that a row holds in its own text: data URIs, as LLaVA's sets have them."""
 
-import base64
 import binascii
 import io
 import os
 import re
-from urllib.parse import unquote_to_bytes
 
 from PIL import Image
 
 from data.marks import Marked
 from data.rows import Bad
+from pictures import content_of
 
 # data:image/png;base64,iVBOR...
 DATA_URI = re.compile(r"data:([^,]{0,200}),", re.IGNORECASE)
@@ -21,26 +20,22 @@ LONGEST_PATH = 4096
 
 def image_of(name: str, base: str, field: str = "image") -> str | Marked:
     """Return the path of an image that a row names, or the image that it holds; Bad if broken."""
-    header = DATA_URI.match(name)
-    if header:
-        return decode(name[header.end() :], header[1], field)
+    if DATA_URI.match(name):
+        return decode(name, field)
     if URL.match(name):
         raise Bad(field, f"a URL and no file: {name}: images are not downloaded")
     if len(name) > LONGEST_PATH:
-        return decode(name, "base64", field)
+        return decode(f"data:;base64,{name}", field)
     return os.path.join(base, name)
 
 
-def decode(text: str, header: str, field: str) -> Marked:
-    """Return the image in the text of a data URI. Reads its header, not yet its pixels."""
-    content = unquote_to_bytes(text)
-    if "base64" in header.lower():
-        # Some are broken into lines, or lack the = at the end.
-        content = re.sub(rb"[\s=]", b"", content).translate(URL_SAFE)
-        try:
-            content = base64.b64decode(content + b"=" * (-len(content) % 4), validate=True)
-        except binascii.Error as error:
-            raise Bad(field, f"broken data URI: {about(text)}: {error}") from error
+def decode(uri: str, field: str) -> Marked:
+    """Return the image in a data URI. Reads its header, not yet its pixels."""
+    text = uri.partition(",")[2]
+    try:
+        content = content_of(uri)
+    except binascii.Error as error:
+        raise Bad(field, f"broken data URI: {about(text)}: {error}") from error
     try:
         # Of a PNG this also checks that all of it is there.
         Image.open(io.BytesIO(content)).verify()
@@ -51,10 +46,6 @@ def decode(text: str, header: str, field: str) -> Marked:
             reason = type(error).__name__
         raise Bad(field, f"broken data URI: {about(text)}: {reason}") from error
     return Marked(content)
-
-
-# The other alphabet of base64.
-URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
 
 def about(text: str) -> str:

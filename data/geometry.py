@@ -291,3 +291,13 @@ def measured_depth(example: Example, view: int) -> np.ndarray | None:
         return read_metres(depth)
     except BadPicture:  # said where it is used
         return None
+
+
+def project(xyz, camera, near: float = 0.01) -> tuple[float, float] | None:
+    """Project a point of the camera frame to a pixel (u, v); None if it is nearer than `near`."""
+    x, y, z = xyz
+    fx, fy, cx, cy = camera
+    if z <= near:
+        return None
+    # The pinhole camera of OpenCV: pixel centres lie at integers.
+    return fx * x / z + cx, fy * y / z + cy

@@ -70,7 +70,7 @@ class Chunks:
 
     @cached_property
     def _host_index(self) -> np.ndarray:
-        starts = np.cumsum([0, *self.lengths])
+        starts = self.host_starts.numpy()
         # One chunk a row, in the walk's order; behind a sequence's end stands the token of zeros.
         rows = []
         for step, active in enumerate(self.steps):
@@ -104,7 +104,7 @@ class Chunks:
     @cached_property
     def starts(self) -> Tensor:
         """(N + 1,) int64, on the device: as fla takes sequences."""
-        return upload(np.cumsum([0, *self.lengths]), self.device)
+        return upload(self.host_starts, self.device)
 
     @cached_property
     def host_starts(self) -> Tensor:

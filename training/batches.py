@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from model.processor import has_depth
 from srreal import Example
 from training.ranks import all_reduce
 
@@ -140,5 +141,4 @@ def needs_dummy(examples: list[Example], world: int) -> bool:
 
 def touches_all_parameters(example: Example) -> bool:
     # Image, depth and region: together they pass by every parameter that may learn.
-    has_depth = any(depth is not None for depth in example.depths or ())
-    return bool(example.images and example.regions and has_depth)
+    return bool(example.images and example.regions) and has_depth(example)

@@ -19,7 +19,7 @@ from kernels.delta_step import delta_step
 from kernels.layers import add_offset, torch_norm
 from model.qwen_vl import fused_linears
 from model.rollout.cache import Cache, Extent, Options, PromptRows
-from model.rollout.decode import decode, rope_frequencies, rotation
+from model.rollout.decode import decode, rope_frequencies, rotation, step_layers
 from model.rollout.scheduler import Sequence
 from model.rollout.slots import Slots, take_ended
 
@@ -166,7 +166,8 @@ class CpuDeltaNet:
 class CpuLayer:
     """A decoder layer: `mix`, its attention or delta net, and `mlp`."""
 
-    def __init__(self, mlp, mix: Callable[[Tensor, CpuStep], Tensor]):
+    def __init__(self, layer, mix: Callable[[Tensor, CpuStep], Tensor]):
+        mlp = layer.mlp
         self.mix = mix
         self.gate_up = joint_linear(mlp.gate_proj, mlp.up_proj)
         self.down = joint_linear(mlp.down_proj)
@@ -174,21 +175,6 @@ class CpuLayer:
     def mlp(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, -1)
         return self.down(F.silu(gate).mul_(up))
-
-
-def cpu_layers(decoder) -> list[CpuLayer]:
-    """Return the decoder's layers as a step calls them."""
-    layers = []
-    attention = delta = 0
-    for layer in decoder.layers:
-        if layer.attends:
-            mix = CpuAttention(layer.self_attn, decoder.sizes, attention)
-            attention += 1
-        else:
-            mix = CpuDeltaNet(layer.linear_attn, delta)
-            delta += 1
-        layers.append(CpuLayer(layer.mlp, mix))
-    return layers
 
 
 class CpuDecoder:
@@ -204,7 +190,7 @@ class CpuDecoder:
         self.oldest = 0
         self.frequencies = rope_frequencies(model)
         with torch.inference_mode():
-            self.layers = cpu_layers(model.decoder)
+            self.layers = step_layers(model.decoder, CpuAttention, CpuDeltaNet, CpuLayer)
         self.clock = 0
 
     def reset(self, processor) -> None:

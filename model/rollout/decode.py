@@ -106,18 +106,20 @@ class FusedLayer:
         return self.mlp_module.down_proj(swiglu_joint(F.linear(x, *fused)))
 
 
-def fused_layers(decoder) -> list[FusedLayer]:
-    """Return the decoder's layers as a step calls them."""
+def step_layers(
+    decoder, make_attention: Callable, make_delta_net: Callable, make_layer: Callable
+) -> list:
+    """Return the decoder's layers as a step calls them, each with its number among its kind."""
     layers = []
     attention = delta = 0
     for layer in decoder.layers:
         if layer.attends:
-            mix = FusedAttention(layer.self_attn, decoder.sizes, attention)
+            mix = make_attention(layer.self_attn, decoder.sizes, attention)
             attention += 1
         else:
-            mix = FusedDeltaNet(layer.linear_attn, delta)
+            mix = make_delta_net(layer.linear_attn, delta)
             delta += 1
-        layers.append(FusedLayer(layer, mix))
+        layers.append(make_layer(layer, mix))
     return layers
 
 
@@ -172,7 +174,7 @@ class Decoder:
         self.slots = Slots(model, options, slots)
         self.suffix_keys = options.max_new_tokens
         self.frequencies = rope_frequencies(model)
-        self.layers = fused_layers(model.decoder)
+        self.layers = step_layers(model.decoder, FusedAttention, FusedDeltaNet, FusedLayer)
         self.clock = 0  # steps since the last reset
         self.graph = None
         self.addresses: list[int] = []  # of the weights that the graph reads
