@@ -601,25 +601,40 @@ class Scores:
         return f"Scores(total={self.total}, parts={self.parts})"
 
 
-def score(response: str, example: Example, rules: str = "strict") -> Scores:
+def score(
+    response: str,
+    example: Example,
+    rules: str = "strict",
+    changes: dict[str, float] | None = None,
+) -> Scores:
     """Score a response: the total by its path's weights, and every part; finite and in [0, 1].
 
     rules: strict; or official, which has that code's bugs (detect above 1, accuracy nan); else
-    ValueError.
+    ValueError. changes: weights in place of the path's own, see `weights_of`.
     """
     rewards = lookup(RULES, rules)
     if not lookup(PATHS, example.path).sections:
         # The official code has no such path.
         rewards = strict
     parts = dict.fromkeys(REWARDS, 0.0) | rewards(response, example)
-    total = sum(weight * parts[name] for name, weight in weights_of(example).items())
+    weights = weights_of(example, changes)
+    total = sum(weight * parts[name] for name, weight in weights.items())
     return Scores(total, *parts.values())
 
 
-def weights_of(example: Example) -> dict[str, float]:
-    """Return the weight of every reward in this example's total, in the order of REWARDS."""
+def weights_of(example: Example, changes: dict[str, float] | None = None) -> dict[str, float]:
+    """Return the weight of every reward in this example's total, in the order of REWARDS.
+
+    changes: other weights for some of the rewards that the path weighs; the rest of its weights
+    keep their proportions, and all of them sum to 1 as before. Without a rest nothing changes.
+    """
     path = lookup(PATHS, example.path)
     weights = path.weights if example.objects else path.weights_without_objects
+    changed = {name: weight for name, weight in (changes or {}).items() if name in weights}
+    unchanged = sum(weight for name, weight in weights.items() if name not in changed)
+    if changed and unchanged:
+        scale = (1 - sum(changed.values())) / unchanged
+        weights = {name: scale * weight for name, weight in weights.items()} | changed
     return dict.fromkeys(REWARDS, 0.0) | weights
 
 

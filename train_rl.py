@@ -76,6 +76,7 @@ from flags import (
     ShareAboveZero,
     ShareBelowOne,
 )
+from srreal import REWARDS
 from training.recorded import read_config, recorded_flags
 
 
@@ -98,6 +99,9 @@ class Config:
     # sample from the likeliest tokens that have so much probability together; 1: from all
     top_p: ShareAboveZero = 1.0
     rules: Literal["strict", "official"] = "strict"  # of scoring
+    # what rewards count in the totals, as detect=.3, in paths that weigh them; the others keep
+    # their proportions; empty: the weights of PATHS in srreal.py
+    reward_weights: tuple[str, ...] = ()
     filter: Literal["accuracy", "none"] = "accuracy"  # which groups are trained on
     # a name of LOSSES in kernels/policy_loss.py: dapo, grpo, dr_grpo, gspo, cispo, sapo
     loss: str = "dapo"
@@ -158,6 +162,25 @@ class Config:
 
         if self.loss not in LOSSES:
             raise UserError(f"--loss {self.loss}: it is one of {', '.join(LOSSES)}")
+        parse_weights(self.reward_weights)
+
+
+def parse_weights(settings: tuple[str, ...]) -> dict[str, float]:
+    """Read --reward-weights: NAME=WEIGHT each. UserError names the one that is wrong."""
+    weights = {}
+    for setting in settings:
+        name, _, text = setting.partition("=")
+        try:
+            weights[name] = float(text)
+        except ValueError:
+            raise UserError(f"--reward-weights {setting}: it is NAME=WEIGHT") from None
+        if name not in REWARDS:
+            raise UserError(f"--reward-weights {setting}: it is of {', '.join(REWARDS)}")
+        if not 0 <= weights[name] < 1:
+            raise UserError(f"--reward-weights {setting}: a weight is at least 0 and below 1")
+    if sum(weights.values()) >= 1:
+        raise UserError(f"--reward-weights {' '.join(settings)}: nothing is left for the others")
+    return weights
 
 
 if __name__ == "__main__":
@@ -176,7 +199,7 @@ from model.images import DeviceImages
 from model.processor import Processor
 from model.qwen_vl import QwenVL
 from model.rollout import Engine, Rollout, default_slots, occurrences
-from srreal import PATHS, REWARDS, Example, Scores, score, weights_of
+from srreal import PATHS, Example, Scores, score, weights_of
 from training import checkpoints, folder, interrupt, ranks, run
 from training.batches import (
     Order,
@@ -349,7 +372,7 @@ def roll_out(
     groups = []
     informative = 0
     for group in with_progress(prompts, stream, engine.options.n):
-        group.scores = [finite_score(r.text, group.example, cfg.rules) for r in group.rollouts]
+        group.scores = [finite_score(r.text, group.example, cfg) for r in group.rollouts]
         # The filter is the kernel's later; here it only decides how long to go on.
         accuracies = [s.accuracy for s in group.scores]
         informative += max(accuracies) - min(accuracies) > 1e-6
@@ -371,24 +394,30 @@ def with_progress(
             yield Group(prompt, rollouts)
 
 
-def finite_score(text: str, example: Example, rules: str) -> Scores:
+def finite_score(text: str, example: Example, cfg: Config) -> Scores:
     """Score a completion. The official rules take "nan" for a number: then it earns nothing."""
-    scores = score(text, example, rules)
+    scores = score(text, example, cfg.rules, parse_weights(cfg.reward_weights))
     if math.isfinite(scores.total):
         return scores
     return Scores(0.0)
 
 
-def add_advantages(groups: list[Group], device: torch.device, scale: str = "std") -> None:
+def add_advantages(
+    groups: list[Group],
+    device: torch.device,
+    scale: str = "std",
+    changes: dict[str, float] | None = None,
+) -> None:
     """Fill in advantages, and whether the accuracies of a group differ: one launch on CUDA.
 
+    changes: of the rewards' weights, as `srreal.weights_of` takes them.
     Collective where scale is "batch": that is the std over all ranks, of which the kernel sees one.
     """
     parts = []
     weights = []
     starts = [0]
     for group in groups:
-        weights.append(list(weights_of(group.example).values()))
+        weights.append(list(weights_of(group.example, changes).values()))
         for scores in group.scores:
             parts.append(list(scores.parts.values()))
         starts.append(len(parts))
@@ -855,7 +884,8 @@ def train(
         clock.append(time.perf_counter())
 
         # Advantages; the groups that teach; forward passes.
-        add_advantages(rolled_out.groups, device, cfg.advantage or LOSSES[cfg.loss].advantage)
+        scale = cfg.advantage or LOSSES[cfg.loss].advantage
+        add_advantages(rolled_out.groups, device, scale, parse_weights(cfg.reward_weights))
         add_scores(metrics, rolled_out.groups, is_kept)
         if rollout_log:
             rollout_log.append(rollout_rows(step + 1, rolled_out.groups, cfg.log_groups, is_kept))

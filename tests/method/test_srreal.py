@@ -1178,3 +1178,18 @@ def test_long_garbage_is_read_in_linear_time(text):
         e = one(path=path, answer=truth)
         assert 0.0 <= score(response, e).total <= 1.0
         score(response, e, rules="official")
+
+
+def test_changed_weights_leave_the_others_in_proportion():
+    objects = {"red bbox": (0.0, 0.0, 2.0)}
+    dtr = Example("a", "dtr", [], "Which?", "A", objects=objects)
+    lor = Example("a", "lor", [], "Which?", "A")
+    direct = Example("a", "direct", [], "Which?", "A")
+    weights = srreal.weights_of(dtr, {"detect": 0.3})
+    assert weights == pytest.approx({"accuracy": 0.7 * 8 / 9, "format": 0.7 / 9, "detect": 0.3})
+    assert srreal.weights_of(dtr, {"detect": 0.0})["accuracy"] == pytest.approx(8 / 9)
+    assert srreal.weights_of(lor, {"detect": 0.3}) == srreal.weights_of(lor)
+    assert srreal.weights_of(direct, {"accuracy": 0.3}) == srreal.weights_of(direct)
+    far = '<detect>Find 1 relevant objects:\n<3d_box center="0,0,9">chair (red bbox)</3d_box></detect>'
+    text = f"{far}<think>so</think><answer>A</answer>"
+    assert srreal.score(text, dtr, changes={"detect": 0.3}).total == pytest.approx(0.7)

@@ -703,6 +703,16 @@ def graded(*groups):
     return out, metrics.row()
 
 
+def test_a_changed_weight_reaches_the_advantages():
+    example = Example("a", "dtr", [], "?", "A", objects={"red bbox": (0.0, 0.0, 2.0)})
+    rollout = Rollout("", [1], [0.0], True)
+    group = train_rl.Group(train_rl.Prompt(example, 0), [rollout] * 2)
+    # Both right and well-formed, only one near: the totals differ by the weight of detect.
+    group.scores = [Scores(1.0, 1.0, 1.0, 1.0), Scores(0.7, 1.0, 1.0, 0.0)]
+    train_rl.add_advantages([group], torch.device("cpu"), "none", {"detect": 0.3})
+    assert group.advantages == pytest.approx([0.15, -0.15])
+
+
 def test_advantages_and_filter():
     (split, alone, equal, near, boxes), row = graded(
         [(1, 1.0), (0, 1.0), (0, 1.0), (1, 1.0)],
