@@ -97,12 +97,16 @@ def answer(script: str, line: str, capsys, monkeypatch) -> str:
         ("train_rl.py", "--dual-clip 1", "--dual-clip 1.0: it has to be 0, or above 1"),
         ("train_rl.py", "--kl inf", "--kl inf: it has to be at least 0"),
         ("train_rl.py", "--loss ppo", "--loss ppo: it is one of dapo, grpo"),
-        ("train_rl.py", "--reward-weights detect", "detect: it is NAME=WEIGHT"),
-        ("train_rl.py", "--reward-weights detct=.3", "detct=.3: it is of accuracy, format, detect"),
+        ("train_rl.py", "--reward-weights detect", "--reward-weights detect: it is NAME=WEIGHT"),
+        (
+            "train_rl.py",
+            "--reward-weights detct=.3",
+            "--reward-weights detct=.3: it is of accuracy, format, detect",
+        ),
         (
             "train_rl.py",
             "--reward-weights detect=1",
-            "detect=1: a weight is at least 0 and below 1",
+            "--reward-weights detect=1: a weight is at least 0 and below 1",
         ),
         (
             "train_rl.py",
