@@ -8,8 +8,9 @@ data/rooms/ draws the rooms and asks the questions; this writes them in our own 
 
 import json
 import os
+import random
 import signal
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
@@ -26,6 +27,7 @@ from data.rooms.scene import scene
 from errors import UserError, launch, writing
 from flags import Bound, Count, Seed, Share
 from machine import cpus
+from srreal import Example, target, write_detect
 
 Side = Annotated[int, Bound(32)]
 
@@ -40,6 +42,10 @@ class Config:
     ask: tuple[str, ...] = ()  # only these families of questions; empty: all of them
     # share of the scenes that are asked about on path lor, too; dtr asks about all
     lor: Share = 1.0
+    # share of the questions whose rationale is a guess ("By eye, ...") in place of the working
+    guess: Share = 0.0
+    # text alone: the centres stand in the question, on path direct, and no image is given
+    told: bool = False
     # processes; the set does not depend on their number
     workers: Count = field(default_factory=cpus)
 
@@ -73,16 +79,14 @@ def make(config: Config, index: int) -> str:
     """Write a scene's images and depth; return its rows as text."""
     made = scene(config.seed, index, config.size)
     name = f"s{config.seed}-{index:06d}"
-    for view, (image, metres) in enumerate(zip(made.images, made.depths, strict=True)):
-        millimetres = Image.fromarray((metres * 1000).round().astype(np.uint16))
-        for folder, picture in (("images", image), ("depth", millimetres)):
-            path = config.out / folder / f"{name}-{view}.png"
-            with writing(path):
-                # Fast rather than small: a set is written once and read a few times.
-                picture.save(path, compress_level=1)
-    asked = rows_of(made, name)
+    if not config.told:
+        write_views(made, name, config.out)
+    asked = rows_of(made, name, config.guess)
     # The scene's last draw: the share of lor changes nothing else.
     paths = ("lor", "dtr") if made.rng.random() < config.lor else ("dtr",)
+    if config.told:
+        asked = [told(row) for row in asked if row["path"] == "dtr"]
+        paths = ("direct",)
     lines = []
     for row in asked:
         if row["path"] in paths and (not config.ask or row["task"] in config.ask):
@@ -90,8 +94,21 @@ def make(config: Config, index: int) -> str:
     return "".join(lines)
 
 
-def rows_of(made, name):
-    """Return the rows of up to six families, a question each, written in both paths."""
+def write_views(made, name, out):
+    for view, (image, metres) in enumerate(zip(made.images, made.depths, strict=True)):
+        millimetres = Image.fromarray((metres * 1000).round().astype(np.uint16))
+        for folder, picture in (("images", image), ("depth", millimetres)):
+            path = out / folder / f"{name}-{view}.png"
+            with writing(path):
+                # Fast rather than small: a set is written once and read a few times.
+                picture.save(path, compress_level=1)
+
+
+def rows_of(made, name, guess=0.0):
+    """Return the rows of up to six families, a question each, written in both paths.
+
+    guess: share of the questions whose rationale doesn't work the answer out.
+    """
     rows = []
     for task in made.rng.permutation(list(FAMILIES)).tolist():
         # Each family draws, also when six have asked: a set's rows don't depend on this number.
@@ -100,7 +117,11 @@ def rows_of(made, name):
             continue
         question = with_options(question)
         row = row_of(made, name, task, view, question)
-        for path, thought in (("lor", question.lor), ("dtr", question.dtr)):
+        thoughts = {"lor": question.lor, "dtr": question.dtr}
+        # By a generator of its own: the share changes no scene and no question.
+        if random.Random(f"{name} {task}").random() < guess:
+            thoughts = dict.fromkeys(thoughts, question.guess)
+        for path, thought in thoughts.items():
             head = {"id": f"{name}-{task}-{path}", "path": path}
             rows.append(head | row | {"rationale": f"{thought}."})
     return rows
@@ -130,6 +151,23 @@ def row_of(made, name, task, view, question):
         "names": {mark.mention: mark.thing.name for mark in marks},
         "objects": objects,
         "sizes": {mark.mention: (2 * mark.thing.half).round(3).tolist() for mark in marks},
+    }
+
+
+def told(row):
+    """Return a row on path dtr as text alone: all but the detect block is left to write.
+
+    A model from scratch learns to reckon and to compare from such rows: nothing in them depends on
+    how well it sees.
+    """
+    example = Example(**row)
+    asked = row["question"].replace(" <mask>", "")
+    return {
+        "id": row["id"].removesuffix("dtr") + "told",
+        "path": "direct",
+        "task": row["task"],
+        "question": f"{asked}\n{write_detect(example)}",
+        "answer": target(replace(example, path="lor")),
     }
 
 

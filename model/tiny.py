@@ -79,9 +79,12 @@ SPECIAL = [
     "<|image_pad|>",
     "<|video_pad|>",
 ]
-# No token spans two pieces: a tag, an attribute's end, a signed number's first digits, a word and
-# its blank.
-PIECES = r"""</?[a-z0-9_]+>?|="|">|[+-]?\p{N}(?:\.\p{N})?| ?\p{L}+| ?[^\s\p{L}\p{N}<+-]|[<+-]|\s"""
+# No token spans two pieces: a tag (with what always stands beside it), an attribute's end, a signed
+# number's first digits or a word (each with its blank).
+PIECES = (
+    r'<3d_box center="|</(?:3d_box|detect|think)>\n?|</?[a-z0-9_]+>?|="|">|'
+    r" ?[+-]?\p{N}(?:\.\p{N})?| ?\p{L}+| ?[^\s\p{L}\p{N}<+-]|[<+-]|\s"
+)
 # The chat template of the published checkpoints, less videos and tools.
 SYSTEM = (
     "{% if loop.first and message['role'] != 'system' %}"
@@ -148,7 +151,8 @@ def corpus(count: int) -> list[str]:
         text = f"{prompt(example)}\n{target(example)}"
         texts += text.split("<mask>")  # which is in no piece
     for tenth in range(100):
-        texts += [f"{tenth / 10}", f"-{tenth / 10}"] * (10 * count)
+        number = f"{tenth / 10}"
+        texts += [number, f"-{number}", f" {number}"] * (10 * count)
     return texts
 
 

@@ -16,8 +16,9 @@ from itertools import permutations
 from data.arithmetic import by_sign
 
 # answer is right and wrong the other option, or None where a number is asked for; lor and dtr are
-# the rationales of both paths, up to the option's letter.
-Question = namedtuple("Question", "text answer wrong lor dtr")
+# the rationales of both paths that work it out, and guess is one that doesn't, all of them up to
+# the option's letter.
+Question = namedtuple("Question", "text answer wrong lor dtr guess", defaults=("By eye",))
 
 # ask: (rng, view, *marks) -> Question or None; for how many marks, in how many views.
 Family = namedtuple("Family", "ask marks views", defaults=(1,))
@@ -32,18 +33,19 @@ DEPTHS = ("nearer", "farther")
 
 
 def way_between(view, a, b):
+    # Few words, and no units: what a rationale says of itself, a tiny model has to learn as well.
     steps = [round(q - p, 1) + 0.0 for p, q in zip(a.near(view), b.near(view), strict=True)]
     x, y, z = (
-        f"{abs(step)} m {by_sign(step, names)}"
+        f"{abs(step)} {by_sign(step, names)}"
         for step, names in zip(steps, (SIDES, HEIGHTS, DEPTHS), strict=True)
     )
-    start = f"From {a.colour} to {b.colour} it is"
+    start = f"From {a.colour} to {b.colour}:"
     return Way(
         steps,
         exact=math.dist(a.centres[view], b.centres[view]),
         worked=math.hypot(*steps),
-        words=f"{start} about {x}, {y} and {z}",
-        working=f"{start} {x}, {y} and {z}",
+        words=f"{start} about {x}, {y}, {z}",
+        working=f"{start} {x}, {y}, {z}",
     )
 
 
@@ -54,8 +56,15 @@ def ask_number(text, exact, worked, lor, dtr):
     if error >= 0.044:
         return None
     # A number has no other option.
-    end = f"so the answer is {answer}"
-    return Question(text, answer, None, f"{lor}, {end}", f"{dtr}, {end}")
+    claim = f"the answer is {answer}"
+    return Question(
+        text,
+        answer,
+        None,
+        f"{lor}, so {claim}",
+        f"{dtr}, so {claim}",
+        f"By eye, {claim}",
+    )
 
 
 def ask_closer(rng, origin, a, b, p, q, lor, dtr):
@@ -66,19 +75,21 @@ def ask_closer(rng, origin, a, b, p, q, lor, dtr):
     start = rng.choice(["Which is", "Tell me what is"])
     closer = a if p < q else b
     other = b if p < q else a
-    than = "less" if p < q else "more"
-    end = f"{p:.1f} is {than} than {q:.1f}, so closer is {closer.colour}"
+    than = "under" if p < q else "over"
+    claim = f"closer is {closer.colour}"
+    end = f"{p:.1f} is {than} {q:.1f}, so {claim}"
     return Question(
         f"{start} closer to {origin}: {a.text} or {b.text}?",
         closer.colour,
         other.colour,
         f"{lor}. {end}",
         f"{dtr}. {end}",
+        f"By eye, {claim}",
     )
 
 
 def both_distances(origin, a, b, p, q):
-    return f"From {origin} it is about {p:.1f} m to {a.colour} and about {q:.1f} m to {b.colour}"
+    return f"From {origin}: about {p:.1f} to {a.colour}, {q:.1f} to {b.colour}"
 
 
 def depth_order(rng, view, a, b):
@@ -88,7 +99,7 @@ def depth_order(rng, view, a, b):
     if (p - q) * (math.hypot(*a.centres[view]) - math.hypot(*b.centres[view])) <= 0:
         return None
     lor = both_distances("the camera", a, b, p, q)
-    dtr = f"By their z it is {p:.1f} m to {a.colour} and {q:.1f} m to {b.colour}"
+    dtr = f"By their z: {p:.1f} to {a.colour}, {q:.1f} to {b.colour}"
     return ask_closer(rng, "the camera", a, b, p, q, lor, dtr)
 
 
@@ -98,7 +109,7 @@ def nearest(rng, view, a, b, c):
     p = to_a.worked
     q = to_b.worked
     lor = both_distances(c.colour, a, b, p, q)
-    dtr = f"{to_a.working}, {p:.1f} m in all. {to_b.working}, {q:.1f} m in all"
+    dtr = f"{to_a.working}, in all {p:.1f}. {to_b.working}, in all {q:.1f}"
     return ask_closer(rng, c.text, a, b, p, q, lor, dtr)
 
 
@@ -106,13 +117,13 @@ def depth(rng, view, a):
     z = a.centres[view][2]
     near = a.near(view)[2]
     start = rng.choice(["What is the depth of", "How deep in the view is"])
-    between = f"between {int(near)} and {int(near) + 1} m"
+    between = f"Between {int(near)} and {int(near) + 1} m"
     return ask_number(
         f"{start} {a.text}, in metres?",
         z,
         near,
-        f"The {a.thing.name} is {between} away. Its centre is about {z:.1f} m deep",
-        f"The depth of {a.colour} is its z, {near}",
+        f"{between}, about {z:.1f}",
+        f"Its z is {near}",
     )
 
 
@@ -123,8 +134,8 @@ def distance(rng, view, a, b):
         f"{start} from {a.text} to {b.text}, in metres?",
         way.exact,
         way.worked,
-        f"From {a.colour} it is about {way.worked:.1f} m to {b.colour}",
-        f"{way.working}, {way.worked:.1f} m in all",
+        f"From {a.colour}: about {way.worked:.1f} to {b.colour}",
+        f"{way.working}, in all {way.worked:.1f}",
     )
 
 
@@ -141,13 +152,14 @@ def relation(rng, view, a, b):
     start = rng.choice(["Seen from", "From"])
     answer = low if p < q else high
     way = way_between(view, b, a)
-    end = f"so {a.colour} is {answer} {b.colour}"
+    claim = f"{a.colour} is {answer} {b.colour}"
     return Question(
         f"{start} the camera, is {a.text} {low} or {high} {b.text}?",
         answer,
         high if p < q else low,
-        f"{way.words}, {end}",
-        f"{way.working}, {end}",
+        f"{way.words}, so {claim}",
+        f"{way.working}, so {claim}",
+        f"By eye, {claim}",
     )
 
 
@@ -221,6 +233,7 @@ def perspective(rng, view, a, b, c):
         low if total > 0 else high,
         f"{ahead.words}. {there.words}, {end}",
         f"{ahead.working}. {there.working}, {end}",
+        f"By eye, {c.colour} is {answer}",
     )
 
 
@@ -274,4 +287,5 @@ def with_options(question):
         None,
         f"{question.lor}, option {letter}",
         f"{question.dtr}, option {letter}",
+        f"{question.guess}, option {letter}",
     )
