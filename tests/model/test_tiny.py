@@ -88,7 +88,7 @@ def test_numbers_of_one_decimal_are_one_token_and_further_digits_one_each():
         assert pieces(f"{tenth / 10}") == [f"{tenth / 10}"] and pieces(f"-{tenth / 10}") == [
             f"-{tenth / 10}"
         ]
-        assert pieces(f"is {tenth / 10}") == ["is", f" {tenth / 10}"]
+        assert pieces(f"red {tenth / 10}") == ["red", f" {tenth / 10}"]
     assert pieces("-2.43") == ["-2.4", "3"]
     line = '<3d_box center="0.31,-0.8,3.32">chair (red bbox)</3d_box>\n</detect>'
     assert pieces(line) == [
