@@ -369,10 +369,12 @@ def from_above(asked: Asked, answers: list[dict], height: int) -> Image.Image:
         pen.text((4, y + 1), f"{metre} m", fill=(110, 110, 110), font=font)
     for answer in answers:
         for box in answer["head"] or ():
-            (x, _, z), (w, _, length) = box["centre"], box["size"]
-            left, top = place(x - w / 2, z + length / 2)
-            right, bottom = place(x + w / 2, z - length / 2)
-            pen.rectangle((left, top, right, bottom), outline=colour_of(box["mention"]), width=2)
+            x, _, z = box["centre"]
+            width, _, length = box["size"]
+            left, top = place(x - width / 2, z + length / 2)
+            right, bottom = place(x + width / 2, z - length / 2)
+            colour = colour_of(box["mention"])
+            pen.rectangle((left, top, right, bottom), outline=colour, width=2)
         for box in answer["boxes"]:
             x, _, z = box["centre"]
             cross(pen, *place(x, z), colour_of(box["mention"]))
@@ -394,14 +396,17 @@ def paint_depth(view: Image.Image, example: Example, depth: np.ndarray, place) -
     x = (columns[known][order] - cx) * z / fx
     faded = np.asarray(image)[known][order] * 0.55 + 255 * 0.45
     # In cells, as far pixels lie apart.
-    across, upwards = (np.asarray(values) // CELL for values in place(x, z))
-    across = across.astype(int)
-    upwards = upwards.astype(int)
+    across, upwards = place(x, z)
+    across = (across // CELL).astype(int)
+    upwards = (upwards // CELL).astype(int)
     cells = np.array(view.reduce(CELL))
     height, width, _ = cells.shape
     inside = (across >= 0) & (across < width) & (upwards >= 0) & (upwards < height)
+    # Of several pixels in a cell the last one stays: the highest, as they are in that order.
     cells[upwards[inside], across[inside]] = faded[inside].astype(np.uint8)
-    view.paste(Image.fromarray(cells).resize((width * CELL, height * CELL), Image.NEAREST), (0, 0))
+    painted = Image.fromarray(cells)
+    painted = painted.resize((width * CELL, height * CELL), Image.NEAREST)
+    view.paste(painted, (0, 0))
 
 
 # ---- The command
@@ -410,7 +415,8 @@ def paint_depth(view: Image.Image, example: Example, depth: np.ndarray, place) -
 def main(cfg: Config) -> dict:
     """Ask, print, write ask.png and ask.json; return what the latter holds."""
     _, _, device = ranks.start_ranks()
-    asked = prepare(cfg, estimate_depth(cfg))
+    depth = estimate_depth(cfg)
+    asked = prepare(cfg, depth)
     answers = ask(cfg.model, asked, cfg, device)
     if cfg.compare:
         answers += ask(cfg.compare, asked, cfg, device)

@@ -71,6 +71,7 @@ def bound_of(hint) -> Bound | None:
     """Return the bound in a type: that of `Count`, also in `Count | None`, `tuple[Count, ...]`."""
     if isinstance(hint, Bound):
         return hint
+    # Count | None and tuple[Count, ...] hold the bound among their parts, at any depth.
     for part in get_args(hint):
         bound = bound_of(part)
         if bound is not None:
@@ -84,6 +85,7 @@ def check(config) -> None:
     for name, hint in get_type_hints(type(config), include_extras=True).items():
         bound = bound_of(hint)
         value = getattr(config, name)
+        # None means what the flag's comment says, and is never out of bounds.
         if bound is None or value is None:
             continue
         numbers = numbers_in(value)
@@ -318,6 +320,7 @@ def hint_at_ours(args: list[str], names: set[str]) -> None:
         if not arg.startswith("--") or is_ours or theirs not in PEERS:
             continue
         candidates, note = PEERS[theirs]
+        # The first of ours that this script has: --batch in SFT, --prompts in RL.
         ours = [flag(name) for name in candidates if name in names][:1]
         if ours or note:
             said = [f"here it is {ours[0]}"] if ours else ["there is no such flag here"]
@@ -340,6 +343,7 @@ def check_words(args: list[str], config: type) -> None:
         value = word
         is_flag = word.startswith("--")
         if is_flag:
+            # Words behind it are its values, until the next flag.
             typed, is_joined, value = word.partition("=")
             if not is_joined:
                 continue
@@ -347,6 +351,7 @@ def check_words(args: list[str], config: type) -> None:
         if not value and typed and flag(name) not in may_be_empty:
             raise UserError(f"{typed} is empty")
         if name not in hints:
+            # tyro's --no-resume is the same switch.
             name = name.removeprefix("no_")
         if hints.get(name) is bool and (is_flag or value.lower() in TRUTHS):
             off = flag(f"no_{name}")
@@ -367,6 +372,7 @@ def join_repeated(arguments: list[str], config: type) -> list[str]:
             several.add(name)
     groups: list[list[str]] = []  # a flag with its values
     for argument in arguments:
+        # A negative number begins with one dash, and so stays a value.
         if argument.startswith("--") or not groups:
             groups.append([argument])
         else:
@@ -411,6 +417,7 @@ def parse(
     recorded: returns the defaults that a run in --out has recorded, None for the Config's own.
     """
     name = Path(sys.argv[0]).name
+    # The imports behind the flags take seconds, in which Ctrl-C is likely; run.launch comes later.
     sys.excepthook = say_interrupted
     args = join_repeated(sys.argv[1:] if args is None else args, config)
     is_first = os.environ.get("RANK", "0") == "0"

@@ -186,6 +186,7 @@ class Parts:
     def master_and_moments(self) -> float:
         moments = 8
         # Whole fp32 weights are their own masters.
+        # In bytes: fp32 masters beside bf16 weights; AdamW's two moments are fp32 always.
         master = 4 if self.size == 2 or self.settings.shard else 0
         return self.counts.trained * (master + moments) / self.ranks
 
@@ -199,6 +200,7 @@ class Parts:
     def prompt_rows(self) -> int:
         """Tokens of the prompts in the slots, and of as many that come next."""
         prompts = math.ceil(self.settings.slots / self.cfg.group)
+        # As the cache has it: the next prompts go in before the last ones' samples have ended.
         return 2 * prompts * self.cfg.prompt_tokens
 
     def cache(self) -> float:
@@ -225,6 +227,7 @@ class Parts:
         return min(self.prompt_rows(), PREFILL) * (keys_and_values + a_layer) * self.size
 
     def sampler(self) -> float:
+        # fp32 logits, with room for two temporaries of their size.
         return 3 * self.settings.slots * self.vocab * 4
 
     # Update.
@@ -233,7 +236,8 @@ class Parts:
         counts = self.counts
         own = counts.trained * 4 / self.ranks
         if self.settings.shard:
-            # Gathered in b, reduced in fp32.
+            # Gathered in the dtype that computes, reduced in fp32.
+            # FSDP2 gathers the next layer while this one computes: two at a time.
             gathered = (2 * counts.layer + counts.outside) * self.size
             return own + gathered + (counts.layer + counts.outside) * 4
         if self.size == 2:
@@ -242,6 +246,8 @@ class Parts:
 
     def attention_activations(self) -> float:
         """Bytes a token that the backward of a layer needs that attends."""
+        # What norms and products read; q, k, v and what attention returns; gate, up and their
+        # product.
         values = 4 * self.hidden + 2 * (self.query + self.kv) + 3 * self.inner
         if self.qk_norm:
             values += self.query + self.kv
@@ -269,6 +275,7 @@ class Parts:
         delta = self.delta_activations()
         kept = self.attention_layers * attention + self.delta_layers * delta
         if self.settings.checkpointing:
+            # A layer's input each, and all of the one layer that is being made again.
             kept = self.layers * self.hidden * self.size + max(attention, delta)
         gradients = 3 * self.inner * self.size
         return self.settings.micro_tokens * (kept + gradients)
@@ -278,6 +285,8 @@ class Parts:
             return 0  # CUDA's only
         cfg = self.cfg
         tokens = cfg.prompt_tokens + cfg.group * cfg.new_tokens
+        # A prompt's keys once for itself, and once for each completion:
+        # kernels/packed_attention.py.
         keys = cfg.prompt_tokens + cfg.group * (cfg.prompt_tokens + cfg.new_tokens)
         layers = 1 if self.settings.checkpointing else self.attention_layers
         return self.settings.micro_tokens * keys / tokens * 2 * self.kv * self.size * layers
@@ -326,6 +335,7 @@ def estimate(config, cfg: Config, settings: Settings, counts: Counts) -> dict[st
         "logits": parts.logits(),
     }
     always = sum(stays.values())
+    # Rollout and update take turns, so that the larger of them counts.
     longest = max(sum(rollout.values()), sum(update.values()))
     # The sampler's logits lie in the graph's own memory.
     kept = rollout["cache"] + rollout["sampler"] + sum(update.values())
@@ -341,6 +351,7 @@ def candidates(cfg: Config) -> Iterator[Settings]:
     sample = cfg.prompt_tokens + cfg.new_tokens
     group = cfg.prompt_tokens + cfg.group * cfg.new_tokens
     # A pass takes whole groups, or, better than nothing, parts of one, each with its prompt.
+    # The largest first: few large passes are faster than many small ones.
     whole = [tokens for tokens in (16384, 8192, 4096) if tokens >= group] or [group]
     split = [tokens for tokens in (8192, 4096, 2048) if sample <= tokens < group]
     ranks = [0, LORA_RANK]

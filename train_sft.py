@@ -150,6 +150,7 @@ def drop_depths(examples: list[Example], probability: float, seed: str) -> list[
 
     Questions of one image lose it together, so that they can still share its encoding.
     """
+    # By the order in which images appear: the same on every rank, and after --resume.
     places: dict[tuple, int] = {}
     for example in examples:
         places.setdefault(images_key(example), len(places))

@@ -57,9 +57,11 @@ class Config:
 
 def pictures(config: Config, folder: Path) -> list[str]:
     """JPEG files, with noise: a smooth image would decode faster than a photograph."""
-    rng, files = np.random.default_rng(config.seed), []
+    rng = np.random.default_rng(config.seed)
+    files = []
     for k in range(config.images):
         small = scene(config.seed, k, tuple(side // 4 for side in config.size))[1][0]
+        # Rendering takes longer than all that is measured here: a sixteenth of the pixels will do.
         pixels = np.asarray(small.resize(config.size, Image.Resampling.BICUBIC), np.float32)
         pixels = (pixels + rng.normal(0, 8, pixels.shape)).clip(0, 255).astype(np.uint8)
         files.append(str(folder / f"{k}.jpg"))
@@ -71,6 +73,7 @@ def checkpoint(folder: Path) -> str:
     tiny.write("qwen3_vl", folder)
     file = folder / "preprocessor_config.json"
     settings = json.loads(file.read_text()) | {"patch_size": 16}
+    # A token is 2 x 2 patches of 16 pixels, 32 x 32: so at least 4 tokens, at most 1,280.
     settings["size"] = {"shortest_edge": 32 * 32 * 4, "longest_edge": 32 * 32 * 1280}
     file.write_text(json.dumps(settings))
     return str(folder)
@@ -87,11 +90,13 @@ def per_core(count: int, work) -> float:
 
 
 def row_rates(config: Config, files: list[str], folder: Path) -> dict[str, float]:
-    rows, copies = [], 1 + 2000 // len(files)
+    # Rows that share images: 2,000 at least, as a few would be read in no time.
+    rows = []
+    copies = 1 + 2000 // len(files)
     for k, file in enumerate(files * copies):
         rows.append(dict(id=str(k), path="lor", images=[file], question="How far?", answer="1.5"))
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    # the first call decodes, the second one remembers
+    # The first call decodes, the second one remembers: a cache of this run alone.
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     start = time.process_time()
     data.load([str(folder)])
@@ -123,8 +128,10 @@ def image_rates(
     examples = [Example(str(k), "lor", [file], "How far?", "1.5") for k, file in enumerate(files)]
     batches = []
     ours = lambda: batches.append(Processor.from_pretrained(source)(examples))  # noqa: E731  nothing remembered
+    # A fresh processor a call, as it remembers images; what that costs is taken off again below.
     setup = per_core(1, lambda: Processor.from_pretrained(source))
-    theirs, made = Processor.from_pretrained(source).images, []
+    theirs = Processor.from_pretrained(source).images
+    made = []
     rates = {"decode": per_core(len(files), lambda: [decode(file) for file in files])}
     rates["ours"] = 1 / (1 / per_core(len(files), ours) - 1 / setup / len(files))
     rates["theirs"] = per_core(
@@ -138,19 +145,21 @@ def image_rates(
 def ahead_rates(config: Config, files: list[str], source: str) -> dict[str, float]:
     """Images a second by the clock without and with workers; images a CPU second of this
     process."""
-    examples, rates = (
-        [Example(str(k), "lor", [file], "How far?", "1.5") for k, file in enumerate(files)],
-        {},
-    )
+    examples = [Example(str(k), "lor", [file], "How far?", "1.5") for k, file in enumerate(files)]
+    rates = {}
     for workers in dict.fromkeys((0, config.workers)):
         processor = Processor.from_pretrained(source, workers=workers)
         for _ in range(2):  # the first time the processes start
+            # Forgets what was made ahead, so that the second time makes it again.
             processor.prefetch([])
-            clock, own = time.perf_counter(), time.process_time()
+            clock = time.perf_counter()
+            own = time.process_time()
             processor.prefetch(examples)
             for example in examples:
                 processor([example])
-            seconds, own = time.perf_counter() - clock, time.process_time() - own
+            seconds = time.perf_counter() - clock
+            # Without the workers' time: what is left to the process that trains.
+            own = time.process_time() - own
         rates |= {
             f"{workers} workers": len(files) / seconds,
             f"{workers} workers, own": len(files) / own,
@@ -159,6 +168,7 @@ def ahead_rates(config: Config, files: list[str], source: str) -> dict[str, floa
 
 
 def main(config: Config) -> dict[str, float]:
+    # Rates are a core's.
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)

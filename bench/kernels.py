@@ -110,6 +110,7 @@ def with_compiled(contenders: dict[str, Callable]) -> dict[str, Callable]:
 
 
 def naive_logprob(hidden, weight, targets):
+    # (N, V), in fp32: what the kernel never holds.
     logp = (hidden @ weight.T).float().log_softmax(-1)
     return logp.gather(1, targets[:, None]).squeeze(1), -(logp.exp() * logp).sum(-1)
 
@@ -148,6 +149,7 @@ def logprob_contenders() -> dict[str, Callable]:
     if installed("cce"):
         from cut_cross_entropy import linear_cross_entropy
 
+        # A loss a token, which is minus its log-prob.
         contenders["cce"] = partial(linear_cross_entropy, reduction="none")
     return contenders
 
@@ -157,6 +159,7 @@ def logprob_case(
 ) -> Case:
     def make():
         targets = torch.randint(v, (n,), device=DEVICE)
+        # Weights of 1 / sqrt(H) make logits of about unit spread, whatever H is.
         return [normal(n, h), normal(v, h, scale=h**-0.5), targets]
 
     return Case(
@@ -191,6 +194,7 @@ def judged_cases() -> list[Case]:
 def policy_cases() -> list[Case]:
     t = 32_768
     s = 128
+    # Sequences of one length, 256 tokens each.
     cu_seqlens = torch.linspace(0, t, s + 1).long().to(DEVICE)
 
     def make():
@@ -238,6 +242,7 @@ def sample_cases() -> list[Case]:
 
     def make():
         logits = normal(b, v, scale=3.0, grad=False, dtype=torch.float32)
+        # They are hashed, so that any numbers will do.
         keys, positions = torch.randint(1 << 40, (2, b), device=DEVICE)
         return [logits, keys, positions]
 
@@ -289,6 +294,7 @@ def layer_cases_of(t: int, h: int, inner: int, head_sizes: tuple[int, int, int])
     """Forward, and forward and backward, of t tokens."""
     heads, kv_heads, d = head_sizes
     row = (heads + kv_heads) * d
+    # Any angles: mRoPE has been applied by whoever makes cos and sin.
     angle = torch.randn(t, d // 2, device=DEVICE).repeat(1, 2)
     turn = [angle.cos().to(DTYPE), angle.sin().to(DTYPE)]
 
@@ -345,6 +351,7 @@ def decode_case(slots: int, heads: int, kv: int, prompt: int, own: int, d: int, 
     places = torch.arange(slots, device=DEVICE)
 
     def make():
+        # Twice the room for a sample's own keys: what lies behind the lengths isn't read.
         prefix = (prompts, kv, prompt, d)
         suffix = (slots, kv, 2 * own, d)
         shapes = (slots, heads, d), prefix, prefix, suffix, suffix
@@ -384,6 +391,7 @@ def short_conv_cases() -> list[Case]:
     """Sixteen sequences of one length."""
     heads, key_heads, d = DELTA_HEADS
     t, c = (8192, (2 * key_heads + heads) * d) if CUDA else (2048, 256)
+    # How many earlier rows of its sequence each row has.
     before = torch.arange(t, device=DEVICE) % (t // 16)
 
     def make():
@@ -421,6 +429,7 @@ def delta_rule_cases() -> list[Case]:
     chunks = delta_rule.Chunks([t // 16] * 16, torch.device(DEVICE))
 
     def make():
+        # A state keeps 90 to 100 % of itself a token.
         g = -torch.rand(t, heads, device=DEVICE) / 10
         beta = torch.rand(t, heads, device=DEVICE)
         qk = [normal(t, key_heads, d), normal(t, key_heads, d)]
@@ -509,6 +518,7 @@ def seconds(call: Callable, inputs: list, backward=False, grads=None, head_start
         return time.perf_counter() - start
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     if head_start:
+        # Launches queue up behind a pause, so that the events enclose the GPU's work alone.
         torch.cuda._sleep(HEAD_START)
     start.record()
     step(call, inputs, backward, grads)
@@ -527,6 +537,7 @@ def interleaved(
     """Median seconds of each, after two calls to warm up, in which compilers run."""
     times = {name: [] for name in calls}
     flush = torch.empty(1 << 26, device=DEVICE)
+    # Who writes over its inputs gets a copy, or the next contender would read what it left.
     own = dict.fromkeys(calls, inputs)
     for name in IN_PLACE & calls.keys():
         own[name] = [own_copy(x) for x in inputs]
@@ -536,6 +547,7 @@ def interleaved(
             flush.zero_()  # or who comes behind the copy has cold caches, and the others don't
             short = CUDA and times.get("ours", []) and times["ours"][0] < SHORT
             times[name].append(seconds(call, own[name], backward, grads[name], short))
+    # Without the first of them, which may still find cold caches.
     return {name: statistics.median(taken[1:]) for name, taken in times.items()}
 
 
@@ -588,12 +600,14 @@ def runs_apart(name: str, index: int, case: Case) -> tuple[dict[str, list], dict
     """(peak, seconds) of each contender's runs; and who can't run, with the reason."""
     runs = {who: [] for who in case.contenders}
     lost = {}
+    # All in turn, and again: a disturbance then doesn't hit one of them alone.
     for who in list(case.contenders) * max(case.apart, 1):
         if who not in lost:
             try:
                 runs[who].append(apart(name, index, who))
             except torch.OutOfMemoryError:
                 lost[who] = "out of memory"
+            # A peer that fails is a row of the table; ours that fails is a bug.
             except Exception as error:
                 if who == "ours":
                     raise
@@ -708,6 +722,7 @@ def main(names: list[str]) -> None:
     file = RESULTS / (re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-") + ".json")
     old = json.loads(file.read_text()) if file.exists() else {}
     report = {"device": device_name(), "cuda": CUDA, "dtype": str(DTYPE), "versions": versions()}
+    # Rows of cases that aren't measured now stay as they are.
     report["rows"] = [row for row in old.get("rows", []) if row.get("case") not in names]
     print(device_name())
     for peer, (module, package) in PEERS.items():
@@ -717,6 +732,7 @@ def main(names: list[str]) -> None:
     for name in names:
         for index, case in enumerate(CASES[name]()):
             report["rows"] += measure(name, index, case)
+            # After each case: the last ones may take minutes, or run out of memory.
             file.write_text(json.dumps(report, indent=1) + "\n")
     print(f"wrote {file}")
 

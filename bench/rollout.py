@@ -102,11 +102,17 @@ def transformers_side(
 ):
     """A call that samples g times from each prompt in one left-padded batch; it returns how many
     tokens."""
-    rows = [processor([example]) for example in examples for _ in range(g)]
+    # generate() knows no groups: a prompt and its image come once for each sample.
+    rows = []
+    for example in examples:
+        rows += [processor([example]) for _ in range(g)]
     longest = max(len(row.input_ids) for row in rows)
+    # On the left, so that all samples grow from one column on.
     pads = [longest - len(row.input_ids) for row in rows]
-    both = zip(rows, pads, strict=True)
-    ids = torch.stack([torch.nn.functional.pad(row.input_ids, (pad, 0)) for row, pad in both])
+    padded = []
+    for row, pad in zip(rows, pads, strict=True):
+        padded.append(torch.nn.functional.pad(row.input_ids, (pad, 0)))
+    ids = torch.stack(padded)
     mask = torch.arange(longest) >= torch.tensor(pads)[:, None]
     images = dict(
         pixel_values=torch.cat([row.pixel_values for row in rows]),
@@ -118,8 +124,10 @@ def transformers_side(
         top_k=0,
         max_new_tokens=tokens,
         cache_implementation=cache,
+        # Ours never draws these either: both choose among the same ids.
         suppress_tokens=processor.banned.nonzero()[:, 0].tolist(),
     )
+    # No sample ends early, or one side would have less to do.
     model.generation_config.eos_token_id = None
 
     def run() -> int:
@@ -132,6 +140,7 @@ def transformers_side(
 def alternate(calls: dict, rounds: int) -> dict[str, list[float]]:
     """Tokens a second of each call, in turns: what else the machine does meets all of them."""
     rates = {name: [] for name in calls}
+    # To warm up: allocators grow, and the processor remembers its pixels.
     for call in calls.values():
         call()
     for _ in range(rounds):
@@ -147,23 +156,26 @@ def cpu(rounds: int = 7, tokens: int = 64) -> dict:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         medium(folder)
-        model, processor = QwenVL.from_pretrained(name), endless(Processor.from_pretrained(name))
-        theirs, examples = (
-            AutoModelForImageTextToText.from_pretrained(name).eval(),
-            prompts(folder, 4),
-        )
+        model = QwenVL.from_pretrained(name)
+        processor = endless(Processor.from_pretrained(name))
+        theirs = AutoModelForImageTextToText.from_pretrained(name).eval()
+        examples = prompts(folder, 4)
         out["parameters"] = sum(p.numel() for p in theirs.parameters())
         out["prompt_tokens"] = [len(processor.prompt_ids(example)) for example in examples]
         for g in (8, 1):
 
             def ours(g=g) -> int:
                 groups = generate(model, processor, examples, n=g, max_new_tokens=tokens)
-                return sum(len(rollout.tokens) for group in groups for rollout in group)
+                drawn = 0
+                for group in groups:
+                    drawn += sum(len(rollout.tokens) for rollout in group)
+                return drawn
 
             calls = {"ours": ours}
             for cache in ("dynamic", "static"):
                 calls[cache] = transformers_side(theirs, processor, examples, g, tokens, cache)
             rates = alternate(calls, rounds)
+            # Round by round, against the better of its caches in that round.
             ratios = [a / max(b, c) for a, b, c in zip(*rates.values(), strict=True)]
             out[f"G={g}"] = {
                 "tokens_per_second": rates,
@@ -192,19 +204,21 @@ def seconds(call: Callable, repeats: int = 20) -> float:
 
 def ceilings() -> tuple[float, float]:
     """(bytes a second of a copy, read and written; FLOP/s of a square product in bf16)."""
-    source, a = (
-        torch.empty(2**30, dtype=torch.uint8, device="cuda"),
-        torch.randn(8192, 8192, device="cuda"),
-    )
-    target, a = torch.empty_like(source), a.bfloat16()
-    return 2 * len(source) / seconds(lambda: target.copy_(source)), 2 * 8192**3 / seconds(
-        lambda: a @ a
-    )
+    # 1 GiB is twenty times an L2 cache: the copy goes through memory.
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    bandwidth = 2 * len(source) / seconds(lambda: target.copy_(source))
+    # Large enough that every multiprocessor has work, and that starting it costs nothing.
+    a = torch.randn(8192, 8192, device="cuda").bfloat16()
+    rate = 2 * 8192**3 / seconds(lambda: a @ a)
+    return bandwidth, rate
 
 
 def long_prompts(processor: Processor, count: int, tokens: int) -> list[Example]:
     """Text of at least `tokens` tokens each; not the same, and as long."""
-    question, words = "", "What is left of the chair? "
+    question = ""
+    words = "What is left of the chair? "
+    # The template's own tokens count, so that it is tried out and not computed.
     while len(processor.prompt_ids(Example("", "direct", [], question, "A"))) < tokens:
         question += words
     return [Example(str(i), "direct", [], f"{i:03d} {question}", "A") for i in range(count)]
@@ -213,9 +227,11 @@ def long_prompts(processor: Processor, count: int, tokens: int) -> list[Example]
 def bound(model, slots: int, keys: float, bandwidth: float, rate: float) -> float:
     """Return the seconds that a step of all slots takes at least; it reads so many keys."""
     s = model.decoder.sizes
+    # The head is read whole at each step; of the embedding only a row a slot.
     weights = sum(p.numel() for p in model.decoder.layers.parameters()) + s.vocab * s.hidden
     compute = 2 * weights * slots / rate
     read = keys * token_bytes(model) / bandwidth
+    # Weights are read while they are multiplied; keys come in a kernel of their own.
     return max(weights * model.dtype.itemsize / bandwidth, compute) + read
 
 
@@ -223,7 +239,9 @@ class Waited:
     """An event that counts the seconds for which the host waits for it."""
 
     def __init__(self, event: torch.cuda.Event):
-        self.event, self.record, self.seconds = event, event.record, 0.0
+        self.event = event
+        self.record = event.record
+        self.seconds = 0.0
 
     def synchronize(self) -> None:
         start = time.perf_counter()
@@ -246,6 +264,8 @@ def decode(model, processor, count: int, bandwidth: float, rate: float, tokens: 
     for _ in range(warm):  # encodes the prompts, fills all slots, records the graph
         stream.advance()
     torch.cuda.synchronize()
+    # The decoder looks at last step's flags while the GPU does the next: what the host waits there
+    # is the GPU's time, and not its own.
     state = engine.decoder.host_state
     state.copied = Waited(state.copied)
     start.record()
@@ -259,8 +279,10 @@ def decode(model, processor, count: int, bandwidth: float, rate: float, tokens: 
     stream.close()
     step = start.elapsed_time(end) / 1e3 / (tokens - warm)
     prompt_tokens = [len(processor.prompt_ids(example)) for example in examples]
+    # A prompt's keys once, whatever its samples; a sample's own grow from `warm` to `tokens`.
     keys = sum(prompt_tokens) + count * (warm + tokens) / 2
     least = bound(model, count, keys, bandwidth, rate)
+    # To see that later calls replay this graph, and record no other.
     graph = engine.decoder.graph
     rates = []
     for seed in range(3):
@@ -300,6 +322,7 @@ def gpu() -> dict:
         for count in slots:
             out[f"{shape} B={count}"] = decode(model, processor, count, bandwidth, rate)
             print(shape, json.dumps(out[f"{shape} B={count}"]), flush=True)
+        # The next shape needs the room. What refers to itself in a circle waits for the collector.
         del model
         gc.collect()
         torch.cuda.empty_cache()

@@ -39,12 +39,15 @@ def line(*cells: str) -> str:
 def table(reports: list[dict]) -> str:
     """A line a kernel, shape, direction and device; and a line for each kernel that no GPU has
     run."""
+    # A case is a line, and its contenders are the columns.
     cases: dict[tuple, dict] = {}
     for letter, report in zip("ABCDEFGH", reports, strict=False):
         for row in report["rows"]:
             key = KERNELS.index(row["kernel"]), row["shape"], letter, row["backward"]
             cases.setdefault(key, {})[row["contender"]] = row
-    peers = [peer for peer in PEERS if any(peer in found for found in cases.values())]
+    contenders = set().union(*cases.values())
+    # In the order of PEERS; a peer that nobody has measured gets no column.
+    peers = [peer for peer in PEERS if peer in contenders]
     lines = [
         "Milliseconds / peak MB beyond inputs and gradients. The ceiling: a matmul or a copy, timed "
         "in turn with the contenders. On:",
@@ -59,13 +62,17 @@ def table(reports: list[dict]) -> str:
         line("kernel, shape", "on", "", "ours", "ours reaches", *peers),
         "|" + "---|" * (5 + len(peers)),
     ]
-    measured = {row["kernel"] for report in reports if report["cuda"] for row in report["rows"]}
+    measured = set()
+    for report in reports:
+        if report["cuda"]:
+            measured |= {row["kernel"] for row in report["rows"]}
     for i, kernel in enumerate(KERNELS):
         if kernel not in measured:
             lines.append(line(f"`{kernel}`", "a GPU", "", "not measured", *[""] * (1 + len(peers))))
         for (k, shape, letter, backward), found in cases.items():
             if k == i:
-                ours, way = found["ours"], "fwd + bwd" if backward else "fwd"
+                ours = found["ours"]
+                way = "fwd + bwd" if backward else "fwd"
                 lines.append(
                     line(
                         f"`{kernel}` {shape}",

@@ -144,6 +144,7 @@ def load(cfg: Config, folder: str, device: torch.device) -> tuple[QwenVL, Proces
         tokens = tiny.tokenizer(family)
         config = tiny.configuration(family, tokens.get_vocab(), shape)
         config.text_config.vocab_size = vocabulary
+        # Random weights are made where they stay: a file of 16 GB would take longer than the bench.
         with torch.device(device):
             model = QwenVL(config).to(torch.bfloat16).eval()
         model.fuse_linears()  # as a model from a file is: the sampler's products are the product's
@@ -173,11 +174,15 @@ def examples_of(count: int, size: tuple[int, int]) -> list[Example]:
 
 
 def clocked(device: torch.device, work, *args) -> tuple[float, object]:
+    """Return the seconds that work(*args) took (of CPU time on a CPU), and its result."""
     if device.type == "cpu":
-        start, result = time.process_time(), work(*args)
+        start = time.process_time()
+        result = work(*args)
         return time.process_time() - start, result
+    # Launches return at once: without these the clock would stop before the work does.
     torch.cuda.synchronize()
-    start, result = time.perf_counter(), work(*args)
+    start = time.perf_counter()
+    result = work(*args)
     torch.cuda.synchronize()
     return time.perf_counter() - start, result
 
@@ -197,6 +202,7 @@ def update(model, optimizer, micros: list, tokens: int) -> float:
     """Forward, backward and step of train_rl; the gradient's norm."""
     for one in micros:
         logprob, _ = train_rl.forward(model, one, 1.0, None)
+        # One update a rollout: `old` is what this very pass says, so that the ratio is 1.
         loss, _ = policy_loss(
             logprob,
             logprob.detach(),
@@ -211,7 +217,8 @@ def update(model, optimizer, micros: list, tokens: int) -> float:
 
 def ours(cfg: Config, model, processor, optimizer, examples, seed: int) -> dict[str, float]:
     options = dict(n=cfg.group, max_new_tokens=cfg.new_tokens, temperature=1.0, seed=seed)
-    began, peaks = time.perf_counter(), []
+    began = time.perf_counter()
+    peaks = []
     rollout, rollouts = clocked(
         model.device, lambda: generate(model, processor, examples, **options)
     )
@@ -233,6 +240,7 @@ def ours(cfg: Config, model, processor, optimizer, examples, seed: int) -> dict[
     seconds, norm = clocked(model.device, learn)
     wall = time.perf_counter() - began
     peaks.append(peak(model.device))
+    # Beside the step: what --kl and --updates would add to it.
     with torch.no_grad():
         micros = pack()
         logprobs, _ = clocked(
@@ -294,16 +302,19 @@ def theirs(
 
     def learn():
         total = ids.shape[0] * cfg.new_tokens
+        # A group at a time: all rows' logits at once would be gigabytes.
         for start in range(0, len(ids), cfg.group):
             rows = slice(start, start + cfg.group)
             logits = (
                 model(
                     input_ids=ids[rows],
                     attention_mask=torch.ones_like(ids[rows]),
+                    # Images lie one behind the other, without a batch axis.
                     pixel_values=inputs["pixel_values"][
                         start * patches : (start + cfg.group) * patches
                     ],
                     image_grid_thw=inputs["image_grid_thw"][rows],
+                    # Of the completion, and the prompt's last, which draws its first token.
                     logits_to_keep=cfg.new_tokens + 1,
                     mm_token_type_ids=(ids[rows] == model.config.image_token_id).int(),
                 )
@@ -344,7 +355,11 @@ class Clock(TrainerCallback):
     """Times the steps of a GRPOTrainer, its rollouts apart, and hands each one's row to `turn`."""
 
     def __init__(self, grpo, turn: Callable[[dict[str, float]], None]):
-        self.turn, self.rollout = turn, 0.0
+        self.turn = turn
+        self.rollout = 0.0
+        self.began = 0.0
+        self.wall_began = 0.0
+        # TRL has no callback between rollout and update, so that its own method is wrapped.
         work = grpo._generate_and_score_completions
 
         def timed(*args):
@@ -355,10 +370,12 @@ class Clock(TrainerCallback):
         grpo._generate_and_score_completions = timed
 
     def on_step_begin(self, *_, **__):
-        self.began = time.process_time(), time.perf_counter()
+        self.began = time.process_time()
+        self.wall_began = time.perf_counter()
 
     def on_step_end(self, *_, **__):
-        step, wall = time.process_time() - self.began[0], time.perf_counter() - self.began[1]
+        step = time.process_time() - self.began
+        wall = time.perf_counter() - self.wall_began
         self.turn(
             {
                 "rollout": self.rollout,
@@ -371,10 +388,33 @@ class Clock(TrainerCallback):
 
 def run_trl(cfg: Config, folder: str, processor, examples: list[Example], turn: Callable) -> None:
     """cfg.steps steps of TRL's GRPOTrainer on all examples; turn(row) after each."""
-    import datasets
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
-    options = GRPOConfig(
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    for name, p in model.named_parameters():
+        p.requires_grad_("visual" not in name)
+    images = Qwen2VLImageProcessorPil.from_pretrained(folder)
+    tokens = AutoTokenizer.from_pretrained(folder)
+    own = ImageProcessor(images, tokens)
+    # Both sides read the same.
+    read = list(trl_ids(own, examples[0]))
+    assert read == list(processor.prompt_ids(examples[0]))
+
+    def half(completions, **_):
+        """Half of a group is good, as in groups_of."""
+        return [float(i % 2) for i in range(len(completions))]
+
+    options = trl_options(cfg, folder, processor)
+    grpo = GRPOTrainer(model, half, options, trl_rows(examples), processing_class=own)
+    grpo.add_callback(Clock(grpo, turn))
+    grpo.train()
+
+
+def trl_options(cfg: Config, folder: str, processor):
+    """Return TRL's settings of the same step: a micro-batch is a group, one update a rollout."""
+    from trl import GRPOConfig
+
+    return GRPOConfig(
         folder + "/trl",
         use_cpu=True,
         bf16=False,
@@ -393,47 +433,42 @@ def run_trl(cfg: Config, folder: str, processor, examples: list[Example], turn: 
         save_strategy="no",
         logging_strategy="no",
         disable_tqdm=True,
+        # No sample ends early, and none draws what ours never draws.
         generation_kwargs=dict(
             min_new_tokens=cfg.new_tokens, suppress_tokens=processor.banned.nonzero()[:, 0].tolist()
         ),
     )
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    for name, p in model.named_parameters():
-        p.requires_grad_("visual" not in name)
-    images, tokens = (
-        Qwen2VLImageProcessorPil.from_pretrained(folder),
-        AutoTokenizer.from_pretrained(folder),
-    )
-    own = ImageProcessor(images, tokens)
-    messages = [[{"role": "user", "content": srreal.prompt(e)}] for e in examples]
+
+
+def trl_ids(own: "ImageProcessor", example: Example) -> list[int]:
+    """Return the prompt's tokens as TRL makes them."""
+    content = [
+        {"type": "image", "image": example.images[0]},
+        {"type": "text", "text": srreal.prompt(example)},
+    ]
     text = own.apply_chat_template(
-        [
-            [
-                {
-                    "role": "user",
-                    "content": [
-                        {"type": "image", "image": examples[0].images[0]},
-                        {"type": "text", "text": srreal.prompt(examples[0])},
-                    ],
-                }
-            ]
-        ],
+        [[{"role": "user", "content": content}]],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
     )
-    # both read the same
-    assert list(text["input_ids"][0]) == list(processor.prompt_ids(examples[0]))
-    rows = datasets.Dataset.from_dict({"row": range(len(examples))}).with_transform(
-        lambda chosen: {
+    return text["input_ids"][0]
+
+
+def trl_rows(examples: list[Example]):
+    """Return the examples as TRL reads a data set."""
+    import datasets
+
+    messages = [[{"role": "user", "content": srreal.prompt(e)}] for e in examples]
+
+    def chosen_rows(chosen):
+        return {
             "prompt": [messages[i] for i in chosen["row"]],
             "image": [examples[i].images[0] for i in chosen["row"]],
         }
-    )
-    half = lambda completions, **_: [float(i % 2) for i in range(len(completions))]  # noqa: E731
-    grpo = GRPOTrainer(model, half, options, rows, processing_class=own)
-    grpo.add_callback(Clock(grpo, turn))
-    grpo.train()
+
+    # Images are handed out as they are: a column of them would be encoded, and decoded again.
+    return datasets.Dataset.from_dict({"row": range(len(examples))}).with_transform(chosen_rows)
 
 
 def run_baseline(
@@ -479,7 +514,10 @@ def compare_updates(cfg: Config, model, processor, optimizer) -> dict[str, float
         return update(model, optimizer, [one], len(owner)), len(batch.input_ids)
 
     kinds = {"shared": ([example], [ids]), "unshared": (copies, [[row] for row in ids])}
-    seconds, norms, tokens = {k: [] for k in kinds}, {}, {}
+    seconds = {kind: [] for kind in kinds}
+    norms = {}
+    tokens = {}
+    # Each update starts from the same weights, so that their gradients can be compared.
     state = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     for _ in range(cfg.steps):
         for kind, work in kinds.items():
@@ -498,79 +536,107 @@ def compare_updates(cfg: Config, model, processor, optimizer) -> dict[str, float
     }
 
 
+# Of the steps of ours and of the peer's; then what ours alone has.
+TIMES = ("rollout", "update", "step", "wall_step")
+MORE = ("logprobs", "rollout_peak_mib", "update_peak_mib")
+
+
+def medians(steps: list[dict[str, float]]) -> dict[str, float]:
+    """Return the median of each column over the steps."""
+    found = {}
+    for key in (*TIMES, *MORE):
+        if key in steps[0]:
+            found[key] = statistics.median(row[key] for row in steps)
+    return found
+
+
+def peer_of(cfg: Config, device: torch.device) -> str | None:
+    """Return who is timed beside ours: TRL where it is installed. On a GPU nobody."""
+    if not cfg.baseline or device.type == "cuda":
+        return None
+    return "trl" if util.find_spec("trl") else "baseline"
+
+
 def main(cfg: Config) -> dict:
     _, _, device = start_ranks()
-    cuda = device.type == "cuda"
     peers = {"trl": run_trl, "baseline": run_baseline}
-    peer = ("trl" if util.find_spec("trl") else "baseline") if cfg.baseline and not cuda else None
-    rows = {"ours": []} | ({peer: []} if peer else {})
+    peer = peer_of(cfg, device)
+    rows = {"ours": []}
+    if peer:
+        rows[peer] = []
     with tempfile.TemporaryDirectory() as folder:
         model, processor = load(cfg, folder, device)
         if cfg.checkpointing:
             model.checkpoint_blocks()
         examples = examples_of(cfg.prompts, cfg.image)
         optimizer = Optimizer(model.named_parameters())
+        # To warm up: one prompt, whose row is thrown away.
         ours(cfg, model, processor, optimizer, examples[:1], 0)
 
         def turn(row: dict[str, float] | None = None) -> None:
             """The peer has done a step; one of ours."""
             if row:
                 rows[peer].append(row)
-            rows["ours"].append(
-                ours(cfg, model, processor, optimizer, examples, len(rows["ours"]) + 1)
-            )
+            seed = len(rows["ours"]) + 1
+            rows["ours"].append(ours(cfg, model, processor, optimizer, examples, seed))
             print(*(f"{name} {own[-1]}" for name, own in rows.items()), sep="\n", flush=True)
 
         if peer:
+            # It calls back after each of its steps, as TRL's loop isn't ours to cut.
             peers[peer](cfg, folder, processor, examples, turn)
         else:
             for _ in range(cfg.steps):
                 turn()
-    keys = ("rollout", "update", "step", "wall_step")
-    more = ("logprobs", "rollout_peak_mib", "update_peak_mib")
-    result = {
-        name: {
-            key: statistics.median(row[key] for row in own)
-            for key in (*keys, *more)
-            if key in own[0]
-        }
-        for name, own in rows.items()
-    }
+    result = {name: medians(steps) for name, steps in rows.items()}
     if peer:
-        result["ratio"] = {key: result[peer][key] / result["ours"][key] for key in keys}
+        result["ratio"] = {key: result[peer][key] / result["ours"][key] for key in TIMES}
+    result |= circumstances(cfg, model, processor, examples, peer, result["ours"])
+    result["update_shared_prefix"] = None
+    if cfg.update_tokens:
+        result["update_shared_prefix"] = compare_updates(cfg, model, processor, optimizer)
+    write(cfg, result)
+    return result
+
+
+def circumstances(
+    cfg: Config, model, processor, examples: list[Example], peer: str | None, own: dict
+) -> dict:
+    """Return what was timed on what, and the rates that follow from our medians, own."""
+    cuda = model.device.type == "cuda"
+    packages = ["torch", "transformers"]
+    if peer == "trl":
+        packages.append("trl")
     prompt = len(processor.prompt_ids(examples[0]))
+    drawn = cfg.prompts * cfg.group * cfg.new_tokens
+    # 6 FLOPs a parameter and token: 2 forward, 4 backward. Once over the tokens that ours computes,
+    # once over those that rows of prompt and completion would have.
     sizes = sum(p.numel() for p in model.decoder.layers.parameters())
     packed = cfg.prompts * (prompt + cfg.group * cfg.new_tokens)
     padded = cfg.prompts * cfg.group * (prompt + cfg.new_tokens)
-    seconds = result["ours"]["update"] * cfg.tflops * 1e12
-    result |= {
+    possible = own["update"] * cfg.tflops * 1e12
+    return {
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "threads": torch.get_num_threads(),
-        "versions": {
-            name: metadata.version(name)
-            for name in ("torch", "transformers") + (("trl",) if peer == "trl" else ())
-        },
+        "versions": {name: metadata.version(name) for name in packages},
         "config": {key: str(value) for key, value in vars(cfg).items() if key != "out"},
         "parameters_million": sum(p.numel() for p in model.parameters()) / 1e6,
         "prompt_tokens": prompt,
         "planned_gb": planned(cfg, model, prompt),
-        "completion_tokens_per_second": cfg.prompts
-        * cfg.group
-        * cfg.new_tokens
-        / result["ours"]["step"],
-        "update_mfu_computed": 6 * sizes * packed / seconds if cuda else None,
-        "update_mfu_padded": 6 * sizes * padded / seconds if cuda else None,
-        "update_shared_prefix": compare_updates(cfg, model, processor, optimizer)
-        if cfg.update_tokens
-        else None,
+        "completion_tokens_per_second": drawn / own["step"],
+        "update_mfu_computed": 6 * sizes * packed / possible if cuda else None,
+        "update_mfu_padded": 6 * sizes * padded / possible if cuda else None,
     }
+
+
+def write(cfg: Config, result: dict) -> None:
+    """Write the result to a file of this device and shape, and print it."""
+    name = result["device"].lower().replace(" ", "-")
+    if cfg.shape != "cpu":
+        name += f"-{cfg.shape}"
+    text = json.dumps(result, indent=1)
     cfg.out.mkdir(parents=True, exist_ok=True)
-    name = result["device"].lower().replace(" ", "-") + (
-        "" if cfg.shape == "cpu" else f"-{cfg.shape}"
-    )
-    (cfg.out / f"{name}-train.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
-    return result
+    (cfg.out / f"{name}-train.json").write_text(text + "\n")
+    print(text)
 
 
 if __name__ == "__main__":

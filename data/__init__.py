@@ -102,6 +102,7 @@ def open_all(parts: list[Part]) -> list[Iterator[Row]]:
 
 def examples_of(rows: list[Row], more: Callable | None) -> tuple[Loaded, set[str]]:
     """Make and check the Examples of all rows; return them, and the sources that gave any."""
+    # Of every image and depth map, each file once.
     headers = measure(files_of(rows))
     loaded = Loaded(rows=len(rows))
     used = set()
@@ -127,6 +128,7 @@ def examples_of(rows: list[Row], more: Callable | None) -> tuple[Loaded, set[str
                 for example in fresh:
                     problems += more(example)
             if not problems:
+                # The same objects again, for a weight above 1: nothing is read twice.
                 loaded.examples += examples * row.copies
             for name, reason in dict.fromkeys(problems):
                 loaded.bad.append((row.file, row.number, name, shortened(reason)))
@@ -171,6 +173,7 @@ def comparable(example: Example) -> dict:
     regions = []
     for view, region in example.regions:
         regions.append((view, region.tobytes() if isinstance(region, np.ndarray) else region))
+    # Two names of one file are one image.
     images = [real_path(image) for image in example.images]
     depths = [real_path(depth) for depth in example.depths or ()]
     return vars(example) | {"regions": regions, "images": images, "depths": depths}
@@ -202,6 +205,7 @@ def files_of(rows: list[Row]) -> list[str]:
 def make_examples(row: Row, headers: Headers) -> tuple[list[Example], list]:
     """Return (the Examples on the wanted path, [(field, reason)] why there are none)."""
     try:
+        # A reader says what is wrong by Bad; any other error in it is a bug, and ends the run.
         examples = row.make(headers)
     except Bad as error:
         return [], list(error.args[0])

@@ -36,6 +36,7 @@ class BadRows(UserError, ValueError):
     def shown(self) -> dict[str, list[tuple]]:
         """Return what is wrong -> the rows that are spelled out."""
         kinds = list(self.by_kind().items())
+        # More than that is one mistake made often; its rarer reasons would fill the screen.
         if len(self) > MANY:
             kinds = kinds[:REASONS]
         return {kind: rows[:EXAMPLES] for kind, rows in kinds}
@@ -66,6 +67,7 @@ class BadRows(UserError, ValueError):
 
     def told(self, out: str | Path) -> str:
         """Return the text, whose whole list goes to a file in `out` if this doesn't show it all."""
+        # Everything has been said already: no file for it.
         if sum(map(len, self.shown().values())) == len(self.rows):
             return str(self)
         return f"{self}\n{self.write(out)}"
@@ -77,8 +79,10 @@ class BadRows(UserError, ValueError):
         if os.environ.get("RANK", "0") == "0":
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
+                # A row's value may hold half a surrogate pair, which no encoding takes.
                 file.write_text(text, errors="backslashreplace")
             except OSError as error:
+                # Not raised: the bad rows are the news.
                 return f"the whole list could not be written: {file}: {error.strerror}"
         return f"the whole list is in {file}"
 

@@ -18,7 +18,8 @@ def read_box(text: str | None) -> list[float] | None:
         return None
     box = [float(number) for number in found]
     x0, y0, x1, y1 = box
-    return box if x0 < x1 and y0 < y1 else None
+    is_box = x0 < x1 and y0 < y1
+    return box if is_box else None
 
 
 def box_iou(answer: str | None, truth: str) -> float:
@@ -35,13 +36,19 @@ def box_iou(answer: str | None, truth: str) -> float:
     right = min(a[2], b[2])
     bottom = min(a[3], b[3])
     # Boxes that don't touch have a negative side, and nothing in common.
-    common = max(right - left, 0) * max(bottom - top, 0)
-    return common / (area(a) + area(b) - common)
+    width = max(right - left, 0)
+    height = max(bottom - top, 0)
+    common = width * height
+    # Never 0: read_box takes no box without an area.
+    union = area(a) + area(b) - common
+    return common / union
 
 
 def area(box: list[float]) -> float:
     x0, y0, x1, y1 = box
-    return (x1 - x0) * (y1 - y0)
+    width = x1 - x0
+    height = y1 - y0
+    return width * height
 
 
 def read_boxes_3d(text: str) -> dict[str, tuple]:
@@ -51,10 +58,18 @@ def read_boxes_3d(text: str) -> dict[str, tuple]:
     """
     boxes: dict[str, tuple] = {}
     for centre, size, label in BOX_3D.findall(text):
-        xyz = [float(v) for v in centre.split(",")]
-        extent = [float(v) for v in size.split(",")] if size else []
+        xyz = numbers_of(centre)
+        extent = numbers_of(size)
         # What no room holds is no box: its error would drown all others.
-        if max(map(abs, xyz + extent)) < 1e6:
+        largest = max(map(abs, xyz + extent))
+        if largest < 1e6:
             mention, _ = split_mention(label.strip())
-            boxes.setdefault(mention.lower(), (tuple(xyz), tuple(extent) or None))
+            boxes.setdefault(mention.lower(), (xyz, extent or None))
     return boxes
+
+
+def numbers_of(triple: str) -> tuple[float, ...]:
+    """Return the three numbers of `x,y,z`; none of an empty text."""
+    if not triple:
+        return ()
+    return tuple(float(number) for number in triple.split(","))

@@ -66,6 +66,7 @@ def check_geometry(example: Example, sizes: list, with_depth: bool) -> Iterator[
     faulty = set()
     for view, size in enumerate(sizes):
         camera = camera_of(example, view)
+        # Without a camera there is nothing to compare the image with.
         fault = camera and camera_fault(camera, size)
         if fault:
             faulty.add(view)
@@ -95,6 +96,7 @@ def sightings(example: Example) -> list[Sighting]:
     for (view, region), text in zip(example.regions, texts, strict=False):
         mention = mention_before(text, example.objects)
         centre = example.objects.get(mention)
+        # By view: a centre in each camera's frame.
         if isinstance(centre, dict):
             centre = centre.get(view)
         elif len(example.images) > 1 and view != example.frame:
@@ -103,6 +105,7 @@ def sightings(example: Example) -> list[Sighting]:
         if centre is None:
             continue
         size = (example.sizes or {}).get(mention)
+        # 1.5 times half the diagonal.
         near = max(0.3, 0.75 * math.hypot(*size)) if size else 1.0
         reach = near + 0.05 * math.hypot(*centre)
         found.append(Sighting(view, mention, centre, box_of(region), reach))
@@ -130,6 +133,7 @@ def bare(text: str) -> str:
 
 def box_of(region) -> tuple:
     if isinstance(region, np.ndarray) and region.ndim == 2:
+        # A mask (H, W): the box around what it has.
         ys, xs = np.nonzero(region)
         return xs.min(), ys.min(), xs.max() + 1, ys.max() + 1
     return tuple(region)
@@ -181,6 +185,7 @@ def likely_cause(camera, size: tuple[int, int], seen: list[Sighting]) -> str:
     for cause, other in other_cameras(camera, size).items():
         if not camera_fault(other, size) and all(fits(sighting, other) for sighting in seen):
             return f": {cause}?"
+    # A permutation of the axes and their signs; a frame that is tilted as well is not recognised.
     for cause, axes in FRAMES.items():
         turned = [replace(one, centre=tuple(np.dot(axes, one.centre))) for one in seen]
         if not camera_fault(camera, size) and all(fits(sighting, camera) for sighting in turned):
@@ -249,6 +254,7 @@ def metres_beside(sighting: Sighting, camera) -> float:
     across = GROWN * (x1 - x0)
     down = GROWN * (y1 - y0)
     # The pixel of the region that is nearest to where the centre is seen, and the ray through it.
+    # Clamped: 0 metres beside where the centre is seen within the grown region.
     u = min(max(fx * x / z + cx, x0 - across), x1 + across)
     v = min(max(fy * y / z + cy, y0 - down), y1 + down)
     right = (u - cx) / fx
@@ -264,7 +270,9 @@ def check_depth_of(example: Example, sighting: Sighting) -> Iterator[tuple[str, 
     if metres is None:
         return
     x0, y0, x1, y1 = [int(side) for side in sighting.box]
+    # With the box's last row and column.
     shown = metres[y0 : y1 + 1, x0 : x1 + 1]
+    # 0 is what depth cameras write where they measured nothing.
     shown = shown[np.isfinite(shown) & (shown > 0)]
     if len(shown) == 0:
         return
@@ -281,6 +289,7 @@ def measured_depth(example: Example, view: int) -> np.ndarray | None:
     """Return a view's depth (H, W) in metres, unless a model has estimated it."""
     depth = example.depths[view] if example.depths else None
     image = example.images[view]
+    # A mark is drawn on an image of a file: the estimate lies beside that file.
     image = image.source if isinstance(image, Marked) else image
     # An estimate may be more wrong than a row is.
     if depth is None or (isinstance(image, str) and file_of(depth) == estimated_name(image)):

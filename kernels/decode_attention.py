@@ -76,6 +76,7 @@ def reference_decode_attention(
     suffix_mask = length_mask(table.suffix_lengths, suffix_k)
     mask = torch.cat((prefix_mask, suffix_mask), 3)
     q = q.unflatten(1, (k.shape[1], -1)) * q.shape[-1] ** -0.5  # (S, K, A / K, D)
+    # (S, K, A / K, P + R); the softmax in fp32, as flash attention has it in its registers.
     weights = (q @ k.transpose(2, 3) + mask).softmax(-1, dtype=torch.float32)
     return (weights.to(v.dtype) @ v).flatten(1, 2)
 
@@ -92,6 +93,7 @@ def _decode_cpu(q, prefix_k, prefix_v, suffix_k, suffix_v, table):
     if table.suffix_mask is None:
         table.suffix_mask = length_mask(table.suffix_lengths, suffix_k)
     grouped = q.unflatten(1, (suffix_k.shape[1], -1))  # (S, K, A / K, D)
+    # Query heads of a key head stand as rows of one sequence: (S, K, A / K, D), lse (S, K, A / K).
     own, own_lse = FLASH(grouped, suffix_k, suffix_v, attn_mask=table.suffix_mask)
     if prefix_k is None:
         return own.flatten(1, 2)
@@ -99,6 +101,7 @@ def _decode_cpu(q, prefix_k, prefix_v, suffix_k, suffix_v, table):
     if table.prefix_mask is None:
         table.prefix_mask = length_mask(table.prefix_lengths, prefix_k)
     prompts, n = table.members.shape
+    # Places without a slot (-1) read slot 0's query, for nobody: no live slot takes the result.
     readers = grouped.index_select(0, table.members.flatten().clamp(min=0))
     # (B n, K, A / K, D) -> (B, K, n A / K, D): all that read the same keys are rows of one matrix.
     queries = readers.unflatten(0, (prompts, n)).transpose(1, 2).flatten(2, 3)
@@ -110,6 +113,7 @@ def _decode_cpu(q, prefix_k, prefix_v, suffix_k, suffix_v, table):
 
     # Of two parts, a weight is the sigmoid of the difference: in fp32, for 16 bits, too.
     weight = (by_slot(shared_lse[..., None]) - own_lse[..., None]).sigmoid_()
+    # own + w (shared - own): the header's merge of two parts.
     out = torch.lerp(own.to(weight.dtype), by_slot(shared).to(weight.dtype), weight)
     return out.to(q.dtype).flatten(1, 2)
 
@@ -124,8 +128,10 @@ def splits_for(programs: int, length: int, min_keys: int) -> tuple[int, int]:
     multiprocessor of them: to the nearest, as two and more fit on one, so that a few too many don't
     wait for a second round. There are at most MAX_SPLITS, and none has fewer than min_keys keys.
     """
+    # Rounded to the nearest: 132 multiprocessors over 100 programs are one split, over 80 two.
     wanted = max((MULTIPROCESSORS + programs // 2) // programs, 1)
     pieces = max(triton.cdiv(length, min_keys), 1)
+    # In whole pieces, so that only the last split is shorter than the others.
     chunk = triton.cdiv(pieces, min(wanted, pieces, MAX_SPLITS)) * min_keys
     return max(triton.cdiv(length, chunk), 1), chunk
 
@@ -154,6 +160,7 @@ def _attend_keys(
     d = tl.arange(0, WIDE)
     for start in range(begin, end, BLOCK):
         j = start + tl.arange(0, BLOCK)
+        # (BLOCK, WIDE): the keys of a head lie one behind the other.
         at = j[:, None] * D + d[None, :]
         mask = (j < end)[:, None] & (d < D)[None, :]
         key = tl.load(k + at, mask=mask, other=0.0)
@@ -169,6 +176,8 @@ def _attend_keys(
         weight = tl.exp(score - higher[:, None])
         shrink = tl.exp(peak - higher)
         total = total * shrink + tl.sum(weight, 1)
+        # Weights are rounded to the values' type for the tensor cores, as flash attention does;
+        # their sum isn't. ieee: fp32 inputs would go through TF32 otherwise, with 10 bits.
         weighted = tl.dot(weight.to(value.dtype), value, input_precision="ieee")
         summed = summed * shrink[:, None] + weighted
         peak = higher
@@ -192,6 +201,7 @@ def _store_part(out, lse, part, rows, peak, total, summed, D: tl.constexpr, WIDE
     """
     d = tl.arange(0, WIDE)
     mask = rows[:, None] & (d < D)[None, :]
+    # No key, no sum: summed is 0 then, and 0 / 1 is 0 where 0 / 0 would be nan in every merge.
     divisor = tl.where(total > 0, total, 1.0)
     tl.store(out + part[:, None] * D + d[None, :], summed / divisor[:, None], mask=mask)
     if lse is not None:
@@ -218,6 +228,7 @@ def _merge_parts(
     peak = tl.full([ROWS], -1e38, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     summed = tl.zeros([ROWS, WIDE], tl.float32)
+    # The peak starts at a finite number: a part without keys scores -inf, and -inf - -inf is nan.
     # Unrolled, so that all loads are on their way before the first is used.
     for part in tl.static_range(SPLITS):
         place = at * SPLITS + part
@@ -261,13 +272,17 @@ def _prefix_kernel(
     output, in out (S, A, splits, D), and its log-sum-exp, in lse (S, A, splits): 0 and -inf for a
     split without keys.
     """
+    # int64: the cache may hold more than 2^31 elements.
     row = (tl.program_id(0) // kv_heads).to(tl.int64)
     head = tl.program_id(0) % kv_heads
     split = tl.program_id(1)
     group: tl.constexpr = q_heads // kv_heads
+    # Rows are (sample of the prompt, query head of this key head), so that all of them read the
+    # same keys: N * A / K rows a key instead of one.
     i = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     slot = tl.load(members + row * N + i // group, mask=i < N * group, other=-1)
     rows = slot >= 0
+    # Of rows without a slot this is negative; they are masked wherever it is used.
     at = slot.to(tl.int32) * q_heads + head * group + i % group  # (ROWS,) of S * A
     query = _load_query(q, at, rows, D, WIDE, UPCAST)
 

@@ -56,11 +56,13 @@ class Chunks:
 
     @cached_property
     def counts(self) -> np.ndarray:
+        # Rounded up: the last chunk of a sequence may be short, an empty sequence has none.
         return -(-np.array(self.lengths, dtype=np.int64) // CHUNK)
 
     @cached_property
     def order(self) -> np.ndarray:
         """(N,): the sequences by falling number of chunks."""
+        # Stable: sequences of one length keep the batch's order.
         return np.argsort(-self.counts, kind="stable")
 
     @cached_property
@@ -89,6 +91,7 @@ class Chunks:
     @cached_property
     def places(self) -> Tensor:
         """(T,) int64: the place of each token in the chunks."""
+        # One place more, for the token of zeros, on which many places of the chunks write.
         places = np.empty(sum(self.lengths) + 1, np.int64)
         places[self._host_index] = np.arange(len(self._host_index))
         return upload(places[:-1], self.device)
@@ -114,6 +117,7 @@ class Chunks:
 def unit(x: Tensor) -> Tensor:
     """Norm the last axis, in fp32. Not F.normalize, whose 1e-12 is a bound and not a summand."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
+    # A key of zeros stays one, where x / |x| would be nan.
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + NORM_EPS)
 
 
@@ -136,6 +140,7 @@ def reference_delta_rule(
 
     def cut(x: Tensor) -> Tensor:
         """(T, V, Y) -> (X, V, C, Y)"""
+        # The token of zeros at place T, to which `index` points behind the end of a sequence.
         x = torch.cat((x.to(wide), x.new_zeros(1, *x.shape[1:], dtype=wide)))
         return x.index_select(0, chunks.index).unflatten(0, (-1, CHUNK)).transpose(1, 2)
 
@@ -147,27 +152,45 @@ def reference_delta_rule(
 
     # Masked before the exponential: above the diagonal it overflows.
     above = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).triu(1)
+    # (X, V, C, C). The difference, and not e^G_i / e^G_j, of which both may underflow.
     between = (decay - decay.transpose(2, 3)).masked_fill(above, -torch.inf).exp()  # D
     last = decay[:, :, -1:]  # G_C
 
     # What depends on no state, for all chunks at once.
     # Within a chunk a token's correction depends on those before it: a triangular system.
     mutual = (beta * (key @ key.transpose(2, 3)) * between).tril(-1)  # N
+    # Both right-hand sides in one call: (X, V, C, E + D).
     sides = torch.cat((beta * value, beta * decay.exp() * key), -1)
     solved = torch.linalg.solve_triangular(mutual, sides, upper=False, unitriangular=True)
     own, through_state = solved.split((width, key.shape[-1]), -1)  # U, W
     within = (query @ key.transpose(2, 3)) * between
+    # What a query still sees of the state before its chunk, (X, V, C, D).
     reading = query * decay.exp()
+    # What is left of a key's correction at the chunk's end, (X, V, D, C).
     writing = (key * (last - decay).exp()).transpose(2, 3)
     # From here on no value depends on another chunk's.
     kept = last.exp()
 
-    # The walk over the states. Split once: a slice's gradient would fill a whole tensor, each time.
+    # The longest sequence first, as the walk takes them.
     if initial_state is None:
         state = key.new_zeros(len(chunks.lengths), heads, key.shape[-1], width)
     else:
         state = initial_state.to(wide).index_select(0, chunks.by_length)
-    parts = [x.split(chunks.steps) for x in (own, through_state, within, reading, writing, kept)]
+    outputs, final = _walk(state, (own, through_state, within, reading, writing, kept), chunks)
+    if not outputs:
+        return v, final
+    # (X, V, C, E) -> (T, V, E)
+    out = torch.cat(outputs).transpose(1, 2).flatten(0, 1).index_select(0, chunks.places)
+    return out.to(v.dtype), final
+
+
+def _walk(state: Tensor, terms: tuple, chunks: Chunks) -> tuple[list[Tensor], Tensor]:
+    """Walk over the states (N, V, D, E), the longest sequence first: outputs, and final states.
+
+    terms: U, W, the product within, and what reads, writes and keeps a state, each (X, V, ...).
+    """
+    # Split once: a slice's gradient would fill a whole tensor, each time.
+    parts = [x.split(chunks.steps) for x in terms]
     outputs = []
     ended = []
     for u, w, attention, read, write, keep in zip(*parts, strict=True):
@@ -175,15 +198,13 @@ def reference_delta_rule(
         # `order` has the longest first, so what ends here is a tail of the states.
         ended.append(state[len(u) :])
         state = state[: len(u)]
+        # (active, V, C, E): U less what the state already says about these keys.
         correction = u - w @ state
         outputs.append(read @ state + attention @ correction)
         state = keep * state + write @ correction
+    # Longest first, as the walk had them; then in the batch's order again.
     final = torch.cat((state, *reversed(ended))).index_select(0, chunks.back)
-    if not outputs:
-        return v, final
-    # (X, V, C, E) -> (T, V, E)
-    out = torch.cat(outputs).transpose(1, 2).flatten(0, 1).index_select(0, chunks.places)
-    return out.to(v.dtype), final
+    return outputs, final
 
 
 @functools.cache

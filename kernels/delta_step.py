@@ -77,6 +77,7 @@ def reference_delta_step(
     keys = weights.key_heads * key_width
     q, k, v = convolved.split((keys, keys, heads * width), 1)
     repeat = heads // weights.key_heads
+    # (S, V, D): key head j serves value heads j V / K and on.
     q = unit(q.unflatten(1, (-1, key_width))).repeat_interleave(repeat, 1) * key_width**-0.5
     k = unit(k.unflatten(1, (-1, key_width))).repeat_interleave(repeat, 1)
     v = v.unflatten(1, (-1, width))
@@ -97,15 +98,18 @@ def reference_delta_step(
 @triton.jit
 def _convolved(mixed, ring, weight, c, mask, newest, channels, writes, TAPS: tl.constexpr):
     """Return silu of the convolution at channels c (WIDE,), and write the new row of the ring."""
+    # The token's own row comes from the projection: the ring may not have it yet.
     x = tl.load(mixed + c, mask=mask, other=0.0)
     w = tl.load(weight + c * TAPS + TAPS - 1, mask=mask, other=0.0).to(tl.float32)
     total = x.to(tl.float32) * w
     for back in tl.static_range(1, TAPS):
+        # + TAPS: the remainder of a negative number would be negative.
         row = (newest + TAPS - back) % TAPS
         earlier = tl.load(ring + row * channels + c, mask=mask, other=0.0).to(tl.float32)
         w = tl.load(weight + c * TAPS + TAPS - 1 - back, mask=mask, other=0.0).to(tl.float32)
         total += earlier * w
     tl.store(ring + newest * channels + c, x, mask=mask & writes)
+    # silu(x) = x sigmoid(x).
     return total / (1 + tl.exp(-total))
 
 
@@ -155,6 +159,7 @@ def _delta_step_kernel(
         # Several value heads read one key head; the first of them writes it to the ring.
         key_head = head // repeat
         first = head % repeat == 0
+        # Channels of a row: all queries, then all keys, then all values.
         c = key_head * D + i
         q = _convolved(mixed, ring, conv, c, i < D, newest, channels, first, TAPS)
         c += key_heads * D
@@ -169,14 +174,18 @@ def _delta_step_kernel(
         x += tl.load(dt_bias + head).to(tl.float32)
         # log(1 + e^x), which is x itself where e^x would swallow the 1.
         softplus = tl.where(x > 20, x, tl.log(1 + tl.exp(tl.minimum(x, 20.0))))
+        # e^g: the header's g, and its exponential.
         kept = tl.exp(-tl.exp(tl.load(A_log + head).to(tl.float32)) * softplus)
 
+        # (WIDE_D, WIDE_E): the state of this head, keys down and values across.
         at = ((slot * heads + head) * D + i)[:, None] * E + j[None, :]
         inside = (i < D)[:, None] & (j < E)[None, :]
         # All of a head's memory at once: 128 x 128 floats over 8 warps are 64 registers a thread.
         S = tl.load(state + at, mask=inside, other=0.0) * kept
+        # S^T k as a sum of products: a matrix product would need 16 rows for one vector.
         predicted = tl.sum(S * k[:, None], 0)
         S += k[:, None] * (beta * (v - predicted))[None, :]
+        # fp32: in 16 bits the small corrections of a thousand tokens would be rounded away.
         tl.store(state + at, S, mask=inside)
         o = tl.sum(S * q[:, None], 0)
 

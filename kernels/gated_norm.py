@@ -27,6 +27,7 @@ def reference_gated_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float = 1e-6
     """Specify `gated_norm`, in fp32 (or fp64)."""
     wide = torch.promote_types(x.dtype, torch.float32)
     normed = x.to(wide)
+    # eps within the root, as in every RMSNorm of the family.
     normed = normed * torch.rsqrt(normed.square().mean(-1, keepdim=True) + eps)
     return (weight.to(wide) * normed * F.silu(z.to(wide))).to(x.dtype)
 
@@ -47,6 +48,7 @@ def _norm_kernel(x, z, weight, out, rows, width, eps, ROWS: tl.constexpr, BLOCK:
     # Padding behind the head is 0, so that it adds nothing to the sum.
     n = n * tl.rsqrt(tl.sum(n * n, 1) / width + eps)[:, None]
     gate = _load(z, at, mask)
+    # silu(z) = z sigmoid(z).
     gate = gate / (1 + tl.exp(-gate))
     tl.store(out + at, n * _load(weight, c, c < width) * gate, mask=mask)
 
@@ -86,15 +88,18 @@ def _grad_kernel(
         gate = _load(z, at, mask)
         sigmoid = 1 / (1 + tl.exp(-gate))
         d = _load(d_out, at, mask)
+        # d_out s: the gradient of weight n.
         d_normed = d * gate * sigmoid
         # Over all of the program's rows, in registers.
         d_weight += tl.sum(d_normed * n, 0)
+        # The norm's own gradient: of n = x scale, where scale depends on all of a head's x.
         g = d_normed * w
         mean = (tl.sum(g * n, 1) / width)[:, None]
         tl.store(d_x + at, scale * (g - n * mean), mask=mask)
         # silu'(z)
         slope = sigmoid * (1 + gate * (1 - sigmoid))
         tl.store(d_z + at, d * w * n * slope, mask=mask)
+    # A row of `partial` a program, added up by the caller in one order.
     place = tl.program_id(0) * width + tl.arange(0, BLOCK)
     tl.store(partial + place, d_weight, mask=tl.arange(0, BLOCK) < width)
 
@@ -102,6 +107,8 @@ def _grad_kernel(
 class _GatedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, z, weight, eps):
+        # Not n, nor silu(z): to make them again costs no memory traffic, as x and z are read
+        # anyway.
         ctx.save_for_backward(x, z, weight)
         ctx.eps = eps
         width = len(weight)

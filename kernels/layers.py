@@ -60,6 +60,7 @@ def reference_rms_norm(x, weight, eps=1e-6, offset=0.0):
     if x.dtype in (torch.float32, torch.float64):
         return F.rms_norm(x, weight.shape, add_offset(weight, offset), eps)
     wide = x.float()
+    # (..., 1): one number a row.
     scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     if offset:
         return (wide * scale * add_offset(weight, offset)).to(x.dtype)
@@ -109,6 +110,8 @@ def reference_qk_norm_rope_write(
 ):
     q, k = reference_qk_norm_rope(q, k, cos, sin, q_weight, k_weight, eps, offset)
     # Slot i writes at its own place at[i]: samples differ in length.
+    # Two indices around a slice: the result has shape (S, K, D), whatever the cache's order of
+    # axes.
     row = torch.arange(len(at), device=at.device)
     cache_k[row, :, at] = k
     cache_v[row, :, at] = v
@@ -180,67 +183,49 @@ def _load(pointer, at, mask):
 
 
 @triton.jit
-def _rotate(
+def _normed_and_turned(
     x,
     weight,
     cos,
     sin,
-    at,
-    out,
-    tokens,
-    heads,
-    x_token,
-    x_head,
-    out_token,
-    out_head,
-    out_place,
+    row,
+    token,
+    mask,
     width,
     rotary,
     eps,
     offset,
-    ROWS: tl.constexpr,
     WIDE: tl.constexpr,
     BACK: tl.constexpr,
 ):
-    """Norm, rotate and store ROWS heads.
+    """Return heads (ROWS, WIDE), normed and rotated, in fp32.
 
-    Each channel is read with its partner, half of `rotary` away, with which it turns; channels from
-    `rotary` on don't. Without weight no norm, without cos no rotation; BACK: by the opposite angle.
-    x_*, out_*: strides; at: a token's place in a cache.
+    row (ROWS, 1): where each head starts in x; token (ROWS,): whose angle it turns by. Each channel
+    is read with its partner, half of `rotary` away, with which it turns; channels from `rotary` on
+    don't. Without weight no norm; BACK: by the opposite angle.
     """
-    # A program takes ROWS heads of neighbouring tokens; partners come from the cache.
-    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, WIDE)[None, :]
-    rows = tokens * heads
-    # int64: T heads D passes 2^31 elements at 500k tokens.
-    token = (r // heads).to(tl.int64)
-    head = r % heads
-    mask = (r < rows)[:, None] & (c < width)
-    row = (token * x_token + head * x_head)[:, None]
     y = _load(x, row + c, mask)
     scale = 1.0
     if weight is not None:
         # Padding behind the head is 0, so that it adds nothing to the sum.
         scale = tl.rsqrt(tl.sum(y * y, 1) / width + eps)[:, None]
         y = y * scale * (_load(weight, c, c < width) + offset)
-    if cos is not None:
-        partner = tl.where(c < rotary // 2, c + rotary // 2, c - rotary // 2)
-        turns = mask & (c < rotary)
-        other = _load(x, row + partner, turns)
-        if weight is not None:
-            other = other * scale * (_load(weight, partner, c < rotary) + offset)
-        # (a, b) -> (a cos - b sin, b cos + a sin). cos and sin repeat in their second half.
-        angle = (token * rotary)[:, None] + c
-        cosine = tl.load(cos + angle, mask=turns, other=1.0).to(tl.float32)
-        sine = _load(sin, angle, turns)
-        if BACK:
-            sine = -sine
-        y = y * cosine + tl.where(c < rotary // 2, -other, other) * sine
-    place = token * out_token + head * out_head
-    if at is not None:
-        # A cache's row: (heads, places, D).
-        place += tl.load(at + token, mask=r < rows, other=0) * out_place
-    tl.store(out + place[:, None] + c, y, mask=mask)
+    # A second read instead of a shuffle between threads: the line is in the cache already.
+    partner = tl.where(c < rotary // 2, c + rotary // 2, c - rotary // 2)
+    turns = mask & (c < rotary)
+    other = _load(x, row + partner, turns)
+    if weight is not None:
+        # The norm is the head's, so that the partner has the same scale, but a weight of its own.
+        other = other * scale * (_load(weight, partner, c < rotary) + offset)
+    # (a, b) -> (a cos - b sin, b cos + a sin). cos and sin repeat in their second half.
+    angle = (token * rotary)[:, None] + c
+    # Channels that don't turn: cos 1 and sin 0 leave them as they are.
+    cosine = tl.load(cos + angle, mask=turns, other=1.0).to(tl.float32)
+    sine = _load(sin, angle, turns)
+    if BACK:
+        sine = -sine
+    return y * cosine + tl.where(c < rotary // 2, -other, other) * sine
 
 
 def _tile() -> int:
@@ -269,12 +254,14 @@ def _norm_grad_kernel(
     run.
     """
     c = tl.arange(0, BLOCK)
+    # (1, BLOCK), read once by the program and used for all of its rows.
     w = _load(weight, c, c < width)[None, :] + offset
     # In registers over all rows that the program takes.
     d_weight = tl.zeros([BLOCK], tl.float32)
     for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
         r = first + tl.arange(0, ROWS)
         mask = (r < rows)[:, None] & (c < width)[None, :]
+        # int64, as in the forward.
         at = r.to(tl.int64)[:, None] * width + c[None, :]
         n = _load(h, at, mask)
         d = _load(d_out, at, mask)
@@ -284,6 +271,7 @@ def _norm_grad_kernel(
         d_weight += tl.sum(d * n, 0)
         mean = (tl.sum(g * n, 1) / width)[:, None]
         tl.store(d_h + at, scale * (g - n * mean), mask=mask)
+    # A row a program: summed by the caller, in the same order every time.
     tl.store(partial + tl.program_id(0) * width + c, d_weight, mask=c < width)
 
 
@@ -345,77 +333,43 @@ def _rope_kernel(
     WIDE: tl.constexpr,
     BACK: tl.constexpr,
 ):
-    """Rotate queries in programs (i, 0) and keys in (i, 1); copy values in (i, 2)."""
-    if tl.program_id(1) == 0:
-        heads = q_heads * width
-        _rotate(
-            q,
-            q_weight,
-            cos,
-            sin,
-            None,
-            q_out,
-            tokens,
-            q_heads,
-            q_token,
-            q_head,
-            heads,
-            width,
-            0,
-            width,
-            rotary,
-            eps,
-            offset,
-            ROWS,
-            WIDE,
-            BACK,
+    """Rotate queries in programs (i, 0) and keys in (i, 1); copy values in (i, 2).
+
+    x_token, x_head, out_place: strides; at: each token's place in a cache. A program takes ROWS
+    heads of neighbouring tokens.
+    """
+    part = tl.program_id(1)
+    heads = tl.where(part == 0, q_heads, k_heads)
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    c = tl.arange(0, WIDE)[None, :]
+    # int64: T heads D passes 2^31 elements at 500k tokens.
+    token = (r // heads).to(tl.int64)
+    head = r % heads
+    is_row = r < tokens * heads
+    mask = is_row[:, None] & (c < width)
+    if part == 0:
+        row = (token * q_token + head * q_head)[:, None]
+        y = _normed_and_turned(
+            q, q_weight, cos, sin, row, token, mask, width, rotary, eps, offset, WIDE, BACK
         )
-    elif tl.program_id(1) == 1:
-        _rotate(
-            k,
-            k_weight,
-            cos,
-            sin,
-            at,
-            k_out,
-            tokens,
-            k_heads,
-            k_token,
-            width,
-            out_token,
-            out_head,
-            out_place,
-            width,
-            rotary,
-            eps,
-            offset,
-            ROWS,
-            WIDE,
-            BACK,
-        )
-    elif v is not None:
-        _rotate(
-            v,
-            None,
-            None,
-            None,
-            at,
-            v_out,
-            tokens,
-            k_heads,
-            v_token,
-            width,
-            out_token,
-            out_head,
-            out_place,
-            width,
-            rotary,
-            eps,
-            offset,
-            ROWS,
-            WIDE,
-            BACK,
-        )
+        # The queries of a call lie one behind the other, wherever q came from.
+        place = ((token * q_heads + head) * width)[:, None] + c
+        tl.store(q_out + place, y, mask=mask)
+    else:
+        first = token * out_token + head * out_head
+        if at is not None:
+            # A cache's row: (heads, places, D).
+            first += tl.load(at + token, mask=is_row, other=0) * out_place
+        place = first[:, None] + c
+        if part == 1:
+            row = (token * k_token + head * width)[:, None]
+            y = _normed_and_turned(
+                k, k_weight, cos, sin, row, token, mask, width, rotary, eps, offset, WIDE, BACK
+            )
+            tl.store(k_out + place, y, mask=mask)
+        elif v is not None:
+            row = (token * v_token + head * width)[:, None]
+            tl.store(v_out + place, tl.load(v + row + c, mask=mask), mask=mask)
 
 
 def _with_adjacent_heads(x: Tensor) -> Tensor:
@@ -436,8 +390,10 @@ def _rope_triton(
     k = _with_adjacent_heads(k)
     v = None if v is None else _with_adjacent_heads(v)
     q_out = q.new_empty(q.shape)
+    # A tile's sides are powers of two; published heads, of 128 and 256 channels, are as well.
     wide = triton.next_power_of_2(width)
     rows = max(_tile() // wide, 1)
+    # 2,048 elements a program: 16 heads of 128 channels.
     blocks = triton.cdiv(tokens * max(heads, k_heads), rows)
     # Keys and values take as many programs as queries, although they have fewer rows: those beyond
     # do nothing, and one launch is cheaper than three.
@@ -480,6 +436,7 @@ class _Rope(torch.autograd.Function):
     def forward(ctx, q, k, cos, sin, q_weight, k_weight, eps, offset):
         cos = cos.contiguous()
         sin = sin.contiguous()
+        # The rotation is undone by its angle alone; the norm needs what went in.
         normed = () if q_weight is None else (q, k, q_weight, k_weight)
         ctx.save_for_backward(cos, sin, *normed)
         ctx.eps = eps
@@ -500,6 +457,7 @@ class _Rope(torch.autograd.Function):
         if not normed:
             return turned_q, turned_k, *[None] * 6
         q, k, q_weight, k_weight = normed
+        # (T, heads, D) one behind the other: the kernel counts heads, not tokens.
         d_q, d_q_weight = _norm_grad_triton(q.contiguous(), q_weight, turned_q, eps, offset)
         d_k, d_k_weight = _norm_grad_triton(k.contiguous(), k_weight, turned_k, eps, offset)
         d_q_weight = d_q_weight.to(q_weight.dtype)

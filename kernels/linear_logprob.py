@@ -65,6 +65,7 @@ def _fold_torch(tile_RC, scratch_RC, targets_R, column, inv_temperature, state_4
         tile_RC.mul_(inv_temperature)
     local, inside = _target_columns(targets_R, column, cols)
     # Of the rows whose target isn't in this tile, some logit is gathered and not used.
+    # (R,). A sum over all columns with a mask would read the tile once more.
     z = tile_RC.gather(1, local.clamp(0, cols - 1)[:, None])[:, 0]
     t.copy_(torch.where(inside, z, t))
 
@@ -72,8 +73,10 @@ def _fold_torch(tile_RC, scratch_RC, targets_R, column, inv_temperature, state_4
     peak = torch.maximum(m, tile_RC.amax(1))
     tile_RC.sub_(peak[:, None])
     torch.exp(tile_RC, out=scratch_RC)
+    # <= 0: how far the old maximum lies below the new one.
     drop = m - peak
     scale = drop.exp()
+    # x = sum e^(z-m) (z-m): with z - peak = (z - m) + drop, the old part is e^drop (x + drop s).
     x.copy_(scale * (x + drop * s))
     s.mul_(scale).add_(scratch_RC.sum(1))
     x.add_(scratch_RC.mul_(tile_RC).sum(1))
@@ -88,12 +91,14 @@ def _dlogits_torch(tile_RC, scratch_RC, targets_R, column, inv_temperature, stat
     # With y = z - m and p = e^y / s: dz = p (-g_e y + g_e (log s - entropy) - g_l), in place.
     tile_RC.sub_(m[:, None])
     torch.exp(tile_RC, out=scratch_RC)
+    # 1 / s, and the 1 / T of dz in the header: two factors a row instead of a pass over the tile.
     over_s = torch.exp(-log_s) * inv_temperature
     shift = (g_entropy * (log_s - entropy) - g_logprob) * over_s
     slope = -g_entropy * over_s
     torch.addcmul(shift[:, None], tile_RC, slope[:, None], out=tile_RC)
     tile_RC.mul_(scratch_RC)
     local, inside = _target_columns(targets_R, column, tile_RC.shape[1])
+    # On a CPU that costs no wait; on CUDA this function runs for fp64 alone.
     row = inside.nonzero()[:, 0]
     # The 1[v = t] of the formula, for the rows that have their target here.
     tile_RC[row, local[row]] += g_logprob[row] * inv_temperature
@@ -118,6 +123,7 @@ def _fold_kernel(
     peak = tl.maximum(m, tl.max(z, 0))
     e = tl.exp(z - peak)
     scale = tl.exp(m - peak)
+    # Columns behind the tile's end are MIN: e^(MIN - peak) = 0, they count nothing.
     # Behind the last column e is 0 and z - peak may overflow: 0 * -inf would be nan.
     folded = tl.sum(e * tl.maximum(z - peak, MIN_), 0)
     tl.store(state, peak)
@@ -153,6 +159,7 @@ def _dlogits_kernel(
     entropy = tl.load(stats + 2 * stats_stride + row)
     g_logprob = tl.load(grads + row)
     g_entropy = tl.load(grads + grads_stride + row)
+    # Not z - (m + log s): at |z| = 1e4 that sum would round digits of log s away.
     logp = (z - m) - log_s
     # 1[v = t] g_logprob
     hit = tl.where(c == tl.load(targets + row) - column, g_logprob, 0.0)
@@ -203,8 +210,10 @@ def _tile_shape(n, v, max_cells, cell_bytes, row_bytes, column_bytes):
 
     By V / H, as others have it, a large vocabulary would get a thousand small matmuls.
     """
+    # 2048 columns: on a GPU one program holds a row of a tile in its registers.
     cols = min(v, 2048)
     rows = max(min(n, max_cells // cols), 1)
+    # Halve the longer side, so that the tile stays near a square, the shape of a fast matmul.
     while max(rows, cols) > 1:
         if rows * cols * cell_bytes + rows * row_bytes + cols * column_bytes <= WORKSPACE:
             break
@@ -243,6 +252,7 @@ class _Tiles:
         cell_bytes = self.wide.itemsize
         if not in_place:
             cell_bytes += self.operand.itemsize
+        # Bytes of a row of hidden, dhidden or weight in the logits' dtype.
         wide_row = self.wide.itemsize * hidden.shape[1]
         # A cast chunk is made while the last is still held.
         cast = 0 if self.operand == hidden.dtype else 2 * wide_row
@@ -251,6 +261,7 @@ class _Tiles:
             len(hidden), len(weight), self._max_cells(backward), cell_bytes, row_bytes, cast
         )
 
+        # Flat, as the last tile of a row is narrower, and has to be contiguous for all that.
         self.tile = hidden.new_empty(self.rows * self.cols, dtype=self.wide)
         self.scratch = None if in_place else torch.empty_like(self.tile, dtype=self.operand)
         self.d_hidden = None
@@ -321,6 +332,8 @@ def _backward_tiles(
                 tile_RC, scratch_RC, targets_R, column, 1 / temperature, stats_3R, grads_2R
             )
             if need_hidden:
+                # beta 0 at the first tile: it overwrites what the buffer held, so that nobody has
+                # to clear it.
                 _matmul(dz_RC, weight_CH, d_chunk_RH, beta=float(column > 0))
             if need_weight:
                 d_weight_CH = d_weight[column : column + walk.cols]
@@ -337,6 +350,8 @@ class _LinearLogprob(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, temperature):
         m, s, x, t = _forward_tiles(hidden, weight, targets, temperature)
         # A log-prob near 0 must not be rounded to above it, nor an entropy to below.
+        # log p of the target = t - m - log s; -sum p log p = log s - x / s, as log p = (z - m) -
+        # log s.
         log_s = s.log()
         logprob = (t - m - log_s).clamp_(max=0)
         entropy = (log_s - x / s).clamp_(min=0)

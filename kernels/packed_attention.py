@@ -177,6 +177,7 @@ def reference_prefix_attention(q: Tensor, k: Tensor, v: Tensor, segments: list[S
     # times.
     lengths = [end - start for start, end, _, _ in segments]
     queries, keys, values = (t.transpose(0, 1).split(lengths, 1) for t in (q, k, v))
+    # A segment by its first token. An empty one starts where the next does, and must not hide it.
     index = {start: i for i, (start, _, _, _) in enumerate(segments) if lengths[i]}
     # Completions of a group are often equally long, so that a mask serves several.
     masks = {}
@@ -237,6 +238,7 @@ class Windows:
 
 def reference_window_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
     """Specify `window_attention`: one call for all windows of a size, as most are of one."""
+    # (A, P, D), a piece a window: views, as split copies nothing.
     queries, keys, values = (t.transpose(0, 1).split(lengths, dim=1) for t in (q, k, v))
     out = [None] * len(lengths)
     for length in set(lengths):
@@ -244,6 +246,7 @@ def reference_window_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[in
         query = torch.stack([queries[i] for i in own])  # (windows, A, length, D)
         key = torch.stack([keys[i] for i in own])
         value = torch.stack([values[i] for i in own])
+        # (windows, A, length, D), in the windows' own order of appearance.
         attended = F.scaled_dot_product_attention(query, key, value)
         for i, window in zip(own, attended.unbind(), strict=True):
             out[i] = window

@@ -92,6 +92,7 @@ def soft_gate(
 
     4 / tau makes the slope that of -r A where r is 1.
     """
+    # At advantage 0 either will do: the loss is 0.
     tau = torch.full_like(advantage, TAU_DOWN).masked_fill(advantage > 0, TAU)
     gate = torch.sigmoid(tau * (ratio - 1))
     return -4 / tau * gate * advantage, torch.zeros_like(ratio, dtype=torch.bool)
@@ -212,6 +213,7 @@ def reference_policy_loss(
     token = torch.arange(len(logprob), device=logprob.device, dtype=cu_seqlens.dtype)
     sequence = torch.searchsorted(cu_seqlens, token, right=True) - 1
     length = cu_seqlens.diff()[sequence]
+    # (T,): a sequence's advantage at each of its tokens.
     A = advantage.detach().to(dtype)[sequence]
 
     # r = p / p_old, of a token; or the geometric mean over a sequence.
@@ -290,6 +292,7 @@ def _k3_kernel(d):
 
 @triton.jit
 def _weight(old, rollout, cap):
+    # tl.where and not tl.minimum: a nan has to come through, and a minimum may drop it.
     weight = tl.exp(old - rollout)
     return tl.where(weight > cap, cap, weight)
 
@@ -397,6 +400,7 @@ def _token_kernel(
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = i < tokens
     s = _sequence_of(i, mask, cu_seqlens, sequences, steps, BLOCK)
+    # Lanes beyond T have some s; they load 0 and add 0.
     A = _load(advantage, s, mask)
     new = _load(logprob, i, mask)
     old = _load(old_logprob, i, mask)
@@ -414,6 +418,7 @@ def _token_kernel(
     if sequence_means is not None:
         log_ratio = _load(sequence_means, s, mask)
         slope_weight = _load(sequence_means + sequences, s, mask)
+    # slope is dloss / dlogprob of the token: what the backward multiplies by the incoming gradient.
     loss, slope, ratio, binds = _surrogate(log_ratio, A, new, low, high, dual_clip, SURROGATE)
     # The weight carries no gradient.
     loss = loss * weight
@@ -451,6 +456,7 @@ def _finaliser(partial_sums, out, blocks, tokens, BLOCK: tl.constexpr):
     """Add up the blocks' sums, in their order: the loss, the five metrics, T. One program."""
     # Row 0 is the loss, a sum; 1 to 4 are means over the tokens; 5 is a maximum.
     for row in tl.static_range(6):
+        # A lane adds every BLOCK-th block's number, in fp32: 32,768 tokens are 128 blocks.
         total = tl.zeros([BLOCK], tl.float32)
         for first in range(0, blocks, BLOCK):
             i = first + tl.arange(0, BLOCK)
@@ -486,6 +492,7 @@ class _PolicyLoss(torch.autograd.Function):
         out = logprob.new_empty(7, dtype=torch.float32)
         means = None
         if loss.sequence_ratio and tokens:
+            # Two rows: the mean of logprob - old, and that of the weights.
             means = logprob.new_empty(2, sequences, dtype=torch.float32)
             _sequence_kernel[(sequences,)](
                 logprob, old, rollout, cu_seqlens, means, sequences, cap, BLOCK=block
@@ -521,6 +528,7 @@ class _PolicyLoss(torch.autograd.Function):
         ctx.save_for_backward(gradient)
         ctx.dtype = logprob.dtype
         ctx.mark_non_differentiable(out)
+        # A copy: an output that is a view of another one can't be differentiated by itself.
         return out[0].clone(), out
 
     @staticmethod
@@ -605,6 +613,7 @@ def policy_loss(
         )
     constants = []
     for x in (old_logprob, advantage, cu_seqlens, ref_logprob, rollout_logprob):
+        # Parts of a joint tensor come with strides, and the kernel counts in elements.
         constants.append(None if x is None else x.detach().contiguous())
     clips = (*clip_range(kind, clip_low, clip_high), dual_clip)
     total, out = _PolicyLoss.apply(logprob.contiguous(), *constants, loss, clips, kl, rollout_cap)

@@ -69,6 +69,7 @@ def reference_rewards_and_advantages(
 
 # Of all completions of the call, unbiased as well.
 def _std_of_all(total: Tensor) -> Tensor:
+    # Centred first, as in the kernel: a difference of large sums would lose the digits.
     squares = (total - total.sum() / max(len(total), 1)).square().sum()
     return (squares / max(len(total) - 1, 1)).sqrt()
 
@@ -97,6 +98,7 @@ def _rewards_kernel(
     zero = tl.zeros([BLOCK], tl.float64)
 
     # Totals, their sum, and the range of the accuracy.
+    # A lane adds every 32nd completion; groups are mostly smaller than that.
     summed = zero
     highest = zero - float("inf")
     lowest = zero + float("inf")

@@ -83,6 +83,8 @@ def _row_words(keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     Integers wrap; the shifts are arithmetic.
     """
     # A row's two words are mixed in 64 bits once; what follows for each of V tokens is 32-bit work.
+    # splitmix64 steps its state by the golden constant, and a place is a step; the key says where
+    # the state begins.
     x = (keys ^ (positions.long() * GOLDEN64)) * MIX64_A
     x = (x ^ (x >> 32)) * MIX64_B
     x = (x ^ (x >> 29))[:, None]
@@ -114,12 +116,14 @@ def _nucleus(z: Tensor, top_p: float) -> Tensor:
     ordered = z.sort(dim=-1, descending=True, stable=True)
     p = ordered.values.softmax(-1)
     drop_ordered = p.cumsum(-1) - p >= top_p  # the mass before a token is enough
+    # Back from the order of probability to the order of ids.
     drop = torch.zeros_like(drop_ordered).scatter(-1, ordered.indices, drop_ordered)
     return z.masked_fill(drop, -torch.inf)
 
 
 def reference_sample(logits, keys, positions, temperature=1.0, top_p=1.0, banned=None):
     """Specify `sample`, in plain PyTorch."""
+    # fp32: at |z| = 20 bf16 is off by 0.06, and the log-prob with it.
     z = logits.float() / (temperature or 1.0)
     peak = z.amax(-1, keepdim=True)
     # Over all tokens: what the trainer's softmax will say, whatever is banned.
@@ -174,6 +178,7 @@ def _race_times(first, second, token, INTERPRETED: tl.constexpr):
     bits = (x ^ (x >> 15)) & 0x7FFFFFFF
     u = tl.fma(bits.to(tl.float32), UNIT_, UNIT_ / 2)
     # -log2(1 - u), near 0 by its series: there 1 - u loses its digits.
+    # -ln(1 - u) = u + u^2 / 2 + u^3 / 3 + u^4 / 4 + ..., in base 2; u < 1/64 leaves 1e-8 of it out.
     series = tl.fma(u, LOG2E_ / 4, LOG2E_ / 3)
     series = tl.fma(u, series, LOG2E_ / 2)
     series = tl.fma(u, series, LOG2E_)
@@ -201,6 +206,7 @@ def _part_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
+    # 75 parts a row at V = 151,936: one program a row would leave most of a GPU idle at small B.
     i = part * BLOCK + tl.arange(0, BLOCK)
     z = tl.load(logits + row * stride + i, mask=i < vocab, other=-float("inf")).to(tl.float32)
     # The maximum needs no scaling, as temperature is positive: one product an element is saved.
@@ -216,6 +222,7 @@ def _part_kernel(
         x = (x ^ (x >> 32)) * MIX64_B_
         x = x ^ (x >> 29)
         times = _race_times(x.to(tl.uint32), (x >> 32).to(tl.uint32), i, INTERPRETED)
+        # z / T - log E in base 2, but for a constant: the argmax is the same.
         score = tl.fma(z, scale, -_log2(times, INTERPRETED))
     if banned is not None:
         score = tl.where(tl.load(banned + i, mask=i < vocab) != 0, -float("inf"), score)
@@ -247,10 +254,13 @@ def _row_kernel(
     # Merge the parts' sums by the row's maximum, as in an online softmax.
     peak = tl.max(part_peak, 0)
     total = tl.sum(part_total * tl.exp2((part_peak - peak) * (inv_temperature * LOG2E_)), 0)
+    # Ties of greedy parts go to the lower one, which holds the lower ids.
     token = tl.load(ids + row * parts + tl.argmax(part_best, 0))
     z = tl.load(logits + row * stride + token).to(tl.float32)
+    # The sum is relative to the peak, so that logits of 1e4 don't overflow it.
     logprob = (z - peak) * inv_temperature - tl.log(total)
     tl.store(tokens + row, token.to(tl.int64))
+    # Rounding may lift a token of probability 1 above 0.
     tl.store(logprobs + row, tl.minimum(logprob, 0.0))
 
 
@@ -328,6 +338,8 @@ def sample(
     _check(logits, keys, positions, temperature, top_p, banned)
     rows, vocab = logits.shape
     if on_triton(logits) and top_p == 1 and rows:
+        # top_p needs a sort of the row, which the kernel hasn't: then the reference runs, on CUDA
+        # too.
         keys = keys.contiguous()
         return _sample_triton(logits, keys, positions.contiguous(), temperature, banned)
     # A CPU takes 1 MB at a time, so that the hash stays in its cache.

@@ -33,6 +33,7 @@ def reference_short_conv(x: Tensor, weight: Tensor, before: Tensor) -> Tensor:
     taps = weight.shape[1]
     rows = x.to(wide)
     weight = weight.to(wide)
+    # The last tap is the token's own; the oldest comes first, as in the checkpoint.
     total = rows * weight[:, -1]
     for back in range(1, taps):
         # Row t - back, where it is one of the same sequence.
@@ -51,7 +52,9 @@ def _sum_of_taps(x, weight, before, t, c, rows, channels, TAPS: tl.constexpr):
     earlier = tl.load(before + t, mask=t < rows, other=0)[:, None]
     total = tl.zeros(at.shape, tl.float32)
     for back in tl.static_range(TAPS):
+        # (CHANNELS,), with a stride: a channel's taps lie together.
         w = tl.load(weight + c * TAPS + TAPS - 1 - back, mask=c < channels, other=0.0)
+        # One mask for both ends: rows beyond the tile, and rows of the sequence before.
         read = inside & (earlier >= back)
         row = tl.load(x + at - back * channels, mask=read, other=0.0).to(tl.float32)
         # Rows of another sequence were masked to 0.
@@ -77,6 +80,7 @@ def _conv_kernel(
     total = _sum_of_taps(x, weight, before, t, c, rows, channels, TAPS)
     at = t.to(tl.int64)[:, None] * channels + c[None, :]
     inside = (t < rows)[:, None] & (c < channels)[None, :]
+    # silu(x) = x sigmoid(x).
     tl.store(out + at, total / (1 + tl.exp(-total)), mask=inside)
 
 
@@ -109,11 +113,14 @@ def _conv_grad_kernel(
             t = first + tl.arange(0, ROWS)
             at = t.to(tl.int64)[:, None] * channels + c[None, :]
             inside = (t < rows)[:, None] & (c < channels)[None, :]
+            # Made again for every tap: w times the arithmetic, for no (ROWS, w, CHANNELS) tile in
+            # registers.
             d_sum = _grad_of_sum(x, weight, before, d_out, t, c, rows, channels, TAPS)
             earlier = tl.load(before + t, mask=t < rows, other=0)[:, None]
             read = inside & (earlier >= tap)
             row = tl.load(x + at - tap * channels, mask=read, other=0.0).to(tl.float32)
             d_weight += tl.sum(d_sum * row, 0)
+        # The tap that looks `tap` rows back is the w-1-tap-th of the weight.
         place = (tl.program_id(0) * TAPS + TAPS - 1 - tap) * channels
         tl.store(partial + place + c, d_weight, mask=c < channels)
 
@@ -124,8 +131,11 @@ def _conv_grad_kernel(
         inside = (t < rows)[:, None] & (c < channels)[None, :]
         total = tl.zeros([ROWS, CHANNELS], tl.float32)
         for tap in tl.static_range(TAPS):
+            # d_x_t = sum over the rows that read x_t: row t + tap, by the tap that looks back so
+            # far.
             reader = t + tap
             d_sum = _grad_of_sum(x, weight, before, d_out, reader, c, rows, channels, TAPS)
+            # -1 beyond the last row: nobody reads from there.
             reads = tl.load(before + reader, mask=reader < rows, other=-1)[:, None] >= tap
             w = tl.load(weight + c * TAPS + TAPS - 1 - tap, mask=c < channels, other=0.0)
             total += tl.where(reads, d_sum * w.to(tl.float32)[None, :], 0.0)
@@ -140,6 +150,7 @@ def _grad_of_sum(x, weight, before, d_out, t, c, rows, channels, TAPS: tl.conste
     inside = (t < rows)[:, None] & (c < channels)[None, :]
     d = tl.load(d_out + at, mask=inside, other=0.0).to(tl.float32)
     sigmoid = 1 / (1 + tl.exp(-total))
+    # silu'(s) = sigma (1 + s (1 - sigma)).
     return d * sigmoid * (1 + total * (1 - sigmoid))
 
 
@@ -188,6 +199,7 @@ class _ShortConv(torch.autograd.Function):
             CHANNELS=CHANNELS,
             ROW_BLOCKS=row_blocks,
         )
+        # (programs, w, C) -> (C, w), in fp32 until here.
         return d_x, partial.sum(0).T.to(weight.dtype), None
 
 

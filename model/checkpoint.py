@@ -96,6 +96,7 @@ class SpatialRecord:
 
     def metadata(self) -> dict[str, str]:
         """Return what safetensors writes of it."""
+        # Files with relative point maps say so here, and read_spatial refuses them.
         metadata = {"points": "metric"}
         if self.regions is not None:
             metadata["regions"] = self.regions
@@ -162,6 +163,7 @@ def weight_files(directory: Path) -> list[Path]:
     if not (directory / names[0]).is_file() and (directory / INDEX).is_file():
         places = read_json(directory / INDEX, "weight_map").values()
         names = sorted({str(name) for name in places})
+    # Named, whichever are read: a folder with two sets of weights is seldom meant so.
     others = other_weights(directory, names)
     missing = [name for name in names if not (directory / name).is_file()]
     if others and missing == ["model.safetensors"]:
@@ -257,6 +259,7 @@ def grow_vocabulary(weights: dict[str, Tensor], rows: int) -> None:
     for name in (EMBEDDING, HEAD):
         if name in weights:
             old = weights[name]
+            # Of some 150,000 rows: summed in fp32, and rounded once.
             mean = old.float().mean(0, keepdim=True).to(old.dtype)
             weights[name] = torch.cat((old, mean.expand(rows - len(old), -1)))
 
@@ -282,6 +285,7 @@ def check_weights(
 
     spatial: the extra weights have to be there, too.
     """
+    # A tensor too many is an error as well: it would be missing from what we save.
     surplus = [name for name in weights if name not in wanted]
     missing = [name for name in wanted if name not in weights]
     if not spatial:
@@ -348,6 +352,7 @@ def save(directory: str | Path, weights: dict[str, Tensor], origin: Origin, proc
         if directory.exists():
             keep_foreign(directory, aside)
         replace(aside, directory)
+    # Ctrl-C, too: what is half written is nobody's to find.
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -359,6 +364,7 @@ def write(directory: Path, weights: dict[str, Tensor], origin: Origin, processor
     weights are whole tensors by our names. The files beside them are the origin's and, where a
     processor is given, its settings.
     """
+    # The weights decide, and not the config: they may have grown for <mask>.
     rows = len(weights[EMBEDDING])
     if processor is not None:
         processor.save(directory)
@@ -497,5 +503,6 @@ def sync(paths: Iterable[Path]) -> None:
     """Wait until files and directories are on the disk."""
     for path in paths:
         handle = os.open(path, os.O_RDONLY)
+        # Of a directory it is the names in it that are written, of a file its content.
         os.fsync(handle)
         os.close(handle)

@@ -54,11 +54,13 @@ def resolve(source: str) -> Path:
     # A save was killed between its two renames.
     if retired(directory).is_dir():
         return retired(directory)
+    # Owner and name, and nothing that can only be a path: a mistyped path must not ask the hub.
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise CheckpointError(
             f"{source}: no such directory (nor a hub id like Qwen/Qwen2.5-VL-3B-Instruct)"
         )
     try:
+        # Without weights in other formats, which repositories may keep beside the safetensors.
         snapshot = huggingface_hub.snapshot_download(
             source, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]
         )
@@ -86,6 +88,7 @@ def checkpoint_of(source: str, say=note) -> str:
         raise no_permission(error) from error
     if not steps:
         return str(source)
+    # The newest first; where a run was killed while it saved, that one is torn.
     for step in reversed(steps):
         # A step that keeps its trainer/ no more has been whole.
         without_state = (step / "config.json").is_file() and not (step / "trainer").exists()
@@ -114,6 +117,7 @@ def missing_file(checkpoint: Path) -> str | None:
     """Return what a run's step lacks to go on from: its files and sizes are on record in it."""
     try:
         state = json.loads((checkpoint / "trainer" / "state.json").read_text())
+        # By size alone: to hash gigabytes at every start would take longer than to load them.
         for name, size in state["files"].items():
             if (checkpoint / name).stat().st_size != size:
                 return name
@@ -166,10 +170,12 @@ def read_json(path: Path, key: str | None = None) -> dict:
 def read_config(directory: Path):
     """Read transformers' config object; CheckpointError for a family that isn't supported."""
     path = directory / "config.json"
+    # Before config.json is looked for: an adapter's folder has none, and deserves its own words.
     check_adapter(directory)
     if not path.is_file():
         # A trainer's folder of checkpoints, or the hub's of snapshots.
         inside = [*directory.glob("*/config.json"), *directory.glob("*/*/config.json")]
+        # Of several the one written last, which is what is mostly meant.
         newest = max(inside, key=lambda path: path.stat().st_mtime, default=None)
         hint = f"; did you mean {newest.parent}?" if newest else ""
         raise CheckpointError(
@@ -226,6 +232,7 @@ def image_settings(directory: Path) -> list[tuple[Path, dict, dict]]:
 
 def read_image_processor(directory: Path) -> Qwen2VLImageProcessorPil:
     """Read transformers' image processor; CheckpointError for settings that it can't work with."""
+    # To name the one that transformers takes.
     path = image_settings(directory)[-1][0]
     try:
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(directory)
@@ -254,6 +261,7 @@ def read_image_processor(directory: Path) -> Qwen2VLImageProcessorPil:
         side = image_processor.patch_size * image_processor.merge_size
         if image_processor.do_resize:
             side += 1  # what has its size already is not resized
+        # Tried out: the settings can be wrong in many ways, which show in use alone.
         image_processor(Image.new("RGB", (side, side)))
     except (TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(
@@ -312,6 +320,7 @@ def read_tokenizer(directory: Path, rows: int, regions: str = "token"):
     check_files(directory)
     tokenizer = load_tokenizer(directory)
     known = tokenizer.get_vocab()
+    # Its embedding would be an index error in the middle of a run.
     if max(known.values()) >= rows:
         raise CheckpointError(
             f"{directory}: {max(known.values()) + 1} tokens, but {rows} embeddings;"
@@ -324,6 +333,7 @@ def read_tokenizer(directory: Path, rows: int, regions: str = "token"):
         if regions == "text":
             tokenizer = load_tokenizer(directory)
         else:
+            # Not by one row: the head's product is fastest where its width divides by 64.
             rows = (rows // ROW_MULTIPLE + 1) * ROW_MULTIPLE
     tokenizer.chat_template = read_chat_template(directory, tokenizer.chat_template)
     return tokenizer, rows
@@ -341,12 +351,15 @@ def load_tokenizer(directory: Path):
         ) from error
     family = FAMILIES.get(read_json(directory / "config.json").get("model_type"))
     if family is not None and family.pretokenizer is not None:
+        # Some versions of transformers replace what tokenizer.json says: ids would differ by
+        # version.
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer(family.pretokenizer)
     return tokenizer
 
 
 def pre_tokenizer(pieces: str) -> pre_tokenizers.PreTokenizer:
     """Return what cuts text where a regular expression says, for byte-level BPE within pieces."""
+    # BPE never merges across the edge of a piece, so that the pieces are part of the vocabulary.
     split = pre_tokenizers.Split(Regex(pieces), "isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return pre_tokenizers.Sequence([split, byte_level])
@@ -357,6 +370,7 @@ def rows_for_regions(directory: Path, rows: int, regions: str) -> int:
     if regions == "text":
         return rows
     with suppress(CheckpointError):
+        # A checkpoint without a tokenizer can still be loaded, trained on ids and saved.
         _, rows = read_tokenizer(directory, rows, regions)
     return rows
 

@@ -45,6 +45,7 @@ def find_start(cfg) -> tuple[Path | None, int]:
     done = read_state(found)["step"] if found else 0
     # Ranks that see another disk would train from different steps, and never say so.
     most = ranks.all_reduce([done], "MAX")[0]
+    # The least as a maximum: one kind of reduction for both.
     least = -ranks.all_reduce([-done], "MAX")[0]
     if most != least:
         raise UserError(
@@ -83,6 +84,7 @@ def fingerprint(examples: Sequence[Example]) -> str:
     digest = hashlib.sha256()
     for e in examples:
         row = (e.id, e.path, e.question, e.answer, e.rationale)
+        # repr, so that no two rows look alike where one field's end is the next one's start.
         digest.update(repr(row).encode())
     return f"{len(examples)} rows, sha256 {digest.hexdigest()[:16]}"
 
@@ -109,6 +111,7 @@ def save(cfg, step: int, rows: int, model: QwenVL, processor, optimizer: Optimiz
         state = {}
         for name, full in optimizer.state(kind):
             if ranks.is_first():
+                # A parameter at a time on the device; the host holds all of one kind, fp32.
                 state[name] = full.cpu()
         if ranks.is_first() and problem is None:
             problem = folder.attempt(final, save_tensors, state, trainer / f"{kind}.safetensors")
@@ -141,6 +144,7 @@ def finish(aside: Path, final: Path, record: dict, keep: int) -> None:
         # Behind it stand incomplete ones alone: the run went on from one before them.
         up_to_this = steps[: steps.index(final) + 1]
         for old in up_to_this[:-keep]:
+            # The weights stay: they are a checkpoint to evaluate, though not to go on from.
             shutil.rmtree(old / "trainer", ignore_errors=True)
 
 
@@ -152,6 +156,7 @@ def note_learnt(model: QwenVL, processor, optimizer: Optimizer) -> None:
     """
     record = model.record
     learnt = [optimizer.has_learnt(f"{part}.") for part in PARTS]
+    # A rank whose rows had no depth has heard nothing of the point map; another may have.
     learnt = ranks.all_reduce(learnt, "MAX")
     if record.trained is not None:
         record.trained.update(part for part, flag in zip(PARTS, learnt, strict=True) if flag)
@@ -164,6 +169,7 @@ def gather_weights(model: QwenVL) -> dict[str, torch.Tensor]:
     reshard(model)
     weights = {}
     for name, p in model.named_parameters():
+        # Cast before it is gathered: in bf16 half the bytes travel between ranks.
         full = whole(p.detach().to(compute_dtype(p.device)))
         if ranks.is_first():
             weights[name] = full.cpu()
@@ -174,6 +180,8 @@ def write_state(aside: Path, record: dict) -> None:
     files = {}
     for path in aside.rglob("*"):
         if path.is_file():
+            # state.json itself isn't there yet: it is written last, and its presence says that all
+            # is.
             files[str(path.relative_to(aside))] = path.stat().st_size
     state = {**record, "ranks": ranks.world_size(), "files": files}
     text = json.dumps(state, indent=1, allow_nan=False)
@@ -192,6 +200,7 @@ def restore(checkpoint: Path | None, optimizer: Optimizer, batch: int, **same) -
         return 0
     state = read_state(checkpoint)
     for key, now in same.items():
+        # What an older version didn't record can't be compared.
         then = state["same"].get(key, now)
         if then != now:
             raise UserError(f"{checkpoint}: the run had {key} {then}, now it is {now}")
@@ -202,6 +211,7 @@ def restore(checkpoint: Path | None, optimizer: Optimizer, batch: int, **same) -
     folder = checkpoint / "trainer"
     check_readable(folder)
     try:
+        # Opened, not read: whole tensors come one at a time, and each rank keeps its part.
         files = {kind: safe_open(folder / f"{kind}.safetensors", "pt") for kind in KINDS}
         random_states = safe_open(folder / "random.safetensors", "pt")
     except (SafetensorError, OSError) as error:
@@ -219,6 +229,7 @@ def newest(out: Path, say_skipped: bool = True) -> Path | None:
     """Return the newest whole checkpoint of a run; name the incomplete ones that are skipped."""
     for step in sorted(out.glob("step-*"), key=lambda path: path.name, reverse=True):
         lack = missing_file(step)
+        # step-000123.partial may be whole as well, but was never renamed.
         if lack is None and not step.suffix:
             return step
         if say_skipped:

@@ -65,17 +65,22 @@ def lock(out: str) -> Iterator[None]:
     made = []
     problem = None
     if ranks.is_first():
+        # What this call makes, from the inside out, as it is removed again if it stays empty.
         made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
         problem = attempt(path.parent, path.parent.mkdir, 0o777, True, True)
+        # Each only where nothing went wrong before: the first problem is the one that is told.
         problem = problem or holder(path) or attempt(path, write_lock, path)
     try:
         ranks.raise_together(problem)
         yield
     finally:
+        # Another run's lock is not ours to take away.
         if ranks.is_first() and problem is None:
             path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             for folder in made:
+                # Raises for a folder that isn't empty, and ends the loop there: its parents aren't,
+                # either.
                 folder.rmdir()
 
 
@@ -108,6 +113,7 @@ def holder(path: Path) -> str | None:
 def write_lock(path: Path) -> None:
     """Write who this is; FileExistsError where another run was quicker."""
     record = {"host": socket.gethostname(), "pid": os.getpid()}
+    # Exclusive: of two runs that find no lock at once, one fails here.
     file = path.open("x")
     try:
         with file:
@@ -122,6 +128,7 @@ def is_alive(pid: int) -> bool:
     if pid == os.getpid():
         return False
     try:
+        # Signal 0 does nothing but ask whether there is such a process.
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
@@ -142,6 +149,7 @@ def write_config(cfg) -> None:
     if ranks.is_first():
         path.parent.mkdir(parents=True, exist_ok=True)
         config = {"script": script_of(cfg), **asdict(cfg)}
+        # Before the file is opened: a value that JSON doesn't know leaves the old one as it is.
         text = json.dumps(config, indent=1, allow_nan=False) + "\n"
         problem = attempt(path, replace_text, path, text)
     ranks.raise_together(problem)
@@ -152,6 +160,7 @@ def replace_text(path: Path, text: str) -> None:
     aside = path.with_name(f"{path.name}.partial")
     try:
         aside.write_text(text)
+        # Atomic within a file system: a reader sees the old text or the new one.
         os.replace(aside, path)
     except OSError:
         aside.unlink(missing_ok=True)
@@ -184,6 +193,7 @@ def refuse_other_flags(cfg) -> None:
         now = getattr(cfg, field.name)
         if field.name in MAY_CHANGE or as_json(then) == as_json(now):
             continue
+        # Any other schedule's rate depends, at every step, on how many there are.
         if field.name == "steps" and now > then and before.get("schedule") == "constant":
             continue
         flag = field.name.replace("_", "-")
@@ -224,6 +234,7 @@ class Rows:
         ranks.raise_together(problem)
 
     def open(self, done: int) -> None:
+        # Whole or not at all, as config.json: killed meanwhile, no row is lost.
         replace_text(self.path, "".join(self.lines_up_to(done)))
         self.file = self.path.open("a")
 
@@ -251,6 +262,7 @@ class Rows:
     def write(self, rows: list[dict]) -> None:
         for row in rows:
             self.file.write(json.dumps(row, allow_nan=False) + "\n")
+        # A row is there as soon as its step is done, for whoever watches, and after a kill.
         self.file.flush()
 
 
@@ -266,6 +278,7 @@ def whole_rows(path: Path) -> list[tuple[dict, str]]:
     for line in text.splitlines(keepends=True):
         try:
             row = json.loads(line)
+            # A number, or TypeError: the caller compares it.
             row["step"] += 0
         except (ValueError, KeyError, TypeError):
             continue

@@ -29,17 +29,21 @@ def too_long(processor: Processor, examples: list[Example], with_target: bool) -
     limit = processor.max_positions
     if limit is None:
         return None
+    # Headers of all images at once, in threads: a set's questions share images, and disks wait.
     sizes_of = measured(examples)
     lengths = {}
     for example in examples:
         sizes = [sizes_of[key_of(image)] for image in example.images]
+        # A bad image is named with its row when it is used.
         if None in sizes:
             continue
         answer = target(example) if with_target else ""
+        # Almost every row ends here, without a tokenizer.
         if bound(processor, example, answer, sizes) <= limit:
             continue
         length = processor.prompt_length(example, sizes)
         if with_target:
+            # And the end token.
             length += len(processor.encode(answer)) + 1
         if length > limit:
             lengths[example.id] = length
@@ -56,9 +60,11 @@ def too_long(processor: Processor, examples: list[Example], with_target: bool) -
 def bound(processor: Processor, example: Example, answer: str, sizes: list) -> int:
     """Bound a row's tokens from above without its tokenizer, which takes no more than bytes."""
     count = TEMPLATE + BOX * len(example.regions)
+    # A byte-level BPE starts from bytes and merges: never more tokens than bytes.
     count += len(prompt(example).encode()) + len(answer.encode())
     for size in sizes:
         rows, columns = processor.decoder.grid_of(size)
+        # A token is a square of patches, merged.
         count += rows * columns // processor.image_processor.merge_size**2
     return count
 

@@ -41,6 +41,8 @@ def recorded_flags(config: type, arguments: list[str]):
     recorded = read_config(given["out"])
     required = {field.name for field in fields(config) if field.default is MISSING}
     if recorded is None:
+        # A run's first start with --resume, as a scheduler's script has it: nothing is recorded
+        # yet.
         if required <= given.keys():
             return None
         lacking = " and ".join(f"--{name}" for name in sorted(required - given.keys()))
@@ -60,8 +62,10 @@ def recorded_flags(config: type, arguments: list[str]):
                     f"{given['out']}/config.json: {field.name} is {value!r}: copy the file back, "
                     "or delete it and give all flags"
                 )
+            # JSON has no tuples.
             values[field.name] = tuple(value) if isinstance(value, list) else value
         elif field.name in required:
+            # It stands on the command line, where tyro finds it, or says that it is missing.
             values[field.name] = tyro.MISSING
     return config(**values)
 
@@ -73,11 +77,13 @@ def fits(value, hint) -> bool:
     if origin is Literal:
         return value in parts
     if origin is tuple:
+        # (str, ...) or (int, int): all items are of one type.
         return isinstance(value, list) and all(fits(item, parts[0]) for item in value)
     if parts:  # int | None
         return any(fits(value, part) for part in parts)
     if hint is float:
         return type(value) in (int, float)
+    # Not isinstance: True is an int for Python, and no number of steps.
     return type(value) is hint
 
 
@@ -86,9 +92,11 @@ def given_flags(config: type, arguments: list[str]) -> dict[str, str]:
     names = {field.name for field in fields(config)}
     given = {}
     for i, word in enumerate(arguments):
+        # --data=A as well as --data A; tyro takes --save_every for --save-every.
         flag, is_joined, value = word.partition("=")
         name = flag.removeprefix("--").replace("-", "_")
         if name not in names:
+            # --no-fused-loss names fused_loss.
             name = name.removeprefix("no_")
         if flag.startswith("--") and name in names:
             following = arguments[i + 1 : i + 2]

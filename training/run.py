@@ -38,6 +38,7 @@ def launch(main: Callable, cfg) -> None:
     """
     name = Path(sys.argv[0]).name
     try:
+        # Signals are taken from here on; within a loop they wait for the end of a step.
         with Interrupts():
             end_in_words(main, cfg, name)
     except UserError as error:
@@ -85,6 +86,7 @@ def end(message: str, code: int) -> None:
     if ranks.is_first() or not by_signal:
         print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
+    # Not sys.exit, which would wait for those threads.
     os._exit(code)
 
 
@@ -94,6 +96,7 @@ def what_is_left(cfg) -> str:
         return "nothing had begun"
     if "resume" not in vars(cfg):
         return "the same command goes on" if "out" in vars(cfg) else "nothing is written"
+    # A row or a step folder says that the loop got that far.
     out = Path(cfg.out)
     if folder.whole_rows(out / "metrics.jsonl") or checkpoints.step_folders(out):
         return what_is_saved(cfg)
@@ -112,6 +115,7 @@ def explain(error: BaseException, cfg) -> str | None:
     if ranks.did_not_answer(error):
         where = f"rank {ranks.rank()}, {ranks.current_phase()}"
         return f"{where}: the other ranks did not answer ({error})"
+    # A CPU's allocator raises a plain RuntimeError: its words alone tell it from a bug.
     of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     if not of_memory and "can't allocate memory" not in str(error):
         return None
@@ -156,6 +160,7 @@ def load_data(cfg, more: Callable | None = None) -> tuple[list[Example], list[Ex
         loaded = data.read(sources, more) if sources else data.Loaded()
         sets.append(loaded)
         bad += loaded.bad
+    # A row that is in both sets is named once.
     bad = data.BadRows(list(dict.fromkeys(bad)))
     if bad.rows and not cfg.skip_bad_rows:
         raise bad
@@ -185,10 +190,12 @@ def load_processor(
     workers = cfg.workers
     if workers is None and torch.cuda.is_available():
         cores = machine.cpus() // ranks.local_world_size(1)
+        # One core stays for this process. At most 8: a guess.
         workers = min(max(cores - 1, 0), 8)
     processor = Processor.from_pretrained(
         source, max_pixels=cfg.max_pixels, regions=cfg.regions, workers=workers or 0
     )
+    # Text alone needs no place for an image in the chat template.
     if any(example.images for example in examples):
         processor.check_template()
     if examples:
@@ -210,6 +217,7 @@ def resolve_auto_settings(cfg, config, device: torch.device, world: int, **sizes
     # The plan is of one box; prompts are of all.
     sizes["prompts"] = math.ceil(sizes["prompts"] * local_world / world)
     cuda = device.type == "cuda"
+    # All that the device has, not what is free: nothing of ours is on it yet.
     if cuda:
         memory = torch.cuda.mem_get_info(device)[1] / 1e9
     else:
@@ -226,6 +234,7 @@ def resolve_auto_settings(cfg, config, device: torch.device, world: int, **sizes
     )
     choices = {"auto": (False, True), "always": (True,), "never": (False,)}
     options = []
+    # The order is that of preference: the first that fits is taken.
     for sharded in choices[cfg.shard] if world > 1 else (False,):
         for checkpointing in choices[cfg.checkpointing]:
             options.append(plan.Settings(sharded, checkpointing, cfg.lora, cfg.micro_tokens))
@@ -234,6 +243,7 @@ def resolve_auto_settings(cfg, config, device: torch.device, world: int, **sizes
     try:
         settings, _ = plan.choose(config, wanted, options, lambda _: counts)
     except ValueError:
+        # The most sparing one, though by the plan it doesn't fit: the plan is an estimate.
         settings = options[-1]
         gb = plan.estimate(config, wanted, settings, counts)["peak"]
         ranks.say(

@@ -34,6 +34,7 @@ DEPTHS = ("nearer", "farther")
 
 def way_between(view, a, b):
     # Few words, and no units: what a rationale says of itself, a tiny model has to learn as well.
+    # + 0.0 turns -0.0 into 0.0: a step of no length has no sign.
     steps = [round(q - p, 1) + 0.0 for p, q in zip(a.near(view), b.near(view), strict=True)]
     x, y, z = (
         f"{abs(step)} {by_sign(step, names)}"
@@ -52,6 +53,7 @@ def way_between(view, a, b):
 def ask_number(text, exact, worked, lor, dtr):
     """Ask for one decimal, where the exact and the worked value agree on it with a margin."""
     answer = f"{exact:.1f}"
+    # 0.05 is where the decimal would flip.
     error = max(abs(exact - float(answer)), abs(worked - float(answer)))
     if error >= 0.044:
         return None
@@ -145,6 +147,7 @@ def relation(rng, view, a, b):
     low, high = (("left of", "right of"), ("above", "below"))[axis]
     p = a.near(view)[axis]
     q = b.near(view)[axis]
+    # x / z: where it stands in the image, in units of the focal length.
     seen_a, seen_b = (mark.centres[view][axis] / mark.centres[view][2] for mark in (a, b))
     # To the left in space, but not in the image, or hardly: not asked.
     if abs(p - q) <= 0.25 or (seen_a - seen_b) * (p - q) <= 0.02:

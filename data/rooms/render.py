@@ -31,7 +31,9 @@ def look(size, focal, position, target):
     """Return a level camera at a position that faces a target."""
     way = target - position
     forward = way / np.linalg.norm(way)
-    right = np.cross((0, 1, 0), forward) / across_floor(forward)
+    # Level: `right` lies in the floor's plane, so that the horizon is never tilted.
+    right = np.cross((0, 1, 0), forward)
+    right = right / across_floor(forward)
     down = np.cross(forward, right)
     axes = np.stack([right, down, forward])
     return Camera(size, focal, position, axes)
@@ -40,15 +42,20 @@ def look(size, focal, position, target):
 def middle(size):
     """Return the principal point (cx, cy)."""
     width, height = size
-    return (width - 1) / 2, (height - 1) / 2
+    cx = (width - 1) / 2
+    cy = (height - 1) / 2
+    return cx, cy
 
 
 def project(camera, points):
     """Return points (N, 3) of the world in the camera's frame (N, 3), and their pixels (N, 2)."""
-    local = (points - camera.position) @ camera.axes.T
+    relative = points - camera.position
+    local = relative @ camera.axes.T
     xy = local[:, :2]
+    # 5 cm at least: what lies behind the camera lands far outside of the image, not mirrored in it.
     z = local[:, 2:].clip(0.05)
-    pixels = camera.focal * xy / z + middle(camera.size)
+    pixels = camera.focal * xy / z
+    pixels = pixels + middle(camera.size)
     return local, pixels
 
 
@@ -71,10 +78,14 @@ def across_floor(vector):
 def window(camera, centre, half, yaw=0.0):
     """Return the pixels that a box may touch, as slices of (3, H, W)."""
     corners = CORNERS * np.reshape(half, (3, 1))
-    corners = turn(corners, yaw).T + centre
+    corners = turn(corners, yaw).T
+    corners = corners + centre
     _, pixels = project(camera, corners)
-    first = pixels.min(0).clip(0, camera.size)
-    last = (pixels.max(0) + 2).clip(0, camera.size)
+    first = pixels.min(0)
+    first = first.clip(0, camera.size)
+    # One for the slice's open end, and one as the cast to int rounds down.
+    last = pixels.max(0) + 2
+    last = last.clip(0, camera.size)
     x0, y0 = first.astype(int)
     x1, y1 = last.astype(int)
     rows = slice(y0, y1)
@@ -92,6 +103,7 @@ def rays(camera):
     y = (v - cy) / camera.focal
     axes = camera.axes.astype(np.float32)
     right, down, forward = axes[..., None, None]
+    # (W,) times (3, 1, 1) and (H, 1) times (3, 1, 1): broadcast to (3, H, W).
     ray = x * right + y * down + forward
     # A ray that is parallel to a plane meets it very far away, instead of dividing by zero.
     ray[ray == 0] = 1e-9
@@ -119,14 +131,21 @@ def hit(origin, ray, profile):
         x, y, z = origin
         dx, dy, dz = ray
         # > 0: no ray is as steep as a cone's side.
-        square = dx * dx + dz * dz - c * dy * dy
+        square = dx * dx + dz * dz
+        square = square - c * dy * dy
         slope = b / 2 + c * y
-        linear = x * dx + z * dz - slope * dy
-        rest = x**2 + z**2 - a - b * y - c * y**2
-        root = np.sqrt(linear * linear - square * rest)
+        linear = x * dx + z * dz
+        linear = linear - slope * dy
+        rest = x**2 + z**2
+        rest = rest - a - b * y - c * y**2
+        # NaN where the ray misses the profile: no comparison below holds for it.
+        discriminant = linear * linear - square * rest
+        root = np.sqrt(discriminant)
+        enters = (-root - linear) / square
+        leaves = (root - linear) / square
         # The ends of the profile are the box's.
-        near = [near[1], (-root - linear) / square]
-        far = [far[1], (root - linear) / square]
+        near = [near[1], enters]
+        far = [far[1], leaves]
     near = np.max(near, 0)
     far = np.min(far, 0)
     is_hit = (near < far) & (near > 0)
@@ -140,27 +159,37 @@ def shell(room, things, camera, ray, origin):
     depth = t.min(0)
     # Of three planes the nearest is met.
     axis = np.arange(3)[:, None, None]
-    normal = -np.sign(ray) * (t.argmin(0) == axis)
+    is_met = t.argmin(0) == axis
+    normal = -np.sign(ray) * is_met
     x, y, z = origin + depth * ray
     floor = normal[1] < 0
-    tiles = np.floor(x / room.tile) + np.floor(z / room.tile)
+    # A chessboard: tiles whose two numbers add up to an odd one are lighter.
+    tiles = np.floor(x / room.tile)
+    tiles = tiles + np.floor(z / room.tile)
     floor_tone = 0.88 + 0.12 * (tiles % 2)
-    skirting = np.float32(0.3) * (y > -0.1)
-    tone = np.where(floor, floor_tone, 1 - skirting)
+    # The lowest 10 cm of a wall.
+    wall_tone = np.where(y > -0.1, np.float32(0.7), np.float32(1))
+    tone = np.where(floor, floor_tone, wall_tone)
     ceiling = normal[1].clip(0)
-    tone += 0.12 * ceiling - 0.06 * normal[0]
+    # The left, the middle and the right wall differ, or a corner could not be seen.
+    sideways = 0.06 * normal[0]
+    tone += 0.12 * ceiling - sideways
     for thing in things:
         # A soft shadow on the floor.
         across, _, deep = thing.centre.tolist()
         reach = float(across_floor(thing.half))
         below = (across, 0, deep)
         half = (1.6 * reach, 0.01, 1.6 * reach)
-        _, *at = window(camera, below, half)
-        dx = x[*at] - across
-        dz = z[*at] - deep
+        # (3, H, W) without its first axis: tone has one plane.
+        _, rows, columns = window(camera, below, half)
+        at = (rows, columns)
+        dx = x[at] - across
+        dz = z[at] - deep
         square = dx**2 + dz**2
-        fading = np.exp(square / (-0.7 * reach**2))
-        tone[*at] -= 0.45 * floor[*at] * fading
+        width = -0.7 * reach**2
+        fading = np.exp(square / width)
+        # In place, and in the order of the things: where shadows overlap, both darken.
+        tone[at] -= 0.45 * floor[at] * fading
     colour = np.where(floor, room.floor, room.wall)
     return depth, normal, colour * tone
 
@@ -170,12 +199,17 @@ def normals(part, point, half, yaw):
     # On a box's face, or on the end of a rod.
     normal = point * (abs(point) > 0.999)
     if part.profile:
+        # Half the gradient of x^2 + z^2 - a - b y - c y^2.
         _, b, c = part.profile
         x, y, z = point
-        side = [x, -b / 2 - c * y, z]
+        upwards = -b / 2 - c * y
+        side = [x, upwards, z]
+        # The flat ends: along y, up or down as the point lies.
         end = [[0], [1], [0]] * point
         normal = np.where(normal[1] != 0, end, side)
-    normal = turn(normal / half, yaw)
+    # Normals scale by the inverse of what points scale by.
+    normal = normal / half
+    normal = turn(normal, yaw)
     square = (normal * normal).sum(0)
     return normal / np.sqrt(square)
 
@@ -183,8 +217,10 @@ def normals(part, point, half, yaw):
 def colours(thing, part, metres):
     """Return colours (3, N) at points (3, N) of a part, in metres from its centre."""
     if part.paint == 0:
+        # 15 cm wide; moved by a share of that, so that no part's middle lies on an edge.
         stripe = np.floor(metres / 0.15 + 0.37)
-        is_odd = (stripe * thing.pattern).sum(0) % 2 == 1
+        number = (stripe * thing.pattern).sum(0)
+        is_odd = number % 2 == 1
         paint = np.where(is_odd, 2, 0)
     else:
         paint = np.full(metres.shape[1], part.paint)
@@ -201,27 +237,38 @@ def render(room, things, camera):
     for index, thing in enumerate(things):
         yaw = thing.yaw
         for part in KINDS[thing.name].parts:
-            centre = thing.centre + turn(part.centre * thing.half, yaw)
+            shift = turn(part.centre * thing.half, yaw)
+            centre = thing.centre + shift
             half = np.float32(part.half * thing.half)
+            # Most of the image can't show the part, and isn't looked at.
             box = window(camera, centre, half, yaw)
-            _, *at = box
+            _, rows, columns = box
+            at = (rows, columns)
             # In the part's own frame, in which it fills [-1, 1]^3.
-            start = turn(camera.position - centre, -yaw) / half
-            start = np.float32(start)[:, None]
+            start = turn(camera.position - centre, -yaw)
+            start = np.float32(start / half)
+            start = start[:, None]
             half = half[:, None]
             way = turn(ray[box], -yaw)
             way = way / half[..., None]
+            # t counts lengths of the ray in whatever frame: it is the depth, as ray's z is 1.
             t = hit(start[..., None], way, part.profile)
-            alone[index][*at] |= t < np.inf
-            front = t < depth[*at]
-            depth[*at][front] = t[front]
-            owner[*at][front] = index
+            # Before the depth test: how much of the thing the image could show at all.
+            alone[index][at] |= t < np.inf
+            front = t < depth[at]
+            depth[at][front] = t[front]
+            owner[at][front] = index
+            # Of the pixels that this part wins alone: (3, N).
             point = start + t[front] * way[:, front]
+            metres = point * half
+            # Views of the window: the assignments write into the whole image.
             normal[box][:, front] = normals(part, point, half, yaw)
-            albedo[box][:, front] = colours(thing, part, point * half)
+            albedo[box][:, front] = colours(thing, part, metres)
+    # From the surface to the lamp, once for all pixels.
     light = room.light - origin - depth * ray
     rgb = albedo * brightness(normal, light, ray)
-    rgb = rgb.clip(0, 255).astype(np.uint8)
+    rgb = rgb.clip(0, 255)
+    rgb = rgb.astype(np.uint8)
     rgb = rgb.transpose(1, 2, 0)
     return Drawing(rgb, depth, owner, alone)
 
@@ -229,8 +276,12 @@ def render(room, things, camera):
 def brightness(normal, light, ray):
     """Return (H, W): ambient light, the lamp's in the direction `light`, and the camera's."""
     distance = np.sqrt(dot(light, light))
-    diffuse = (dot(normal, light) / distance).clip(0)
-    return 0.42 + 0.55 * diffuse - 0.12 * dot(normal, ray)
+    # Lambert: the cosine between the normal and the way to the lamp; nothing from behind.
+    cosine = dot(normal, light) / distance
+    diffuse = cosine.clip(0)
+    # The camera's own light falls on what faces it: there normal and ray point against each other.
+    facing = dot(normal, ray)
+    return 0.42 + 0.55 * diffuse - 0.12 * facing
 
 
 def dot(a, b):

@@ -67,13 +67,17 @@ def scene(seed, index, size):
         colours = rng.permutation(list(MARKS)).tolist()
         cameras = [camera]
         aside = second_camera(rng, room, camera)
+        # A third of the scenes each: up to four marks in one view, three in one, three and
+        # one in two.
         layout = rng.integers(3)
         if layout == 2:
             cameras.append(aside)
         first = 4 if layout == 0 else 3  # colours in the first view
         # Of all marks of a scene: a mixture was never told apart.
-        kind = "point" if rng.random() < 0.4 else "bbox"
+        share = rng.random()
+        kind = "point" if share < 0.4 else "bbox"
         drawings = [render(room, things, camera) for camera in cameras]
+        # From the start again: a room with a single mark is thrown away, and the generator goes on.
         images = []
         marks = []
         for view, drawing in enumerate(drawings):
@@ -90,7 +94,9 @@ def furnish(rng, size):
     least = (3.5, 2.4, 4.2)
     most = (6.5, 3.2, 7)
     width, height, deep = rng.uniform(least, most)
-    floor, wall = PAINTS[rng.integers(10, size=2)] * 0.5
+    # Every draw of this file comes in a fixed order: another one would make other scenes of a seed.
+    paints = rng.integers(10, size=2)
+    floor, wall = PAINTS[paints] * 0.5
     light_x = rng.uniform(-0.4, 0.4) * width
     light_z = deep * rng.uniform(0.2, 0.5)
     room = Room(
@@ -105,22 +111,28 @@ def furnish(rng, size):
     things = []
     for name in rng.choice(list(KINDS), 14).tolist():
         kind = KINDS[name]
+        # One number for all three sides: a kind keeps its proportions as it grows.
         smallest = np.array(kind.smallest)
-        growth = rng.random() * (kind.largest - smallest)
+        range_of_size = kind.largest - smallest
+        growth = rng.random() * range_of_size
         half = (smallest + growth) / 2
         spot = spot_in_view(rng, camera, deep)
         if things and name in SMALL and things[-1].name in FLAT:
+            # y is down: the top of the thing below lies half its height above its centre.
             below = things[-1]
             spot = below.centre - (0, below.half[1], 0)
         elif not is_free(spot, half, width, deep, things):
             continue
+        pattern = PATTERNS[rng.integers(3)]
+        paints = rng.choice(10, 3, replace=False)
+        yaw = rng.uniform(0, 6.28)
         thing = Thing(
             name,
             centre=spot - (0, half[1], 0),
             half=half,
-            pattern=np.array(PATTERNS[rng.integers(3)])[:, None],
-            paints=PAINTS[rng.choice(10, 3, False)],
-            yaw=rng.uniform(0, 6.28),
+            pattern=np.array(pattern)[:, None],
+            paints=PAINTS[paints],
+            yaw=yaw,
         )
         things.append(thing)
     return room, camera, things[:7]
@@ -146,14 +158,21 @@ def first_camera(rng, size, width, deep):
 def spot_in_view(rng, camera, deep):
     """Return a place on the floor that the camera sees, or that lies beyond the walls."""
     right = camera.axes[0]
+    # Where the camera looks, without its tilt: the way lies in the floor.
     ahead = np.cross(right, (0, 1, 0))
-    across = rng.uniform(-0.4, 0.4) * camera.size[0] / camera.focal
-    way = rng.uniform(1.6, deep) * (ahead + across * right)
-    return way + camera.position * (1, 0, 1)
+    # Within the middle four fifths of the image's width, as a share of the distance ahead.
+    share = rng.uniform(-0.4, 0.4)
+    across = share * camera.size[0] / camera.focal
+    distance = rng.uniform(1.6, deep)
+    way = distance * (ahead + across * right)
+    # Straight below the camera: y = 0 is the floor.
+    below = camera.position * (1, 0, 1)
+    return way + below
 
 
 def is_free(spot, half, width, deep, things):
     """Return whether a thing may stand there, however it is turned."""
+    # The circle around its base, which holds it at every yaw.
     reach = across_floor(half)
     x, _, z = spot
     if abs(x) > width / 2 - reach or z > deep - reach:
@@ -168,7 +187,9 @@ def is_free(spot, half, width, deep, things):
 def second_camera(rng, room, camera):
     """Return a camera aside of the first one that looks at the same spot."""
     right, _, forward = camera.axes
-    step = rng.choice((-1, 1)) * rng.uniform(0.5, 1)
+    side = rng.choice((-1, 1))
+    step = side * rng.uniform(0.5, 1)
+    # 10 cm from the walls: a camera in a wall would see nothing of the room.
     low = room.low.ravel() + 0.1
     high = room.high.ravel() - 0.1
     eye = (camera.position + step * right).clip(low, high)
@@ -187,6 +208,7 @@ def draw(rng, things, cameras, view, drawing, colours, kind, marked):
     image = Image.fromarray(drawing.rgb)
     size = cameras[view].size
     centres = np.array([thing.centre for thing in things])
+    # In every view, also in those where the thing isn't marked: a question may ask about another.
     places = [project(camera, centres) for camera in cameras]
     middles = places[view][1].round().astype(int)
     # Smaller things could hardly be told, and a disc must leave most of its thing to see.
@@ -243,12 +265,15 @@ def draw_point(image, colour, pixels, middle):
     radius = radius_of(size)
     distance = ((pixels - middle) ** 2).sum(1)
     pixel = pixels[distance.argmin()]
-    disc = (*(pixel - radius), *(pixel + radius))
+    first = pixel - radius
+    last = pixel + radius
+    disc = (*first, *last)
     pen = ImageDraw.Draw(image)
     pen.ellipse(disc, fill=MARKS[colour])
     # 50 of 1000 wide, clipped as the paper does.
     place = pixel * 1000 // size
-    low = (place - 25).clip(0)
+    low = place - 25
+    low = low.clip(0)
     high = np.where(place > 975, 999, place + 25)
     return np.stack([low, high]) * size // 1000
 

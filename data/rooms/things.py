@@ -10,8 +10,19 @@ from pathlib import Path
 import numpy as np
 
 # Paints are far from the colours of the marks.
-HEX = "e4dac6 966c4c 74747a 484850 649498 9a78a0 d8a4a8 e0ac86 687896 be966c"
-PAINTS = np.array([list(bytes.fromhex(paint)) for paint in HEX.split()], np.float32)
+HEX = (
+    "e4dac6",
+    "966c4c",
+    "74747a",
+    "484850",
+    "649498",
+    "9a78a0",
+    "d8a4a8",
+    "e0ac86",
+    "687896",
+    "be966c",
+)
+PAINTS = np.array([list(bytes.fromhex(paint)) for paint in HEX], np.float32)
 # The corners of the unit cube [-1, 1]^3, (3, 8).
 CORNERS = np.mgrid[-1:2:2, -1:2:2, -1:2:2].reshape(3, 8)
 
@@ -35,8 +46,11 @@ def read_kinds(file):
     for name, kind in table["kinds"].items():
         parts = []
         for part in kind["parts"]:
+            # The file names a profile, as several parts share one; its centre, half size and paint
+            # may be left to Part's defaults.
             profile = table["profiles"][part["profile"]]
-            parts.append(Part(**part | {"profile": tuple(profile)}))
+            fields = part | {"profile": tuple(profile)}
+            parts.append(Part(**fields))
         kinds[name] = Kind(kind["smallest"], kind["largest"], parts)
     return kinds
 

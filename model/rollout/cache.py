@@ -48,6 +48,7 @@ def default_slots(model, n: int, max_new_tokens: int, prompt: int = 1024) -> int
     # A slot's own, and its share of the prompts'.
     states = 1 + 2 / n
     slot = tokens * token_bytes(model) + states * state_bytes(model)
+    # Whole sequences: a slot's keys are never moved out to make room for another's.
     slots = spare_bytes(model.device) // slot
     return int(max(1, min(MAX_SLOTS, slots)))
 
@@ -139,6 +140,7 @@ class PromptRows:
         if length <= room:
             return True
         step = self.options.prompt_step
+        # Rounded up, so that a slightly longer prompt later doesn't move all rows again.
         wider = -(-length // step) * step
         # The old rows' bytes count as free: layer by layer, the new ones take their place.
         spare = self.options.cache_bytes or spare_bytes(self.lengths.device)
@@ -146,6 +148,7 @@ class PromptRows:
         count = int(max(min(self.count, fitting), 1))
         # Rows keep their numbers, so those that go are the last.
         taken = set(range(self.count)) - set(self.free)
+        # Rows up to the last one in use have to stay where they are.
         used = max(taken, default=-1) + 1
         free = [row for row in self.free if row < count]
         if used > count or (used and not free):
@@ -154,6 +157,8 @@ class PromptRows:
         for i, old in enumerate(self.layers):
             # The old layer's memory is free before the next layer's is taken.
             _, _, heads, _, width = old.shape
+            # Zeros, not empty: attention reads behind a prompt's end, and masks what it read; nan
+            # it couldn't mask.
             self.layers[i] = old.new_zeros(2, count, heads, wider, width)
             self.layers[i][:, :used, :, :room] = old[:, :used]
         return True
@@ -218,6 +223,7 @@ class Cache:
     def reset(self) -> None:
         self.prompts.reset()
         self.readers.fill_(-1)
+        # Taken from the end: the lowest first.
         self.free_slots = list(range(self.slot_count))[::-1]
 
     @property
@@ -254,6 +260,7 @@ class Cache:
             of_row.append(sequence.slot)
         for of_row in readers:
             of_row += [-1] * (n - len(of_row))
+        # In place: a graph reads from this address.
         self.readers.copy_(upload(readers, self.readers.device))
         self.reader_index.copy_(upload(index, self.readers.device))
 

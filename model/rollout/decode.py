@@ -134,6 +134,7 @@ def rope_frequencies(model) -> Tensor:
 
 def rotation(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return cos and sin (S, R) of positions (S,), computed in fp32 and rounded when written."""
+    # (S, R) fp32: in bf16 a position above 256 wouldn't even be an integer.
     angles = positions[:, None] * frequencies
     cos = torch.cos(angles, out=angles.new_empty(angles.shape, dtype=dtype))
     sin = torch.sin(angles, out=angles.new_empty(angles.shape, dtype=dtype))
@@ -145,6 +146,7 @@ def decode(decoder, layers: list, tokens: Tensor, step: Step) -> Tensor:
 
     layers: an object per layer with `mix` and `mlp` as FusedLayer has them.
     """
+    # (S, H); x is the residual stream, `normed` what the next block reads of it.
     x = decoder.embed_tokens(tokens)
     normed = decoder.layers[0].input_layernorm(x)
     next_norms = [layer.input_layernorm for layer in decoder.layers[1:]]
@@ -242,6 +244,7 @@ class Decoder:
         # Where the new token's keys and values go; its length counts it already.
         at = self.slots.length - 1
         step = Step(self.cache, extent, table, cos, sin, at, self.slots.ended)
+        # Into the buffer that the next step samples from: in a graph all addresses are fixed.
         self.slots.hidden.copy_(decode(self.model.decoder, self.layers, tokens, step))
 
     def _record(self) -> torch.cuda.CUDAGraph:

@@ -80,6 +80,7 @@ class SampleStream:
         admitted = scheduler.admit(decoder.cache, decoder.clock)
         while scheduler.waiting and decoder.cache.free_slots and self._prefill():
             admitted += scheduler.admit(decoder.cache, decoder.clock)
+        # Once for all that were admitted, however many prefills it took.
         if admitted:
             decoder.slots.load(admitted, decoder.cache.prompts)
             decoder.cache.fork(admitted)
@@ -110,6 +111,7 @@ class SampleStream:
         # One packed forward, without padding, as in training.
         batch = self.processor.pack(encoded).to(prompts.lengths.device, self.images)
         rows = prompts.take([len(prompt.ids) for prompt in encoded])
+        # hidden (T, H); of each layer its keys and values, or a delta net's state and ring.
         hidden, layers = self.decoder.model.prefill(batch)
         prompts.store(rows, batch, hidden, layers)
         self.scheduler.start_prompts(rows)
@@ -117,6 +119,7 @@ class SampleStream:
 
     def _rollout(self, sequence: Sequence) -> Rollout:
         tokens = sequence.tokens
+        # Cut at max_new_tokens there is no end token, even if the text happens to be complete.
         finished = bool(tokens) and tokens[-1] in self.processor.end_ids
         return Rollout(self.processor.decode(tokens), tokens, sequence.logprobs, finished)
 
@@ -153,6 +156,7 @@ class Engine:
         self.model = model
         self.processor = processor
         self.options = Options(**options)
+        # Interpreted, the kernels run in Decoder: so a CPU tests what a GPU does.
         on_cpu = model.device.type == "cpu"
         self.decoder_class = decoder or (CpuDecoder if on_cpu and not interpreted() else Decoder)
         self.decoder = None
@@ -175,6 +179,7 @@ class Engine:
         scheduler = Scheduler(examples, options.n, seed, numbers)
         if options.max_new_tokens == 0:
             scheduler.cancel()
+        # A call that asks for nothing makes no buffers.
         samples = len(scheduler.waiting)
         decoder = self._prepare(samples) if samples else None
         budget = options.prefill_tokens or PREFILL_TOKENS[self.model.device.type]

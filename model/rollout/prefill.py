@@ -17,8 +17,10 @@ def prompts_within(processor, sources: Iterable[Example | Prompt], budget: int) 
     prompts = []
     tokens = 0
     for source in sources:
+        # The training loop has built its prompts already.
         prompt = source if isinstance(source, Prompt) else processor.prompt(source)
         tokens += len(prompt.ids)
+        # The one that is too many is dropped, and built again in its turn.
         if prompts and tokens > budget:
             break
         prompts.append(prompt)

@@ -65,8 +65,11 @@ class Scheduler:
             example = group.example
             group.unfinished = n
             for index in range(n):
+                # Of what the sample is, never of where it runs: the same noise in any slot and on
+                # any rank.
                 key = sequence_key(seed, example.id, example.path, index, number)
                 group.sequences.append(Sequence(group, key))
+        # Groups whose prompts still have to go through the model; always the last ones.
         self.unencoded = deque(self.groups)
         self.waiting: deque[Sequence] = deque()
         for group in self.groups:
@@ -88,9 +91,11 @@ class Scheduler:
     def admit(self, cache, clock: int) -> list[Sequence]:
         """Move waiting sequences into free slots, as far as their prompts are encoded."""
         admitted = []
+        # First come, first served: what stands behind an unencoded prompt waits with it.
         while self.waiting and cache.free_slots and self.waiting[0].group.row is not None:
             sequence = self.waiting.popleft()
             sequence.slot = cache.take_slot(sequence.group.row)
+            # To know which look at the slots' state is the first that can be of this sequence.
             sequence.started = clock
             admitted.append(sequence)
         self.running += admitted
@@ -101,6 +106,7 @@ class Scheduler:
     def finish(self, ended: list[Sequence], cache) -> None:
         """Free the slots of sequences that have ended, and a prompt's row after its last one."""
         for sequence in ended:
+            # A walk through a list of some hundred; next to a step of the model it is nothing.
             self.running.remove(sequence)
             group = sequence.group
             group.unfinished -= 1

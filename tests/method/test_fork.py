@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 from commands import QUIET, ROOT
 
 PAGE = (ROOT / "docs" / "fork.md").read_text()
@@ -43,8 +44,9 @@ def fork(title: str, folder: Path) -> Path:
 
 def run(copy: Path, *command, **environment: str) -> str:
     """Run `python COMMAND` in the copy; return what it printed."""
+    python = sys.executable if "TRITON_INTERPRET" in environment else warm.python()
     done = subprocess.run(
-        [sys.executable, *map(str, command)],
+        [python, *map(str, command)],
         cwd=copy,
         env=os.environ | QUIET | {"PYTHONPATH": str(copy)} | environment,
         text=True,

@@ -13,6 +13,7 @@ import subprocess
 import sys
 
 import pytest
+import warm
 from commands import ROOT
 from interpreter import needs_interpreter
 
@@ -63,7 +64,9 @@ COLUMNS = {
 
 def python(*command, **environment):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
-    command = [sys.executable, *command]
+    # The interpreter is chosen when Triton is imported.
+    is_interpreted = environment.get("TRITON_INTERPRET") == "1"
+    command = [sys.executable if is_interpreted else warm.python(), *command]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
 

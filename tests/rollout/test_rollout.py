@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import warm
 from commands import ROOT
 from PIL import Image
 from transformers import AutoModelForImageTextToText
@@ -617,7 +618,7 @@ def test_ranks_with_uneven_work(tmp_path):
     for ever."""
     write("qwen3_vl", str(tmp_path / "tiny"), seed=1)
     command = [
-        sys.executable,
+        warm.python(),
         "-m",
         "torch.distributed.run",
         "--standalone",

@@ -9,13 +9,13 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import rooms
+import warm
 from commands import ROOT
 from published import IMAGE, embodiedscan, parquet, scan
 
@@ -170,7 +170,7 @@ def typed(line: str, sets: Path) -> list[str]:
     )
     program = {"python": [], "torchrun": ["-m", "torch.distributed.run"]}[words[0]]
     scripts = (str(ROOT / word) if word in PROGRAMS[1:] else word for word in words[1:])
-    return [sys.executable, *program, *scripts]
+    return [warm.python(), *program, *scripts]
 
 
 def lines_of(file: Path) -> list[dict]:

@@ -29,6 +29,24 @@ del os.sched_getaffinity
 del os.sysconf
 """
 
+# Commands one after the other in one process, which imports torch once.
+SEVERAL = """
+import json
+import runpy
+import sys
+
+for name, words in json.loads(sys.argv[1]).items():
+    print(f"[{name}]", flush=True)
+    is_module = words[0] == "-m"
+    sys.argv = words[1:] if is_module else words
+    run = runpy.run_module if is_module else runpy.run_path
+    try:
+        run(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
+"""
+
 
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory) -> dict[str, str]:
@@ -38,11 +56,14 @@ def elsewhere(tmp_path_factory) -> dict[str, str]:
     return {"PYTHONPATH": str(folder)}
 
 
-def said_by(*command, **environment) -> str:
-    process = start(*command, **environment)
+def said_by(commands: dict[str, tuple], **environment) -> dict[str, str]:
+    """Run commands, a name each; return what each of them said."""
+    words = {name: list(map(str, command)) for name, command in commands.items()}
+    process = start("-c", SEVERAL, json.dumps(words), fresh=True, **environment)
     said = process.communicate(timeout=300)[0]
     assert process.returncode == 0, said[-4000:]
-    return said
+    parts = re.split(r"^\[(\w+)\]\n", said, flags=re.M)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -65,16 +86,15 @@ def runs(tiny_home, tmp_path_factory, elsewhere) -> tuple[Path, dict[str, str]]:
     rl = flags(dict(steps=2, prompts=4, group=2, max_new_tokens=4, save_every=1))
     ask = flags(dict(limit=2, again=1, max_new_tokens=4))
     eval_data = ("--eval-data", tiny_home / "scenes" / "rows.jsonl", "--eval-limit", 4)
-    said = {
-        "sft": said_by(
-            "train_sft.py", *model, "--data", bare, "--out", out / "sft", *sft, **elsewhere
-        ),
-        "rl": said_by(
-            "train_rl.py", *model, *both, "--out", out / "rl", *rl, *eval_data, **elsewhere
-        ),
-        "eval": said_by("eval.py", *model, *both, "--out", out / "eval", *ask, **elsewhere),
+    commands = {
+        "sft": ("train_sft.py", *model, "--data", bare, "--out", out / "sft", *sft),
+        "rl": ("train_rl.py", *model, *both, "--out", out / "rl", *rl, *eval_data),
+        "eval": ("eval.py", *model, *both, "--out", out / "eval", *ask),
+        "plan": ("plan.py", "--model", out / "sft" / "step-000002"),
+        "report": ("report.py", "--run", out),
+        "tiny": ("-m", "model.tiny", "--help"),
     }
-    return out, said
+    return out, said_by(commands, **elsewhere)
 
 
 def test_every_script_runs_without_triton_cpu_sets_and_resource(runs, tmp_path, elsewhere):
@@ -85,11 +105,10 @@ def test_every_script_runs_without_triton_cpu_sets_and_resource(runs, tmp_path, 
     assert set(summary["results"]) == {"lor", "dtr"}
     assert metrics(out / "sft")[0]["peak_memory_mib"] is None  # nobody counts it there
     size = ("--n", 1, "--size", 64, 48)
-    scenes = start("-m", "data.scenes", *size, "--out", tmp_path / "set", **elsewhere)
-    planned = start("plan.py", "--model", out / "sft" / "step-000002", **elsewhere)
-    reported = start("report.py", "--run", out, **elsewhere)
-    tiny = start("-m", "model.tiny", "--help", **elsewhere)
-    finish(scenes, planned, reported, tiny)
+    scenes = start("-m", "data.scenes", *size, "--out", tmp_path / "set", fresh=True, **elsewhere)
+    finish(scenes)
+    assert (out / "report.html").exists()
+    assert "GB" in said["plan"] and "--family" in said["tiny"]
 
 
 def test_a_run_without_a_terminal_says_where_it_is(runs):

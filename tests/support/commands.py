@@ -1,4 +1,4 @@
-"""Start the product's own commands as a user does, each in a process of its own."""
+"""Start the product's own commands, each in a process of its own."""
 
 import json
 import os
@@ -7,15 +7,20 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import warm
+
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 300  # seconds; then something hangs
 QUIET = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
 
 
-def start(*command, **environment: str) -> subprocess.Popen:
-    """Start `python COMMAND` on the CPU with one thread; `finish` waits for it."""
+def start(*command, fresh: bool = False, **environment: str) -> subprocess.Popen:
+    """Start `python COMMAND` on the CPU with one thread; `finish` waits for it.
+
+    fresh: as a user does, with nothing imported beforehand.
+    """
     return subprocess.Popen(
-        [sys.executable, *map(str, command)],
+        [sys.executable if fresh else warm.python(), *map(str, command)],
         cwd=ROOT,
         env=os.environ | QUIET | environment,
         text=True,

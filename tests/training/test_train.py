@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from commands import ROOT
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
@@ -51,7 +52,7 @@ def one_thread():
 
 def python(*command, **environment):
     command, environment = (
-        [sys.executable, *map(str, command)],
+        [warm.python(), *map(str, command)],
         {**os.environ, **ONE, **environment},
     )
     environment = {name: str(value) for name, value in environment.items()}

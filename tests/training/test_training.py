@@ -6,7 +6,6 @@ import json
 import math
 import os
 import subprocess
-import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, fields, replace
@@ -18,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import warm
 from PIL import Image
 from torch.distributed.tensor import DTensor
 
@@ -556,7 +556,7 @@ def test_two_ranks_have_the_gradients_of_one(checkpoint, tmp_path):
     script.write_text("import sys, test_training\ntest_training.all_gradients(*sys.argv[1:])\n")
     root = Path(run.__file__).parent.parent
     command = [
-        sys.executable,
+        warm.python(),
         "-m",
         "torch.distributed.run",
         "--standalone",
