@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 from PIL import Image
@@ -24,6 +24,7 @@ import flags
 from data.rooms.questions import FAMILIES, ask, with_options
 from data.rooms.render import middle
 from data.rooms.scene import scene
+from data.rooms.things import STYLES
 from errors import UserError, launch, writing
 from flags import Bound, Count, Seed, Share
 from machine import cpus
@@ -42,6 +43,8 @@ class Config:
     ask: tuple[str, ...] = ()  # only these families of questions; empty: all of them
     # share of the scenes that are asked about on path lor, too; dtr asks about all
     lor: Share = 1.0
+    # how rooms look, and from where they are seen (STYLES in data/rooms/things.py)
+    style: Literal[tuple(STYLES)] = "house"
     # share of the questions whose rationale is a guess ("By eye, ...") in place of the working
     guess: Share = 0.0
     # text alone: the centres stand in the question, on path direct, and no image is given
@@ -77,7 +80,7 @@ def main(config: Config) -> None:
 
 def make(config: Config, index: int) -> str:
     """Write a scene's images and depth; return its rows as text."""
-    made = scene(config.seed, index, config.size)
+    made = scene(config.seed, index, config.size, config.style)
     name = f"s{config.seed}-{index:06d}"
     if not config.told:
         write_views(made, name, config.out)

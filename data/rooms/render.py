@@ -227,8 +227,11 @@ def colours(thing, part, metres):
     return thing.paints[paint].T
 
 
-def render(room, things, camera):
-    """Draw the room, then part by part what is nearer than what stands there."""
+def render(room, things, camera, kinds=KINDS):
+    """Draw the room, then part by part what is nearer than what stands there.
+
+    kinds: what shape a thing of which name has.
+    """
     origin = np.float32(camera.position)[:, None, None]
     ray = rays(camera)
     depth, normal, albedo = shell(room, things, camera, ray, origin)
@@ -236,7 +239,7 @@ def render(room, things, camera):
     alone = np.zeros((len(things), *depth.shape), bool)
     for index, thing in enumerate(things):
         yaw = thing.yaw
-        for part in KINDS[thing.name].parts:
+        for part in kinds[thing.name].parts:
             shift = turn(part.centre * thing.half, yaw)
             centre = thing.centre + shift
             half = np.float32(part.half * thing.half)

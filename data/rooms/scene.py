@@ -10,17 +10,11 @@ from PIL import Image, ImageDraw
 
 from data.arithmetic import rounded
 from data.rooms.render import Room, across_floor, look, project, render
-from data.rooms.things import KINDS, PAINTS, Thing
+from data.rooms.things import STYLES, Thing
 
 # Small things may stand on flat ones.
 SMALL = ("ball", "vase")
 FLAT = ("table", "cabinet")
-# Along which axes a thing's paint changes.
-PATTERNS = (
-    (0, 0, 0),
-    (0, 1, 0),
-    (1, 1, 1),
-)
 MARKS = {
     "red": (255, 0, 0),
     "blue": (0, 0, 255),
@@ -58,12 +52,13 @@ class Mark(namedtuple("Mark", "colour kind thing view region centres")):
 Scene = namedtuple("Scene", "rng images depths cameras marks")
 
 
-def scene(seed, index, size):
-    """Draw rooms until one has two things to mark."""
+def scene(seed, index, size, style="house"):
+    """Draw rooms of a style until one has two things to mark."""
+    style = STYLES[style]
     rng = np.random.default_rng((seed, index))
     marks = []
     while len(marks) < 2:
-        room, camera, things = furnish(rng, size)
+        room, camera, things = furnish(rng, size, style)
         colours = rng.permutation(list(MARKS)).tolist()
         cameras = [camera]
         aside = second_camera(rng, room, camera)
@@ -76,7 +71,7 @@ def scene(seed, index, size):
         # Of all marks of a scene: a mixture was never told apart.
         share = rng.random()
         kind = "point" if share < 0.4 else "bbox"
-        drawings = [render(room, things, camera) for camera in cameras]
+        drawings = [render(room, things, camera, style.kinds) for camera in cameras]
         # From the start again: a room with a single mark is thrown away, and the generator goes on.
         images = []
         marks = []
@@ -89,14 +84,14 @@ def scene(seed, index, size):
     return Scene(rng, images, depths, cameras, marks)
 
 
-def furnish(rng, size):
+def furnish(rng, size, style=STYLES["house"]):
     """Return a room, a camera in it, and up to seven things, on the floor or on one another."""
     least = (3.5, 2.4, 4.2)
     most = (6.5, 3.2, 7)
     width, height, deep = rng.uniform(least, most)
     # Every draw of this file comes in a fixed order: another one would make other scenes of a seed.
     paints = rng.integers(10, size=2)
-    floor, wall = PAINTS[paints] * 0.5
+    floor, wall = style.paints[paints] * 0.5
     light_x = rng.uniform(-0.4, 0.4) * width
     light_z = deep * rng.uniform(0.2, 0.5)
     room = Room(
@@ -107,10 +102,10 @@ def furnish(rng, size):
         light=plane(light_x, 0.2 - height, light_z),
         tile=rng.uniform(0.3, 0.8),
     )
-    camera = first_camera(rng, size, width, deep)
+    camera = first_camera(rng, size, width, deep, style)
     things = []
-    for name in rng.choice(list(KINDS), 14).tolist():
-        kind = KINDS[name]
+    for name in rng.choice(list(style.kinds), 14).tolist():
+        kind = style.kinds[name]
         # One number for all three sides: a kind keeps its proportions as it grows.
         smallest = np.array(kind.smallest)
         range_of_size = kind.largest - smallest
@@ -123,7 +118,7 @@ def furnish(rng, size):
             spot = below.centre - (0, below.half[1], 0)
         elif not is_free(spot, half, width, deep, things):
             continue
-        pattern = PATTERNS[rng.integers(3)]
+        pattern = style.patterns[rng.integers(3)]
         paints = rng.choice(10, 3, replace=False)
         yaw = rng.uniform(0, 6.28)
         thing = Thing(
@@ -131,7 +126,7 @@ def furnish(rng, size):
             centre=spot - (0, half[1], 0),
             half=half,
             pattern=np.array(pattern)[:, None],
-            paints=PAINTS[paints],
+            paints=style.paints[paints],
             yaw=yaw,
         )
         things.append(thing)
@@ -142,16 +137,16 @@ def plane(*vector):
     return np.float32(vector).reshape(3, 1, 1)
 
 
-def first_camera(rng, size, width, deep):
+def first_camera(rng, size, width, deep, style):
     """Return a camera at eye height near the front wall that faces the middle of the room."""
-    near = (-0.3 * width, -1.9, 0.1)
-    far = (0.3 * width, -1.2, 0.4)
+    highest, lowest = style.eye
+    near = (-0.3 * width, highest, 0.1)
+    far = (0.3 * width, lowest, 0.4)
     eye = rng.uniform(near, far)
     near = (-0.15 * width, -0.6, 0.55 * deep)
     far = (0.15 * width, -0.2, 0.7 * deep)
     target = rng.uniform(near, far)
-    # A field of view of 51 to 67 degrees.
-    focal = size[0] * rng.uniform(0.75, 1.05)
+    focal = size[0] * rng.uniform(*style.focal)
     return look(size, focal, eye, target)
 
 

@@ -19,7 +19,7 @@ from data import scenes
 from data.rooms.questions import FAMILIES, Family, Question
 from data.rooms.render import Room, hit, look, render
 from data.rooms.scene import MARKS, draw, furnish, scene
-from data.rooms.things import KINDS, PAINTS, Thing
+from data.rooms.things import KINDS, PAINTS, STYLES, Thing
 from errors import UserError
 from srreal import parse, score, target
 
@@ -476,6 +476,22 @@ def test_told_scenes_are_text_alone(tmp_path, folder):
         block = block.removeprefix("<detect>")
         assert e.question == same.question.replace(" <mask>", "") + f"\n{block}"
         assert target(e) == rest
+
+
+def test_a_second_style_asks_the_same_of_rooms_that_look_otherwise(tmp_path):
+    config = scenes.Config(out=tmp_path, n=8, seed=5, size=(144, 88), style="loft", workers=1)
+    scenes.main(config)
+    # Loading checks every centre against its region, depth map and camera.
+    examples = data.load([str(tmp_path)])
+    for e in examples:
+        assert score(target(e), e).total == pytest.approx(1.0)
+        assert e.answer in worked_out(e) or chosen(e) == worked_out(e)
+        fx, *_ = e.intrinsics[0]
+        assert 0.55 <= fx / 144 <= 0.7
+    house, loft = STYLES["house"], STYLES["loft"]
+    assert house.kinds.keys() == loft.kinds.keys()
+    assert all(house.kinds[name] != loft.kinds[name] for name in loft.kinds)
+    assert not (house.paints[:, None] == loft.paints).all(-1).any()
 
 
 def test_lor_holds_no_coordinates(examples):
