@@ -87,12 +87,11 @@ def make(config: Config, index: int) -> str:
     asked = rows_of(made, name, config.guess)
     # The scene's last draw: the share of lor changes nothing else.
     paths = ("lor", "dtr") if made.rng.random() < config.lor else ("dtr",)
-    if config.told:
-        asked = [told(row) for row in asked if row["path"] == "dtr"]
-        paths = ("direct",)
     lines = []
     for row in asked:
         if row["path"] in paths and (not config.ask or row["task"] in config.ask):
+            if config.told:
+                row = told(row)
             lines.append(json.dumps(row) + "\n")
     return "".join(lines)
 
@@ -158,7 +157,7 @@ def row_of(made, name, task, view, question):
 
 
 def told(row):
-    """Return a row on path dtr as text alone: all but the detect block is left to write.
+    """Return a row as text alone: the detect block stands in the question, the rest is to write.
 
     A model from scratch learns to reckon and to compare from such rows: nothing in them depends on
     how well it sees.
@@ -166,7 +165,7 @@ def told(row):
     example = Example(**row)
     asked = row["question"].replace(" <mask>", "")
     return {
-        "id": row["id"].removesuffix("dtr") + "told",
+        "id": f"{row['id']}-told",
         "path": "direct",
         "task": row["task"],
         "question": f"{asked}\n{write_detect(example)}",

@@ -465,16 +465,16 @@ def test_told_scenes_are_text_alone(tmp_path, folder):
     scenes.main(config)
     scenes.main(replace(config, out=tmp_path / "shown", told=False))
     assert not list((tmp_path / "told" / "images").iterdir())
-    shown = {e.id: e for e in data.load([str(tmp_path / "shown")]) if e.path == "dtr"}
+    shown = {e.id: e for e in data.load([str(tmp_path / "shown")])}
     told = data.load([str(tmp_path / "told")])
     assert len(told) == len(shown)
     for e in told:
         assert (e.path, e.images, e.regions) == ("direct", [], [])
-        same = shown[e.id.removesuffix("told") + "dtr"]
-        # Question and detect block stand in the prompt, what is behind them is to be written.
-        block, _, rest = target(same).partition("</detect>\n")
+        same = shown[e.id.removesuffix("-told")]
+        block, _, rest = target(replace(same, path="dtr")).partition("</detect>\n")
         block = block.removeprefix("<detect>")
         assert e.question == same.question.replace(" <mask>", "") + f"\n{block}"
+        # What is behind the block is to be written.
         assert target(e) == rest
 
 
