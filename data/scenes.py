@@ -47,6 +47,8 @@ class Config:
     style: Literal[tuple(STYLES)] = "house"
     # share of the questions whose rationale is a guess ("By eye, ...") in place of the working
     guess: Share = 0.0
+    # depth maps beside the images; --no-depth: images alone
+    depth: bool = True
     # text alone: the centres stand in the question, on path direct, and no image is given
     told: bool = False
     # processes; the set does not depend on their number
@@ -83,24 +85,29 @@ def make(config: Config, index: int) -> str:
     made = scene(config.seed, index, config.size, config.style)
     name = f"s{config.seed}-{index:06d}"
     if not config.told:
-        write_views(made, name, config.out)
+        write_views(made, name, config)
     asked = rows_of(made, name, config.guess)
     # The scene's last draw: the share of lor changes nothing else.
     paths = ("lor", "dtr") if made.rng.random() < config.lor else ("dtr",)
     lines = []
     for row in asked:
         if row["path"] in paths and (not config.ask or row["task"] in config.ask):
+            if not config.depth:
+                row = row | {"depths": None}
             if config.told:
                 row = told(row)
             lines.append(json.dumps(row) + "\n")
     return "".join(lines)
 
 
-def write_views(made, name, out):
+def write_views(made, name, config):
+    """Write each view's image and, unless --no-depth, its depth in millimetres (16 bits)."""
     for view, (image, metres) in enumerate(zip(made.images, made.depths, strict=True)):
-        millimetres = Image.fromarray((metres * 1000).round().astype(np.uint16))
-        for folder, picture in (("images", image), ("depth", millimetres)):
-            path = out / folder / f"{name}-{view}.png"
+        pictures = {"images": image}
+        if config.depth:
+            pictures["depth"] = Image.fromarray((metres * 1000).round().astype(np.uint16))
+        for folder, picture in pictures.items():
+            path = config.out / folder / f"{name}-{view}.png"
             with writing(path):
                 # Fast rather than small: a set is written once and read a few times.
                 picture.save(path, compress_level=1)

@@ -460,6 +460,18 @@ def test_guesses_change_nothing_but_rationales(tmp_path):
     assert 0.2 < count / len(mixed) < 0.8
 
 
+def test_scenes_without_depth_are_the_same_otherwise(tmp_path):
+    config = scenes.Config(out=tmp_path / "deep", n=4, seed=3, size=(64, 48), workers=1)
+    scenes.main(config)
+    scenes.main(replace(config, out=tmp_path / "flat", depth=False))
+    assert not list((tmp_path / "flat" / "depth").iterdir())
+    deep, flat = (data.load([str(tmp_path / name)]) for name in ("deep", "flat"))
+    for a, b in zip(deep, flat, strict=True):
+        assert (a.id, a.question, a.answer, a.objects) == (b.id, b.question, b.answer, b.objects)
+        assert Path(a.images[0]).read_bytes() == Path(b.images[0]).read_bytes()
+        assert not any(b.depths or [])
+
+
 def test_told_scenes_are_text_alone(tmp_path, folder):
     config = scenes.Config(out=tmp_path / "told", n=6, seed=3, size=(64, 48), told=True, workers=1)
     scenes.main(config)
