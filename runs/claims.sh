@@ -13,22 +13,22 @@ export PYTHON RANKS
 
 # rl_variant NAME FLAGS...: RL from the speedrun's cold start, and its test.
 rl_variant() {
-    name=$1
+    variant=$1
     shift
-    rl "rl-$name" "$(step sft "$MIX_STEPS")" "$RL_STEPS" "$@"
-    ask "eval-rl-$name" $TEST --model "$(step "rl-$name" "$RL_STEPS")" --again 0
+    rl "rl-$variant" "$(step sft "$MIX_STEPS")" "$RL_STEPS" "$@"
+    ask "eval-rl-$variant" $TEST --model "$(step "rl-$variant" "$RL_STEPS")" --again 0
 }
 
 # cold_variant NAME SETS PATHS FLAGS...: another cold start, then RL on both paths as in the speedrun.
 # SETS: the ending of the names of the sets (""; "-flat"); PATHS: what the cold start teaches (""; ",path=lor").
 cold_variant() {
-    name=$1 sets=$2 paths=$3
+    variant=$1 sets=$2 paths=$3
     shift 3
-    sft "$name-worked" "$(step read "$READ_STEPS")" "$SFT_STEPS" --data "$OUT/scenes/train$sets$paths" $SEE --lr 2e-3 --warmup 50 "$@"
-    sft "$name-sft" "$(step "$name-worked" "$SFT_STEPS")" "$MIX_STEPS" --data "$OUT/scenes/mixed$sets$paths" $SEE --lr 1e-3 --warmup 10 "$@"
-    ask "$name-eval-sft" --data "$OUT/scenes/test$sets" --model "$(step "$name-sft" "$MIX_STEPS")" --again 0
-    rl "$name-rl" "$(step "$name-sft" "$MIX_STEPS")" "$RL_STEPS" --data "$OUT/scenes/rl$sets" --prompts 16 $REGIONS
-    ask "$name-eval-rl" --data "$OUT/scenes/test$sets" --model "$(step "$name-rl" "$RL_STEPS")" --again 0
+    sft "$variant-worked" "$(step read "$READ_STEPS")" "$SFT_STEPS" --data "$OUT/scenes/train$sets$paths" $SEE --lr 2e-3 --warmup 50 "$@"
+    sft "$variant-sft" "$(step "$variant-worked" "$SFT_STEPS")" "$MIX_STEPS" --data "$OUT/scenes/mixed$sets$paths" $SEE --lr 1e-3 --warmup 10 "$@"
+    ask "$variant-eval-sft" --data "$OUT/scenes/test$sets" --model "$(step "$variant-sft" "$MIX_STEPS")" --again 0
+    rl "$variant-rl" "$(step "$variant-sft" "$MIX_STEPS")" "$RL_STEPS" --data "$OUT/scenes/rl$sets" --prompts 16 $REGIONS
+    ask "$variant-eval-rl" --data "$OUT/scenes/test$sets" --model "$(step "$variant-rl" "$RL_STEPS")" --again 0
 }
 
 for SEED in $SEEDS; do
