@@ -1,4 +1,6 @@
 # make speedrun   scenes -> tiny checkpoint -> SFT -> RL -> eval -> report, on a CPU or a GPU     (out/speedrun)
+# make ask        one picture, both paths, from the checkpoint in assets/, in seconds             (out/ask)
+# make rl         GRPO from that checkpoint on rendered rooms, in minutes                          (out/rl)
 # make test       the tests, in two processes of one thread each where pytest-xdist is installed
 # make bench      kernels, rollout, a whole training step and the data path on this device     (bench/results)
 # make lint       ruff
@@ -13,6 +15,12 @@ READY = $(if $(filter .venv/bin/python,$(PYTHON)),.venv/installed)
 
 speedrun: $(READY)
 	PYTHON="$(PYTHON)" exec sh runs/speedrun.sh
+
+ask: $(READY)
+	PYTHON="$(PYTHON)" exec sh assets/room-1.sh
+
+rl: $(READY)
+	PYTHON="$(PYTHON)" exec sh runs/rl.sh
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q $$($(PYTHON) -c "import xdist; print('-n 2 --dist loadfile')" 2>/dev/null)
@@ -38,4 +46,4 @@ PYTHON3 ?= python3
 	.venv/bin/python -m pip install --progress-bar on --disable-pip-version-check -r requirements.txt
 	touch .venv/installed
 
-.PHONY: speedrun test lint bench
+.PHONY: speedrun ask rl test lint bench
