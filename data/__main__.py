@@ -111,7 +111,10 @@ def lengths_of(examples: list[Example], processor) -> dict[str, Lengths]:
     sizes = measured(examples)
     for example in tqdm(examples, desc="lengths", unit="row", leave=False):
         lengths = found.setdefault(example.path, Lengths())
-        prompt = processor.prompt_length(example, [sizes[key_of(i)] for i in example.images])
+        images = [sizes[key_of(image)] for image in example.images]
+        if None in images:
+            continue  # a file that is torn behind its header
+        prompt = processor.prompt_length(example, images)
         lengths.prompts.append(prompt)
         text = target_of(example)
         if text is not None:
@@ -130,11 +133,9 @@ def lengths_table(found: dict[str, Lengths]) -> list[list[str]]:
         lengths = found[path]
         parts = {"prompt": lengths.prompts, "target": lengths.targets, "both": lengths.rows}
         for name, tokens in parts.items():
-            if not tokens:
-                continue
-            median, most = np.quantile(tokens, (0.5, 0.95))
-            numbers = (len(tokens), median, most, max(tokens))
-            table.append([path, name, *(f"{number:,.0f}" for number in numbers)])
+            if tokens:
+                numbers = (len(tokens), *np.quantile(tokens, (0.5, 0.95, 1)))
+                table.append([path, name, *(f"{number:,.0f}" for number in numbers)])
     return table
 
 

@@ -119,7 +119,7 @@ class Tracker:
 
     def log_rollouts(self, step: int, rows: list[dict], images: dict) -> None:
         """Tell a table of rows of rollouts.jsonl. images: (path, group) -> JPEG."""
-        if self.works:
+        if self.works and rows:
             self._attempt(self._log_rollouts, step, rows, images)
 
     def _log(self, columns: dict, step: int) -> None:
