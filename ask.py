@@ -68,6 +68,7 @@ if __name__ == "__main__":
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from data.colours import COLOURS, colour_of
 from data.geometry import project
 from model.checkpoint import SpatialRecord
 from model.files import resolve
@@ -77,18 +78,6 @@ from pictures import read_metres, read_picture
 from training import ranks, run
 from training.policy import load_model
 
-# The names that a region gets, by the first word of a mention.
-COLOURS = {
-    "red": (229, 72, 77),
-    "blue": (62, 123, 250),
-    "green": (47, 158, 91),
-    "yellow": (226, 178, 3),
-    "purple": (142, 78, 198),
-    "orange": (247, 107, 21),
-    "cyan": (0, 162, 199),
-    "pink": (214, 64, 159),
-}
-OTHER = (120, 120, 120)
 SIDE = 640  # pixels of the longer side of what is drawn
 CELL = 4  # pixels of a cell of the view from above
 NEAR = 0.05  # metres before the camera, from which on something is drawn
@@ -264,13 +253,6 @@ def rounded(values: np.ndarray) -> list[float]:
 
 
 # ---- The picture
-
-
-def colour_of(mention: str) -> tuple[int, int, int]:
-    for word in mention.lower().split():
-        if word in COLOURS:
-            return COLOURS[word]
-    return OTHER
 
 
 def corners(centre, size) -> np.ndarray:

@@ -151,6 +151,8 @@ class Config:
     log_groups: CountOrZero = 1
     save_every: CountOrZero = 50  # steps between checkpoints; 0: only at the end
     keep: CountOrZero = 0  # so many of them stay such that --resume can go on from them; 0: all
+    # a tracker that gets the columns of metrics.jsonl, too; its package has to be installed
+    track: Literal["none", "wandb", "trackio"] = "none"
     resume: bool = False  # go on from the newest whole checkpoint in --out
     skip_bad_rows: bool = False  # go on without the unusable rows, and count them
 
@@ -213,6 +215,7 @@ from training.lengths import check_lengths
 from training.metrics import Metrics, sums_by_path
 from training.optim import Optimizer, learning_rate
 from training.policy import Reference, load_policy, synced_passes
+from training.track import Tracker, thumbnail
 
 # What a printed line shows of a step: name -> format.
 COLUMNS = {
@@ -487,6 +490,23 @@ def rollout_rows(step: int, groups: list[Group], count: int, is_kept) -> list[di
             )
     rows = ranks.gather(rows)
     return sorted(rows, key=lambda row: (row["path"], row["group"], row["sample"]))
+
+
+def shows_rollouts(cfg: Config, step: int) -> bool:
+    """Whether that step is shown to the tracker: the first, and each validation, or else save."""
+    if cfg.track == "none":
+        return False
+    return step == 1 or run.is_due(step, cfg.eval_every or cfg.save_every, last=cfg.steps)
+
+
+def rollout_images(groups: list[Group], count: int) -> dict[tuple[str, int], bytes]:
+    """Return (path, group) -> JPEG of the first image, of `rollout_rows`' groups. Collective."""
+    images = []
+    for group in groups:
+        if group.prompt.number < count and group.example.images:
+            key = (group.example.path, group.prompt.number)
+            images.append((key, thumbnail(group.example.images[0])))
+    return dict(ranks.gather(images))
 
 
 def detects(example: Example) -> bool:
@@ -792,11 +812,17 @@ def main(cfg: Config) -> None:
     with Interrupts() as interrupts, folder.lock(cfg.out):
         checkpoint, done = checkpoints.find_start(cfg)
         if done < cfg.steps:
-            train(cfg, checkpoint, done, place, interrupts)
+            with Tracker(cfg.track) as tracker:
+                train(cfg, checkpoint, done, place, interrupts, tracker)
 
 
 def train(
-    cfg: Config, checkpoint: Path | None, done: int, place: ranks.Ranks, interrupts: Interrupts
+    cfg: Config,
+    checkpoint: Path | None,
+    done: int,
+    place: ranks.Ranks,
+    interrupts: Interrupts,
+    tracker: Tracker,
 ) -> None:
     rank, world, device = place
     torch.manual_seed(cfg.seed)  # nothing here draws from it; a fork's dropout would
@@ -852,7 +878,7 @@ def train(
         top_p=cfg.top_p,
         slots=cfg.slots,
     )
-    log = run.Log(cfg, done, columns_of(paths))
+    log = run.Log(cfg, done, columns_of(paths), tracker)
     rollout_log = None
     if cfg.log_groups:
         rollout_log = folder.Rows(Path(cfg.out) / "rollouts.jsonl", done)
@@ -888,7 +914,11 @@ def train(
         add_advantages(rolled_out.groups, device, scale, parse_weights(cfg.reward_weights))
         add_scores(metrics, rolled_out.groups, is_kept)
         if rollout_log:
-            rollout_log.append(rollout_rows(step + 1, rolled_out.groups, cfg.log_groups, is_kept))
+            logged = rollout_rows(step + 1, rolled_out.groups, cfg.log_groups, is_kept)
+            rollout_log.append(logged)
+            if shows_rollouts(cfg, step + 1):
+                shown = rollout_images(rolled_out.groups, cfg.log_groups)
+                tracker.log_rollouts(step + 1, logged, shown)
         kept = [group for group in rolled_out.groups if is_kept(group)]
         clock.append(time.perf_counter())
         minibatches = []

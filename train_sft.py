@@ -78,6 +78,8 @@ class Config:
     seed: Seed = 0  # order of the data, dropped depths
     save_every: CountOrZero = 500  # steps between checkpoints; 0: only at the end
     keep: CountOrZero = 0  # so many of them stay such that --resume can go on from them; 0: all
+    # a tracker that gets the columns of metrics.jsonl, too; its package has to be installed
+    track: Literal["none", "wandb", "trackio"] = "none"
     resume: bool = False  # go on from the newest whole checkpoint in --out
     skip_bad_rows: bool = False  # go on without the unusable rows, and count them
 
@@ -114,6 +116,7 @@ from training.interrupt import Interrupts
 from training.lengths import check_lengths
 from training.optim import Optimizer, learning_rate
 from training.policy import load_policy, synced_passes
+from training.track import Tracker
 
 # What a printed line shows of a step: name -> format.
 COLUMNS = {
@@ -341,11 +344,17 @@ def main(cfg: Config) -> None:
     with Interrupts() as interrupts, folder.lock(cfg.out):
         checkpoint, done = checkpoints.find_start(cfg)
         if done < cfg.steps:
-            train(cfg, checkpoint, done, place, interrupts)
+            with Tracker(cfg.track) as tracker:
+                train(cfg, checkpoint, done, place, interrupts, tracker)
 
 
 def train(
-    cfg: Config, checkpoint: Path | None, done: int, place: ranks.Ranks, interrupts: Interrupts
+    cfg: Config,
+    checkpoint: Path | None,
+    done: int,
+    place: ranks.Ranks,
+    interrupts: Interrupts,
+    tracker: Tracker,
 ) -> None:
     rank, world, device = place
     torch.manual_seed(cfg.seed)  # nothing here draws from it; a fork's dropout would
@@ -378,7 +387,7 @@ def train(
     sampler = Sampler(examples, cfg, rank, world, done, rows_before)
     folder.write_config(cfg)
 
-    log = run.Log(cfg, done, COLUMNS)
+    log = run.Log(cfg, done, COLUMNS, tracker)
     steps = range(done, cfg.steps)
     upcoming = prefetched_microbatches(sampler.at_step, steps, processor, cfg, world)
     interrupts.defer()

@@ -24,7 +24,8 @@ class OwnRow(BaseModel):
 
     id: Text  # no two rows of all sources have both id and path in common
     path: Text  # lor | dtr | direct
-    # Files, e.g. images/a.png, or data URIs; on path direct there may be none.
+    # Files, e.g. images/a.png, or data URIs; on path direct there may be none. A mark that the
+    # question speaks of ("red bbox") has to be drawn in them: nobody else does (docs/data.md).
     images: list[Text] = []
     question: Text  # with a <mask> behind each region's mention; <image> once an image, or nowhere
     answer: Text  # an option's letter, a number, a camera motion, or other text

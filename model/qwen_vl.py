@@ -477,6 +477,17 @@ class QwenVL(nn.Module):
         delta = self.decoder.sizes.delta
         walk = Walk(batch.segments, delta.taps, self.device) if delta else None
         mixer = PackedMixer(Packing(batch.segments, self.device), walk, cache)
+        x, deepstack = self.embed(batch, pixel_values)
+        return self.decoder(x, batch.position_ids, mixer, batch.image_at, deepstack)
+
+    def embed(
+        self, batch: Batch, pixel_values: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return what the decoder reads of a packed batch: its embeddings (T, H), and deepstack.
+
+        Image and region tokens are in their places. deepstack[i] (M, H) is what the decoder adds at
+        the image tokens after layer i; () without images and in families that have none.
+        """
         # The embedding's gradient sums in fp32, but for at most 3,072 tokens: then, on CUDA, 32 at
         # a time, rounded in between. Placeholders, the one token that comes by the thousand, hand
         # on none.
@@ -486,7 +497,7 @@ class QwenVL(nn.Module):
         if pixel_values is None:
             if len(batch.image_at):
                 raise ValueError(f"{len(batch.image_at)} image placeholders, but no pixel_values")
-            return self.decoder(x, batch.position_ids, mixer)
+            return x, ()
 
         # Images: the tower's patch features, with the point map's embedding added where there is
         # depth, so that regions and image tokens know where they are.
@@ -508,7 +519,7 @@ class QwenVL(nn.Module):
                 len(batch.region_token),
             )  # (R, H)
             x = x.index_copy(0, batch.region_token, region_tokens.to(x.dtype))
-        return self.decoder(x, batch.position_ids, mixer, batch.image_at, deepstack)
+        return x, deepstack
 
     @torch.no_grad()
     def logits(

@@ -21,7 +21,7 @@ from model.delta import check_kernels
 from model.files import checkpoint_of
 from model.processor import Processor
 from srreal import Example
-from training import checkpoints, folder, interrupt, ranks
+from training import checkpoints, folder, interrupt, ranks, track
 from training.interrupt import Interrupted, Interrupts
 
 MEMORY_FLAGS = ("micro_tokens", "slots", "max_new_tokens", "max_pixels")
@@ -131,6 +131,7 @@ def check_together(cfg, doubts: Sequence[str] = ()) -> None:
 
     doubts: the script's own.
     """
+    track.check(cfg.track)
     if cfg.eval_every and not cfg.eval_data:
         raise UserError(f"--eval-every {cfg.eval_every}: there is no --eval-data")
     found = list(doubts)
@@ -265,17 +266,21 @@ class Log:
     """metrics.jsonl, a printed line a step, and a bar with the time left. Rank 0 writes.
 
     columns: name -> format of what the line shows. A value that was not measured is None, and null
-    in the row.
+    in the row. tracker: is begun, and gets the rows, too.
     """
 
-    def __init__(self, cfg, done: int, columns: dict[str, str]):
+    def __init__(
+        self, cfg, done: int, columns: dict[str, str], tracker: track.Tracker | None = None
+    ):
         self.columns = columns
+        self.tracker = tracker or track.Tracker("none")
         self.steps = cfg.steps
         self.steps_before = done
         self.started = time.monotonic()
         hidden = None if ranks.is_first() else True  # None: where there is no terminal
         self.bar = tqdm(total=cfg.steps, initial=done, unit="step", disable=hidden)
         self.rows = folder.Rows(Path(cfg.out) / "metrics.jsonl", done)
+        self.tracker.start(cfg)
 
     def __call__(self, row: dict) -> None:
         """Append the row of one step. Collective.
@@ -288,7 +293,9 @@ class Log:
         for name, value in row.items():
             if isinstance(value, float) and not math.isfinite(value):
                 not_finite[name] = value
-        self.rows.append([row | dict.fromkeys(not_finite)])
+        written = row | dict.fromkeys(not_finite)
+        self.rows.append([written])
+        self.tracker.log(written)
         if not_finite:
             values = ", ".join(f"{name} is {value}" for name, value in not_finite.items())
             ranks.say(f"step {row['step']}: {values}; null in metrics.jsonl")
