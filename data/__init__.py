@@ -92,7 +92,7 @@ def open_all(parts: list[Part]) -> list[Iterator[Row]]:
     missing = []
     for part in parts:
         try:
-            opened.append(open_source(part.source))
+            opened.append(open_source(part.source, **part.reading()))
         except MissingFile as error:
             missing.append(str(error))
     if missing:
@@ -124,8 +124,9 @@ def examples_of(rows: list[Row], more: Callable | None) -> tuple[Loaded, set[str
                 seen.discard((example.id, example.path))  # `known` has named it, with both places
                 problems += check(example, headers, seen)
             if more is not None and not problems:
+                leave_out_untaught(row, examples, more)
                 for example in fresh:
-                    problems += more(example)
+                    problems += more(example) if example in examples else []
             if not problems:
                 loaded.examples += examples * row.copies
             for name, reason in dict.fromkeys(problems):
@@ -133,6 +134,15 @@ def examples_of(rows: list[Row], more: Callable | None) -> tuple[Loaded, set[str
     # A source that is named twice has its bad rows once.
     loaded.bad = list(dict.fromkeys(loaded.bad))
     return loaded, used
+
+
+def leave_out_untaught(row: Row, examples: list[Example], more: Callable) -> None:
+    """Take out, and count, what can't be used on the paths for which the row's set is not made."""
+    for example in list(examples):
+        reasons = more(example) if example.path in row.untaught else []
+        if reasons:
+            examples.remove(example)
+            row.notes.add(f"rows left out on path {example.path}: {reasons[0][1]}")
 
 
 class Known:
