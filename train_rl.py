@@ -147,6 +147,8 @@ class Config:
     log_groups: CountOrZero = 1
     save_every: CountOrZero = 50  # steps between checkpoints; 0: only at the end
     keep: CountOrZero = 0  # so many of them stay such that --resume can go on from them; 0: all
+    # benchmarks, NAME=DIR each: rows that show their scenes are left out of --data
+    drop_leaks: tuple[str, ...] = ()
     resume: bool = False  # go on from the newest whole checkpoint in --out
     skip_bad_rows: bool = False  # go on without the unusable rows, and count them
 

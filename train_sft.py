@@ -78,6 +78,8 @@ class Config:
     seed: Seed = 0  # order of the data, dropped depths
     save_every: CountOrZero = 500  # steps between checkpoints; 0: only at the end
     keep: CountOrZero = 0  # so many of them stay such that --resume can go on from them; 0: all
+    # benchmarks, NAME=DIR each: rows that show their scenes are left out of --data
+    drop_leaks: tuple[str, ...] = ()
     resume: bool = False  # go on from the newest whole checkpoint in --out
     skip_bad_rows: bool = False  # go on without the unusable rows, and count them
 

@@ -66,17 +66,18 @@ def usable(loaded: Loaded, skip_bad_rows: bool) -> list[Example]:
     return loaded.examples
 
 
-def read(sources: str | Path | Iterable, more: Callable[[Example], list] | None = None) -> Loaded:
-    """Return what the sources hold; print what was counted, and which rows there are."""
-    if isinstance(sources, str | Path):
-        sources = [sources]
-    parts = []
-    for source in sources:
-        parts += parse_source(str(source))
+def read(
+    sources: str | Path | Iterable,
+    more: Callable[[Example], list] | None = None,
+    keeps: Callable[[Row], bool] | None = None,
+) -> Loaded:
+    """Return what the sources hold; print what was counted, and which rows there are.
+
+    keeps: tells which rows are read at all; None: all.
+    """
+    parts = parts_of(sources)
     # Up to here a row is text: of sets of many GB only the share that is taken stays in memory.
-    rows = []
-    for index, opened in enumerate(open_all(parts)):
-        rows += take_rows(parts[index], index, opened)
+    rows = [row for row in rows_of(parts) if keeps is None or keeps(row)]
     loaded, used = examples_of(rows, more)
     print_notes(rows)
     unused = dict.fromkeys(part.source for part in parts if part.source not in used)
@@ -84,6 +85,22 @@ def read(sources: str | Path | Iterable, more: Callable[[Example], list] | None 
         say(f"nothing was taken of {', '.join(unused)}")
     print_counts(loaded.examples)
     return loaded
+
+
+def parts_of(sources: str | Path | Iterable) -> list[Part]:
+    """Return the parts that sources, with their options, and mixture files name."""
+    if isinstance(sources, str | Path):
+        sources = [sources]
+    parts = []
+    for source in sources:
+        parts += parse_source(str(source))
+    return parts
+
+
+def rows_of(parts: list[Part]) -> Iterator[Row]:
+    """Yield the rows that are taken of the parts, in order."""
+    for index, opened in enumerate(open_all(parts)):
+        yield from take_rows(parts[index], index, opened)
 
 
 def open_all(parts: list[Part]) -> list[Iterator[Row]]:
