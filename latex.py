@@ -26,8 +26,8 @@ from threading import Lock
 LONGEST = 300  # characters of a truth; what is longer is prose
 # CPU seconds of a comparison, not of the clock: the same on a busy machine. Most take 0.02.
 CPU_SECONDS = 2.0
-# Two numbers that differ by more, relative to the truth, are not even shown to math-verify, whose
-# own test is of six decimals (0.0 would be 10^{-8}).
+# Numbers that differ by more, relative to the truth, are not shown to math-verify: it would look
+# long for a common form, and compares six decimals, of which 0.0 has all those of 10^{-8}.
 TOLERANCE = 1e-5
 
 # ---- Texts
@@ -218,16 +218,16 @@ def compare(truth: str, answer: str) -> bool:
     """Return whether two expressions are equal; raises all sorts where one can't be read."""
     from math_verify import verify
 
-    gold = read(truth)
-    said = read(answer)
     # math-verify takes 50 for 50 %.
-    if "%" not in truth and are_far_apart(gold, said):
+    if "%" not in truth and are_far_apart(value_of(truth), value_of(answer)):
         return False
     # The truth comes first: `x = 5` may be said as 5, but not the other way round. Its own timeout
     # is off, as the timer stands above it.
-    return verify(gold, said, timeout_seconds=None)
+    return verify(read(truth), read(answer), timeout_seconds=None)
 
 
+# A truth is compared with every completion of its group, and in eval with all other truths.
+@lru_cache(10_000)
 def read(text: str):
     """Return the sympy expression of all of a text, which isn't computed yet."""
     from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
@@ -242,12 +242,17 @@ def read(text: str):
     )
 
 
-def are_far_apart(gold, said) -> bool:
-    """Return whether these are two numbers that differ. It spares the search for a common form."""
-    if not (getattr(gold, "is_number", False) and getattr(said, "is_number", False)):
+@lru_cache(10_000)
+def value_of(text: str) -> complex | None:
+    """Return the number that a text stands for; None of an expression in variables, a list ..."""
+    expression = read(text)
+    return complex(expression) if getattr(expression, "is_number", False) else None
+
+
+def are_far_apart(gold: complex | None, said: complex | None) -> bool:
+    if gold is None or said is None:
         return False
-    value = complex(gold)
-    return abs(value - complex(said)) > TOLERANCE * abs(value)
+    return abs(gold - said) > TOLERANCE * abs(gold)
 
 
 if __name__ == "__main__":
