@@ -45,6 +45,8 @@ SIGNS = {
     "³": "^3",
     "**": "^",
 }
+# LaTeX's own sign of a root takes one digit.
+ROOT = re.compile(r"√\s*([0-9]+(?:\.[0-9]+)?|[A-Za-z])")
 WRAPPERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), (r"\boxed{", "}"))
 # A unit behind an expression. A bare `m` may be a variable; in \text{} it is none.
 WORDS = (
@@ -75,6 +77,7 @@ def is_latex(truth: str) -> bool:
 
 def plain(text: str) -> str:
     """Return an expression in one line, out of $...$ and one \\boxed{}, in LaTeX's own signs."""
+    text = ROOT.sub(r"\\sqrt{\1}", text).replace("√", "sqrt")
     for sign, instead in SIGNS.items():
         text = text.replace(sign, instead)
     text = " ".join(text.split()).removesuffix(".")
@@ -127,6 +130,8 @@ def equal(truth: str, answer: str) -> bool:
     A unit behind the answer has to be the truth's, where that has one. Without math-verify only
     equal texts are equal.
     """
+    if len(answer) > 4 * LONGEST:
+        return False
     truth, true_unit = split_unit(plain(truth))
     answer, unit = split_unit(plain(answer))
     if unit and true_unit and unit != true_unit:
@@ -173,11 +178,12 @@ class Comparer:
 
 
 COMPARER = Comparer()
+READY = "ready\n"
 
 
 def start() -> subprocess.Popen:
     """Start the process that compares. It ends when its input does, so with this process."""
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-P", __file__],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -188,6 +194,10 @@ def start() -> subprocess.Popen:
         # A terminal's Ctrl-C is for the command alone.
         start_new_session=True,
     )
+    # Else every answer would be wrong from here on, and nobody would know why.
+    if process.stdout.readline() != READY:
+        raise RuntimeError(f"{__file__} can't import math-verify, which can be imported here")
+    return process
 
 
 # ---- In the process that compares
@@ -203,6 +213,7 @@ def serve() -> None:
 
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no reply
+    print(READY, end="", file=replies, flush=True)
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
         try:
@@ -210,8 +221,7 @@ def serve() -> None:
         except Exception:  # of an expression that sympy can't handle: of any kind
             same = False
         signal.setitimer(signal.ITIMER_PROF, 0)
-        replies.write("equal\n" if same else "different\n")
-        replies.flush()
+        print("equal" if same else "different", file=replies, flush=True)
 
 
 def compare(truth: str, answer: str) -> bool:

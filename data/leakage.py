@@ -67,6 +67,7 @@ def scenes_in(texts: Iterable[tuple[str, str]]) -> set[Scene]:
     """Return the scans that a row names. texts: (field, text) of all that it says."""
     texts = list(texts)
     found = set()
+    # Where the set is named in another field than the scene, the whole row has to be heard first.
     is_scannetpp = any(SPEAKS_OF_SCANNETPP.search(text) for _, text in texts)
     is_arkit = any(SPEAKS_OF_ARKIT.search(text) for _, text in texts)
     for name, text in texts:
@@ -82,6 +83,7 @@ def scenes_in(texts: Iterable[tuple[str, str]]) -> set[Scene]:
 def numbers(name: str, text: str) -> list[str]:
     """Return what may be the numbers of videos in a field."""
     found = LONG_NUMBER.findall(text)
+    # A file's own name is a frame's number, unless it is a video's.
     path = PurePath(text)
     places = list(path.parts[:-1])
     if OF_SCENES.search(name) or path.suffix.lower() in VIDEOS:
@@ -106,6 +108,7 @@ def texts_of(value, name: str = "") -> Iterator[tuple[str, str]]:
 def scenes_of(row: Row) -> set[Scene]:
     """Return the scans that a row of --train names."""
     texts = [("file", row.file), *texts_of(row.record)]
+    # Readers of sets that aren't a row a question keep no record; their ids and images name scenes.
     if not row.record:
         texts += [("id", row.id), *(("image", file) for file in row.list_files())]
     return scenes_in(texts)
@@ -153,6 +156,7 @@ def read_benchmark(text: str) -> Asked:
     name, _, _ = name.partition("/")
     if name not in BENCHMARKS:
         raise BadSource(f"unknown benchmark {name!r} in {text!r}: one of {', '.join(BENCHMARKS)}")
+    # Not load(): it would open every image, and cut videos into frames.
     _, files = find_files(name, root or None)
     asked = Asked(name)
     for file, _, record in all_records(files):

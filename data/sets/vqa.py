@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from string import ascii_uppercase
 
 from data.embedded import decode, image_of, what_is_wrong
 from data.marks import Marked
@@ -40,7 +41,7 @@ from data.rows import (
     without_first_marks,
 )
 from data.sets.files import Files, depths_of, sizes_of
-from srreal import LETTERS, Example, true_letter
+from srreal import Example, true_letter
 
 # The first of these that a folder has is read: some have a set in two formats.
 FORMATS = {".parquet": parquet_rows, ".arrow": arrow_rows, ".jsonl": records, ".json": records}
@@ -57,6 +58,7 @@ TASKS = ("task", "question_type", "category", "type")
 IDS = ("id", "question_id")
 NUMBERED = re.compile(r"image_?([0-9]+)", re.IGNORECASE)
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+LETTERS = tuple(ascii_uppercase)
 # A list of options in a question begins so.
 LISTED = re.compile(r"(?:^|\s)\(?A[.):]\s")
 # Split -> the words that name it in a path.
@@ -191,6 +193,7 @@ class Question:
 
     def examples(self, headers: Headers) -> list[Example]:
         images = self.pictures.images
+        # Files were looked at in the pool, before; what the row holds is looked at here.
         for image in images:
             reason = what_is_wrong(image.source) if isinstance(image, Marked) else None
             if reason:
@@ -226,8 +229,7 @@ def read(
         raise Bad(name, f"<image> count: {places} for {len(named)} images")
     options = first(row, OPTIONS, list[str]) or []
     answer = truth_of(*chosen(row, "answer", columns), options)
-    letter = true_letter(answer)
-    if letter and not LISTED.search(question) and LETTERS.index(letter) < len(options):
+    if letter_of(answer) in LETTERS[: len(options)] and not LISTED.search(question):
         lines = [f"{mark}. {option}" for mark, option in zip(LETTERS, options, strict=False)]
         question = "\n".join([question.rstrip(), *lines])
     return Question(
@@ -241,15 +243,23 @@ def read(
 
 
 def chosen(row: dict, role: str, columns: dict[str, str]) -> tuple[str, object]:
-    """Return (name, value) of the column that has a role: the option's, else the first guess."""
-    names = {name.lower(): name for name in row}
+    """Return (name, value) of the column that has a role; Bad where there is none."""
+    name = column_of(row, role, columns)
+    if name is None:
+        wanted = columns.get(role) or " or ".join(GUESSES[role])
+        reason = f"no {wanted} ({role}=COLUMN names it); there are {', '.join(row)}"
+        raise Bad(role, f"missing: {reason}")
+    return name, row[name]
+
+
+def column_of(row: dict, role: str, columns: dict[str, str]) -> str | None:
+    """Return the column that an option names, else the first guess; None if the row lacks it."""
     if role in columns:
-        names = {columns[role]: columns[role]} if columns[role] in row else {}
-    for guess in (columns[role],) if role in columns else GUESSES[role]:
-        if guess in names:
-            return names[guess], row[names[guess]]
-    wanted = columns.get(role) or " or ".join(GUESSES[role])
-    raise Bad(role, f"missing: no {wanted} ({role}=COLUMN names it); there are {', '.join(row)}")
+        return columns[role] if columns[role] in row else None
+    # Copies of a set differ in their capitals.
+    names = {name.lower(): name for name in row}
+    found = [names[guess] for guess in GUESSES[role] if guess in names]
+    return found[0] if found else None
 
 
 def first(row: dict, names: tuple[str, ...], hint):
@@ -260,14 +270,14 @@ def first(row: dict, names: tuple[str, ...], hint):
 
 def images_of(row: dict, columns: dict[str, str]) -> list:
     """Return the images as the row has them, in order; none of a row of text alone."""
-    try:
-        _, value = chosen(row, "image", columns)
-    except Bad:
+    name = column_of(row, "image", columns)
+    if name is not None:
+        values = row[name] if isinstance(row[name], list) else [row[name]]
+    elif "image" in columns:
+        values = []
+    else:
         numbered = {int(match[1]): match[0] for match in map(NUMBERED.fullmatch, row) if match}
-        if "image" in columns:
-            numbered = {}
-        value = [row[numbered[place]] for place in sorted(numbered)]
-    values = value if isinstance(value, list) else [value]
+        values = [row[numbered[place]] for place in sorted(numbered)]
     # In some copies a row of text alone has "" or [].
     return [image for image in values if image not in (None, "")]
 
@@ -286,11 +296,16 @@ def picture(value) -> str | Marked:
     return image_of(value, "", "image")
 
 
+def letter_of(answer: str) -> str | None:
+    """Return the option that a truth names: what srreal takes for a choice, or a later letter."""
+    return answer if answer in LETTERS else true_letter(answer)
+
+
 def truth_of(name: str, value, options: list[str]) -> str:
     """Return the truth that a column holds, as text; of an option's index its letter."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    if matches(value, int) and value in range(min(len(options), len(LETTERS))):
+    if matches(value, int) and 0 <= value < min(len(options), len(LETTERS)):
         return LETTERS[value]
     if not isinstance(value, str | int | float):
         raise Bad(name, f"wrong type or value: {value!r:.60} is not one text or number")

@@ -278,6 +278,7 @@ def test_rows_of_text_alone_are_asked_on_direct(tmp_path, capsys):
         ({"answer": "(B)", "options": ["red", "blue"]}, "Which?\nA. red\nB. blue", "(B)"),
         ({"answer": "blue", "choices": ["red", "blue"]}, "Which?", "blue"),
         ({"answer": 7, "choices": ["red", "blue"]}, "Which?", "7"),
+        ({"answer": 5, "choices": [*"uvwxyz"]}, "Which?\nA. u\nB. v\nC. w\nD. x\nE. y\nF. z", "F"),
         ({"answer": 7}, "Which?", "7"),
         ({"answer": 2.5}, "Which?", "2.5"),
     ],

@@ -17,6 +17,7 @@ EQUAL = [
     (SURD, r" $2\sqrt{221}$. "),
     (SURD, r"\boxed{2\sqrt{221}}"),
     (SURD, r"\sqrt{884}"),
+    (SURD, "2√221"),
     (SURD, r"\frac{4\sqrt{221}}{2}"),
     (r"\frac { 1 } { 2 }", "1/2"),
     (r"\frac { 1 } { 2 }", "0.5"),
