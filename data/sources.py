@@ -150,7 +150,10 @@ def holds(folder: Path, pattern: str, found: Found) -> bool:
 
 def recognise_columns(file: Path) -> str:
     """Return the kind of a parquet file."""
-    return "refcoco" if SOURCES["refcoco"].row(dict.fromkeys(column_names(file))) else "vqa"
+    names = column_names(file)
+    # Either reader names a file that can't be read.
+    is_refcoco = not names or SOURCES["refcoco"].row(dict.fromkeys(names))
+    return "refcoco" if is_refcoco else "vqa"
 
 
 def recognise_object(file: Path) -> str | None:
