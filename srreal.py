@@ -33,6 +33,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import latex
 import official
 
 
@@ -411,6 +412,8 @@ def answer_score(answer: str | None, truth: str) -> float:
         return 1.0
     if kind == "number":
         return closeness(number(answer), number(as_answer(truth)))
+    if latex.is_latex(truth) and latex.equal(truth, answer):
+        return 1.0
     return 0.0
 
 

@@ -153,6 +153,8 @@ class Config:
     keep: CountOrZero = 0  # so many of them stay such that --resume can go on from them; 0: all
     # a tracker that gets the columns of metrics.jsonl, too; its package has to be installed
     track: Literal["none", "wandb", "trackio"] = "none"
+    # benchmarks, NAME=DIR each: rows that show their scenes are left out of --data
+    drop_leaks: tuple[str, ...] = ()
     resume: bool = False  # go on from the newest whole checkpoint in --out
     skip_bad_rows: bool = False  # go on without the unusable rows, and count them
 

@@ -66,17 +66,18 @@ def usable(loaded: Loaded, skip_bad_rows: bool) -> list[Example]:
     return loaded.examples
 
 
-def read(sources: str | Path | Iterable, more: Callable[[Example], list] | None = None) -> Loaded:
-    """Return what the sources hold; print what was counted, and which rows there are."""
-    if isinstance(sources, str | Path):
-        sources = [sources]
-    parts = []
-    for source in sources:
-        parts += parse_source(str(source))
+def read(
+    sources: str | Path | Iterable,
+    more: Callable[[Example], list] | None = None,
+    keeps: Callable[[Row], bool] | None = None,
+) -> Loaded:
+    """Return what the sources hold; print what was counted, and which rows there are.
+
+    keeps: tells which rows are read at all; None: all.
+    """
+    parts = parts_of(sources)
     # Up to here a row is text: of sets of many GB only the share that is taken stays in memory.
-    rows = []
-    for index, opened in enumerate(open_all(parts)):
-        rows += take_rows(parts[index], index, opened)
+    rows = [row for row in rows_of(parts) if keeps is None or keeps(row)]
     loaded, used = examples_of(rows, more)
     print_notes(rows)
     unused = dict.fromkeys(part.source for part in parts if part.source not in used)
@@ -86,13 +87,29 @@ def read(sources: str | Path | Iterable, more: Callable[[Example], list] | None 
     return loaded
 
 
+def parts_of(sources: str | Path | Iterable) -> list[Part]:
+    """Return the parts that sources, with their options, and mixture files name."""
+    if isinstance(sources, str | Path):
+        sources = [sources]
+    parts = []
+    for source in sources:
+        parts += parse_source(str(source))
+    return parts
+
+
+def rows_of(parts: list[Part]) -> Iterator[Row]:
+    """Yield the rows that are taken of the parts, in order."""
+    for index, opened in enumerate(open_all(parts)):
+        yield from take_rows(parts[index], index, opened)
+
+
 def open_all(parts: list[Part]) -> list[Iterator[Row]]:
     """Open every source before the first is read; MissingFile names all that aren't there."""
     opened = []
     missing = []
     for part in parts:
         try:
-            opened.append(open_source(part.source))
+            opened.append(open_source(part.source, **part.reading()))
         except MissingFile as error:
             missing.append(str(error))
     if missing:
@@ -125,8 +142,9 @@ def examples_of(rows: list[Row], more: Callable | None) -> tuple[Loaded, set[str
                 seen.discard((example.id, example.path))  # `known` has named it, with both places
                 problems += check(example, headers, seen)
             if more is not None and not problems:
+                leave_out_untaught(row, examples, more)
                 for example in fresh:
-                    problems += more(example)
+                    problems += more(example) if example in examples else []
             if not problems:
                 # The same objects again, for a weight above 1: nothing is read twice.
                 loaded.examples += examples * row.copies
@@ -135,6 +153,15 @@ def examples_of(rows: list[Row], more: Callable | None) -> tuple[Loaded, set[str
     # A source that is named twice has its bad rows once.
     loaded.bad = list(dict.fromkeys(loaded.bad))
     return loaded, used
+
+
+def leave_out_untaught(row: Row, examples: list[Example], more: Callable) -> None:
+    """Take out, and count, what can't be used on the paths for which the row's set is not made."""
+    for example in list(examples):
+        reasons = more(example) if example.path in row.untaught else []
+        if reasons:
+            examples.remove(example)
+            row.notes.add(f"rows left out on path {example.path}: {reasons[0][1]}")
 
 
 class Known:

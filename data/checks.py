@@ -18,12 +18,13 @@ from zlib import crc32
 import numpy as np
 from pydantic import TypeAdapter
 
+import latex
 from data.geometry import bare, check_geometry, mention_before
 from data.marks import DepthMap, Marked
 from data.rows import RELATIVE, Header, Headers, file_of
 from data.sets.spar_marks import PHRASE
 from pictures import BadPicture, is_data_uri, name_of, on_its_side, opened, picture_size
-from srreal import PATHS, Example
+from srreal import PATHS, Example, truth_kind
 
 # A chat template's token would end a turn, or stand for an image; boxes may be written in them.
 CONTROL = re.compile(r"<\|(?!(?:object_ref|box|quad)_)\w+\|>")
@@ -87,6 +88,10 @@ def check_texts(example):
         yield "path", f"unknown path: {example.path!r}, not one of {', '.join(PATHS)}"
     if not example.answer.strip():
         yield "answer", f"unknown answer kind: {example.answer!r}"
+    is_latex = latex.is_latex(example.answer) and truth_kind(example.answer) == "text"
+    if is_latex and not latex.is_installed():
+        reason = "LaTeX, which math-verify compares (pip install math-verify)"
+        yield "answer", f"{reason}: {example.answer!r:.60}"
     for field in ("question", "answer", "rationale"):
         text = getattr(example, field) or ""
         tokens = CONTROL.findall(text)

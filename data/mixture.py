@@ -1,6 +1,7 @@
 """Which rows a run takes: sources with their shares, on the command line or in a .toml file.
 
     kind:path@image_root,weight=.1,cap=1000,seed=1,path=dtr,occlusion=off
+    vqa:path,image=COLUMN,question=COLUMN,answer=COLUMN,split=train
 
     seed = 0                              in a file; $NAME is an environment variable
     [[source]]
@@ -46,6 +47,16 @@ class Part:
     path: Literal[*PATHS] | None = None  # only its Examples on this path
     # Of spar: off leaves out the check of depth, which tells hidden marks.
     occlusion: Literal["on", "off"] = "on"
+    # Of vqa: the names of its columns, and which of its splits is read.
+    image: str | None = None
+    question: str | None = None
+    answer: str | None = None
+    split: str | None = None
+
+    def reading(self) -> dict[str, str]:
+        """Return the options that the set's reader takes, those that are given."""
+        values = {name: getattr(self, name) for name in OF_VQA}
+        return {name: value for name, value in values.items() if value is not None}
 
     def share(self, rows: Iterable[Row]) -> Iterator[Row]:
         """Yield the rows that are taken, in their order."""
@@ -87,7 +98,8 @@ class Part:
         return int.from_bytes(digest, "big") / 2**64
 
 
-OPTIONS = ("weight", "cap", "seed", "path", "occlusion")
+OF_VQA = ("image", "question", "answer", "split")
+OPTIONS = ("weight", "cap", "seed", "path", "occlusion", *OF_VQA)
 WITH_OPTIONS = re.compile(rf"(.*?)((?:,(?:{'|'.join(OPTIONS)})=[^,]*)+)")
 
 
@@ -112,6 +124,9 @@ def make_part(source: str, options: dict) -> Part:
     occlusion = options.get("occlusion", "on")
     if occlusion != "on" and not (occlusion == "off" and source.startswith("spar:")):
         raise BadSource(f"{source}: occlusion={occlusion}: it is on, or off for a spar:PATH")
+    for name in OF_VQA:
+        if name in options and not (options[name] and source.startswith("vqa:")):
+            raise BadSource(f"{source}: {name}={options[name]}: it is for a vqa:PATH")
     try:
         return Part(source, **options)
     except ValidationError as error:

@@ -12,7 +12,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from types import UnionType
@@ -85,6 +85,11 @@ class Row:
     files: tuple | Callable = ()
     path: str | None = None  # only Examples on this path, unless a mixture asks for another
     notes: Notes | None = None  # None: the source's, which data.load makes
+    # As its file has it: what names its scene may stand in any field (data/leakage.py).
+    record: dict = field(default_factory=dict)
+    # Paths on which its set has no rationales. What SFT can't learn of them is left out and
+    # counted, where it would be bad in a set that is made for SFT.
+    untaught: tuple[str, ...] = ()
     # Set by the mixture that takes the row.
     source: str = ""
     part: int = 0  # the how manieth source of the mixture
@@ -138,8 +143,11 @@ def each(path: Path, suffixes: tuple, build: Callable) -> Iterator[Row]:
             if isinstance(row, Bad):
                 yield broken(file, number, row)
                 continue
+            record = dict(row)  # some readers fill in what a row lacks
             try:
-                yield from build(file, number, row)
+                for made in build(file, number, row):
+                    made.record = record
+                    yield made
             except Bad as error:
                 yield broken(file, number, error)
 
@@ -334,10 +342,7 @@ def typed(row: dict, required: dict, optional: dict) -> dict:
 
 
 def turns(row: dict) -> list[tuple[str, str]]:
-    """Return (question, answer) of every turn.
-
-    Image tokens that all stand in front are dropped: images come first anyway.
-    """
+    """Return (question, answer) of every turn."""
     texts = [part.get("value", "").strip() for part in row["conversations"]]
     speakers = [part.get("from") for part in row["conversations"]]
     # Names differ from set to set; what counts is that nobody speaks in the other's place.
@@ -348,9 +353,14 @@ def turns(row: dict) -> list[tuple[str, str]]:
         raise Bad("conversations", "wrong order or blank: questions and answers have to take turns")
     pairs = []
     for question, answer in zip(texts[::2], texts[1::2], strict=True):
-        bare = re.sub(r"^(?:<image>\s*)+", "", question)
-        pairs.append((question if "<image>" in bare else bare, answer))
+        pairs.append((without_first_marks(question), answer))
     return pairs
+
+
+def without_first_marks(question: str) -> str:
+    """Drop image tokens that all stand in front: images come first anyway."""
+    bare = re.sub(r"^(?:<image>\s*)+", "", question)
+    return question if "<image>" in bare else bare
 
 
 # ---- sizes and depth maps of images

@@ -67,6 +67,7 @@ def own_rows(path: Path, root: str | None) -> Iterator[Row]:
             example.id,
             make=lambda headers, example=example: [example],
             files=tuple(file for file in files if isinstance(file, str)),
+            record=row,
         )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from data.folders import Found, walk
+from data.parquet import column_names
 from data.rows import BadSource, MissingFile, Row, first_byte, records
 from data.schema import own_rows
 from data.sets.ca1m import ca1m_rows
@@ -20,6 +21,7 @@ from data.sets.spar import spar_rows
 from data.sets.spar_marks import MARKS
 from data.sets.spatialrgpt import spatialrgpt_rows
 from data.sets.srreal import srreal_rows
+from data.sets.vqa import is_vqa, vqa_rows
 
 
 def has(*fields: str) -> Callable[[dict], bool]:
@@ -54,12 +56,16 @@ SOURCES = {
     "omni3d": Source(omni3d_rows),
     "ca1m": Source(ca1m_rows, folder=("**/*.wide",)),
     "llava": Source(llava_rows, row=has("conversations")),
-    "refcoco": Source(refcoco_rows, folder=("**/*.parquet",), row=has("bbox", "answer")),
+    "refcoco": Source(refcoco_rows, row=has("bbox", "answer")),
+    "vqa": Source(vqa_rows, folder=("**/*.arrow",), row=is_vqa),
 }
 
 
-def open_source(source: str) -> Iterator[Row]:
-    """Return the rows of a source, which are read as they are asked for."""
+def open_source(source: str, **options) -> Iterator[Row]:
+    """Return the rows of a source, which are read as they are asked for.
+
+    options: what its reader takes beside the path and the image root.
+    """
     kind, colon, path = source.partition(":")
     # What exists as a path is not taken apart.
     if not colon or os.path.exists(source):
@@ -87,7 +93,7 @@ def open_source(source: str) -> Iterator[Row]:
         kind = "scenes"
     if kind is None:
         kind = recognise(Path(path))
-    return SOURCES[kind].read(Path(path), root)
+    return SOURCES[kind].read(Path(path), root, **options)
 
 
 def recognise(path: Path) -> str:
@@ -102,12 +108,15 @@ def recognise(path: Path) -> str:
             kind = recognise_folder(path, found)
             if kind is not None:
                 return kind
+            table = next(found.files_like("*.parquet"), None)
+            if table is not None:
+                return recognise_columns(table)
             rows = next(found.files_like("*.json*"), None)
             if rows is not None:
                 path = rows
                 break
     if path.suffix.lower() == ".parquet":
-        return "refcoco"
+        return recognise_columns(path)
     if path.suffix.lower() not in (".json", ".jsonl"):
         raise MissingFile(
             f"{path}: neither a folder with rows.jsonl (a whole set) nor a .json or .jsonl file"
@@ -137,6 +146,14 @@ def holds(folder: Path, pattern: str, found: Found) -> bool:
     if name == pattern:
         return next(folder.glob(name), None) is not None
     return any(found.files_like(name)) or any(found.folders_like(name))
+
+
+def recognise_columns(file: Path) -> str:
+    """Return the kind of a parquet file."""
+    names = column_names(file)
+    # Either reader names a file that can't be read.
+    is_refcoco = not names or SOURCES["refcoco"].row(dict.fromkeys(names))
+    return "refcoco" if is_refcoco else "vqa"
 
 
 def recognise_object(file: Path) -> str | None:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 import data
 import machine
 import plan
+from data.leakage import Filter
 from errors import UserError
 from model.delta import check_kernels
 from model.files import checkpoint_of
@@ -153,15 +154,16 @@ def check_together(cfg, doubts: Sequence[str] = ()) -> None:
 def load_data(cfg, more: Callable | None = None) -> tuple[list[Example], list[Example]]:
     """Return the examples of --data and of --eval-data; bad rows of both in one BadRows.
 
-    more: example -> [(field, reason)], what else makes a row unusable, as in data.load.
+    --data comes without the rows that --drop-leaks leaves out. more: example -> [(field, reason)],
+    what else makes a row unusable, as in data.load.
     """
-    sets = []
-    bad = []
-    for sources in (cfg.data, cfg.eval_data):
-        loaded = data.read(sources, more) if sources else data.Loaded()
-        sets.append(loaded)
-        bad += loaded.bad
+    leaks = Filter(vars(cfg).get("drop_leaks") or ())
+    sets = [data.read(cfg.data, more, leaks.keeps if leaks.benchmarks else None)]
+    if leaks.benchmarks:
+        ranks.say(leaks.summary())
+    sets.append(data.read(cfg.eval_data, more) if cfg.eval_data else data.Loaded())
     # A row that is in both sets is named once.
+    bad = sets[0].bad + sets[1].bad
     bad = data.BadRows(list(dict.fromkeys(bad)))
     if bad.rows and not cfg.skip_bad_rows:
         raise bad

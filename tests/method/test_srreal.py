@@ -7,9 +7,11 @@ import math
 import pickle
 import random
 import re
+import sys
 
 import pytest
 
+import latex
 import official
 import srreal
 from srreal import Example, Scores, answer_score, parse, prompt, score, target
@@ -87,9 +89,10 @@ def test_scores_are_named_in_order_and_pickle():
 
 def test_srreal_needs_the_standard_library_only():
     imports = re.findall(r"^(?:import|from) (\w+)", inspect.getsource(srreal), re.MULTILINE)
-    assert set(imports) <= {"math", "re", "collections", "dataclasses", "official"}
-    imports = re.findall(r"^(?:import|from) (\w+)", inspect.getsource(official), re.MULTILINE)
-    assert set(imports) <= {"math", "re"}
+    assert set(imports) <= {"math", "re", "collections", "dataclasses", "official", "latex"}
+    for module in (official, latex):
+        imports = re.findall(r"^(?:import|from) (\w+)", inspect.getsource(module), re.MULTILINE)
+        assert set(imports) <= sys.stdlib_module_names
 
 
 # ---- Prompt
