@@ -354,6 +354,11 @@ class Processor:
             length += rows * columns // self.image_processor.merge_size**2 - 1
         return length
 
+    def pixels_of(self, size: tuple[int, int]) -> int:
+        """Return how many pixels of an image of (width, height) the model reads."""
+        rows, columns = self.decoder.grid_of(size)
+        return rows * columns * self.image_processor.patch_size**2
+
     def _warn_of_length(self, example: Example, length: int) -> None:
         """Say of the first prompt that is too long for the checkpoint; training refuses such."""
         limit = self.max_positions
