@@ -450,7 +450,10 @@ class Processor:
         self.images.prefetch(sources)
 
     def pack(
-        self, prompts: list[Prompt], completions: list[list[list[int]]] | None = None
+        self,
+        prompts: list[Prompt],
+        completions: list[list[list[int]]] | None = None,
+        share: bool = False,
     ) -> Batch:
         """Pack prompts, alone or with completions: see model.batch.pack."""
         return pack(
@@ -460,6 +463,7 @@ class Processor:
             merge=self.image_processor.merge_size,
             frames=self.image_processor.temporal_patch_size,
             levels=self.levels,
+            share=share,
         )
 
     def __call__(

@@ -9,6 +9,7 @@ tokens, H hidden width, K key-value heads, D head width.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -177,9 +178,7 @@ class PromptRows:
         self.lengths[at] = upload(lengths, device)
         # (T, K, D) -> (rows, K, P, D): behind its end a prompt repeats its last token, unseen.
         longest = int(lengths.max())
-        starts = torch.tensor([start for start, *_ in batch.segments])
-        within = torch.minimum(torch.arange(longest), lengths[:, None] - 1)
-        index = upload(starts[:, None] + within, device)
+        index = upload(prompt_tokens(batch, longest), device)
         caches = iter(self.layers)
         states = iter(self.states)
         for attends, left in zip(self.attends, layers, strict=True):
@@ -188,6 +187,20 @@ class PromptRows:
                     room[at, :, :longest] = new[index].transpose(1, 2)
                 else:  # state, then ring
                     room[at] = new
+
+
+def prompt_tokens(batch, longest: int) -> np.ndarray:
+    """Return where the tokens of a batch's prompts are packed: (B, longest), the last repeated.
+
+    A prompt is the segment that its last token ends, behind that segment's prefix.
+    """
+    by_end = {end: (start, low, high) for start, end, low, high in batch.segments}
+    rows = []
+    for last in batch.last.tolist():
+        start, low, high = by_end[last + 1]
+        tokens = np.concatenate((np.arange(low, high), np.arange(start, last + 1)))
+        rows.append(np.pad(tokens, (0, longest - len(tokens)), mode="edge"))
+    return np.stack(rows)
 
 
 class Cache:
