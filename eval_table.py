@@ -208,14 +208,15 @@ def print_table(results: dict) -> None:
         if not any(summary[metric] for _, summary in lines):
             columns.remove(metric)
     headings = "".join(f"{COLUMNS[metric]:>12}" for metric in columns)
-    print(f"\n{'':22}{'n':>6}{headings}  unparsed  truncated")
+    width = max(22, *[len(name) + 1 for name, _ in lines])
+    print(f"\n{'':{width}}{'n':>6}{headings}  unparsed  truncated")
     for name, summary in lines:
         cells = ""
         for metric in columns:
             digits = 1 if metric == "tokens" else 3
             cells += f"{show(summary[metric], digits):>12}"
         counts = f"{summary['unparsed']:>10}{summary['truncated']:>11}"
-        print(f"{name:22}{summary['n']:>6}{cells}{counts}")
+        print(f"{name:{width}}{summary['n']:>6}{cells}{counts}")
 
 
 def show(number: dict | None, digits: int) -> str:

