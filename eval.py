@@ -33,10 +33,11 @@ there is. How a number is computed (eval_table.py):
 
 A benchmark also gets its own table, by its published scorer and by ours (data/benchmarks), in per
 cent; the last columns are others' figures, unless a part of the set is asked (--limit, one task) or
-there. What each answer got by both stands in predictions.jsonl (`official`, `robust`). Its --data is
-where it was downloaded to. Table and summary.json say what was shown: images or frames of a video,
-how many, and of how many pixels. A video is shown as --frames k images: int(i (n - 1) / (k - 1)) of
-its n frames, i = 0 .. k - 1 (data/frames.py). On both paths, a line compares them by question.
+there. What each answer got by both stands in predictions.jsonl (`official`, `robust`). Its --data
+is where it was downloaded to. Table and summary.json say what was shown: images or frames of a
+video, how many, and of how many pixels. A video is shown as --frames k images:
+int(i (n - 1) / (k - 1)) of its n frames, i = 0 .. k - 1 (data/frames.py). On two paths, a line
+compares them by question.
 
 --suite asks all of its benchmarks that are there: each lies in a folder of its name below --data,
 and gets one below --out, as if it were asked alone; then comes one table, also in suite.json. Those
@@ -817,7 +818,9 @@ def write_end(config: Config, rows: list[dict], summary: dict) -> None:
 def ask_suite(config: Config) -> dict | None:
     """Ask all benchmarks of a suite that are there; return what suite.json says."""
     if config.benchmark or len(config.data) != 1:
-        raise UserError(f"--suite {config.suite}: give one --data, with a folder each, no --benchmark")
+        raise UserError(
+            f"--suite {config.suite}: give one --data, with a folder each, no --benchmark"
+        )
     config = replace(config, out=config.out or default_out(config))
     root = Path(config.data[0])
     names = benchmarks.SUITES[config.suite]

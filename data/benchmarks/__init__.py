@@ -17,8 +17,8 @@ a file and enter it in BENCHMARKS. A row's answers are marked by two scorers:
     robust    reads one answer or none, and none is wrong (answers.py)
 `unparsed`: the share of responses in which the robust scorer reads no answer, given with both.
 
-`estimates` gives the same with standard errors (means.py), clustered by what rows share: an image, a
-video, and the scene where the set says which it is.
+`estimates` gives the same with standard errors (means.py), clustered by what rows share: an image,
+a video, and the scene where the set says which it is.
 
 Departures: a row that can't be used stops the run, as a benchmark is read whole, unless
 skip_bad_rows leaves it out. A count that differs from the published one is a warning, and no

@@ -4,9 +4,9 @@ official  the authors' rule: "(A)", else " A ", else "A.", else "A:" or ":A", of
           in upper case; of several letters the one whose last " A " stands last, else the first.
           Where there is none the authors draw one at random; here that is wrong.
 
-`overall` is the chance-adjusted accuracy over images and videos together, (hits - sum 1/n) / (rows -
-sum 1/n) with n options a row: 0 is chance, and less is possible. So are the categories; `accuracy`
-is not adjusted.
+`overall` is the chance-adjusted accuracy over images and videos together,
+(hits - sum 1/n) / (rows - sum 1/n) with n options a row: 0 is chance, and less is possible. So are
+the categories; `accuracy` is not adjusted.
 
 It holds questions of VSI-Bench, 3DSRBench, MMIU and others: who trains on those trains on SITE.
 """
@@ -32,7 +32,9 @@ WORDS = "Give me the answer letter directly. The best answer is:"
 
 
 def read(row: Row) -> Iterator[Item]:
-    shown = row.items("visual", str) if isinstance(row.value("visual"), list) else [row.text("visual")]
+    shown = (
+        row.items("visual", str) if isinstance(row.value("visual"), list) else [row.text("visual")]
+    )
     options = row.items("options", str)
     asked = row.text("question").strip()
     direct = f"Question: {asked}\nOptions:{lettered(options, '{}: {}')}\n{WORDS}"

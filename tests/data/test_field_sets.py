@@ -815,7 +815,9 @@ def resampled(aggregate, pairs, clusters, draws=1500):
     cluster is a set of questions of its own."""
     draw = random.Random(1)
     names = sorted(set(clusters))
-    members = {name: [p for p, c in zip(pairs, clusters, strict=True) if c == name] for name in names}
+    members = {
+        name: [p for p, c in zip(pairs, clusters, strict=True) if c == name] for name in names
+    }
     values = []
     for _ in range(draws):
         taken = []

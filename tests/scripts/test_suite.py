@@ -78,7 +78,9 @@ def test_the_table_says_what_was_shown_and_how_sure_it_is(tmp_path, monkeypatch,
     official, robust, *others = line.split()[1:]
     assert others == ["33.7", "26.6", "57.9"] and "±" in official and "±" in robust
     value, error = official.split("±")
-    assert float(value) == pytest.approx(summary["benchmark"]["direct"]["official"]["overall"], abs=0.06)
+    assert float(value) == pytest.approx(
+        summary["benchmark"]["direct"]["official"]["overall"], abs=0.06
+    )
     errors = summary["standard_errors"]["direct"]["official"]
     assert float(error) == pytest.approx(errors["overall"], abs=0.06)
     assert [figure["source"] for figure in summary["published"]][:2] == ["EASI, 128 frames"] * 2
@@ -280,11 +282,19 @@ def test_clusters_are_what_rows_share_also_through_others():
 
 def row(question, path, value, cluster=None, **more):
     name = f"{question}-{path}"
-    return dict(id=name, question_id=question, path=path, accuracy=value, cluster=cluster or question) | more
+    return (
+        dict(id=name, question_id=question, path=path, accuracy=value, cluster=cluster or question)
+        | more
+    )
 
 
 def test_comparisons_by_question_and_across_paths():
-    before = [row("a", "lor", 0.0), row("b", "lor", 1.0), row("c", "lor", 0.0), row("x", "lor", 1.0)]
+    before = [
+        row("a", "lor", 0.0),
+        row("b", "lor", 1.0),
+        row("c", "lor", 0.0),
+        row("x", "lor", 1.0),
+    ]
     after = [row("c", "lor", 1.0), row("b", "lor", 1.0), row("a", "lor", 1.0), row("y", "lor", 1.0)]
     got = paired_by_question(before, after)
     # 1, 0, 1
@@ -305,7 +315,9 @@ def test_comparisons_by_question_and_across_paths():
     assert points({"value": -0.0321, "se": 0.011, "n": 9}) == "-3.2 ± 1.1"
 
 
-DETECTED = '<detect>Find 1 relevant objects:\n<3d_box center="0,0,1">door (red bbox)</3d_box></detect>'
+DETECTED = (
+    '<detect>Find 1 relevant objects:\n<3d_box center="0,0,1">door (red bbox)</3d_box></detect>'
+)
 
 
 def test_both_paths_are_compared(tmp_path, monkeypatch, capsys):
