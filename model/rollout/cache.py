@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels.decode_attention import Table
 from kernels.packed_attention import upload
+from model.delta import walked
 from model.rollout.scheduler import Sequence
 
 MAX_SLOTS = 256  # more hardly raise the throughput, neither of a GPU nor of a CPU
@@ -179,6 +180,7 @@ class PromptRows:
         # (T, K, D) -> (rows, K, P, D): behind its end a prompt repeats its last token, unseen.
         longest = int(lengths.max())
         index = upload(prompt_tokens(batch, longest), device)
+        ends = upload(prompt_ends(batch), device)
         caches = iter(self.layers)
         states = iter(self.states)
         for attends, left in zip(self.attends, layers, strict=True):
@@ -186,7 +188,7 @@ class PromptRows:
                 if attends:  # keys, then values
                     room[at, :, :longest] = new[index].transpose(1, 2)
                 else:  # state, then ring
-                    room[at] = new
+                    room[at] = new[ends]
 
 
 def prompt_tokens(batch, longest: int) -> np.ndarray:
@@ -194,13 +196,19 @@ def prompt_tokens(batch, longest: int) -> np.ndarray:
 
     A prompt is the segment that its last token ends, behind that segment's prefix.
     """
-    by_end = {end: (start, low, high) for start, end, low, high in batch.segments}
+    segments = walked(batch.segments)
     rows = []
-    for last in batch.last.tolist():
-        start, low, high = by_end[last + 1]
-        tokens = np.concatenate((np.arange(low, high), np.arange(start, last + 1)))
+    for place in prompt_ends(batch):
+        start, end, low, high = segments[place]
+        tokens = np.concatenate((np.arange(low, high), np.arange(start, end)))
         rows.append(np.pad(tokens, (0, longest - len(tokens)), mode="edge"))
     return np.stack(rows)
+
+
+def prompt_ends(batch) -> list[int]:
+    """Return which segment, in the order of a walk, each of a batch's prompts ends with."""
+    by_end = {end: place for place, (_, end, _, _) in enumerate(walked(batch.segments))}
+    return [by_end[last + 1] for last in batch.last.tolist()]
 
 
 class Cache:

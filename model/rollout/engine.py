@@ -102,16 +102,14 @@ class SampleStream:
             return False
         # A prompt at least; how many more depends on their lengths.
         groups = list(self.scheduler.unencoded)[: len(prompts.free)]
-        # What comes behind a delta layer's state is known for whole prompts only.
-        share = not self.decoder.model.decoder.sizes.delta_layers
         sources = (group.source for group in groups)
-        encoded = prompts_within(self.processor, sources, self.prefill_tokens, share)
+        encoded = prompts_within(self.processor, sources, self.prefill_tokens, share=True)
         if not self.decoder.make_room(max(len(prompt.ids) for prompt in encoded)):
             return False
         # Wider rows may be fewer.
         encoded = encoded[: len(prompts.free)]
-        # One packed forward, without padding, as in training.
-        batch = self.processor.pack(encoded, share=share).to(prompts.lengths.device, self.images)
+        # One packed forward, without padding and with shared images once, as in training.
+        batch = self.processor.pack(encoded, share=True).to(prompts.lengths.device, self.images)
         rows = prompts.take([len(prompt.ids) for prompt in encoded])
         hidden, layers = self.decoder.model.prefill(batch)
         prompts.store(rows, batch, hidden, layers)

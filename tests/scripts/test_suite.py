@@ -337,15 +337,15 @@ def test_both_paths_are_compared(tmp_path, monkeypatch, capsys):
 # ---- Frames are encoded once
 
 
-@pytest.fixture
-def tiny(tmp_path):
+@pytest.fixture(params=["qwen3_vl", "qwen3_5"])
+def tiny(tmp_path, request):
     """A random checkpoint: its model, and a processor for images of so many pixels."""
     from model import tiny
     from model.processor import Processor
     from model.qwen_vl import QwenVL
 
     torch.set_num_threads(1)
-    tiny.write("qwen3_vl", tmp_path / "tiny")
+    tiny.write(request.param, tmp_path / "tiny")
     model = QwenVL.from_pretrained(tmp_path / "tiny", device="cpu", dtype=torch.float32)
     return model, lambda pixels: Processor.from_pretrained(tmp_path / "tiny", max_pixels=pixels)
 
