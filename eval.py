@@ -724,7 +724,7 @@ def print_comparison(rows: list[dict]) -> None:
     first, second = [[row for row in rows if row["path"] == path] for path in paths]
     change = paired_by_question(first, second)
     names = " - ".join(path.upper() for path in reversed(paths))
-    print(f"{names}: {points(change)} points of accuracy, paired over {change['n']:,} questions")
+    print(f"paired over {change['n']:,} questions: {names} {points(change)} points of accuracy")
 
 
 # ---- One eval, or all of a suite

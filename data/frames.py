@@ -126,7 +126,7 @@ def measure(video: str) -> tuple[int, tuple[int, int]]:
 
 
 # A video is decoded once for all its frames, which are asked for one behind the other: the last
-# video's stay (32 of 640 x 480: 29 MB).
+# video's stay (32 of 640 x 480: 29 MB). Each worker process that is given some of them does so.
 @lru_cache(maxsize=1)
 def decode(video: str, chosen: tuple[int, ...]) -> list[Image.Image]:
     """Return these frames of a video. Its last one stands for those that its header promised."""

@@ -12,11 +12,9 @@ Departure: on path direct the task is put in our words, unless the row brings it
 
 import re
 from collections.abc import Iterator
-from pathlib import PurePosixPath
 
 from data.benchmarks.means import Mean, Scored, means
 from data.benchmarks.schema import Benchmark, Item, Row, letter
-from data.marks import Marked
 from srreal import Example
 
 # An id says which setting it is of; the first that occurs in it.
@@ -62,14 +60,6 @@ def setting(name: str) -> str:
         if word in name.lower():
             return word
     return "other"
-
-
-def scene(example: Example) -> str | None:
-    """Return the folder of the images: the views of one scene lie together."""
-    image = example.images[0] if example.images else None
-    if isinstance(image, Marked) and isinstance(image.source, str):
-        return str(PurePosixPath(image.source).parent)
-    return None
 
 
 # ---- Scores
@@ -136,5 +126,4 @@ MINDCUBE_TINY = Benchmark(
             {"overall": 32.4, "rotation": 36.4, "among": 32.3, "around": 30.7},
         ),
     ),
-    scene=scene,
 )

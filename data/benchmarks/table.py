@@ -89,7 +89,8 @@ def input_line(shown: dict) -> str:
     """Say what was shown in one line."""
     parts = []
     if shown["images"]:
-        parts.append(f"{span(shown['images'])} images a question")
+        images = "image" if shown["images"] == [1, 1] else "images"
+        parts.append(f"{span(shown['images'])} {images} a question")
     if shown["frames"]:
         parts.append(f"{span(shown['frames'])} frames of a video as images, {shown['frame_rule']}")
     each = "a frame" if shown["frames"] and not shown["images"] else "an image"

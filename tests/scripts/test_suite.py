@@ -4,6 +4,7 @@ and incomplete sets, ranks, interruptions; comparisons by question; frames that 
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal, get_args, get_type_hints
 
 import field_sets as sets
 import numpy as np
@@ -169,7 +170,7 @@ def test_a_suite_on_both_paths_and_with_a_broken_set(tmp_path, capsys, asked):
     with pytest.raises(UserError, match="not asked, as they can't be read: mmsi"):
         evaluation.main(config)
     printed = capsys.readouterr().out
-    assert "mmsi: " in printed and "DTR - LOR:" in printed
+    assert "mmsi: " in printed and "DTR - LOR " in printed
     summary = json.loads((tmp_path / "out" / "suite.json").read_text())
     assert set(summary["sets"]) == {"vsi-bench", "mindcube-tiny"}
     assert set(summary["sets"]["vsi-bench"]["benchmark"]) == {"lor", "dtr"}
@@ -187,6 +188,7 @@ def test_mistakes_with_a_suite(tmp_path, asked):
             evaluation.main(replace(config, **wrong))
     with pytest.raises(UserError, match="--frames 0"):
         Config("m", frames=0)
+    assert get_args(get_type_hints(Config)["suite"])[0] == Literal[tuple(benchmarks.SUITES)]
     assert evaluation.default_out(replace(config, model="x/sft")) == "out/eval/sft-easi8"
 
 
@@ -331,7 +333,7 @@ def test_both_paths_are_compared(tmp_path, monkeypatch, capsys):
     evaluation.main(config)
     printed = capsys.readouterr().out
     # Of two questions of an image each, one gains.
-    assert "DTR - LOR: +50.0 ± 50.0 points of accuracy, paired over 2 questions" in printed
+    assert "paired over 2 questions: DTR - LOR +50.0 ± 50.0 points of accuracy" in printed
 
 
 # ---- Frames are encoded once
