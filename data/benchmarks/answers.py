@@ -57,8 +57,24 @@ def answer_text(response: str) -> str:
 def options_of(question: str) -> list[tuple[str, str]]:
     """Return the letters and texts of a question's options, which come in order; [] without any."""
     markers = list(MARKER.finditer(question))
+    # Those that begin a line are a list; letters within a line may be labels that it speaks of.
+    leading = [
+        marker for marker in markers if not question[: marker.start()].strip(" ")[-1:].strip()
+    ]
+    best = longest_chain(leading) or longest_chain(markers)
+    options = []
+    ends = [marker.start() for marker in best[1:]]
+    if best:
+        ends.append(len(question))
+    for marker, end in zip(best, ends, strict=True):
+        text = question[marker.end() : end].strip().split("\n")[0]
+        options.append((marker[1], text.rstrip(" ,;")))
+    return options
+
+
+def longest_chain(markers: list[re.Match]) -> list[re.Match]:
+    """Return the last of the longest runs A, B, ... of at least two; [] where there is none."""
     best = []
-    # Of several ways to begin with an A the last that has most options: "vitamin A. A. x B. y".
     for i, first in enumerate(markers):
         if first[1] != "A":
             continue
@@ -68,14 +84,7 @@ def options_of(question: str) -> list[tuple[str, str]]:
                 chain.append(marker)
         if len(chain) >= max(2, len(best)):
             best = chain
-    options = []
-    ends = [marker.start() for marker in best[1:]]
-    if best:
-        ends.append(len(question))
-    for marker, end in zip(best, ends, strict=True):
-        text = question[marker.end() : end].strip().split("\n")[0]
-        options.append((marker[1], text.rstrip(" ,;")))
-    return options
+    return best
 
 
 def count_options(question: str) -> int:

@@ -19,6 +19,7 @@ from data.benchmarks.answers import LETTERS, count_options
 from data.benchmarks.means import Mean, Scored
 from data.benchmarks.schema import Benchmark, Item, Row, letter, lettered
 from data.frames import is_video
+from data.rows import Bad, matches
 from srreal import Example
 
 VIDEO_WORDS = (
@@ -32,9 +33,11 @@ WORDS = "Give me the answer letter directly. The best answer is:"
 
 
 def read(row: Row) -> Iterator[Item]:
-    shown = (
-        row.items("visual", str) if isinstance(row.value("visual"), list) else [row.text("visual")]
-    )
+    shown = row.value("visual")
+    if isinstance(shown, str):
+        shown = [shown]
+    if not (shown and matches(shown, list[str])):
+        raise Bad("visual", f"wrong type or value: {shown!r:.50} is no list of paths")
     options = row.items("options", str)
     asked = row.text("question").strip()
     direct = f"Question: {asked}\nOptions:{lettered(options, '{}: {}')}\n{WORDS}"

@@ -117,16 +117,18 @@ def print_marks(name: str, path: str, marks: Marks, figures: tuple) -> None:
     """Print a path's per cent by both scorers, and a column for each of others' figures."""
     others = [f"{model} ({source})" for model, source, _ in figures]
     heading = "".join(f"{other:>{len(other) + 4}}" for other in others)
-    print(f"\n{name + ' ' + path:46}{'official':>12}{'robust':>12}{heading}")
+    title = f"{name} {path}"
+    width = max(34, len(title) + 1, *[len(key) + 3 for key in marks.official])
+    print(f"\n{title:{width}}{'official':>12}{'robust':>12}{heading}")
     for key, official in marks.official.items():
-        line = f"  {key:44}{shown(official):>12}{shown(marks.robust[key]):>12}"
+        line = f"{'  ' + key:{width}}{shown(official):>12}{shown(marks.robust[key]):>12}"
         for other, (_, _, figure) in zip(others, figures, strict=True):
             cell = f"{figure[key]:.1f}" if key in figure else ""
             line += f"{cell:>{len(other) + 4}}"
         print(line.rstrip())
     for column, error in (marks.errors or {}).items():
         unit = "off, degrees" if column == "direction" else "off / truth"
-        print(f"  {f'{column} {unit}':44}{error:>12.2f}")
+        print(f"{f'  {column} {unit}':{width}}{error:>12.2f}")
 
 
 @dataclass
@@ -148,11 +150,15 @@ class SuiteRow:
 
 def print_suite(suite: str, rows: list[SuiteRow], figures: dict[str, tuple]) -> None:
     """Print a line for each benchmark and path; figures: name -> what others have published."""
-    print(f"\n{suite + ', overall':24}{'rows':>8}{'official':>12}{'robust':>12}  published")
+    print(f"\n{suite + ', overall':24}{'rows':>16}{'official':>12}{'robust':>12}  published")
     for row in rows:
         cells = f"{shown(row.official):>12}{shown(row.robust):>12}"
-        line = f"{row.name + ' ' + row.path:24}{row.rows:>8,}{cells}  "
-        print(line + figures_line(figures.get(row.name, ())))
+        count = f"{row.rows:,}"
+        if not row.is_complete:
+            count += f" of {row.published_rows:,}"
+        line = f"{row.name + ' ' + row.path:24}{count:>16}{cells}  "
+        line += figures_line(figures.get(row.name, ()))
+        print(line.rstrip())
     print()
     for name, text in {row.name: row.shown for row in rows}.items():
         print(f"  {name}: {text}")

@@ -533,6 +533,22 @@ def test_robust_numbers_of_vsi_bench(said, true, earned):
     assert got == (None if earned is None else pytest.approx(earned))
 
 
+def test_how_many_options_a_question_has():
+    for question, count in (
+        ("Which?\nA. one\nB. two", 2),
+        ("Which? (A) one (B) two (C) three", 3),
+        ("Options: A: one, B: two, C: three, D: four", 4),
+        ("Points A. B. C. and D. are marked.\nOptions:\nA: one\nB: two", 2),
+        ("Of A. one B. two, which? A. yes B. no", 2),
+        ("\n".join(f"{letter}) {letter}x" for letter in "ABCDEFGH"), 8),
+        ("Vitamin A. How many?", 0),
+        ("How many?", 0),
+        ("", 0),
+    ):
+        assert count_options(question) == count, question
+    assert options_of("Which?\nA. one, or none\nB. two.") == [("A", "one, or none"), ("B", "two.")]
+
+
 def test_robust_reads_as_many_letters_as_there_are_options():
     two = "Which?\nA. yes\nB. no"
     assert mark("site", "The answer is D", "A", "", two, "robust") is None
