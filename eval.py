@@ -3,6 +3,7 @@
     python eval.py --model out/rl/step-000150 --data out/scenes/test --out out/eval-rl
     python eval.py --model DIR --benchmark cv-bench --path direct --out out/cv-bench
     torchrun --nproc_per_node 8 eval.py --model DIR --benchmark spar-bench --data /sets/SPAR-Bench
+    torchrun --nproc_per_node 8 eval.py --model DIR --suite easi8 --data /sets --path direct
 
 A question is asked on each path (--path both: lor and dtr) by its own row, or by a copy of the row
 there is. How a number is computed (eval_table.py):
@@ -17,9 +18,9 @@ there is. How a number is computed (eval_table.py):
               are placed; on path direct of those in its <3d_box> lines (`accuracy`, of equal text,
               is about 0 there).
   head m      the same for the 3D head, over regions with a known object. It reads the prompt alone.
-  ±           one standard error. Questions of one image are not independent: residuals are summed
-              by image first. Of a median: half the distance of the quantiles
-              1/2 ± 1/(2 sqrt(images)).
+  ±           one standard error. Questions that share an image or a video, also through others,
+              or a benchmark's scene, are not independent: residuals are summed by such clusters
+              first. Of a median: half the distance of the quantiles 1/2 ± 1/(2 sqrt(clusters)).
   unparsed    no answer could be read. truncated: no end token within --max-new-tokens. tokens: mean
               length.
   size m      the mean difference of width, height and length, median over the boxes whose size is
@@ -31,9 +32,16 @@ there is. How a number is computed (eval_table.py):
               (predictions-no-depth.jsonl).
 
 A benchmark also gets its own table, by its published scorer and by ours (data/benchmarks), in per
-cent; the last column is somebody else's figure, unless --limit or one task is asked for. What each
-answer got by both stands in predictions.jsonl (`official`, `robust`). Its --data is where it was
-downloaded to.
+cent; the last columns are others' figures, unless a part of the set is asked (--limit, one task) or
+there. What each answer got by both stands in predictions.jsonl (`official`, `robust`). Its --data
+is where it was downloaded to. Table and summary.json say what was shown: images or frames of a
+video, how many, and of how many pixels. A video is shown as --frames k images:
+int(i (n - 1) / (k - 1)) of its n frames, i = 0 .. k - 1 (data/frames.py). On two paths, a line
+compares them by question.
+
+--suite asks all of its benchmarks that are there: each lies in a folder of its name below --data,
+and gets one below --out, as if it were asked alone; then comes one table, also in suite.json. Those
+that are missing are named; one that can't be read is, too, and ends in exit code 2 after the rest.
 
 Several ranks share the questions and give the numbers of one. Interrupted, the same command goes on
 behind the answers in predictions.jsonl; after a finished eval it only prints the table again. An
@@ -50,6 +58,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -65,6 +74,10 @@ class Config:
     data: tuple[str, ...] = ()
     # a name of data/benchmarks, or one task of it: blink/Relative_Depth
     benchmark: str | None = None
+    # all benchmarks of a table that papers share, each in --data/NAME, in place of --benchmark
+    suite: Literal["easi8"] | None = None
+    # of a video so many are shown, as images: int(i (n - 1) / (k - 1)) of n, i = 0 .. k - 1
+    frames: Count = 32
     path: Literal[(*PATHS, "both")] = "both"  # how to ask; both: lor and dtr
     # at most so many questions, the same ones for every model; None: all
     limit: Count | None = None
@@ -100,10 +113,22 @@ from tqdm import tqdm
 
 import data as datasets
 from data import benchmarks
+from data.benchmarks import table
+from data.benchmarks.means import Mean
 from data.boxes import box_iou, read_boxes_3d
+from data.frames import Frame
 from data.marks import Marked
 from errors import UserError
-from eval_table import COLUMNS, print_table, question_id, summarise_paths, true_centres
+from eval_table import (
+    COLUMNS,
+    connected,
+    paired_by_question,
+    points,
+    print_table,
+    question_id,
+    summarise_paths,
+    true_centres,
+)
 from model.processor import BOX_2D, has_depth, object_of, truths
 from model.rollout import predict_centres, sample_groups
 from pictures import is_data_uri, picture_size
@@ -125,27 +150,45 @@ NOT_SHOWN = {
 # ---- What is asked
 
 
-def questions(config: Config) -> list[Example]:
+@dataclass
+class Asked:
+    """What is asked of a set."""
+
+    examples: list[Example]
+    rows: int = 0  # of a benchmark: how many are there, of how many published ones
+    published_rows: int = 0
+    is_whole: bool = False  # all of a benchmark is there, and asked
+
+
+def questions(config: Config) -> Asked:
     """Read the set or the benchmark, and choose what is asked of it."""
     if config.benchmark:
-        examples = benchmark_questions(config)
+        loaded = benchmark_questions(config)
+        examples = loaded.examples
     else:
+        loaded = None
         examples = datasets.load(config.data, skip_bad_rows=config.skip_bad_rows)
     asked = select(examples, config.path, config.limit)
     if not asked:
         raise UserError("there is nothing to ask: give --data or --benchmark")
     count = len({question_id(example) for example in examples})
-    if config.limit and config.limit < count:
+    is_limited = config.limit is not None and config.limit < count
+    if is_limited:
         datasets.say(f"--limit: {config.limit} of {count} questions are asked")
-    return asked
+    if loaded is None:
+        return Asked(asked)
+    is_whole = loaded.is_complete and not is_limited and "/" not in config.benchmark
+    return Asked(asked, loaded.rows, loaded.published, is_whole)
 
 
-def benchmark_questions(config: Config) -> list[Example]:
+def benchmark_questions(config: Config) -> benchmarks.Loaded:
     if len(config.data) > 1:
         raise UserError(f"--data {' '.join(config.data)}: a benchmark lies in one place")
     root = config.data[0] if config.data else None
     try:
-        return benchmarks.load(config.benchmark, root, config.path, config.skip_bad_rows)
+        return benchmarks.read(
+            config.benchmark, root, config.path, config.skip_bad_rows, config.frames
+        )
     except datasets.BadRows as bad:
         told = bad.told(config.out)
         raise UserError(f"{told}\n(a benchmark is read whole, or with --skip-bad-rows)") from None
@@ -193,12 +236,18 @@ def seen(example: Example, config: Config) -> Example:
     sizes = [picture_size(image) for image in example.images]
     return replace(
         example,
-        images=[Image.new("RGB", size, (128, 128, 128)) for size in sizes],
+        images=[grey(size) for size in sizes],
         depths=None,
         intrinsics=None,
         # A region's place would tell where the object is.
         regions=[(view, (0, 0, *sizes[view])) for view, _ in example.regions],
     )
+
+
+@lru_cache
+def grey(size: tuple[int, int]) -> Image.Image:
+    # One for all of a size, so that it is encoded once.
+    return Image.new("RGB", size, (128, 128, 128))
 
 
 # ---- What an answer is measured by
@@ -281,6 +330,8 @@ def true_box(example: Example, processor) -> str | None:
 
 def image_name(image) -> str | None:
     """Return what two questions about one image have in common: its path, or its file's hash."""
+    if isinstance(image, Frame):
+        return f"{image.video}#{image.index}"
     source = image.source if isinstance(image, Marked) else image
     if is_data_uri(source):
         source = source.encode()
@@ -289,11 +340,40 @@ def image_name(image) -> str | None:
     return str(source) if isinstance(source, str | Path) else None
 
 
-def answer_row(example: Example, rollout, head, constant: tuple, box: str | None = None) -> dict:
+def name_clusters(examples: list[Example], benchmark: str | None) -> list[str]:
+    """Name the cluster of each: all that share an image, a video or a scene, also through others.
+
+    It is named by the first image of its first question.
+    """
+    shared = []
+    names = []
+    for example in examples:
+        images = [image_name(image) for image in example.images]
+        # All paths of a question are one cluster, even without an image that has a name.
+        own = f"question {question_id(example)}"
+        found = [own, *filter(None, images)]
+        scene = benchmarks.scene_of(benchmark, example) if benchmark else None
+        if scene is not None:
+            found.append(f"scene {scene}")
+        shared.append(found)
+        names.append(images[0] if images and images[0] else question_id(example))
+    return [names[first] for first in connected(shared)]
+
+
+def answer_row(
+    example: Example,
+    rollout,
+    head,
+    constant: tuple,
+    box: str | None = None,
+    cluster: str | None = None,
+    pixels: list[int] | None = None,
+) -> dict:
     """Return a line of predictions.jsonl: the question, the answer, and what it is measured by.
 
     head (k, 3): the 3D head's centres, each in the frame of its region's image. constant: see
-    `best_constants`. box: the true 2D box, where one is asked for.
+    `best_constants`. box: the true 2D box, where one is asked for. cluster: see `name_clusters`.
+    pixels: the sizes of its images as the model reads them.
     """
     parsed = parse(rollout.text, example.path)
     scores = score(rollout.text, example)
@@ -307,13 +387,16 @@ def answer_row(example: Example, rollout, head, constant: tuple, box: str | None
     usual = true_centres(example, example.frame or 0)
     iou = None if box is None else box_iou(parsed.answer, box)
     images = [image_name(image) for image in example.images]
+    if cluster is None:
+        (cluster,) = name_clusters([example], None)
     return dict(
         id=example.id,
         question_id=question_id(example),
         path=example.path,
         task=example.task,
         images=images,
-        cluster=images[0] if images and images[0] else question_id(example),
+        pixels=pixels or [],
+        cluster=cluster,
         question=example.question,
         text=rollout.text,
         parsed=asdict(parsed),
@@ -348,7 +431,9 @@ def default_out(config: Config) -> str:
     parts = Path(config.model).parts or ("model",)
     # A step's folder says little without its run's.
     model = parts[-2:] if parts[-1].startswith("step-") else parts[-1:]
-    asked = [config.benchmark.replace("/", "-")] if config.benchmark else []
+    asked = []
+    if config.suite or config.benchmark:
+        asked = [(config.suite or config.benchmark).replace("/", "-")]
     if not asked:
         for source in map(str, config.data):
             path = source.partition(",")[0].partition("@")[0].rpartition(":")[2]
@@ -428,7 +513,7 @@ def settings_of(config: Config) -> dict:
         state = file.stat()
         files.append((file.name, state.st_size, state.st_mtime_ns))
     settings = asdict(replace(config, out="", workers=None))
-    settings |= {"checkpoint": files, "columns": list(COLUMNS)}
+    settings |= {"checkpoint": files, "columns": [*COLUMNS, "pixels"]}
     return json.loads(json.dumps(settings))
 
 
@@ -479,8 +564,12 @@ def answer_all(
     rank, world, _ = ranks.start_ranks()
     known = set(ranks.broadcast(list(done)))
     constants = best_constants(examples)
+    clusters = {}
+    names = name_clusters(examples, config.benchmark)
+    for example, cluster in zip(examples, names, strict=True):
+        clusters[example.id, example.path] = cluster
     unanswered = [example for example in examples if (example.id, example.path) not in known]
-    local_examples = unanswered[rank::world]
+    local_examples = local_share(unanswered, rank, world)
     # A file a rank, so that what each has written is kept if any is interrupted.
     own_file = Path(config.out) / (f"{name}.{rank}" if rank else name)
     bar = tqdm(
@@ -491,7 +580,7 @@ def answer_all(
     for start in range(0, len(local_examples), CHUNK):
         chunk = local_examples[start : start + CHUNK]
         new_rows = []
-        for row in answer_chunk(config, chunk, model, processor, constants):
+        for row in answer_chunk(config, chunk, model, processor, constants, clusters):
             new_rows.append(row)
             bar.update()
         rows += new_rows
@@ -511,8 +600,34 @@ def answer_all(
     return rows
 
 
+def local_share(examples: list[Example], rank: int, world: int) -> list[Example]:
+    """Return a rank's share, those with the same images one behind the other.
+
+    So they are on one rank, in one pass, and their images are encoded once: 18 questions of a video
+    of VSI-Bench.
+    """
+    groups: dict[tuple, list[Example]] = {}
+    for k, example in enumerate(examples):
+        key = tuple(map(same_image, example.images))
+        groups.setdefault(key or (k,), []).append(example)
+    share = []
+    for group in list(groups.values())[rank::world]:
+        share += group
+    return share
+
+
+def same_image(image) -> str | int:
+    """Return what is equal for the same image: its path, else which object it is."""
+    return str(image) if isinstance(image, str | Path) else id(image)
+
+
 def answer_chunk(
-    config: Config, examples: list[Example], model, processor, constants: dict
+    config: Config,
+    examples: list[Example],
+    model,
+    processor,
+    constants: dict,
+    clusters: dict,
 ) -> Iterator[dict]:
     """Ask so many questions at once; yield a row each, in their order."""
     shown = [seen(example, config) for example in examples]
@@ -533,63 +648,125 @@ def answer_chunk(
     for example, (rollout,) in zip(examples, groups, strict=True):
         head = next(heads) if example.regions else []
         box = true_box(example, processor)
-        yield answer_row(example, rollout, head, constants[example.task], box)
+        cluster = clusters[example.id, example.path]
+        pixels = pixels_read(example, processor)
+        yield answer_row(example, rollout, head, constants[example.task], box, cluster, pixels)
+
+
+def pixels_read(example: Example, processor) -> list[int]:
+    """Return the sizes, in pixels, that the model reads an example's images in."""
+    sizes = {picture_size(image) for image in example.images}
+    return sorted({processor.pixels_of(size) for size in sizes})
 
 
 # ---- A benchmark's own table
 
 
-def score_benchmark(config: Config, pairs: list[tuple[Example, dict]]) -> dict[str, dict]:
+def mark_answers(config: Config, pairs: list[tuple[Example, dict]]) -> table.Marks:
     """Mark a path's answers by both scorers, each row as well; pairs: (question, row)."""
     texts = [(example, row["text"]) for example, row in pairs]
-    marks = {}
-    for scorer in ("official", "robust"):
-        marks[scorer] = benchmarks.score(config.benchmark, texts, scorer=scorer)
-        # Of one answer alone, any aggregate's overall is that answer's own mark.
-        for pair, (_, row) in zip(texts, pairs, strict=True):
-            row[scorer] = benchmarks.score(config.benchmark, [pair], scorer=scorer)["overall"]
-    errors = benchmarks.BENCHMARKS[config.benchmark.partition("/")[0]].errors
-    if errors:
-        marks["errors"] = errors(texts)
-    return marks
+    for scorer in table.SCORERS:
+        marks = benchmarks.marks(config.benchmark, texts, scorer)
+        for mark, (_, row) in zip(marks, pairs, strict=True):
+            row[scorer] = mark or 0.0
+    clusters = [row["cluster"] for _, row in pairs]
+    return table.marks_of(config.benchmark, texts, clusters)
 
 
-def print_benchmark(config: Config, path: str, marks: dict, asked: list[Example]) -> None:
+def print_benchmark(config: Config, path: str, marks: table.Marks, asked: Asked) -> None:
     """Print per cent by both scorers and, where all was asked, somebody else's figure."""
-    name, _, task = config.benchmark.partition("/")
-    benchmark = benchmarks.BENCHMARKS[name]
-    model, source, figures = benchmark.others
     # Somebody else's figure of the whole set says nothing about a part of it.
-    is_whole = not task and config.limit is None
-    heading = f"\n{config.benchmark + ' ' + path:34}{'official':>10}{'robust':>10}"
-    print(f"{heading}    {model} ({source})" if is_whole else heading)
-    for key, official in marks["official"].items():
-        line = f"  {key:32}{official:>10.1f}{marks['robust'][key]:>10.1f}"
-        if is_whole and key in figures:
-            line += f"{figures[key]:>14.1f}"
-        print(line)
-    for column, error in marks.get("errors", {}).items():
-        unit = "off, degrees" if column == "direction" else "off / truth"
-        print(f"  {f'{column} {unit}':32}{error:>10.2f}")
+    figures = table.published(config.benchmark) if asked.is_whole else ()
+    table.print_marks(config.benchmark, path, marks, figures)
+    examples = [example for example in asked.examples if example.path == path]
     if "detect" in PATHS[path].sections:
-        with_regions = [example for example in asked if example.regions]
-        print(f"  ({len(with_regions)} of {len(asked)} questions had regions)")
+        with_regions = [example for example in examples if example.regions]
+        print(f"  ({len(with_regions)} of {len(examples)} questions had regions)")
+    name, _, _ = config.benchmark.partition("/")
     if benchmarks.BENCHMARKS[name].judged:
         print(f"  ({benchmarks.BENCHMARKS[name].judged})")
 
 
+def print_notes(config: Config, asked: Asked, shown: dict) -> None:
+    """Print what was shown, and whether all of the set is there."""
+    print(f"  (input: {table.input_line(shown)})")
+    if asked.rows != asked.published_rows:
+        print(
+            f"  (incomplete: {asked.rows:,} of {asked.published_rows:,} rows are there, so no "
+            "published figure is shown)"
+        )
+
+
+def benchmark_summary(config: Config, asked: Asked, rows: list[dict]) -> dict:
+    """Print the benchmark's table for each path; return what summary.json says of it."""
+    summary = {"benchmark": {}, "standard_errors": {}}
+    shown = table.input_of(asked.examples, [row["pixels"] for row in rows])
+    both = list(zip(asked.examples, rows, strict=True))
+    for path in dict.fromkeys(row["path"] for row in rows):
+        pairs = [(example, row) for example, row in both if row["path"] == path]
+        marks = mark_answers(config, pairs)
+        summary["benchmark"][path] = marks.values()
+        summary["standard_errors"][path] = marks.standard_errors()
+        print_benchmark(config, path, marks, asked)
+    print_notes(config, asked, shown)
+    others = []
+    for model, source, figures in table.published(config.benchmark) if asked.is_whole else ():
+        others.append({"model": model, "source": source, "figures": figures})
+    counts = {"rows": asked.rows, "published_rows": asked.published_rows}
+    return summary | counts | {"input": shown, "published": others}
+
+
+def print_comparison(rows: list[dict]) -> None:
+    """Print how the second of two paths differs from the first, paired by question."""
+    paths = list(dict.fromkeys(row["path"] for row in rows))
+    if len(paths) != 2:
+        return
+    first, second = [[row for row in rows if row["path"] == path] for path in paths]
+    change = paired_by_question(first, second)
+    names = " - ".join(path.upper() for path in reversed(paths))
+    print(f"paired over {change['n']:,} questions: {names} {points(change)} points of accuracy")
+
+
+# ---- One eval, or all of a suite
+
+
+class Checkpoint:
+    """The model and its processor, loaded when the first question needs an answer."""
+
+    def __init__(self, config: Config, device):
+        self.config = config
+        self.device = device
+        self.model = None
+        self.processor = None
+
+    def load(self, examples: list[Example]) -> tuple:
+        """Return (model, processor); say which parts these examples use that never learnt."""
+        config = self.config
+        if self.processor is None:
+            # The 3D head is read, too.
+            self.processor = run.load_processor(config.model, config, examples, (), True)
+            self.model = load_model(config.model, self.device, None, 0, config.regions)
+        else:
+            for sentence in self.processor.untrained_parts(examples, (), True):
+                ranks.say(sentence)
+        return self.model, self.processor
+
+
 def main(config: Config) -> dict | None:
     """Return the summary; None on all ranks but 0."""
-    examples = questions(config)
+    if config.suite:
+        return ask_suite(config)
+    asked = questions(config)
     config = replace(config, out=config.out or default_out(config))
     place = ranks.start_ranks()
     with folder.lock(config.out):
-        return ask_all(config, examples, place.device)
+        return ask_all(config, asked, Checkpoint(config, place.device))
 
 
-def ask_all(config: Config, examples: list[Example], device) -> dict | None:
+def ask_all(config: Config, asked: Asked, checkpoint: Checkpoint) -> dict | None:
     """Ask what has no answer yet, print the table, and write the summary, which is returned."""
     refuse_other_answers(config)
+    examples = asked.examples
     # File -> the settings that its questions are asked with, and the questions.
     runs = {PREDICTIONS: (config, examples)}
     with_depth = [example for example in examples if has_depth(example)]
@@ -601,22 +778,20 @@ def ask_all(config: Config, examples: list[Example], device) -> dict | None:
                 f"--again: {config.again} of {count} questions are asked once more without depth"
             )
         runs[WITHOUT_DEPTH] = (replace(config, depth=False), asked_again)
-    done = earlier_answers(config, {name: asked for name, (_, asked) in runs.items()})
-    left = sum(len(asked) - len(done[name]) for name, (_, asked) in runs.items())
+    done = earlier_answers(config, {name: of_run for name, (_, of_run) in runs.items()})
+    left = sum(len(of_run) - len(done[name]) for name, (_, of_run) in runs.items())
     model = processor = None
     if ranks.broadcast(left) or not examples:
         shown = examples
         if config.blind or not config.depth:
             shown = [replace(example, depths=None) for example in examples]
-        # The 3D head is read, too.
-        processor = run.load_processor(config.model, config, shown, (), True)
-        model = load_model(config.model, device, None, 0, config.regions)
+        model, processor = checkpoint.load(shown)
         begin(config, done)
     else:
         ranks.say(f"{config.out} has all answers: this is their table (to ask anew, delete it)")
     answers = {}
-    for name, (settings, asked) in runs.items():
-        answers[name] = answer_all(settings, asked, model, processor, name, done[name])
+    for name, (settings, of_run) in runs.items():
+        answers[name] = answer_all(settings, of_run, model, processor, name, done[name])
     if not ranks.is_first():
         return None
 
@@ -624,14 +799,9 @@ def ask_all(config: Config, examples: list[Example], device) -> dict | None:
     results = summarise_paths(rows, answers.get(WITHOUT_DEPTH, []))
     summary = {"config": asdict(config), "results": results}
     print_table(results)
+    print_comparison(rows)
     if config.benchmark:
-        summary["benchmark"] = {}
-        for path in results:
-            both = zip(examples, rows, strict=True)
-            pairs = [(example, row) for example, row in both if example.path == path]
-            marks = score_benchmark(config, pairs)
-            summary["benchmark"][path] = marks
-            print_benchmark(config, path, marks, [example for example, _ in pairs])
+        summary |= benchmark_summary(config, asked, rows)
     # Once more: of a benchmark, rows have got both scorers' marks.
     problem = folder.attempt(Path(config.out), write_end, config, rows, summary)
     if problem:
@@ -643,6 +813,99 @@ def write_end(config: Config, rows: list[dict], summary: dict) -> None:
     out = Path(config.out)
     write_rows(out, PREDICTIONS, rows)
     folder.replace_text(out / "summary.json", json.dumps(summary, indent=1, allow_nan=False))
+
+
+def ask_suite(config: Config) -> dict | None:
+    """Ask all benchmarks of a suite that are there; return what suite.json says."""
+    if config.benchmark or len(config.data) != 1:
+        raise UserError(
+            f"--suite {config.suite}: give one --data, with a folder each, no --benchmark"
+        )
+    config = replace(config, out=config.out or default_out(config))
+    root = Path(config.data[0])
+    names = benchmarks.SUITES[config.suite]
+    place = ranks.start_ranks()
+    # What the first rank sees holds for all, or they would wait for each other.
+    there = ranks.broadcast([name for name in names if (root / name).is_dir()])
+    if not there:
+        raise UserError(f"--suite {config.suite}: {root} has none of {', '.join(names)}")
+    missing = [name for name in names if name not in there]
+    checkpoint = Checkpoint(config, place.device)
+    sets = {}
+    unreadable = {}
+    for name in there:
+        own = replace(
+            config,
+            suite=None,
+            benchmark=name,
+            data=(str(root / name),),
+            out=str(Path(config.out, name)),
+        )
+        asked, problem = questions_or_problem(own)
+        if problem:
+            ranks.say(f"{name}: {problem}")
+            unreadable[name] = problem
+            continue
+        with folder.lock(own.out):
+            sets[name] = ask_all(own, asked, checkpoint)
+    if ranks.is_first():
+        summary = suite_summary(config, sets, missing, unreadable)
+        path = Path(config.out, "suite.json")
+        text = json.dumps(summary, indent=1, allow_nan=False)
+        problem = folder.attempt(path.parent, write_suite, path, text)
+        if problem:
+            raise UserError(problem)
+    if unreadable:
+        raise UserError(f"not asked, as they can't be read: {', '.join(unreadable)} (see above)")
+    return summary if ranks.is_first() else None
+
+
+def write_suite(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder.replace_text(path, text)
+
+
+def questions_or_problem(config: Config) -> tuple[Asked | None, str | None]:
+    """Read a benchmark; return what is wrong with it on any rank. Collective."""
+    asked = problem = None
+    try:
+        asked = questions(config)
+    except UserError as error:
+        problem = str(error)
+    (is_bad,) = ranks.all_reduce([1 if problem else 0], "MAX")
+    if is_bad and not problem:
+        problem = "another rank can't read it"
+    return asked, problem
+
+
+def suite_summary(config: Config, sets: dict, missing: list[str], unreadable: dict) -> dict:
+    """Print the suite's table; return what suite.json says."""
+    rows = []
+    figures = {}
+    for name, summary in sets.items():
+        shown = table.input_line(summary["input"])
+        counts = (summary["rows"], summary["published_rows"])
+        if summary["published"]:
+            figures[name] = table.published(name)
+        for path, marks in summary["benchmark"].items():
+            errors = summary["standard_errors"][path]
+            cells = []
+            for scorer in table.SCORERS:
+                # Of translation alone MindCube has no overall.
+                value = marks[scorer].get("overall")
+                cells.append(value if value is None else Mean(value, errors[scorer]["overall"]))
+            rows.append(table.SuiteRow(name, path, *counts, *cells, shown))
+    table.print_suite(config.suite, rows, figures)
+    for name in missing:
+        print(f"  missing: {name} ({Path(config.data[0], name)})")
+    kept = ("benchmark", "standard_errors", "rows", "published_rows", "input", "published")
+    return {
+        "suite": config.suite,
+        "config": asdict(config),
+        "sets": {name: {key: of_set[key] for key in kept} for name, of_set in sets.items()},
+        "missing": missing,
+        "unreadable": unreadable,
+    }
 
 
 if __name__ == "__main__":

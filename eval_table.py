@@ -1,5 +1,7 @@
 """Means, medians and paired differences with clustered standard errors; the table of eval.py.
 
+`paired_by_question` compares two evals, or two paths of one; `points` writes it: +3.2 ± 1.1.
+
 Also what eval.py and report.py both have to know of a question.
 """
 
@@ -107,6 +109,69 @@ def paired(before: list[dict], after: list[dict], metric: str = "accuracy") -> d
     return estimate(changes, clusters)
 
 
+def paired_by_question(
+    before: list[dict], after: list[dict], metric: str = "accuracy"
+) -> dict | None:
+    """Estimate the mean of after - before over the questions that both answered.
+
+    On each path that both were asked on; where a question has none in common, but one path on
+    either side, across these: LOR against DTR, or a base model on path direct against LOR. metric:
+    a number of a row of predictions.jsonl, such as a benchmark's `official` or `robust`.
+    """
+    old = values_by_question(before, metric)
+    changes = []
+    clusters = []
+    for name, (cluster, new) in values_by_question(after, metric).items():
+        if name not in old:
+            continue
+        _, earlier = old[name]
+        both = [(earlier[path], new[path]) for path in new if path in earlier]
+        if not both and len(earlier) == len(new) == 1:
+            both = [(*earlier.values(), *new.values())]
+        for first, second in both:
+            changes.append(second - first)
+            clusters.append(cluster)
+    return estimate(changes, clusters)
+
+
+def values_by_question(rows: list[dict], metric: str) -> dict[str, tuple[str, dict[str, float]]]:
+    """Return question -> (its cluster, path -> what its answer is worth)."""
+    found: dict[str, tuple[str, dict[str, float]]] = {}
+    for row in rows:
+        if row[metric] is not None:
+            _, values = found.setdefault(row["question_id"], (row["cluster"], {}))
+            values[row["path"]] = row[metric]
+    return found
+
+
+def points(difference: dict, scale: float = 100.0) -> str:
+    """Write a difference in points, as in +3.2 ± 1.1. scale: 1 where it is in per cent already."""
+    text = f"{scale * difference['value']:+.1f}"
+    if difference["se"] is None:
+        return text
+    return f"{text} ± {scale * difference['se']:.1f}"
+
+
+def connected(shared: list[list[str]]) -> list[int]:
+    """Return for each row the first row that it shares a name with, also through other rows."""
+    leader = list(range(len(shared)))
+
+    def first(row: int) -> int:
+        while leader[row] != row:
+            # Halve the way for those who come next.
+            leader[row] = leader[leader[row]]
+            row = leader[row]
+        return row
+
+    seen: dict[str, int] = {}
+    for row, names in enumerate(shared):
+        for name in names:
+            other = first(seen.setdefault(name, row))
+            mine = first(row)
+            leader[max(mine, other)] = min(mine, other)
+    return [first(row) for row in range(len(shared))]
+
+
 def summarise_paths(rows: list[dict], rows_without_depth: list[dict]) -> dict:
     """Return path -> task -> summary; the tasks "all", and "no depth" where that was asked."""
     results = {}
@@ -143,14 +208,15 @@ def print_table(results: dict) -> None:
         if not any(summary[metric] for _, summary in lines):
             columns.remove(metric)
     headings = "".join(f"{COLUMNS[metric]:>12}" for metric in columns)
-    print(f"\n{'':22}{'n':>6}{headings}  unparsed  truncated")
+    width = max(22, *[len(name) + 1 for name, _ in lines])
+    print(f"\n{'':{width}}{'n':>6}{headings}  unparsed  truncated")
     for name, summary in lines:
         cells = ""
         for metric in columns:
             digits = 1 if metric == "tokens" else 3
             cells += f"{show(summary[metric], digits):>12}"
         counts = f"{summary['unparsed']:>10}{summary['truncated']:>11}"
-        print(f"{name:22}{summary['n']:>6}{cells}{counts}")
+        print(f"{name:{width}}{summary['n']:>6}{cells}{counts}")
 
 
 def show(number: dict | None, digits: int) -> str:

@@ -182,6 +182,11 @@ class Prompt:
     images_end: int  # index behind the last placeholder
     regions: list[Region]
 
+    @property
+    def image_keys(self) -> list[tuple]:
+        """The keys of its images, in their order: equal ones are the same images."""
+        return [view.key for view in self.views]
+
 
 # ---- Packing
 
@@ -194,18 +199,20 @@ def pack(
     merge: int,
     frames: int,
     levels: Tensor,
+    share: bool = False,
 ) -> Batch:
     """Pack prompts alone, or with completions: per prompt a list of token-id lists.
 
     A completion includes its end token, if it has one. One each (SFT): neighbours with the same
     images share the prompt up to where their texts part. Several (an RL group): they share all of
-    it. The last token of a completion is a target, never an input.
+    it. The last token of a completion is a target, never an input. share: prompts alone share as
+    those with one completion each do, so that one is not always one segment.
     """
     if completions is None:
         completions = [[]] * len(prompts)
     views = distinct_views(prompts)
     packer = Packer(views, merge)
-    for group in sharing_groups(prompts, completions):
+    for group in sharing_groups(prompts, completions, share):
         packer.add_group(group)
     batch = packer.batch(image_token_id)
     if not views:
@@ -249,18 +256,18 @@ def join_points(views: list[View]) -> Tensor | None:
 Group = list[tuple[Prompt, list[np.ndarray]]]
 
 
-def sharing_groups(prompts: list[Prompt], completions: list) -> list[Group]:
+def sharing_groups(prompts: list[Prompt], completions: list, share: bool = False) -> list[Group]:
     """Cut into runs that may share a prefix: neighbours with equal images and one completion each.
 
-    Any other prompt is a run of its own.
+    share: also those without any. Any other prompt is a run of its own.
     """
     groups = []
     images_before = None
     for prompt, several in zip(prompts, completions, strict=True):
         pair = prompt, [np.asarray(one, np.int64) for one in several]
         images = None
-        if prompt.views and len(several) == 1:
-            images = [view.key for view in prompt.views]
+        if prompt.views and (len(several) == 1 or (share and not several)):
+            images = prompt.image_keys
         if images is not None and images == images_before:
             groups[-1].append(pair)
         else:

@@ -44,6 +44,18 @@ def check_kernels(config, device: torch.device) -> None:
             raise UserError(problem)
 
 
+def walked(segments: list[Segment]) -> list[Segment]:
+    """Return the segments with tokens in the order of a walk: those without a prefix go first."""
+    there = [segment for segment in segments if segment[1] > segment[0]]
+    # Stable: otherwise in the order in which they are packed.
+    return sorted(there, key=has_prefix)
+
+
+def has_prefix(segment: Segment) -> bool:
+    _, _, low, high = segment
+    return low < high
+
+
 @dataclass
 class Walk:
     """In which order the rows of a packed batch are walked: made once, for all delta layers.
@@ -58,8 +70,8 @@ class Walk:
 
     def __post_init__(self):
         # Segments without tokens have no place in a walk: their state is that of nobody.
-        self.roots = [s for s in self.segments if s[1] > s[0] and s[2] == s[3]]
-        self.leaves = [s for s in self.segments if s[1] > s[0] and s[2] < s[3]]
+        self.roots = [segment for segment in walked(self.segments) if not has_prefix(segment)]
+        self.leaves = [segment for segment in walked(self.segments) if has_prefix(segment)]
         self.root_at = {(start, end): i for i, (start, end, _, _) in enumerate(self.roots)}
         for _, _, low, high in self.leaves:
             if (low, high) not in self.root_at:
@@ -138,20 +150,27 @@ class Walk:
 
     @cached_property
     def tails(self) -> tuple[Tensor, Tensor]:
-        """(roots, w) int64: the packed tokens whose rows of m a root's end leaves in a ring.
+        """(N, w) int64: the packed tokens whose rows of m a segment's end leaves in a ring.
 
-        As decoding finds them: row t % w of token t, counted from behind the root. And which of
-        them there are at all: a short root has fewer, and the oldest is never read.
+        As decoding finds them: row t % w of token t, counted from behind the segment. And which of
+        them there are at all: a short sequence has fewer, and the oldest is never read. Segments
+        come in the order of the walk.
         """
         # Token -1 of the completion is the prompt's last: it stands in row (w - 1) % w, and so on
         # back.
-        index = np.zeros((len(self.roots), self.taps), np.int64)
-        there = np.zeros((len(self.roots), self.taps), bool)
-        for i, (start, end, _, _) in enumerate(self.roots):
+        segments = walked(self.segments)
+        index = np.zeros((len(segments), self.taps), np.int64)
+        there = np.zeros((len(segments), self.taps), bool)
+        for i, (start, end, low, high) in enumerate(segments):
             for back in range(1, self.taps):
-                if end - back >= start:
-                    index[i, -back % self.taps] = end - back
-                    there[i, -back % self.taps] = True
+                token = end - back
+                # Before a segment comes the end of its prefix; without one, nothing.
+                if token < start:
+                    token += high - start
+                    if token < low:
+                        continue
+                index[i, -back % self.taps] = token
+                there[i, -back % self.taps] = True
         return upload(index, self.device), upload(there, self.device)
 
 
@@ -193,8 +212,8 @@ class GatedDeltaNet(nn.Module):
     def forward(self, x: Tensor, walk: Walk, cache: list | None = None) -> Tensor:
         """Return (T, H) of x (T, H).
 
-        A cache is given the states that the roots end in, (N, V, D, E) fp32, and the rings of m's
-        last rows, (N, w, C).
+        A cache is given the states that the segments end in, (N, V, D, E) fp32, and the rings of
+        m's last rows, (N, w, C), in the order of the walk.
         """
         d = self.sizes
         # b and a are one number a head: how much of a correction is written, how much is forgotten.
@@ -230,9 +249,10 @@ class GatedDeltaNet(nn.Module):
 
 
 def walk_sequences(q, k, v, g, beta, walk: Walk) -> tuple[Tensor, Tensor]:
-    """Apply the delta rule within each sequence; return outputs as packed, and the roots' states.
+    """Apply the delta rule within each sequence; return outputs as packed, and all end states.
 
-    q, k, v come in the order of the walk, g and beta as the tokens are packed.
+    q, k, v come in the order of the walk, g and beta as the tokens are packed; states come in the
+    order of the walk.
     """
     if walk.is_packed_order:
         return delta_rule(q, k, v, g, beta, walk.root_chunks)
@@ -245,6 +265,7 @@ def walk_sequences(q, k, v, g, beta, walk: Walk) -> tuple[Tensor, Tensor]:
     roots, leaves = zip(*parts, strict=True)
     root_out, states = delta_rule(*roots, walk.root_chunks)
     # A state that several go on from: a copy each, whose gradients sum in fp32, as all of it is.
-    leaf_out, _ = delta_rule(*leaves, walk.leaf_chunks, states.index_select(0, walk.parents))
+    begun = states.index_select(0, walk.parents)
+    leaf_out, leaf_states = delta_rule(*leaves, walk.leaf_chunks, begun)
     out = torch.cat((root_out, leaf_out)).index_select(0, walk.back)
-    return out, states
+    return out, torch.cat((states, leaf_states))

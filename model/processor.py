@@ -354,6 +354,11 @@ class Processor:
             length += rows * columns // self.image_processor.merge_size**2 - 1
         return length
 
+    def pixels_of(self, size: tuple[int, int]) -> int:
+        """Return how many pixels of an image of (width, height) the model reads."""
+        rows, columns = self.decoder.grid_of(size)
+        return rows * columns * self.image_processor.patch_size**2
+
     def _warn_of_length(self, example: Example, length: int) -> None:
         """Say of the first prompt that is too long for the checkpoint; training refuses such."""
         limit = self.max_positions
@@ -445,7 +450,10 @@ class Processor:
         self.images.prefetch(sources)
 
     def pack(
-        self, prompts: list[Prompt], completions: list[list[list[int]]] | None = None
+        self,
+        prompts: list[Prompt],
+        completions: list[list[list[int]]] | None = None,
+        share: bool = False,
     ) -> Batch:
         """Pack prompts, alone or with completions: see model.batch.pack."""
         return pack(
@@ -455,6 +463,7 @@ class Processor:
             merge=self.image_processor.merge_size,
             frames=self.image_processor.temporal_patch_size,
             levels=self.levels,
+            share=share,
         )
 
     def __call__(

@@ -462,7 +462,7 @@ class QwenVL(nn.Module):
         """Return the hidden states (T, H) of a batch of prompts, and its cache.
 
         The cache is a pair a layer: the rotated keys and the values, (T, K, D) each; of a delta
-        layer the states that the prompts end in, and the last rows before its convolution.
+        layer the states that the segments end in, and the last rows before its convolution.
         """
         cache = []
         return self.hidden(batch, cache=cache), cache

@@ -8,6 +8,7 @@ choose one task: blink/Relative_Depth. What a row asks on each path:
     direct  the words of the published harness (SPAR and lmms-eval; SAT: "Only output the letter.")
     lor     the set's own question, without such words, as SR-REAL does
     dtr     as lor, and with regions where the set has or shows any (see each file)
+A video is shown as `frames` of its frames, which data/frames.py chooses.
 
 Each set is one file here: its reader, its published rule and its aggregate. To add one, write such
 a file and enter it in BENCHMARKS. A row's answers are marked by two scorers:
@@ -16,14 +17,19 @@ a file and enter it in BENCHMARKS. A row's answers are marked by two scorers:
     robust    reads one answer or none, and none is wrong (answers.py)
 `unparsed`: the share of responses in which the robust scorer reads no answer, given with both.
 
+`estimates` gives the same with standard errors (means.py), clustered by what rows share: an image,
+a video, and the scene where the set says which it is.
+
 Departures: a row that can't be used stops the run, as a benchmark is read whole, unless
-skip_bad_rows leaves it out. A count that differs from the published one is a warning.
+skip_bad_rows leaves it out. A count that differs from the published one is a warning, and no
+published figure is shown beside ours then.
 """
 
 import csv
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -33,11 +39,19 @@ from data.benchmarks.blink import BLINK
 from data.benchmarks.cv_bench import CV_BENCH
 from data.benchmarks.embspatial import EMBSPATIAL
 from data.benchmarks.erqa import ERQA
+from data.benchmarks.means import Mean, Scored
+from data.benchmarks.mindcube import MINDCUBE_TINY
+from data.benchmarks.mmsi import MMSI
+from data.benchmarks.omnispatial import OMNISPATIAL
 from data.benchmarks.realworldqa import REALWORLDQA
 from data.benchmarks.sat import SAT
 from data.benchmarks.schema import Benchmark, Row
+from data.benchmarks.site import SITE
 from data.benchmarks.spar_bench import SPAR_BENCH, TINY
 from data.benchmarks.spatialrgpt_bench import SPATIALRGPT_BENCH
+from data.benchmarks.threedsrbench import THREEDSRBENCH
+from data.benchmarks.viewspatial import VIEWSPATIAL
+from data.benchmarks.vsi_bench import VSI_BENCH, VSI_BENCH_DEBIASED
 from data.parquet import parquet_rows
 from data.rows import Bad, BadSource, MissingFile, look_below, records
 from data.sets.spar_marks import PHRASE
@@ -54,18 +68,61 @@ BENCHMARKS = {
     "realworldqa": REALWORLDQA,
     "erqa": ERQA,
     "spatialrgpt-bench": SPATIALRGPT_BENCH,
+    "vsi-bench": VSI_BENCH,
+    "vsi-bench-debiased": VSI_BENCH_DEBIASED,
+    "mmsi": MMSI,
+    "mindcube-tiny": MINDCUBE_TINY,
+    "viewspatial": VIEWSPATIAL,
+    "site": SITE,
+    "3dsrbench": THREEDSRBENCH,
+    "omnispatial": OMNISPATIAL,
+}
+# EASI's eight, the table that papers share: eval.py --suite.
+SUITES = {
+    "easi8": (
+        "vsi-bench",
+        "mmsi",
+        "mindcube-tiny",
+        "viewspatial",
+        "site",
+        "blink",
+        "3dsrbench",
+        "embspatial",
+    ),
 }
 
 
 # ---- Reading
 
 
-def load(name: str, root=None, path: str = "both", skip_bad_rows: bool = False) -> list[Example]:
+@dataclass
+class Loaded:
+    """What was read of a benchmark."""
+
+    examples: list[Example]
+    rows: int  # of the set that are there and can be used
+    published: int  # how many there should be
+
+    @property
+    def is_complete(self) -> bool:
+        return self.rows == self.published
+
+
+def load(
+    name: str, root=None, path: str = "both", skip_bad_rows: bool = False, frames: int = 32
+) -> list[Example]:
     """Return a benchmark's questions on a path of srreal.PATHS, or on lor and dtr for both.
 
-    Raises BadRows with all that can't be used (or counts and prints them, and leaves them out),
-    BadSource for an unknown name, MissingFile where nothing is found.
+    frames: how many of a video. Raises BadRows with all that can't be used (or counts and prints
+    them, and leaves them out), BadSource for an unknown name, MissingFile where nothing is found.
     """
+    return read(name, root, path, skip_bad_rows, frames).examples
+
+
+def read(
+    name: str, root=None, path: str = "both", skip_bad_rows: bool = False, frames: int = 32
+) -> Loaded:
+    """Do what `load` does, and say how many rows of the published ones that were."""
     name, _, task = name.partition("/")
     if name not in BENCHMARKS:
         raise BadSource(f"unknown benchmark {name!r}: one of {', '.join(BENCHMARKS)}")
@@ -76,20 +133,31 @@ def load(name: str, root=None, path: str = "both", skip_bad_rows: bool = False) 
     examples = []
     bad = []
     seen = set()
-    total = 0
+    keys = set()
+    shown = {}
+    total = 0  # rows of the files
+    used = 0  # those that are questions of this benchmark
+    unusable = 0
     # Only what the row says wrong is caught: any other exception of a reader is a bug in it.
     for file, number, record in all_records(files):
         total += 1
         try:
             if isinstance(record, Bad):
                 raise record
-            row = Row(record, folder, file, total, path, beside)
+            if benchmark.key and record.get(benchmark.key) is not None:
+                # The same row in a copy of the file, under another name.
+                if record[benchmark.key] in keys:
+                    continue
+                keys.add(record[benchmark.key])
+            row = Row(record, folder, file, total, path, beside, frames, shown)
             asked = []
             for item in benchmark.read(row):
                 asked += item.examples(path)
         except Bad as error:
             bad += [(str(file), number, *problem) for problem in error.args[0]]
+            unusable += 1
             continue
+        used += 1 if asked else 0
         # Ids are given before a task is chosen, so that a part's are those of the whole.
         rename_known(asked, seen, total)
         examples += [example for example in asked if task in ("", example.task)]
@@ -101,29 +169,39 @@ def load(name: str, root=None, path: str = "both", skip_bad_rows: bool = False) 
         missing = f"no task {task!r}" if task else "no rows"
         raise BadSource(f"{name}: {missing} in {folder}")
     # A mirror may lack rows or hold another version: the numbers would not be comparable.
-    if total != benchmark.rows:
-        warn_of_count(name, folder, total, examples)
+    loaded = Loaded(examples, used, benchmark.rows)
+    if 0 < abs(used - benchmark.rows) <= benchmark.slack:
+        loaded.published = used
+    if used + unusable != loaded.published:
+        warn_of_count(name, folder, used + unusable, examples)
     if path == "dtr":
         warn_of_marks(name, examples)
-    return examples
+    return loaded
 
 
 def all_records(files: list[Path]) -> Iterator[tuple[Path, int, dict | Bad]]:
     """Yield (file, number in it, row or what is wrong with it)."""
-    readers = {".parquet": partial(parquet_rows, field="file"), ".tsv": tsv_rows}
     for file in files:
-        read = readers.get(file.suffix, records)
-        for number, record in read(file):
+        for number, record in records_of(file):
             yield file, number, record
 
 
-def tsv_rows(file: Path) -> Iterator[tuple[int, dict | Bad]]:
+def records_of(file: Path) -> Iterator[tuple[int, dict | Bad]]:
+    readers = {
+        ".parquet": partial(parquet_rows, field="file"),
+        ".tsv": partial(table_rows, delimiter="\t"),
+        ".csv": partial(table_rows, delimiter=","),
+    }
+    return readers.get(file.suffix, records)(file)
+
+
+def table_rows(file: Path, delimiter: str) -> Iterator[tuple[int, dict | Bad]]:
     csv.field_size_limit(2**31 - 1)  # a field is an image
     # Behind a damaged line nothing can be told apart: fields are quoted over many lines.
     number = 0
     try:
         with open(file, newline="", encoding="utf-8") as lines:
-            for number, row in enumerate(csv.DictReader(lines, delimiter="\t"), 1):
+            for number, row in enumerate(csv.DictReader(lines, delimiter=delimiter), 1):
                 yield number, row
     except (ValueError, OSError, csv.Error) as error:
         yield number, Bad("file", f"unreadable: {error}")
@@ -143,9 +221,20 @@ def find_files(name: str, root) -> tuple[Path, list[Path]]:
     # The first pattern that finds any: a folder may hold the set in two formats.
     below = look_below(root)
     for pattern in benchmark.files:
-        if files := list(below.files_like(pattern.removeprefix("**/"))):
+        files = list(below.files_like(pattern.removeprefix("**/")))
+        if benchmark.columns:
+            files = [file for file in files if has_columns(file, benchmark.columns)]
+        if files:
             return root, files
     raise MissingFile(f"{name}: no {' or '.join(benchmark.files)} in {root}")
+
+
+def has_columns(file: Path, names: tuple[str, ...]) -> bool:
+    """Whether a file's first row has these columns."""
+    for _, record in records_of(file):
+        # A damaged file is for the reader to complain of.
+        return isinstance(record, Bad) or all(name in record for name in names)
+    return False
 
 
 def download(hub: str, benchmark: Benchmark) -> Path:
@@ -194,21 +283,59 @@ def score(
     Returns per cent: `overall`, every published breakdown by its published name, and `unparsed`.
     ValueError for an unknown benchmark or scorer, and without pairs.
     """
-    name, _, _ = name.partition("/")
+    return {key: found.value for key, found in estimates(name, pairs, scorer).items()}
+
+
+def estimates(
+    name: str,
+    pairs: Iterable[tuple[Example, str]],
+    scorer: str = "official",
+    clusters: list[str] | None = None,
+) -> dict[str, Mean]:
+    """Return what `score` does, with standard errors where each pair's cluster is named."""
     pairs = list(pairs)
-    if name not in BENCHMARKS or scorer not in ("official", "robust") or not pairs:
-        raise ValueError(
-            f"{name!r} by scorer {scorer!r}, {len(pairs)} answers: wanted one of "
-            f"{', '.join(BENCHMARKS)}, official or robust, and an answer"
-        )
-    benchmark = BENCHMARKS[name]
-    marked = []
-    unparsed = 0
+    benchmark = known(name, scorer, len(pairs))
+    examples = [example for example, _ in pairs]
     # `unparsed` is always the robust scorer's: the official ones take anything as an answer.
+    read = marks(name, pairs, "robust")
+    earned = read if scorer == "robust" else marks(name, pairs, scorer)
+    values = [0.0 if value is None else value for value in earned]
+    lost = [100.0 if value is None else 0.0 for value in read]
+
+    def scored(numbers: list[float]) -> Scored:
+        return Scored.of(list(zip(examples, numbers, strict=True)), clusters)
+
+    return benchmark.aggregate(scored(values)) | {"unparsed": scored(lost).mean()}
+
+
+def marks(
+    name: str, pairs: Iterable[tuple[Example, str]], scorer: str = "official"
+) -> list[float | None]:
+    """Return what each answer earns by itself, in per cent; robust: None where none is read."""
+    pairs = list(pairs)
+    benchmark = known(name, scorer, len(pairs))
+    found = []
     for example, response in pairs:
-        value = benchmark.robust(response, example)
-        unparsed += 1 if value is None else 0
         if scorer == "official":
             value = benchmark.official(answer_text(response), example)
-        marked.append((example, 100 * (value or 0.0)))
-    return benchmark.aggregate(marked) | {"unparsed": 100 * unparsed / len(pairs)}
+        else:
+            value = benchmark.robust(response, example)
+        found.append(None if value is None else 100 * value)
+    return found
+
+
+def known(name: str, scorer: str, count: int) -> Benchmark:
+    """Return the benchmark; ValueError where there is nothing to be marked, or not so."""
+    name, _, _ = name.partition("/")
+    if name not in BENCHMARKS or scorer not in ("official", "robust") or not count:
+        raise ValueError(
+            f"{name!r} by scorer {scorer!r}, {count} answers: wanted one of "
+            f"{', '.join(BENCHMARKS)}, official or robust, and an answer"
+        )
+    return BENCHMARKS[name]
+
+
+def scene_of(name: str, example: Example) -> str | None:
+    """Return the scene that a question's images show, where the set says which it is."""
+    scene = BENCHMARKS[name.partition("/")[0]].scene
+    return scene(example) if scene else None

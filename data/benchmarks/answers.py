@@ -1,7 +1,8 @@
 """What a response says: the letter, number or text that answers a question.
 
 Everything here reads one answer or none; none is wrong. In <answer> only the forms count that
-srreal.answer_score takes, or an option's text. Without <answer> it is what the last "answer is X"
+srreal.answer_score takes, or an option's text; of letters only those that the question has options
+for. Without <answer> it is what the last "answer is X"
 says, else the only letter (number) in the text, or a text of a few words. Where an A may be an
 article beside another letter, none. Numbers are signed, and may have a unit.
 """
@@ -18,6 +19,8 @@ LETTERS = "ABCDEFGH"
 OPTION = re.compile(
     r"(?<![\w(])\(?([A-H])[.)]\s*(.+?)(?=\s+\(?[A-H][.)]|\s*$|\.?\s+(?:Please|Answer)\b)", re.M
 )
+# What an option may begin with: "A.", "A)", "(A)", "A:".
+MARKER = re.compile(r"(?<![\w(])\(?([A-H])[.):](?=\s)")
 SAYS = r"\b(?i:answer(?:\s+is\b\s*:?|\s*:))[\s*_\"'`]*"
 # In lower case, b to h are no words, and a is none at the end or before a sign.
 EXPLICIT = re.compile(
@@ -51,29 +54,73 @@ def answer_text(response: str) -> str:
     return response if block is None else block
 
 
+def options_of(question: str) -> list[tuple[str, str]]:
+    """Return the letters and texts of a question's options, which come in order; [] without any."""
+    markers = list(MARKER.finditer(question))
+    # Those that begin a line are a list; letters within a line may be labels that it speaks of.
+    leading = [
+        marker for marker in markers if not question[: marker.start()].strip(" ")[-1:].strip()
+    ]
+    best = longest_chain(leading) or longest_chain(markers)
+    options = []
+    ends = [marker.start() for marker in best[1:]]
+    if best:
+        ends.append(len(question))
+    for marker, end in zip(best, ends, strict=True):
+        text = question[marker.end() : end].strip().split("\n")[0]
+        options.append((marker[1], text.rstrip(" ,;")))
+    return options
+
+
+def longest_chain(markers: list[re.Match]) -> list[re.Match]:
+    """Return the last of the longest runs A, B, ... of at least two; [] where there is none."""
+    best = []
+    for i, first in enumerate(markers):
+        if first[1] != "A":
+            continue
+        chain = [first]
+        for marker in markers[i + 1 :]:
+            if len(chain) < len(LETTERS) and marker[1] == LETTERS[len(chain)]:
+                chain.append(marker)
+        if len(chain) >= max(2, len(best)):
+            best = chain
+    return best
+
+
+def count_options(question: str) -> int:
+    return len(options_of(question))
+
+
 def plain(text: str) -> str:
     return " ".join(text.lower().split()).removesuffix(".")
 
 
-def read_choice(response: str, question: str) -> str | None:
-    """Return the letter that a response chooses, or None."""
+def read_choice(response: str, question: str, truth: str = "A") -> str | None:
+    """Return the letter that a response chooses, or None.
+
+    There are as many letters as the question shows options, and at least those up to the truth.
+    """
     # An <answer> is taken at its word. Elsewhere the last "answer is X" goes first, and letters
     # that are surely no articles may contradict each other.
     text = answer_text(response).strip()
+    options = options_of(question)
+    shown = len(options) or len(LETTERS)
+    letters = LETTERS[: max(shown, LETTERS.index(truth) + 1)]
     sure = set()
     if answer_block(response) is None:
-        if explicit := EXPLICIT.findall(text):
+        explicit = [said for said in EXPLICIT.findall(text) if said.upper() in letters]
+        if explicit:
             return explicit[-1].upper()
-        sure = set(SURE_LETTER.findall(text))
-    for letter in LETTERS:
+        sure = set(SURE_LETTER.findall(text)) & set(letters)
+    for letter in letters:
         # Another sure letter speaks against it: "A. It is near.\nB. It is far."
         if sure <= {letter} and re.fullmatch(CHOICE.replace("L", letter), text, re.I | re.S):
             return letter
     # The option's text in place of its letter.
-    for letter, option in OPTION.findall(question):
-        if plain(option) == plain(text):
+    for letter, option in OPTION.findall(question) + options:
+        if plain(option) == plain(text) and letter in letters:
             return letter
-    if len(sure) == 1 and sure == set(ANY_LETTER.findall(text)):
+    if len(sure) == 1 and sure == set(ANY_LETTER.findall(text)) & set(letters):
         return sure.pop()
     return None
 
@@ -133,7 +180,7 @@ def robust(response: str, example: Example) -> float | None:
     """Compare a letter, a number or a text with the truth."""
     truth = example.answer.strip()
     if truth in tuple(LETTERS):
-        letter = read_choice(response, example.question)
+        letter = read_choice(response, example.question, truth)
         return None if letter is None else float(letter == truth)
     if QUANTITY.fullmatch(truth) and math.isfinite(number(truth)):
         value = read_number(response, example.question)

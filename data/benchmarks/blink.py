@@ -5,17 +5,8 @@ official  BLINK's first step: equal but for case, ( ) . and blanks.
 
 from collections.abc import Iterator
 
-from data.benchmarks.schema import (
-    Benchmark,
-    Item,
-    Row,
-    by_sample,
-    equal,
-    letter,
-    mean,
-    means,
-    only_letters,
-)
+from data.benchmarks.means import Mean, Scored, average, by_sample, means
+from data.benchmarks.schema import Benchmark, Item, Row, equal, letter, only_letters
 
 IMAGES = ("image_1", "image_2", "image_3", "image_4")
 
@@ -39,11 +30,11 @@ def read(row: Row) -> Iterator[Item]:
 # ---- Scores
 
 
-def aggregate(pairs: list) -> dict[str, float]:
+def aggregate(scored: Scored) -> dict[str, Mean]:
     # The published mean is over tasks, whatever their number of rows.
-    rows = by_sample(pairs)
-    tasks = means(pairs, lambda example: example.task)
-    return rows | {"overall": mean(tasks.values()), "overall_samples": rows["overall"]}
+    rows = by_sample(scored)
+    tasks = means(scored, lambda example: example.task)
+    return rows | {"overall": average(tasks.values()), "overall_samples": rows["overall"]}
 
 
 BLINK = Benchmark(

@@ -6,19 +6,8 @@ official  lmms-eval's rule: the first letter of the text, so "The answer is B" i
 import re
 from collections.abc import Iterator
 
-from data.benchmarks.schema import (
-    TEST,
-    Benchmark,
-    Item,
-    Row,
-    averages,
-    by_sample,
-    letter,
-    mean,
-    means,
-    only_letters,
-    source,
-)
+from data.benchmarks.means import Mean, Scored, average, averages, by_sample, means, source
+from data.benchmarks.schema import TEST, Benchmark, Item, Row, letter, only_letters
 from srreal import Example
 
 HALVES = {"2D": ("ADE20K", "COCO"), "3D": ("Omni3D",)}
@@ -49,13 +38,13 @@ def official(text: str, example: Example) -> float:
     return float(found is not None and found[1].upper() == example.answer)
 
 
-def aggregate(pairs: list) -> dict[str, float]:
+def aggregate(scored: Scored) -> dict[str, Mean]:
     """Average 2D, itself of ADE20K and COCO, and 3D, which is Omni3D; `_samples`: the rows."""
     # A task alone may have no source of one half, or of either.
-    sources = means(pairs, source)
+    sources = means(scored, source)
     halves = averages(sources, HALVES)
-    rows = by_sample(pairs)
-    overall = mean(halves.values()) if halves else rows["overall"]
+    rows = by_sample(scored)
+    overall = average(halves.values()) if halves else rows["overall"]
     return rows | sources | halves | {"overall": overall, "overall_samples": rows["overall"]}
 
 

@@ -10,18 +10,16 @@ alone).
 import re
 from collections.abc import Iterator
 
+from data.benchmarks.means import Mean, Scored, by_sample, means, source
 from data.benchmarks.schema import (
     TEST,
     Benchmark,
     Item,
     Row,
-    by_sample,
     inside,
     letter,
     lettered,
-    means,
     only_letters,
-    source,
 )
 from data.rows import typed
 from data.sets.regions import FOUR
@@ -71,8 +69,8 @@ def official(text: str, example: Example) -> float:
     return float(found is not None and found[1] == example.answer)
 
 
-def aggregate(pairs: list) -> dict[str, float]:
-    return by_sample(pairs) | means(pairs, source)
+def aggregate(scored: Scored) -> dict[str, Mean]:
+    return by_sample(scored) | means(scored, source)
 
 
 EMBSPATIAL = Benchmark(

@@ -8,7 +8,8 @@ Departure: images stand where visual_indices puts them. lmms-eval shows all of t
 from collections.abc import Iterator
 
 from data.benchmarks.answers import LETTERS
-from data.benchmarks.schema import TEST, Benchmark, Item, Row, by_sample, letter, letter_or_text
+from data.benchmarks.means import by_sample
+from data.benchmarks.schema import TEST, Benchmark, Item, Row, letter, letter_or_text
 from data.marks import Marked
 from data.rows import Bad, matches
 

@@ -6,7 +6,8 @@ official  lmms-eval's rule, which ERQA shares (letter_or_text): a truth of A to 
 
 from collections.abc import Iterator
 
-from data.benchmarks.schema import TEST, Benchmark, Item, Row, by_sample, letter_or_text
+from data.benchmarks.means import by_sample
+from data.benchmarks.schema import TEST, Benchmark, Item, Row, letter_or_text
 
 # ---- Rows
 

@@ -11,8 +11,10 @@ import re
 from collections.abc import Iterator
 
 from data.benchmarks.answers import LETTERS
-from data.benchmarks.schema import TEST, Benchmark, Item, Row, by_sample, equal, lettered, mean
+from data.benchmarks.means import Mean, Scored, by_sample
+from data.benchmarks.schema import TEST, Benchmark, Item, Row, equal, lettered
 from data.rows import Bad
+from srreal import Example
 
 # ---- Rows
 
@@ -50,14 +52,14 @@ def true_option(options: list[str], stated: str) -> str:
 # ---- Scores
 
 
-def aggregate(pairs: list) -> dict[str, float]:
+def aggregate(scored: Scored) -> dict[str, Mean]:
     """Average over both orders; `circular`: right in both."""
-    # The least of the two scores is 1 only where both are right.
-    orders: dict[str, list[float]] = {}
-    for example, value in pairs:
-        question, _, _ = example.id.rpartition("-")
-        orders.setdefault(question, []).append(value)
-    return by_sample(pairs) | {"circular": mean(map(min, orders.values()))}
+    return by_sample(scored) | {"circular": scored.all_right(question)}
+
+
+def question(example: Example) -> str:
+    """Return what both orders of a question have in common."""
+    return example.id.rpartition("-")[0]
 
 
 SAT = Benchmark(

@@ -1,16 +1,17 @@
-"""What every benchmark's file uses: a row with checked fields, its questions, means of scores."""
+"""What every benchmark's file uses: a row with checked fields, its questions, shared rules."""
 
 import ast
 import base64
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from data.benchmarks.answers import LETTERS, read_choice, robust
+from data.benchmarks.means import Mean, Scored
+from data.benchmarks.means import by_sample as by_sample  # for files that need no more of means.py
+from data.frames import Frame, frames_of
 from data.marks import Marked
 from data.rows import Bad, matches
 from pictures import picture_size
@@ -27,6 +28,10 @@ class Row:
     number: int  # from 1, through all files of the set: ids and orders are made of it
     path: str  # what is asked for: lor and direct need no region
     beside: dict  # what the benchmark's `beside` read in the folder
+    frames: int = 32  # of a video
+    # Files and videos that earlier rows showed: rows that show them, too, get the same objects, so
+    # that each is decoded and encoded once.
+    shown: dict = field(default_factory=dict)
 
     # A parquet's null and a column that isn't there are one: neither can be asked about.
     def has(self, name: str) -> bool:
@@ -72,26 +77,65 @@ class Row:
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
         if isinstance(value, str):
-            value = self.file_or_base64(value)
+            # A path is tried first: base64 is far too long to be one, and is known at once.
+            file = self.find(value)
+            if file is not None:
+                return self.picture(file)
+            value = self.base64(value)
         if not isinstance(value, bytes):
             raise Bad("image", f"neither bytes nor a path: {value!r:.60}")
-        # Reads the header alone; the pixels are decoded when the question is asked.
-        try:
-            picture_size(value)
-        except Exception as error:  # Pillow raises all sorts on bad bytes
-            raise Bad("image", f"corrupt: {error}") from error
-        return Marked(value)
+        # Some copies hold an image again in each row that shows it.
+        if value not in self.shown:
+            self.shown[value] = readable(Marked(value))
+        return self.shown[value]
 
-    def file_or_base64(self, text: str) -> bytes:
-        # A path is tried first: base64 is far too long to be one, and `isfile` says so at once.
-        for base in (self.folder, self.folder / "images", self.file.parent):
-            if os.path.isfile(base / text):
-                return (base / text).read_bytes()
+    def picture(self, file: Path) -> Marked:
+        """Return a file as an image: the path alone, for there may be many GB of them."""
+        name = str(file)
+        if name not in self.shown:
+            self.shown[name] = readable(Marked(name))
+        return self.shown[name]
+
+    def base64(self, text: str) -> bytes:
         try:
             return base64.b64decode(text, validate=True)
         except ValueError:
             reason = f"missing file: {text[:80]} in {self.folder} (--data: where it is)"
             raise Bad("image", reason) from None
+
+    def find(self, name: str) -> Path | None:
+        """Return the file or folder of that name below the set's folder, or beside its rows."""
+        if len(name) > LONGEST_PATH:
+            return None
+        near = (self.folder, self.file.parent, self.file.parent.parent)
+        bases = [*near, self.folder / "images", self.folder / "videos", self.folder / "data"]
+        for base in bases:
+            if os.path.exists(base / name):
+                return base / name
+        return None
+
+    def video(self, name: str) -> list[Frame]:
+        """Return the frames of a video, named with its ending, or of the folder in its place."""
+        folder, _ = os.path.splitext(name)
+        found = self.find(folder) or self.find(name)
+        if found is None:
+            reason = f"missing file: {name} in {self.folder} (nor is there a folder of its frames)"
+            raise Bad("video", reason)
+        # Of a folder the ending is only what `frames_of` cuts off again.
+        file = found.with_name(os.path.basename(name))
+        if str(file) not in self.shown:
+            self.shown[str(file)] = frames_of(file, self.frames)
+        return self.shown[str(file)]
+
+
+def readable(image: Marked) -> Marked:
+    """Return the image; Bad where not even its header can be read."""
+    # The pixels are decoded when the question is asked.
+    try:
+        picture_size(image.source)
+    except Exception as error:  # Pillow raises all sorts on bad bytes
+        raise Bad("image", f"corrupt: {error}") from error
+    return image
 
 
 def unpacked(value):
@@ -170,13 +214,21 @@ class Benchmark:
     files: tuple[str, ...]  # globs of the files with rows; the first that finds any
     read: Callable[[Row], Iterator[Item]]
     official: Callable[[str, Example], float]  # (text of the answer, its Example) -> 0..1
-    aggregate: Callable[[list], dict[str, float]]  # of pairs (Example, per cent)
+    aggregate: Callable[[Scored], dict[str, Mean]]
     # Somebody else's figures: (the model, who says so, {key: per cent}). They stand beside ours
     # where all of the set was asked.
     others: tuple[str, str, dict]
+    more: tuple[tuple[str, str, dict], ...] = ()  # and of other models
     robust: Callable[[str, Example], float | None] = robust  # of the whole response
     judged: str = ""  # where the published rule is a language model: what `official` is instead
     beside: Callable[[Path], dict] | None = None  # reads what a folder has beside the rows
+    # What a row's questions share with others' beside images: a scene. They are one cluster.
+    scene: Callable[[Example], str | None] | None = None
+    # A column that names a row: one that recurs, as in a copy in another file, is left out.
+    key: str = ""
+    # Columns by which a file with rows is known, where names are not: others are left out.
+    columns: tuple[str, ...] = ()
+    slack: int = 0  # cards and files differ by so many rows
     # Of pairs (Example, response): key -> mean error of what is read, where that is published.
     errors: Callable[[list], dict[str, float]] | None = None
 
@@ -184,6 +236,7 @@ class Benchmark:
 # ---- Questions
 
 TEST = "**/test*.parquet"
+LONGEST_PATH = 4096
 
 
 def lettered(options: list[str], form: str) -> str:
@@ -233,41 +286,3 @@ def letter_or_text(text: str, example: Example) -> float:
     if truth in tuple("ABCD"):
         return float(read_choice(text, example.question) == truth)
     return float(text.lower().strip().rstrip(".") == truth.lower().strip())
-
-
-# ---- Aggregates: pairs of (Example, score in per cent) -> key -> mean
-
-
-def means(pairs: Iterable, key: Callable[[Example], str | None]) -> dict[str, float]:
-    """Return the mean score of each key(example); None is left out."""
-    groups: dict[str, list[float]] = {}
-    for example, value in pairs:
-        groups.setdefault(key(example), []).append(value)
-    groups.pop(None, None)
-    return {name: mean(values) for name, values in groups.items()}
-
-
-def mean(values: Iterable[float]) -> float:
-    return float(np.mean(list(values)))
-
-
-def averages(table: dict[str, float], groups: dict[str, Iterable[str]]) -> dict[str, float]:
-    """Return the mean of each group's entries.
-
-    A group without any is left out: a part of a benchmark was asked.
-    """
-    found = {}
-    for name, keys in groups.items():
-        if values := [table[key] for key in keys if key in table]:
-            found[name] = mean(values)
-    return found
-
-
-def by_sample(pairs: list) -> dict[str, float]:
-    tasks = means(pairs, lambda example: example.task or None)
-    return {"overall": mean(value for _, value in pairs)} | tasks
-
-
-def source(example: Example) -> str:
-    """Return where an image is from: the part of its id before the first _."""
-    return example.id.partition("_")[0]

@@ -20,7 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from data.benchmarks.answers import mra, read_number, read_text, robust
-from data.benchmarks.schema import TEST, Benchmark, Item, Row, averages, inside, mean, means
+from data.benchmarks.means import Mean, Scored, average, averages, mean, means
+from data.benchmarks.schema import TEST, Benchmark, Item, Row, inside
 from data.folders import walk
 from data.marks import DepthMap, Marked
 from data.rows import Bad, BadSource, matches, pinhole, typed
@@ -233,17 +234,17 @@ def robust_mra(response: str, example: Example) -> float | None:
     return robust(response, example)
 
 
-def aggregate(pairs: list) -> dict[str, float]:
+def aggregate(scored: Scored) -> dict[str, Mean]:
     """Average over tasks, as published; `_samples` and the splits weigh by sample, as SR-REAL."""
     # Both ways of averaging, as both are quoted: tasks differ in size.
-    tasks = means(pairs, lambda example: example.task)
-    levels = means(pairs, level)
+    tasks = means(scored, lambda example: example.task)
+    levels = means(scored, level)
     samples = {f"{name}_samples": value for name, value in levels.items()}
-    out = {"overall": mean(tasks.values())}
+    out = {"overall": average(tasks.values())}
     out |= averages(tasks, LEVELS)
     out |= samples
-    out["overall_samples"] = mean(value for _, value in pairs)
-    return out | means(pairs, split) | tasks
+    out["overall_samples"] = scored.mean()
+    return out | means(scored, split) | tasks
 
 
 def level(example: Example) -> str:

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from data.benchmarks.answers import answer_text
-from data.benchmarks.schema import Benchmark, Item, Row, averages, mean, means
+from data.benchmarks.means import Mean, Scored, averages, mean, means
+from data.benchmarks.schema import Benchmark, Item, Row
 from data.rows import Bad, typed
 from data.sets.regions import FOUR, clip
 from srreal import DECIMAL, QUANTITY, UNITS, Example, number
@@ -195,16 +196,16 @@ def robust(response: str, example: Example) -> float | None:
     return score_of(said, example)
 
 
-def aggregate(pairs: list) -> dict[str, float]:
+def aggregate(scored: Scored) -> dict[str, Mean]:
     """Average success by column of the published table.
 
     qualitative and quantitative are of their rows, as the set's script prints them; `_columns`: the
     means of six columns each.
     """
-    columns = means(pairs, lambda example: column_of(example.task))
+    columns = means(scored, lambda example: column_of(example.task))
     halves = {"qualitative_columns": QUALITATIVE, "quantitative_columns": QUANTITATIVE}
-    out = {"overall": mean(value for _, value in pairs)}
-    out |= means(pairs, half)
+    out = {"overall": scored.mean()}
+    out |= means(scored, half)
     return out | averages(columns, halves) | columns
 
 

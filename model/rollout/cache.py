@@ -9,11 +9,13 @@ tokens, H hidden width, K key-value heads, D head width.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kernels.decode_attention import Table
 from kernels.packed_attention import upload
+from model.delta import walked
 from model.rollout.scheduler import Sequence
 
 MAX_SLOTS = 256  # more hardly raise the throughput, neither of a GPU nor of a CPU
@@ -182,9 +184,8 @@ class PromptRows:
         self.lengths[at] = upload(lengths, device)
         # (T, K, D) -> (rows, K, P, D): behind its end a prompt repeats its last token, unseen.
         longest = int(lengths.max())
-        starts = torch.tensor([start for start, *_ in batch.segments])
-        within = torch.minimum(torch.arange(longest), lengths[:, None] - 1)
-        index = upload(starts[:, None] + within, device)
+        index = upload(prompt_tokens(batch, longest), device)
+        ends = upload(prompt_ends(batch), device)
         caches = iter(self.layers)
         states = iter(self.states)
         for attends, left in zip(self.attends, layers, strict=True):
@@ -192,7 +193,27 @@ class PromptRows:
                 if attends:  # keys, then values
                     room[at, :, :longest] = new[index].transpose(1, 2)
                 else:  # state, then ring
-                    room[at] = new
+                    room[at] = new[ends]
+
+
+def prompt_tokens(batch, longest: int) -> np.ndarray:
+    """Return where the tokens of a batch's prompts are packed: (B, longest), the last repeated.
+
+    A prompt is the segment that its last token ends, behind that segment's prefix.
+    """
+    segments = walked(batch.segments)
+    rows = []
+    for place in prompt_ends(batch):
+        start, end, low, high = segments[place]
+        tokens = np.concatenate((np.arange(low, high), np.arange(start, end)))
+        rows.append(np.pad(tokens, (0, longest - len(tokens)), mode="edge"))
+    return np.stack(rows)
+
+
+def prompt_ends(batch) -> list[int]:
+    """Return which segment, in the order of a walk, each of a batch's prompts ends with."""
+    by_end = {end: place for place, (_, end, _, _) in enumerate(walked(batch.segments))}
+    return [by_end[last + 1] for last in batch.last.tolist()]
 
 
 class Cache:

@@ -103,13 +103,14 @@ class SampleStream:
             return False
         # A prompt at least; how many more depends on their lengths.
         groups = list(self.scheduler.unencoded)[: len(prompts.free)]
-        encoded = prompts_within(self.processor, (g.source for g in groups), self.prefill_tokens)
+        sources = (group.source for group in groups)
+        encoded = prompts_within(self.processor, sources, self.prefill_tokens, share=True)
         if not self.decoder.make_room(max(len(prompt.ids) for prompt in encoded)):
             return False
         # Wider rows may be fewer.
         encoded = encoded[: len(prompts.free)]
-        # One packed forward, without padding, as in training.
-        batch = self.processor.pack(encoded).to(prompts.lengths.device, self.images)
+        # One packed forward, without padding and with shared images once, as in training.
+        batch = self.processor.pack(encoded, share=True).to(prompts.lengths.device, self.images)
         rows = prompts.take([len(prompt.ids) for prompt in encoded])
         # hidden (T, H); of each layer its keys and values, or a delta net's state and ring.
         hidden, layers = self.decoder.model.prefill(batch)

@@ -8,20 +8,33 @@ import torch
 from model.batch import Prompt
 from srreal import Example
 
-# Tokens of a packed forward; of an 8B model they take 1.8 GB. A longer prompt goes by itself.
+# Tokens of a packed forward; of an 8B model they take 1.8 GB. A longer prompt goes by itself, or
+# with those that share its images.
 PREFILL_TOKENS = {"cpu": 4096, "cuda": 8192}
 
 
-def prompts_within(processor, sources: Iterable[Example | Prompt], budget: int) -> list[Prompt]:
-    """Return the first prompts: as many as `budget` tokens hold, at least one."""
+def prompts_within(
+    processor, sources: Iterable[Example | Prompt], budget: int, share: bool = False
+) -> list[Prompt]:
+    """Return the first prompts: as many as `budget` tokens hold, at least one.
+
+    share: they will be packed so that neighbours with the same images share them.
+    """
     prompts = []
     tokens = 0
     for source in sources:
         # The training loop has built its prompts already.
         prompt = source if isinstance(source, Prompt) else processor.prompt(source)
-        tokens += len(prompt.ids)
+        cost = len(prompt.ids)
+        limit = budget
+        if share and prompts and prompt.views and prompt.image_keys == prompts[-1].image_keys:
+            cost -= prompt.images_end
+            # Behind a video that is longer than the budget there is room for its other questions:
+            # else its frames would be encoded once for each.
+            limit = max(budget, len(prompts[0].ids) + budget // 4)
+        tokens += cost
         # The one that is too many is dropped, and built again in its turn.
-        if prompts and tokens > budget:
+        if prompts and tokens > limit:
             break
         prompts.append(prompt)
     return prompts

@@ -1222,6 +1222,9 @@ def test_eval_prints_both_scorers(tmp_path, monkeypatch, capsys):
             else f"<think>so</think><answer>{e.answer}</answer>"
         ),
     )
+    # Others' figures stand beside a complete set only.
+    cv = benchmarks.BENCHMARKS["cv-bench"]
+    monkeypatch.setitem(benchmarks.BENCHMARKS, "cv-bench", replace(cv, rows=len(CV)))
     config = evaluation.Config(
         "m",
         (cv_bench(tmp_path / "set"),),
@@ -1238,8 +1241,8 @@ def test_eval_prints_both_scorers(tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "SpatialThinker" in next(line for line in lines if line.startswith("cv-bench direct"))
     assert next(line for line in lines if line.startswith("  overall ")).split()[1:] == [
-        "0.0",
-        "100.0",
+        "0.0±0.0",
+        "100.0±0.0",
         "68.6",
     ]
     config = evaluation.Config(

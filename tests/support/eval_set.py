@@ -48,7 +48,11 @@ def write_set(folder: Path, n: int = 6) -> str:
 def stand_in(monkeypatch, write):
     """A model whose answer to an example is write(example), and whose 3D head is 0.3 m too far."""
     monkeypatch.setattr(evaluation, "load_model", lambda *args: None)
-    processor = SimpleNamespace(prefetch=lambda examples: None)
+    processor = SimpleNamespace(
+        prefetch=lambda examples: None,
+        pixels_of=lambda size: size[0] * size[1],
+        untrained_parts=lambda examples, learning, head: [],
+    )
     monkeypatch.setattr(run, "load_processor", lambda *args: processor)
 
     def head(e):
