@@ -4,9 +4,9 @@ r"""Ask one question about one image: both paths answer, and their points are dr
         --question "How far apart are the red bbox <mask> and the blue bbox <mask>?"
 
 The k-th --region is the k-th <mask> of the question. Regions that the question has no <mask> for
-are appended to it, each behind a name of its own, and drawn in that colour. No depth, no camera and
-no region are needed; what was assumed in their place is said. Answers are greedy unless
---temperature says otherwise, as eval.py's are.
+are appended to it, each behind a name of its own, and drawn in that colour, also in the image that
+the model sees. No depth, no camera and no region are needed; what was assumed in their place is
+said. Answers are greedy unless --temperature says otherwise, as eval.py's are.
 
 Prints each answer, and writes to --out
 
@@ -23,6 +23,7 @@ import itertools
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -102,6 +103,8 @@ def prepare(cfg: Config, depth: np.ndarray | None = None) -> Asked:
     question, names, assumed = with_regions(cfg.question, len(cfg.region))
     for box in cfg.region:
         check_box(box, image.size)
+    named = cfg.question.count("<mask>")
+    image = with_marks(image, cfg.region[named:], names[named:])
     camera = cfg.intrinsics
     if depth is None and cfg.depth:
         depth = read_metres(cfg.depth).astype(np.float32)
@@ -154,8 +157,20 @@ def with_regions(question: str, regions: int) -> tuple[str, list[str], list[str]
     if not added:
         return question, names, []
     listed = ", ".join(f"{name} <mask>" for name in added)
-    sentence = f"the question has no <mask> for {missing} regions: appended are {', '.join(added)}"
+    sentence = (
+        f"the question has no <mask> for {missing} regions: appended, and drawn in the image, are "
+        f"{', '.join(added)}"
+    )
     return f"{question.rstrip()} ({listed})", names + added, [sentence]
+
+
+def with_marks(image: Image.Image, boxes: Sequence[tuple], names: list[str]) -> Image.Image:
+    """Return a copy with an outline of each box, in the colour of its name, as in training."""
+    image = image.copy()
+    pen = ImageDraw.Draw(image)
+    for box, name in zip(boxes, names, strict=True):
+        pen.rectangle(box, outline=colour_of(name), width=max(1, round(image.width / 128)))
+    return image
 
 
 def check_box(box: tuple, size: tuple[int, int]) -> None:

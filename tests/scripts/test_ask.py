@@ -72,6 +72,21 @@ def test_regions_without_a_mask_get_names(tiny_home, photo, tmp_path):
     assert len(result["answers"]) == 1 and result["answers"][0]["head"] is None
 
 
+def test_only_appended_regions_are_drawn_for_the_model(tiny_home, photo, tmp_path):
+    """A question of one's own speaks of marks that its image has; ours have to be drawn first."""
+    regions = [(10.0, 20.0, 60.0, 70.0), (5.0, 5.0, 30.0, 40.0)]
+    cfg = config(tiny_home, photo, tmp_path, "Is the red bbox <mask> near?", region=regions)
+    (seen,) = ask.prepare(cfg).example.images
+    before = np.asarray(Image.open(photo / "room.png").convert("RGB"))
+    changed = (np.asarray(seen) != before).any(-1)
+    edge = np.zeros_like(changed)
+    edge[5:41, 5:31] = True
+    edge[6:40, 6:30] = False
+    assert (changed == edge).all()
+    # Blue, as the first free name is.
+    assert np.asarray(seen)[5, 5].argmax() == 2
+
+
 def test_a_camera_that_is_not_known_is_assumed(tiny_home, photo, tmp_path):
     result = ask.main(
         config(tiny_home, photo, tmp_path, "What is it?", depth=str(photo / "depth.png"))
