@@ -74,7 +74,7 @@ def test_regions_without_a_mask_get_names(tiny_home, photo, tmp_path):
 
 def test_only_appended_regions_are_drawn_for_the_model(tiny_home, photo, tmp_path):
     """A question of one's own speaks of marks that its image has; ours have to be drawn first."""
-    regions = [(10.0, 20.0, 60.0, 70.0), (5.0, 5.0, 30.0, 40.0)]
+    regions = ((10.0, 20.0, 60.0, 70.0), (5.0, 5.0, 30.0, 40.0))
     cfg = config(tiny_home, photo, tmp_path, "Is the red bbox <mask> near?", region=regions)
     (seen,) = ask.prepare(cfg).example.images
     before = np.asarray(Image.open(photo / "room.png").convert("RGB"))
