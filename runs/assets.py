@@ -61,6 +61,7 @@ def main(cfg: Config) -> None:
     steps = step_folders(cfg.speedrun / "sft")
     if not steps or not (cfg.speedrun / "eval-rl" / "summary.json").exists():
         raise UserError(f"--speedrun {cfg.speedrun}: there is no finished speedrun")
+    # All of it: a room of an older speedrun must not stay beside the new ones.
     with writing(cfg.out):
         shutil.rmtree(cfg.out, ignore_errors=True)
         cfg.out.mkdir(parents=True)
@@ -92,6 +93,7 @@ def pick_rooms(examples: list[Example]) -> list[Example]:
     for task in TASKS:
         for example in examples:
             image = example.images[0]
+            # ask.py takes boxes and one image; marks that are points have no box to give.
             boxed = "bbox" in example.question and len(example.images) == 1
             if example.task == task and example.path == "dtr" and boxed and image not in taken:
                 taken.add(image)
@@ -110,6 +112,7 @@ def write_room(number: int, room: Example, out: Path) -> str:
         f"    --image {out}/{name}.png --depth {out}/{name}-depth.png",
         "    --intrinsics " + " ".join(f"{value:.1f}" for value in room.intrinsics[0]),
     ]
+    # In the order of the question's <mask>s, as ask.py takes them.
     for _, box in room.regions:
         lines.append("    --region " + " ".join(f"{value:.0f}" for value in box))
     lines.append(f'    --question "{room.question}" "$@"')

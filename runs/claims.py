@@ -15,6 +15,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
@@ -58,6 +59,7 @@ class Seeds:
             if not (folder / name / "summary.json").exists():
                 continue
             rows = []
+            # The seed joins the id, so that only answers of one seed are paired.
             for row in read_rows(folder / name / "predictions.jsonl"):
                 row["id"] = f"{folder.name} {row['id']}"
                 row["cluster"] = Path(row["cluster"]).name
@@ -86,7 +88,7 @@ def read_rows(file: Path) -> list[dict]:
 
 def pool(answers: list[list[dict]], path: str | None = None, task: str | None = None) -> list[dict]:
     """Return the rows of all seeds on a path (None: any) about a family (None: all)."""
-    rows = [row for of_seed in answers for row in of_seed]
+    rows = list(chain.from_iterable(answers))
     if path:
         rows = [row for row in rows if row["path"] == path]
     if task:
@@ -110,6 +112,7 @@ def gain(before: list[dict], after: list[dict], metric: str = "accuracy") -> str
 def gains_by_seed(before: list[list[dict]], after: list[list[dict]], path: str) -> str:
     """Write each seed's own paired difference of accuracy in points."""
     texts = []
+    # Not strict: a seed may have its "before", and its "after" not yet.
     for first, second in zip(before, after, strict=False):
         difference = paired(pool([first], path), pool([second], path))
         texts.append(f"{100 * difference['value']:+.1f}")
@@ -121,6 +124,7 @@ def centre_error(rows: list[dict]) -> str:
     distances = []
     clusters = []
     for row in rows:
+        # By mention: an object that wasn't written, or under another name, has no distance.
         own = list(row["text_errors"].values())
         distances += own
         clusters += [row["cluster"]] * len(own)
@@ -151,6 +155,7 @@ def rl_lifts_both_paths(seeds: Seeds) -> str | None:
             old = pool(before, path, task)
             new = pool(after, path, task)
             sampled = "-"
+            # What RL maximises; by family its error would be as large as itself.
             if task is None:
                 sampled = gain(
                     pool(seeds.answers("eval-sft-sampled"), path),
@@ -229,6 +234,7 @@ def cold_starts(seeds: Seeds) -> str | None:
         metrics = seeds.metrics(rl)
         if not (metrics and seeds.answers(after)):
             return None
+        # Ten steps: one step's reward is that of 16 prompts, and says little.
         start = [run[:10] for run in metrics]
         end = [run[-10:] for run in metrics]
         row = [name]
@@ -243,7 +249,8 @@ def cold_starts(seeds: Seeds) -> str | None:
 
 
 def mean_of(runs: list[list[dict]], column: str) -> float:
-    return fmean([row[column] for run in runs for row in run])
+    """Return the mean of a column over the rows of all seeds."""
+    return fmean([row[column] for row in chain.from_iterable(runs)])
 
 
 def transfer(seeds: Seeds) -> str | None:
@@ -367,6 +374,7 @@ def write(folder: Path, into: Path | None) -> None:
 
 if __name__ == "__main__":
     arguments = sys.argv[1:]
+    # Before tyro sees them, which would take a folder for a stray word.
     if arguments and not arguments[0].startswith("-"):
         # The folder may stand alone, as in the usage above.
         arguments = ["--folder", *arguments]
