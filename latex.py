@@ -231,14 +231,13 @@ def serve() -> None:
 def compare(truth: str, answer: str) -> bool:
     """Return whether two expressions are equal; raises all sorts where one can't be read."""
     from math_verify import verify
-    from sympy import solve
-    from sympy.core.relational import Relational
+    from sympy import Eq, solve
 
     # math-verify takes 50 for 50 %.
     if "%" not in truth and are_far_apart(value_of(truth), value_of(answer)):
         return False
     # It compares the solutions of equations, where it finds no difference if there are none.
-    if isinstance(read(truth), Relational) and not solve(read(truth)):
+    if isinstance(read(truth), Eq) and not solve(read(truth)):
         return False
     # The truth comes first: `x = 5` may be said as 5, but not the other way round. Its own timeout
     # is off, as the timer stands above it.
