@@ -44,6 +44,10 @@ SIGNS = {
     "²": "^2",
     "³": "^3",
     "**": "^",
+    "≤": r"\leq ",
+    "≥": r"\geq ",
+    "<=": r"\leq ",
+    ">=": r"\geq ",
 }
 # LaTeX's own sign of a root takes one digit.
 ROOT = re.compile(r"√\s*([0-9]+(?:\.[0-9]+)?|[A-Za-z])")
@@ -59,7 +63,7 @@ UNIT = re.compile(
     r"(?:\s*\^\s*\{?\s*[23]\s*\}?)?$"
 )
 # What any answer may use; all else only as often as the truth.
-TOKEN = re.compile(r"\\(?:[A-Za-z]+|.)|(?:or|and)(?![A-Za-z])|[A-Za-z]{4,}|[^\w\s]")
+TOKEN = re.compile(r"\\(?:[A-Za-z]+|.)|(?:or|and)(?![A-Za-z])|[A-Za-z]{4,}|[A-Z]{2,}|[^\w\s]")
 COMMANDS = r"\frac \dfrac \tfrac \sqrt \pi \cdot \times \div \left \right \circ \text \mathrm"
 FREE = {*COMMANDS.split(), *"{}()[]+-*/^._", r"\,", r"\!", r"\;", r"\ ", "sqrt"}
 # A power of a power or in an exponent, and exponents from 100 on: 9^{9^9}, (9^9)^9, 10^{1000}.
@@ -227,9 +231,13 @@ def serve() -> None:
 def compare(truth: str, answer: str) -> bool:
     """Return whether two expressions are equal; raises all sorts where one can't be read."""
     from math_verify import verify
+    from sympy import Eq, solve
 
     # math-verify takes 50 for 50 %.
     if "%" not in truth and are_far_apart(value_of(truth), value_of(answer)):
+        return False
+    # It compares the solutions of equations, where it finds no difference if there are none.
+    if isinstance(read(truth), Eq) and not solve(read(truth)):
         return False
     # The truth comes first: `x = 5` may be said as 5, but not the other way round. Its own timeout
     # is off, as the timer stands above it.

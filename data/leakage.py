@@ -175,6 +175,8 @@ class Filter:
         self.of_benchmark = Counter()
 
     def keeps(self, row: Row) -> bool:
+        if not self.benchmarks:
+            return True
         scenes = scenes_of(row)
         leaks = [asked.name for asked in self.benchmarks if asked.shared(scenes)]
         self.rows += 1
@@ -235,7 +237,9 @@ def main(cfg: Config) -> dict[str, dict[Scene, Leak]]:
 def described(side: Asked) -> str:
     """Return a line: how many rows name a scene, and how many rooms these are, by set."""
     if not side.with_scene:
-        return f"{side.name}: {side.rows} rows, none names a scene: nothing is known of them"
+        return (
+            f"{side.name}: none of its rows ({side.rows}) names a scene: nothing is known of them"
+        )
     rooms = Counter(room.set for room in side.scans if room.set != UNKNOWN)
     counts = [f"{count} of {name}" for name, count in sorted(rooms.items())]
     unknown = sum(room.set == UNKNOWN for room in side.scans)
@@ -257,14 +261,14 @@ def told(asked: Asked, leaks: dict[Scene, Leak]) -> str:
         for room in rooms:
             leak = leaks[room]
             scans = asked.scans_of(room)
-            entries.append(f"    {room.scan}: {leak.rows} training rows")
+            entries.append(f"    {room.scan}: training rows {leak.rows}")
             if name == SCANNET and not leak.trained & scans:
                 rescans.append(room)
                 entries[-1] += f", of {names(leak.trained)}; asked about {names(scans)}"
-        count = f"  {name}: {len(rooms)} scenes on both sides"
+        count = f"  {name}: scenes on both sides {len(rooms)}"
         if name == SCANNET:
-            count += f": {len(rooms) - len(rescans)} in the same scan, {len(rescans)} in another "
-            count += "scan of the room"
+            same = len(rooms) - len(rescans)
+            count += f" (in the same scan {same}, in another scan of the room {len(rescans)})"
         lines += [count, *entries]
     return "\n".join(lines)
 

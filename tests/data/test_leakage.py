@@ -95,9 +95,12 @@ def test_planted_scenes_are_found_and_no_others(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "training: 14 of 18 rows name a scene" in said
     assert "embspatial: 6 of 7 rows name a scene: 2 of ARKitScenes, 2 of ScanNet" in said
-    assert "ScanNet: 1 scenes on both sides: 0 in the same scan, 1 in another scan" in said
     assert (
-        "scene0000: 4 training rows, of scene0000_01, scene0000_02; asked about scene0000_00"
+        "ScanNet: scenes on both sides 1 (in the same scan 0, in another scan of the room 1)"
+        in said
+    )
+    assert (
+        "scene0000: training rows 4, of scene0000_01, scene0000_02; asked about scene0000_00"
         in said
     )
     found = leakage.main(config)["embspatial"]
@@ -115,7 +118,10 @@ def test_nothing_on_both_sides_ends_well(tmp_path, capsys):
 def test_a_set_that_names_no_scene_is_said_to(tmp_path, capsys):
     asked = benchmark(tmp_path / "bench", ("mp3d", "2azQ1b91cZZ"))
     leakage.run(leakage.Config(train=(training_set(tmp_path / "train"),), benchmark=(asked,)))
-    assert "embspatial: 1 rows, none names a scene: nothing is known" in capsys.readouterr().out
+    assert (
+        "embspatial: none of its rows (1) names a scene: nothing is known"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_field_of_a_parquet_names_the_scene(tmp_path):
