@@ -386,17 +386,14 @@ def answer_row(
     guess, median_centre = constant
     usual = true_centres(example, example.frame or 0)
     iou = None if box is None else box_iou(parsed.answer, box)
-    images = [image_name(image) for image in example.images]
-    if cluster is None:
-        (cluster,) = name_clusters([example], None)
     return dict(
         id=example.id,
         question_id=question_id(example),
         path=example.path,
         task=example.task,
-        images=images,
+        images=[image_name(image) for image in example.images],
         pixels=pixels or [],
-        cluster=cluster,
+        cluster=cluster or name_clusters([example], None)[0],
         question=example.question,
         text=rollout.text,
         parsed=asdict(parsed),

@@ -144,15 +144,10 @@ def read(
         try:
             if isinstance(record, Bad):
                 raise record
-            if benchmark.key and record.get(benchmark.key) is not None:
-                # The same row in a copy of the file, under another name.
-                if record[benchmark.key] in keys:
-                    continue
-                keys.add(record[benchmark.key])
+            if is_copy(record, benchmark.key, keys):
+                continue
             row = Row(record, folder, file, total, path, beside, frames, shown)
-            asked = []
-            for item in benchmark.read(row):
-                asked += item.examples(path)
+            asked = examples_of(benchmark, row, path)
         except Bad as error:
             bad += [(str(file), number, *problem) for problem in error.args[0]]
             unusable += 1
@@ -177,6 +172,23 @@ def read(
     if path == "dtr":
         warn_of_marks(name, examples)
     return loaded
+
+
+def is_copy(record: dict, key: str, seen: set) -> bool:
+    """Whether a row was seen before, in a copy of its file under another name."""
+    name = record.get(key) if key else None
+    if name is None:
+        return False
+    is_known = name in seen
+    seen.add(name)
+    return is_known
+
+
+def examples_of(benchmark: Benchmark, row: Row, path: str) -> list[Example]:
+    examples = []
+    for item in benchmark.read(row):
+        examples += item.examples(path)
+    return examples
 
 
 def all_records(files: list[Path]) -> Iterator[tuple[Path, int, dict | Bad]]:
@@ -297,10 +309,10 @@ def estimates(
     benchmark = known(name, scorer, len(pairs))
     examples = [example for example, _ in pairs]
     # `unparsed` is always the robust scorer's: the official ones take anything as an answer.
-    read = marks(name, pairs, "robust")
-    earned = read if scorer == "robust" else marks(name, pairs, scorer)
+    robust = marks(name, pairs, "robust")
+    earned = robust if scorer == "robust" else marks(name, pairs, scorer)
     values = [0.0 if value is None else value for value in earned]
-    lost = [100.0 if value is None else 0.0 for value in read]
+    lost = [100.0 if value is None else 0.0 for value in robust]
 
     def scored(numbers: list[float]) -> Scored:
         return Scored.of(list(zip(examples, numbers, strict=True)), clusters)

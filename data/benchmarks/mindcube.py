@@ -113,7 +113,14 @@ def aggregate(scored: Scored) -> dict[str, Mean]:
 MINDCUBE_TINY = Benchmark(
     hub="MLL-Lab/MindCube",
     rows=1050,
-    files=("**/MindCube_tinybench.jsonl", "**/*tiny*.parquet", "**/*tiny*.tsv", "**/*.parquet"),
+    files=(
+        "**/MindCube_tinybench.jsonl",
+        "**/*tiny*.parquet",
+        "**/*tiny*.tsv",
+        # A copy in splits: this one holds all the others.
+        "**/combined*.parquet",
+        "**/*.parquet",
+    ),
     read=read,
     official=official,
     aggregate=aggregate,

@@ -149,4 +149,5 @@ THREEDSRBENCH = Benchmark(
         ("SpatialReasoner-7B", "its paper", {"overall": 61.7, "circular": 60.3}),
     ),
     scene=base,
+    key="qid",
 )
