@@ -48,12 +48,18 @@ def read(row: Row) -> Iterator[Item]:
     else:
         kind = "image"
         images = [row.image(name) for name in shown]
+    question = f"{asked}\nOptions:{lettered(options, '{}. {}')}"
+    # Some questions and options say where the images stand; else, or where a place is missing, all
+    # come first.
+    if question.count("<image>") != len(images):
+        question = question.replace("<image>", "")
+        direct = direct.replace("<image>", "")
     yield Item(
         f"{kind}_{row.number}",
         images,
         letter(row.value("answer"), len(options)),
         row.text("category"),
-        f"{asked}\nOptions:{lettered(options, '{}. {}')}",
+        question,
         direct=direct,
     )
 

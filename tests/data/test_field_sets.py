@@ -290,6 +290,28 @@ def test_site(tmp_path):
     assert list(lor) == ["image_1", "image_2", "video_3"]
 
 
+def test_places_of_site_s_images(tmp_path):
+    rows = []
+    for question in ("Is <image> like <image>?", "Is <image> like it?"):
+        rows.append(
+            dict(
+                question=question,
+                options=["yes", "no"],
+                answer="A",
+                visual=["img/1.png", "img/2.png"],
+                category="c",
+                dataset="d",
+            )
+        )
+    sets.site(tmp_path)
+    sets.lines(tmp_path / "rows.jsonl", rows)
+    for path, lead in (("lor", ""), ("direct", "Question: ")):
+        got = benchmarks.load("site", tmp_path / "rows.jsonl", path)
+        assert got[0].question.startswith(f"{lead}Is <image> like <image>?")
+        # Not one an image: all of them come first.
+        assert got[1].question.startswith(f"{lead}Is  like it?")
+
+
 def test_3dsrbench(tmp_path):
     got = one("3dsrbench", sets.threedsrbench(tmp_path / "tsv"))
     assert len(got) == 12 and got["AAAA1111"].question == (

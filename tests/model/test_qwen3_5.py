@@ -357,3 +357,13 @@ def test_relatives_are_refused_with_the_reason(model_type, reason, tmp_path):
     edit_json(folder / "config.json", model_type=model_type)
     with pytest.raises(CheckpointError, match=f"'{model_type}' is not supported: .*{reason}"):
         QwenVL.from_pretrained(str(folder))
+
+
+def test_a_segment_leaves_the_last_rows_of_its_sequence():
+    """Also those of its prefix, where it has fewer tokens than the convolution reads."""
+    # A prompt, another, and a continuation of one token of the first.
+    segments = [(0, 5, 0, 0), (5, 7, 0, 0), (7, 8, 0, 5)]
+    index, there = Walk(segments, 4, torch.device("cpu")).tails
+    # Row t % 4 of token t, counted from behind: 1, 2 and 3 back are rows 3, 2 and 1.
+    assert index[:, 1:].tolist() == [[2, 3, 4], [0, 5, 6], [3, 4, 7]]
+    assert there[:, 1:].tolist() == [[True] * 3, [False, True, True], [True] * 3]
