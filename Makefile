@@ -4,6 +4,7 @@
 # make test       the tests, in two processes of one thread each where pytest-xdist is installed
 # make bench      kernels, rollout, a whole training step and the data path on this device     (bench/results)
 # make lint       ruff
+# make docs       writes again what docs/ holds that is computed: one_step.md, speed.md's table
 # .venv is made on first use; PYTHON=python3 uses that interpreter as it is, and installs nothing.
 
 PYTHON ?= .venv/bin/python
@@ -39,6 +40,10 @@ bench: $(READY)
 OLD = Python 3.11 or newer is needed: name one, as in make .venv/installed PYTHON3=python3.12
 PYTHON3 ?= python3
 
+docs: $(READY)
+	$(PYTHON) -m learn.one_step
+	$(PYTHON) -m bench.table
+
 .venv/installed: requirements.txt
 	@$(PYTHON3) -c 'import sys; sys.exit("$(OLD)" if sys.version_info < (3, 11) else 0)'
 	@echo "installing into .venv, once: some minutes, and 2.5 GB (torch with CUDA is most of it)"
@@ -46,4 +51,4 @@ PYTHON3 ?= python3
 	.venv/bin/python -m pip install --progress-bar on --disable-pip-version-check -r requirements.txt
 	touch .venv/installed
 
-.PHONY: speedrun ask rl test lint bench
+.PHONY: speedrun ask rl test lint bench docs
