@@ -1,0 +1,99 @@
+"""Print a run's row of docs/leaderboard.md, and what it lacks to be an entry.
+
+    python -m runs.leaderboard --run out/speedrun
+    python -m runs.leaderboard --run out/seed-0 out/seed-1 out/seed-2     three seeds: the median
+
+The time is the sum of `seconds` over the steps of sft/metrics.jsonl and rl/metrics.jsonl; the
+accuracies are those of eval-rl/summary.json, in per cent.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import flags
+from errors import UserError, launch
+from runs.ranges import rows_of
+
+GOAL = 85.0  # per cent, on each path
+QUESTIONS = 1022  # of the test, on each path
+SEEDS = 3
+
+
+@dataclass
+class Config:
+    run: tuple[Path, ...]  # folders of runs/speedrun.sh, a seed each
+
+
+@dataclass
+class Entry:
+    folder: Path
+    sft: float  # seconds of training
+    rl: float
+    accuracy: dict[str, float]  # path -> per cent
+    questions: dict[str, int]  # path -> how many were asked
+
+    @property
+    def seconds(self) -> float:
+        return self.sft + self.rl
+
+
+def read(folder: Path) -> Entry:
+    """Read a run; UserError where a file of it is missing."""
+    path = folder / "eval-rl" / "summary.json"
+    try:
+        results = json.loads(path.read_text())["results"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} can't be read: {error!r}") from error
+    accuracy = {}
+    questions = {}
+    for name, tasks in results.items():
+        accuracy[name] = 100 * tasks["all"]["accuracy"]["value"]
+        questions[name] = tasks["all"]["n"]
+    times = [sum(row["seconds"] for row in rows_of(folder / stage)) for stage in ("sft", "rl")]
+    return Entry(folder, *times, accuracy, questions)
+
+
+def missing(entries: list[Entry]) -> list[str]:
+    """Say what keeps these runs from being an entry."""
+    found = []
+    for entry in entries:
+        for path in ("lor", "dtr"):
+            if entry.questions.get(path) != QUESTIONS:
+                asked = entry.questions.get(path, 0)
+                found.append(f"{entry.folder}: {asked} questions on {path}, not {QUESTIONS}")
+            elif entry.accuracy[path] < GOAL:
+                found.append(f"{entry.folder}: {entry.accuracy[path]:.1f} on {path}, not {GOAL:g}")
+    if len(entries) < SEEDS:
+        found.append(f"{len(entries)} of {SEEDS} seeds")
+    return found
+
+
+def row(entries: list[Entry]) -> str:
+    """Write the row: the median run's time, and every accuracy's median."""
+    # Of an even number the slower of the middle two: a run, and no mean of two.
+    middle = sorted(entries, key=time_of)[len(entries) // 2]
+    time = f"{middle.seconds / 60:.1f} min (SFT {middle.sft / 60:.1f}, RL {middle.rl / 60:.1f})"
+    accuracies = []
+    for path in ("lor", "dtr"):
+        known = [entry.accuracy[path] for entry in entries if path in entry.accuracy]
+        accuracies.append(f"{median(known):.1f}" if known else "")
+    return f"| {time} | | {' | '.join(accuracies)} | {len(entries)} | | |"
+
+
+def time_of(entry: Entry) -> float:
+    return entry.seconds
+
+
+def main(cfg: Config) -> None:
+    if not cfg.run:
+        raise UserError("--run names no folder")
+    entries = [read(folder) for folder in cfg.run]
+    print(row(entries))
+    for sentence in missing(entries):
+        print(f"missing: {sentence}")
+
+
+if __name__ == "__main__":
+    launch("leaderboard", main, flags.parse(Config, __doc__))
