@@ -3,8 +3,8 @@
     python -m runs.leaderboard --run out/speedrun
     python -m runs.leaderboard --run out/seed-0 out/seed-1 out/seed-2     three seeds: the median
 
-The time is the sum of `seconds` over the steps of sft/metrics.jsonl and rl/metrics.jsonl; the
-accuracies are those of eval-rl/summary.json, in per cent.
+The time is the sum of `seconds` over the steps of every metrics.jsonl in the folder: rl/ is RL, the
+others are stages of SFT. The accuracies are those of eval-rl/summary.json, in per cent.
 """
 
 import json
@@ -51,8 +51,16 @@ def read(folder: Path) -> Entry:
     for name, tasks in results.items():
         accuracy[name] = 100 * tasks["all"]["accuracy"]["value"]
         questions[name] = tasks["all"]["n"]
-    times = [sum(row["seconds"] for row in rows_of(folder / stage)) for stage in ("sft", "rl")]
-    return Entry(folder, *times, accuracy, questions)
+    rl = seconds_of(folder / "rl")
+    sft = 0.0
+    for log in sorted(folder.glob("*/metrics.jsonl")):
+        if log.parent.name != "rl":
+            sft += seconds_of(log.parent)
+    return Entry(folder, sft, rl, accuracy, questions)
+
+
+def seconds_of(run: Path) -> float:
+    return sum(row["seconds"] for row in rows_of(run))
 
 
 def missing(entries: list[Entry]) -> list[str]:

@@ -21,7 +21,8 @@ from eval_table import COLUMNS, COUNTS
 from training.recorded import read_config
 
 PAGE = Path(__file__).parent.parent / "docs" / "metrics.md"
-STAGES = {"SFT": "sft", "RL": "rl"}
+# A stage -> its folder in a speedrun, the first of these that is there: the long one of SFT.
+STAGES = {"SFT": ("worked", "sft"), "RL": ("rl",)}
 # Section of the page -> the stages that its names are columns of.
 SECTIONS = {"Both scripts": ("SFT", "RL"), "train_sft.py": ("SFT",), "train_rl.py": ("RL",)}
 EVAL = "eval.py"
@@ -35,7 +36,7 @@ MACHINES_OWN = re.compile("second|^lr$|^step$")
 
 @dataclass
 class Config:
-    run: Path  # a run's folder; or one of runs/speedrun.sh, with sft/, rl/ and eval-rl/
+    run: Path  # a run's folder; or that of a speedrun, with worked/, rl/ and eval-rl/
     write: bool = False  # into docs/metrics.md
 
 
@@ -59,7 +60,11 @@ def runs_in(folder: Path) -> dict[str, list[dict]]:
     """Return stage -> rows: of the folder's own metrics.jsonl, else of a speedrun's stages."""
     if (folder / "metrics.jsonl").is_file():
         return {folder.name: rows_of(folder)}
-    return {stage: rows_of(folder / name) for stage, name in STAGES.items()}
+    runs = {}
+    for stage, names in STAGES.items():
+        there = [name for name in names if (folder / name).is_dir()]
+        runs[stage] = rows_of(folder / (there or names)[0])
+    return runs
 
 
 def range_of(rows: list[dict], column: str) -> tuple[float, float, float, float] | None:
@@ -170,7 +175,7 @@ def seen(section: str, name: str, runs: dict[str, list[dict]], summary: dict | N
 def describe(folder: Path, runs: dict[str, list[dict]]) -> str:
     """Say what run it was."""
     steps = " and ".join(f"{rows[-1]['step']:,} steps of {stage}" for stage, rows in runs.items())
-    config = read_config(str(folder / STAGES["RL"])) or {}
+    config = read_config(str(folder / "rl")) or {}
     return f"Seen in {folder.name}, seed {config.get('seed')}: {steps}."
 
 
@@ -186,7 +191,7 @@ def print_table(stage: str, rows: list[dict]) -> None:
 def main(cfg: Config) -> None:
     runs = runs_in(cfg.run)
     if cfg.write and runs.keys() != STAGES.keys():
-        raise UserError(f"--write takes a folder with sft/ and rl/; {cfg.run} is one run")
+        raise UserError(f"--write takes a speedrun's folder; {cfg.run} is one run")
     for stage, rows in runs.items():
         print_table(stage, rows)
     if cfg.write:

@@ -149,7 +149,7 @@ def test_one_run_is_printed_and_what_is_no_run_ends_in_one_line(runs, tmp_path, 
     ranges.main(ranges.Config(runs / "rl"))
     said = capsys.readouterr().out
     assert "| rl | start | end | 5 % | 95 % |" in said and "| lor_detect | null |" in said
-    with pytest.raises(UserError, match="--write takes a folder with sft/ and rl/"):
+    with pytest.raises(UserError, match="--write takes a speedrun's folder"):
         ranges.main(ranges.Config(runs / "rl", write=True))
     with pytest.raises(UserError, match="metrics.jsonl can't be read"):
         ranges.main(ranges.Config(tmp_path))
@@ -162,7 +162,7 @@ def test_one_run_is_printed_and_what_is_no_run_ends_in_one_line(runs, tmp_path, 
 
 
 def fake_run(folder, seconds: float, lor: float, n: int = 1022):
-    for stage, steps in (("sft", 3), ("rl", 1)):
+    for stage, steps in (("worked", 2), ("sft", 1), ("rl", 1)):
         (folder / stage).mkdir(parents=True)
         rows = [json.dumps({"step": i + 1, "seconds": seconds}) for i in range(steps)]
         (folder / stage / "metrics.jsonl").write_text("\n".join(rows) + "\n")

@@ -58,7 +58,7 @@ def test_advantages_and_loss_by_hand(taken):
         ratio = row["ratio"]
         surrogate = -row["weight"] * min(ratio, 1.3) * best
         k3 = 1 / ratio + math.log(ratio) - 1
-        assert row["next_loss"] == pytest.approx(surrogate + 0.15 * k3, abs=1e-4)
+        assert row["next_loss"] == pytest.approx(surrogate + values["cfg"].kl * k3, abs=1e-4)
 
 
 @needs_checkpoint
