@@ -53,9 +53,10 @@ def read(folder: Path) -> Entry:
         questions[name] = tasks["all"]["n"]
     rl = seconds_of(folder / "rl")
     sft = 0.0
-    for log in sorted(folder.glob("*/metrics.jsonl")):
-        if log.parent.name != "rl":
-            sft += seconds_of(log.parent)
+    # Those of the speedrun's stages that a run has; runs/claims.sh trains more in the same folder.
+    for stage in ("read", "worked", "sft"):
+        if (folder / stage / "metrics.jsonl").exists():
+            sft += seconds_of(folder / stage)
     return Entry(folder, sft, rl, accuracy, questions)
 
 
