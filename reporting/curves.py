@@ -119,7 +119,7 @@ def limits(series: Series, means: dict[str, np.ndarray]) -> tuple[float, float]:
     low = bounds.min()
     high = bounds.max()
     if high - low <= 1e-3 * abs(high):  # a constant needs some room
-        margin = 0.05 * max(abs(high), 1e-3)
+        margin = 0.05 * abs(high) or 1
         low -= margin
         high += margin
     return low, high
@@ -166,7 +166,7 @@ def charts_of_run(run: Run) -> list[Chart]:
 
 
 def charts_of_runs(runs: list[Run]) -> list[Chart]:
-    """Draw every column of several runs: a chart a metric and path, the runs on one pair of axes."""
+    """Draw every column of several runs: a chart a metric and path, all runs on its axes."""
     colours = run_colours(runs)
     by_chart = {}
     for run in runs:

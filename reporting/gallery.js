@@ -47,12 +47,23 @@ class Gallery {
     elements.task.closest("label").hidden = tasks.length < 2;
     fillSelect(elements.path, [["", "all"], ...paths.map((path) => [path, upper(path)])]);
     elements.path.closest("label").hidden = paths.length < 2;
-    for (const option of elements.outcome.options) {
-      option.hidden = columns.length < 2 && ["changed", "mended", "broken"].includes(option.value);
-    }
+    this.nameOutcomes(elements.outcome, columns);
     for (const question of questions) {
       const texts = question.answers.map((answer) => answer.text);
       question.words = [question.id, question.question, question.truth, ...texts].join("\n").toLowerCase();
+    }
+  }
+
+  /** Say since which evaluation an answer has changed. */
+  nameOutcomes(select, columns) {
+    const labels = {
+      changed: `changed since “${columns[0]}”`,
+      mended: `wrong “${columns[0]}”, right now`,
+      broken: `right “${columns[0]}”, wrong now`,
+    };
+    for (const option of select.options) {
+      option.textContent = labels[option.value] || option.textContent;
+      option.hidden = columns.length < 2 && option.value in labels;
     }
   }
 
@@ -151,7 +162,7 @@ class Gallery {
       if (room) room.setPoints(pointsOf(question, answer).filter((point) => point.view === room.index));
     };
     const choice = this.choice(question, show);
-    return el("div", { class: "scene" }, choice, pictures, told, room && room.element);
+    return el("div", { class: "scene" }, choice, pictures, room && room.element, told);
   }
 
   room(question, views, say) {

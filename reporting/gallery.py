@@ -75,11 +75,13 @@ def question_of(name: str, answers: list, example: Example | None, views: Views)
         "question": row["question"],
         "truth": row["truth"],
         "frame": None,
-        "views": views.of_files(row["images"]),
+        "views": [],
         "regions": [],
         "truths": [],
     }
-    if example is not None:
+    if example is None:
+        question["views"] = views.of_files(row["images"])
+    else:
         question |= geometry_of(example, views)
     return question | {"answers": [answer_of(column, row, example) for column, row in answers]}
 

@@ -1,4 +1,4 @@
-"""What the policy wrote while it learnt, from rollouts.jsonl, as the page's rollouts.js reads it."""
+"""What the policy wrote while it learnt, from rollouts.jsonl, as rollouts.js reads it."""
 
 import math
 from dataclasses import asdict
@@ -133,5 +133,3 @@ def sample_of(row: dict, example: Example | None, pieces: Pieces) -> dict:
             row["text"], row["path"], asdict(parse(row["text"], row["path"])), example
         ),
     }
-
-

@@ -4,6 +4,7 @@
 const FROM_ABOVE = { yaw: 0, pitch: -1.25 };
 const FROM_CAMERA = { yaw: 0, pitch: 0 };
 const TILTED = { yaw: 0.35, pitch: -0.6 };
+const CEILING = -1.1; // metres: what is so far above the camera
 
 /** Return the points of a depth map: {x, y, z, colour}, in metres of the camera frame. */
 async function cloudOf(view) {
@@ -19,7 +20,9 @@ async function cloudOf(view) {
     const u = (index % columns) * stride + Math.floor(stride / 2);
     const v = Math.floor(index / columns) * stride + Math.floor(stride / 2);
     const rgb = pixels ? pixels.slice(4 * index, 4 * index + 3).join(",") : "128,128,128";
-    points.push({ x: ((u - cx) * z) / fx, y: ((v - cy) * z) / fy, z, colour: `rgb(${rgb})` });
+    // As large as what it stands for.
+    const size = (z * stride) / fx;
+    points.push({ x: ((u - cx) * z) / fx, y: ((v - cy) * z) / fy, z, size, colour: `rgb(${rgb})` });
   });
   return points;
 }
@@ -111,8 +114,13 @@ class Room {
     const deep = ahead * Math.cos(pitch) - y * Math.sin(pitch);
     // From so far away that the whole room is seen.
     const away = deep + 2.6 * middle;
-    const scale = (this.closeness * 1.7 * Math.min(this.width, 1.4 * this.height)) / Math.max(away, 0.05);
+    const scale = this.scaleAt(away);
     return [this.width / 2 + right * scale, this.height / 2 + down * scale, away];
+  }
+
+  /** Return the pixels of a metre that is so far away from the onlooker. */
+  scaleAt(away) {
+    return (this.closeness * 1.7 * Math.min(this.width, 1.4 * this.height)) / Math.max(away, 0.05);
   }
 
   draw() {
@@ -130,17 +138,18 @@ class Room {
   }
 
   drawCloud(pen) {
-    const seen = this.cloud.map((point) => [...this.toScreen([point.x, point.y, point.z]), point.colour]);
+    // From above, a ceiling would hide the room.
+    const highest = this.angles.pitch < -0.3 ? CEILING : -Infinity;
+    const seen = this.cloud.filter((point) => point.y > highest)
+      .map((point) => ({ point, at: this.toScreen([point.x, point.y, point.z]) }));
     // What is far away is painted first.
-    seen.sort((a, b) => b[2] - a[2]);
-    const size = Math.max(1.6, (this.closeness * 2.2 * this.width) / 300);
-    pen.globalAlpha = 0.85;
-    for (const [x, y, away, colour] of seen) {
+    seen.sort((a, b) => b.at[2] - a.at[2]);
+    for (const { point, at: [x, y, away] } of seen) {
       if (away < 0.1) continue;
-      pen.fillStyle = colour;
+      const size = Math.max(1.5, 1.15 * point.size * this.scaleAt(away));
+      pen.fillStyle = point.colour;
       pen.fillRect(x - size / 2, y - size / 2, size, size);
     }
-    pen.globalAlpha = 1;
   }
 
   drawPoint(pen, point) {

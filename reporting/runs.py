@@ -185,7 +185,9 @@ def collect(
     for name in eval_folders:
         evaluation = read_eval(existing(name, "--eval"), is_named=True)
         if evaluation is None:
-            raise UserError(f"--eval {name}: no summary.json in it, which eval.py writes at its end")
+            raise UserError(
+                f"--eval {name}: no summary.json in it, which eval.py writes at its end"
+            )
         evals.append(evaluation)
     tell_apart(runs)
     tell_apart(evals)

@@ -42,21 +42,25 @@ class Scale:
 
 
 # Per cent, on the pixels of a table's last column.
-PERCENT = Scale(0, 100, 8, 172)
+PERCENT = Scale(0, 100, 8, 178)
 
 
 @dataclass
 class Cell:
     """What one evaluation measured; empty where it has no such path, task or metric."""
 
-    estimate: dict | None = None
-    difference: dict | None = None  # from the first evaluation, on the same questions
+    estimate: dict | None
+    difference: dict | None  # from the first evaluation, on the same questions
+    is_share: bool
 
     @property
     def verdict(self) -> str:
         """Return up or down where the difference is beyond two standard errors, else ""."""
         change = self.difference
-        if not (change and change["se"] and abs(change["value"]) > 2 * change["se"]):
+        # Of lengths neither more nor less is better.
+        if not (self.is_share and change and change["se"]):
+            return ""
+        if abs(change["value"]) <= 2 * change["se"]:
             return ""
         return "up" if change["value"] > 0 else "down"
 
@@ -70,7 +74,8 @@ class TableRow:
     digits: int
     chance: dict | None
     cells: list[Cell]
-    is_share: bool  # in per cent, and so drawn on an axis from 0 to 100
+    is_share: bool  # in per cent, so that more is better
+    dots: list[dict]  # what is drawn on an axis from 0 to 100: what models that saw images scored
 
 
 @dataclass
@@ -78,6 +83,7 @@ class Table:
     heading: str
     columns: list[str]
     rows: list[TableRow]
+    is_of_metrics: bool  # a row a metric; else a row a task
 
 
 # ---- Differences
@@ -140,7 +146,9 @@ def difference_lines(comparison: Comparison) -> list[str]:
     width = max(len(evaluation.name) for evaluation in comparison.evals)
     for evaluation in comparison.evals[1:]:
         for path in evaluation.results:
-            lines.append(f"  {evaluation.name:{width}}  {changes_in_words(comparison, evaluation, path)}")
+            lines.append(
+                f"  {evaluation.name:{width}}  {changes_in_words(comparison, evaluation, path)}"
+            )
     return lines
 
 
@@ -177,6 +185,7 @@ def table_row(
     is_share = not is_error and metric != "tokens"  # neither metres nor lengths lie in [0, 1]
     unit = 100 if is_share else 1
     cells = []
+    dots = []
     chance = None
     count = 0
     for evaluation in comparison.evals:
@@ -190,14 +199,17 @@ def table_row(
             change = difference(comparison, evaluation, path, metric, task)
             # Its marks are in per cent already.
             change = scaled(change, 1 if metric in SCORERS else unit)
-        cells.append(Cell(scaled(number, unit), change))
+        number = scaled(number, unit)
+        cells.append(Cell(number, change, is_share))
+        if number and is_share and evaluation in comparison.sighted:
+            dots.append(number)
     if not count:
         return None
     if chance:
         # Not an estimate that anything is tested against.
         chance = scaled(chance, unit) | {"se": None}
     digits = 1 if is_share or metric == "tokens" else 3
-    return TableRow(metric, label, path, count, digits, chance, cells, is_share)
+    return TableRow(metric, label, path, count, digits, chance, cells, is_share, dots)
 
 
 def metrics_of(comparison: Comparison) -> list[str]:
@@ -230,7 +242,7 @@ def tables(comparison: Comparison) -> list[Table]:
     for heading, rows in (("all questions", overall), ("accuracy by task", by_task)):
         rows = [row for row in rows if row]
         if rows:
-            found.append(Table(heading, columns, rows))
+            found.append(Table(heading, columns, rows, rows[0] is overall[0]))
     return found
 
 
@@ -311,7 +323,9 @@ def scores_in_words(comparison: Comparison) -> str:
     text = f"{name}, {' and '.join(scores)} on {result['n']:,} questions of {comparison.title}; "
     text += f"the best constant answers score {chance:.1f} %."
     if result["text_errors"]:
-        text += f" The centres that it writes are {written(result['text_errors'], 2)} m off (median)."
+        text += (
+            f" The centres that it writes are {written(result['text_errors'], 2)} m off (median)."
+        )
     return text
 
 

@@ -111,7 +111,7 @@ def fitting(views: list[View], room: float) -> tuple[int, int]:
 
 
 def packed_view(view: View, width: int | None, cells: int) -> dict:
-    """Return a view's image (None where it can't be read, or there is no room), camera and depth."""
+    """Return a view's image (None: it can't be read, or there is no room), camera and depth."""
     entry = {"src": None, "size": None, "camera": view.camera, "depth": None}
     try:
         entry["size"] = picture_size(view.image)
@@ -157,5 +157,3 @@ def packed_depth(metres: np.ndarray | None, cells: int) -> dict | None:
         "far": round(far, 3),
         "levels": base64.b64encode(levels.astype(np.uint8).tobytes()).decode(),
     }
-
-
