@@ -2,7 +2,7 @@
 // The gallery: every question with its answers, filtered and searched, a screenful at a time.
 
 const RIGHT = 0.5; // of the accuracy there is
-const BATCH = 12; // cards that are drawn at once
+const BATCH = 6; // cards that are drawn at once
 
 /** right, partly or wrong: how an answer looks. */
 function verdictOf(mark) {

@@ -94,8 +94,9 @@ function drawPoints(root, points, index, view, say) {
       line.setAttribute("d", "");
       say("");
     };
-    const place = `translate(${at.map((v) => v.toFixed(1)).join(" ")}) scale(${radius.toFixed(2)})`;
-    root.append(svg("g", { class: "glyph", transform: place, onpointerenter: enter, onpointerleave: leave },
+    const place = `translate(${at.map((v) => v.toFixed(1)).join(" ")})`;
+    const glyph = { class: "glyph", "data-place": place, "data-radius": radius };
+    root.append(svg("g", { ...glyph, transform: `${place} scale(${radius.toFixed(2)})`, onpointerenter: enter, onpointerleave: leave },
       svg("title", {}, text), svg("circle", { r: 1.6, class: "target" }), svg("path", { class: "halo", d: SHAPES[point.kind] }),
       svg("path", { stroke: colourOf(point.mention), d: SHAPES[point.kind] })));
   }
@@ -135,6 +136,11 @@ class Enlarged {
   show(box) {
     this.box = box;
     this.picture.setAttribute("viewBox", box.map((value) => value.toFixed(2)).join(" "));
+    // Marks stay as small as they are, so that what lies below them is seen.
+    for (const glyph of this.picture.querySelectorAll(".glyph")) {
+      const radius = (0.6 * glyph.dataset.radius * box[2]) / this.whole[2];
+      glyph.setAttribute("transform", `${glyph.dataset.place} scale(${radius})`);
+    }
   }
 
   tool(name) {

@@ -1,9 +1,10 @@
 "use strict";
 // What a depth map shows, as points in space to be turned, with the objects' true and predicted places.
 
-const FROM_ABOVE = { yaw: 0, pitch: -1.25 };
-const FROM_CAMERA = { yaw: 0, pitch: 0 };
-const TILTED = { yaw: 0.35, pitch: -0.6 };
+// Where the onlooker stands: angles in radians, and how near.
+const FROM_ABOVE = { yaw: 0, pitch: -1.35, closeness: 0.75 };
+const FROM_CAMERA = { yaw: 0, pitch: 0, closeness: 1 };
+const TILTED = { yaw: 0.35, pitch: -0.6, closeness: 0.95 };
 const CEILING = -1.1; // metres: what is so far above the camera
 
 /** Return the points of a depth map: {x, y, z, colour}, in metres of the camera frame. */
@@ -46,16 +47,20 @@ class Room {
     this.cloud = [];
     this.points = [];
     this.angles = { ...TILTED };
-    this.closeness = 1;
     this.canvas = el("canvas", { class: "room", role: "img", "aria-label": "the room in 3D; drag to turn it" });
     this.element = el("div", { class: "space" }, this.canvas, this.tools());
     this.listen();
-    if (view.depth) cloudOf(view).then((cloud) => {
-      this.cloud = cloud;
-      this.draw();
-    });
+    this.isSeen = false;
+    // A cloud takes its time: no room is drawn before somebody looks at it.
+    new IntersectionObserver((entries) => this.look(entries.at(-1).isIntersecting), { rootMargin: "100px" }).observe(this.canvas);
     // The width is known once the canvas is in the page, and changes with it.
     new ResizeObserver(() => this.draw()).observe(this.canvas);
+  }
+
+  async look(isSeen) {
+    this.isSeen = isSeen;
+    if (isSeen && this.view.depth && !this.cloud.length) this.cloud = await cloudOf(this.view);
+    this.draw();
   }
 
   tools() {
@@ -83,12 +88,11 @@ class Room {
 
   turnTo(angles) {
     this.angles = { ...angles };
-    this.closeness = 1;
     this.draw();
   }
 
   zoom(factor) {
-    this.closeness = Math.min(Math.max(this.closeness * factor, 0.4), 6);
+    this.angles.closeness = Math.min(Math.max(this.angles.closeness * factor, 0.4), 6);
     this.draw();
   }
 
@@ -120,12 +124,12 @@ class Room {
 
   /** Return the pixels of a metre that is so far away from the onlooker. */
   scaleAt(away) {
-    return (this.closeness * 1.7 * Math.min(this.width, 1.4 * this.height)) / Math.max(away, 0.05);
+    return (this.angles.closeness * 1.7 * Math.min(this.width, 1.4 * this.height)) / Math.max(away, 0.05);
   }
 
   draw() {
     const { clientWidth, clientHeight } = this.canvas;
-    if (!clientWidth) return;
+    if (!clientWidth || !this.isSeen) return;
     const ratio = window.devicePixelRatio || 1;
     this.width = clientWidth;
     this.height = clientHeight;

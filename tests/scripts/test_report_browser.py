@@ -39,7 +39,7 @@ def around(tmp_path_factory):
     report.main(report.Config((str(run),)))
     page = (run / "report.html").read_text().replace("<head>", f"<head>{LISTEN}", 1)
     frames = ""
-    for width in (390, 800, 1400):
+    for width in (1400, 800, 390):
         source = html.escape(page, quote=True)
         frames += (
             f'<iframe id="w{width}" width="{width}" height="900" srcdoc="{source}"></iframe>\n'

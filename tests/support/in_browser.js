@@ -47,6 +47,7 @@ const places = (page) => [...page.querySelectorAll("#cards .card")[0].querySelec
   .map((glyph) => glyph.getAttribute("transform"));
 
 function seenOfGallery(page) {
+  page.getElementById("more").click(); // whether or not it was scrolled to
   const seen = { first: ids(page), states: {} };
   for (const state of ["wrong", "right"]) {
     const cell = page.querySelector(`#cards .cell.${state}`);
@@ -57,6 +58,7 @@ function seenOfGallery(page) {
     task: ["task", "order"], search: ["search", "S3-DIST"], path: ["path", "dtr"] };
   for (const [name, [field, value]] of Object.entries(filters)) {
     choose(page, "filter", field, value);
+    page.getElementById("more").click();
     seen[name] = { ids: ids(page), count: page.getElementById("count").textContent,
       headings: [...page.querySelectorAll("#cards h4")].slice(0, 2).map((node) => node.firstChild.textContent) };
     choose(page, "filter", field, field === "outcome" ? "all" : "");
@@ -88,6 +90,7 @@ async function seenOfRoom(page) {
   const canvas = page.querySelector("#cards canvas");
   const pixels = () => canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
   const drawn = () => pixels().filter((value, index) => index % 4 === 3 && value > 0).length;
+  canvas.scrollIntoView();
   await until(() => canvas.width > 300 && drawn() > 500);
   const before = pixels();
   const drag = (type, x) => canvas.dispatchEvent(new PointerEvent(type, { clientX: x, clientY: 0, pointerId: 1 }));
