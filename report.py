@@ -56,6 +56,7 @@ def main(config: Config) -> None:
     out = Path(config.out or folder / "report.html")
     text = page(runs, evals, config.questions, folder.resolve().name)
     with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text)
     found = comparisons(evals)
     print(headline(found)[0])

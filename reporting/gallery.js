@@ -162,7 +162,9 @@ class Gallery {
       if (room) room.setPoints(pointsOf(question, answer).filter((point) => point.view === room.index));
     };
     const choice = this.choice(question, show);
-    return el("div", { class: "scene" }, choice, pictures, room && room.element, told);
+    const missing = question.images - views.length;
+    return el("div", { class: "scene" }, choice, pictures,
+      missing > 0 && el("p", { class: "told" }, `and ${missing} more images`), room && room.element, told);
   }
 
   room(question, views, say) {

@@ -75,6 +75,7 @@ def question_of(name: str, answers: list, example: Example | None, views: Views)
         "question": row["question"],
         "truth": row["truth"],
         "frame": None,
+        "images": len(row["images"]),
         "views": [],
         "regions": [],
         "truths": [],

@@ -96,7 +96,7 @@ def duration(seconds: float | None) -> str | None:
         return None
     minutes = round(seconds / 60)
     if minutes < 2:
-        return f"{seconds:.0f} s"
+        return f"{max(seconds, 1):.0f} s"
     hours, rest = divmod(minutes, 60)
     return f"{hours} h {rest} min" if hours else f"{minutes} min"
 

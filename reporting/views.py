@@ -17,6 +17,8 @@ from srreal import Example
 WIDTHS = (640, 512, 384, 320, 256, 192, 128, 96)
 QUALITY = 72  # of WebP
 TRIED = 12  # images on which a width is tried
+# Images of one question at most: of a video's frames the first.
+MOST = 8
 # Points of a depth map, and of all together.
 CELLS = 72 * 54
 ALL_CELLS = 2_000_000
@@ -39,9 +41,9 @@ class Views:
         self.numbers: dict[tuple, int] = {}
 
     def of_example(self, example: Example) -> list[int]:
-        """Return the numbers of a question's images."""
+        """Return the numbers of a question's images, MOST at most."""
         numbers = []
-        for i, image in enumerate(example.images):
+        for i, image in enumerate(example.images[:MOST]):
             depth = example.depths[i] if example.depths else None
             camera = example.intrinsics[i] if example.intrinsics else None
             numbers.append(self.number(View(image, depth, camera)))
@@ -50,7 +52,7 @@ class Views:
     def of_files(self, names: list) -> list[int]:
         """Return the numbers of those images, of a question that is gone, which still lie there."""
         files = [name for name in names if name and Path(name).is_file()]
-        return [self.number(View(file, None, None)) for file in files]
+        return [self.number(View(file, None, None)) for file in files[:MOST]]
 
     def number(self, view: View) -> int:
         key = (key_of(view.image), key_of(view.depth), view.camera)

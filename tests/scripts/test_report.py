@@ -118,6 +118,12 @@ def test_depth_is_a_byte_a_point():
     assert views.packed_depth(None, 100) is None
 
 
+def test_of_a_video_the_first_frames_are_shown():
+    frames = [Image.new("RGB", (8, 6), (i, 0, 0)) for i in range(12)]
+    e = example(images=frames, objects={}, regions=[], intrinsics=None)
+    assert views.Views().of_example(e) == list(range(views.MOST))
+
+
 def test_images_are_shared_and_fit_into_the_room():
     noise = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)
     shared = Image.fromarray(noise)
@@ -347,7 +353,8 @@ def test_the_header_says_what_was_run(page):
     words = " ".join(re.sub("<[^>]+>", " ", header).split())
     assert "RL train_rl model m data" in words and "steps 8 duration 8 min seed 3" in words
     assert "date 2026-01-02 03:04 UTC commit abc1234" in words
-    assert "after SFT eval model m" in words and "--max-new-tokens 1024" in words
+    made = r"after SFT eval model m data \S+set answers 24 duration \d+ s seed 0 date \d{4}-"
+    assert re.search(made, words) and "--max-new-tokens 1024" in words
 
 
 # ---- Curves
