@@ -5,7 +5,6 @@ from pathlib import Path
 
 import data as datasets
 from data import benchmarks
-from data.mixture import parse_source
 from errors import UserError
 from eval_table import question_id
 from srreal import PATHS, Example
@@ -48,7 +47,8 @@ def of_benchmark(config: dict) -> list[Example]:
     # Nothing is downloaded for a report.
     if not Path(root).exists():
         return []
-    return benchmarks.load(config["benchmark"], root, config["path"], skip_bad_rows=True)
+    frames = config.get("frames", 32)
+    return benchmarks.load(config["benchmark"], root, config["path"], True, frames)
 
 
 def of_sources(sources: list[str], questions: set[str]) -> list[Example]:
@@ -56,12 +56,7 @@ def of_sources(sources: list[str], questions: set[str]) -> list[Example]:
     wanted = set(questions)
     for question in questions:
         wanted |= {f"{question}-{path}" for path in PATHS}
-    parts = []
-    for source in sources:
-        parts += parse_source(source)
-    rows = []
-    for index, opened in enumerate(datasets.open_all(parts)):
-        taken = datasets.take_rows(parts[index], index, opened)
-        rows += [row for row in taken if row.id in wanted]
-    loaded, _ = datasets.examples_of(rows, None)
+    # Up to here a row is its text: images and depth are looked at for the wanted alone.
+    taken = datasets.rows_of(datasets.parts_of(sources))
+    loaded, _ = datasets.examples_of([row for row in taken if row.id in wanted], None)
     return loaded.examples

@@ -57,6 +57,7 @@ def made_by_run(run: Run) -> Made:
 
 def made_by_eval(evaluation: Evaluation) -> Made:
     config = evaluation.config
+    summary = evaluation.summary
     return Made(
         name=evaluation.name,
         kind="eval",
@@ -64,10 +65,10 @@ def made_by_eval(evaluation: Evaluation) -> Made:
             model=config.get("model"),
             data=config.get("benchmark") or config.get("data"),
             answers=f"{len(evaluation.rows):,}",
-            duration=duration(evaluation.seconds),
+            duration=duration(summary.get("seconds")),
             seed=config.get("seed"),
-            date=evaluation.date or date_of(evaluation.folder, "summary.json"),
-            commit=evaluation.commit,
+            date=summary.get("date") or date_of(evaluation.folder, "summary.json"),
+            commit=summary.get("commit"),
         ),
         flags=flags_of(config),
     )

@@ -7,13 +7,15 @@ from pathlib import Path
 
 from errors import UserError
 
-# How the speedrun's folders are called, in the order of its table: what comes first is what the
+# How the folders of runs/*.sh are called, in the order of its table: what comes first is what the
 # others are compared with.
 NAMES = {
     "sft": "SFT",
     "rl": "RL",
     "eval-sft": "after SFT",
+    "eval-before": "before RL",
     "eval-rl": "after RL",
+    "eval-after": "after RL",
     "eval-sft-sampled": "after SFT, sampled",
     "eval-rl-sampled": "after RL, sampled",
     "eval-blind": "blind",
@@ -53,12 +55,9 @@ class Evaluation:
     folder: Path
     config: dict
     results: dict  # path -> task, "all" or "no depth" -> metric -> estimate: value, se, n
-    benchmark: dict  # path -> scorer -> published breakdown -> per cent; {} of a data set
+    summary: dict  # the rest of summary.json; of a benchmark its marks, and others' figures
     rows: list[dict]  # of predictions.jsonl, an answer each
     is_named: bool  # by --eval, and so to be compared with the others whatever it was
-    commit: str | None = None
-    date: str | None = None
-    seconds: float | None = None
 
     @property
     def is_blind(self) -> bool:
@@ -143,12 +142,9 @@ def read_eval(folder: Path, is_named: bool = False) -> Evaluation | None:
         folder=folder,
         config=summary["config"],
         results=summary["results"],
-        benchmark=summary.get("benchmark", {}),
+        summary=summary,
         rows=read_lines(folder / "predictions.jsonl"),
         is_named=is_named,
-        commit=summary.get("commit"),
-        date=summary.get("date"),
-        seconds=summary.get("seconds"),
     )
 
 
@@ -167,32 +163,49 @@ def place_in_order(folder: Path) -> tuple:
 def collect(
     run_folders: tuple[str, ...], eval_folders: tuple[str, ...]
 ) -> tuple[list[Run], list[Evaluation]]:
-    """Read all folders; a run's is taken with the runs and evaluations that lie in it."""
-    runs = []
+    """Read all folders; a run's is taken with the runs and evaluations that lie in it.
+
+    Evaluations that are named come first, in their order.
+    """
     evals = []
+    for name in eval_folders:
+        evals += named_evals(existing(name, "--eval"), name)
+    known = {evaluation.folder.resolve() for evaluation in evals}
+    runs = []
     for name in run_folders:
-        folder = existing(name, "--run")
-        below = sorted((path for path in folder.iterdir() if path.is_dir()), key=place_in_order)
-        found = [read_run(path) for path in (folder, *below)]
-        runs += [run for run in found if run]
-        asked = [read_eval(path) for path in (folder, *below)]
-        evals += [evaluation for evaluation in asked if evaluation]
-        if not any(found) and not any(asked):
+        found, asked = inside(existing(name, "--run"))
+        if not (found or asked):
             raise UserError(
                 f"--run {name}: no metrics.jsonl of a run and no summary.json of an evaluation "
                 "in it, nor in the folders in it"
             )
-    for name in eval_folders:
-        evaluation = read_eval(existing(name, "--eval"), is_named=True)
-        if evaluation is None:
-            raise UserError(
-                f"--eval {name}: no summary.json in it, which eval.py writes at its end"
-            )
-        evals.append(evaluation)
+        runs += found
+        # One may be named, and lie in a run that is taken whole.
+        evals += [evaluation for evaluation in asked if evaluation.folder.resolve() not in known]
     tell_apart(runs)
     tell_apart(evals)
     # A blind model is a floor to look at, and nothing to compare with, unless it was named first.
     return runs, sorted(evals, key=lambda e: e.is_blind and not e.is_named)
+
+
+def inside(folder: Path) -> tuple[list[Run], list[Evaluation]]:
+    """Read the runs and evaluations of a folder and of those right below it."""
+    below = sorted((path for path in folder.iterdir() if path.is_dir()), key=place_in_order)
+    runs = [read_run(path) for path in (folder, *below)]
+    evals = [read_eval(path) for path in (folder, *below)]
+    return [run for run in runs if run], [evaluation for evaluation in evals if evaluation]
+
+
+def named_evals(folder: Path, name: str) -> list[Evaluation]:
+    """Read the evaluation of a folder; of eval.py --suite, those of all its benchmarks."""
+    folders = [folder]
+    if (folder / "suite.json").exists():
+        folders = sorted(path for path in folder.iterdir() if path.is_dir())
+    read = [read_eval(path, is_named=True) for path in folders]
+    found = [evaluation for evaluation in read if evaluation]
+    if not found:
+        raise UserError(f"--eval {name}: no summary.json in it, which eval.py writes at its end")
+    return found
 
 
 def existing(name: str, flag: str) -> Path:

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.benchmarks import BENCHMARKS
-from eval_table import estimate, paired_difference
+from eval_table import estimate, paired_by_question, points
 from reporting.runs import Comparison, Evaluation
 
 # Metrics whose bare name would not do.
@@ -104,11 +103,11 @@ def difference(
     first = comparison.evals[0]
     if evaluation is first or task == "no depth":
         return None
-    return paired_difference(
-        first.of_path(path_of_first(comparison, path), task),
-        evaluation.of_path(path, task),
-        metric,
-    )
+    before = first.of_path(path_of_first(comparison, path), task)
+    after = evaluation.of_path(path, task)
+    # Only a benchmark's rows have its scorers' marks.
+    measured = [[row for row in rows if row.get(metric) is not None] for rows in (before, after)]
+    return paired_by_question(*measured, metric)
 
 
 def path_of_first(comparison: Comparison, path: str) -> str:
@@ -127,8 +126,8 @@ def scaled(number: dict | None, factor: float) -> dict | None:
     }
 
 
-def written(number: dict, digits: int = 1, sign: str = "") -> str:
-    text = f"{number['value']:{sign}.{digits}f}"
+def written(number: dict, digits: int = 1) -> str:
+    text = f"{number['value']:.{digits}f}"
     if number["se"] is None:
         return text
     return f"{text} ± {number['se']:.{digits}f}"
@@ -159,8 +158,7 @@ def changes_in_words(comparison: Comparison, evaluation: Evaluation, path: str) 
     reward = difference(comparison, evaluation, path, "total")
     against = path_of_first(comparison, path)
     name = path.upper() if against == path else f"{path.upper()} - {against.upper()}"
-    text = f"{name} {written(scaled(accuracy, 100), sign='+')}"
-    text += f"   reward {written(scaled(reward, 100), sign='+')}"
+    text = f"{name} {points(accuracy)}   reward {points(reward)}"
     return f"{text}   ({accuracy['n']:,} questions)"
 
 
@@ -220,7 +218,7 @@ def metrics_of(comparison: Comparison) -> list[str]:
             for name, number in tasks["all"].items():
                 if isinstance(number, dict) and not name.startswith("chance"):
                     names[name] = None
-    if any(evaluation.benchmark for evaluation in comparison.evals):
+    if any("benchmark" in evaluation.summary for evaluation in comparison.evals):
         names |= dict.fromkeys(SCORERS)
     return list(names)
 
@@ -263,37 +261,40 @@ class Breakdown:
 
     name: str
     path: str
-    marks: list[tuple | None]  # by evaluation: (official, robust) per cent
-    published: float | None
+    marks: list[dict | None]  # by evaluation: estimate by the official scorer, and `robust`
+    published: list[float | None]  # by model of others
 
 
-def breakdowns(comparison: Comparison) -> tuple[str, list[Breakdown]]:
-    """Return whose figures stand beside a benchmark's, and its lines; ("", []) of a data set."""
-    config = comparison.evals[0].config
-    name, _, task = (config.get("benchmark") or "").partition("/")
-    whose = ""
-    figures = {}
-    if name in BENCHMARKS:
-        model, source, published = BENCHMARKS[name].others
-        # Somebody else's figure of the whole set says nothing about a part of it.
-        if not task and config.get("limit") is None:
-            whose = f"{model} ({source})"
-            figures = published
+def breakdowns(comparison: Comparison) -> tuple[list[str], list[Breakdown]]:
+    """Return whose figures stand beside a benchmark's, and its lines; both empty of a data set."""
+    others: dict[str, dict] = {}
+    for evaluation in comparison.evals:
+        # eval.py leaves them out where a part of the set was asked.
+        for one in evaluation.summary.get("published", []):
+            others[f"{one['model']} ({one['source']})"] = one["figures"]
     lines = []
     for path in comparison.paths:
-        by_eval = [evaluation.benchmark.get(path, {}) for evaluation in comparison.evals]
         keys = {}
-        for marks in by_eval:
-            keys |= dict.fromkeys(marks.get("official", {}))
+        for evaluation in comparison.evals:
+            keys |= dict.fromkeys(marks_of(evaluation, path, "official"))
         for key in keys:
-            lines.append(Breakdown(key, path, [pair(m, key) for m in by_eval], figures.get(key)))
-    return whose, lines
+            marks = [mark_of(evaluation, path, key) for evaluation in comparison.evals]
+            published = [figures.get(key) for figures in others.values()]
+            lines.append(Breakdown(key, path, marks, published))
+    return list(others), lines
 
 
-def pair(marks: dict, key: str) -> tuple | None:
-    if key not in marks.get("official", {}):
+def marks_of(evaluation: Evaluation, path: str, scorer: str) -> dict[str, float]:
+    return evaluation.summary.get("benchmark", {}).get(path, {}).get(scorer, {})
+
+
+def mark_of(evaluation: Evaluation, path: str, key: str) -> dict | None:
+    official = marks_of(evaluation, path, "official")
+    if key not in official:
         return None
-    return marks["official"][key], marks["robust"][key]
+    errors = evaluation.summary.get("standard_errors", {}).get(path, {}).get("official", {})
+    robust = marks_of(evaluation, path, "robust").get(key)
+    return {"value": official[key], "se": errors.get(key), "robust": robust}
 
 
 # ---- What a reader takes away
@@ -338,7 +339,7 @@ def gains_in_words(comparison: Comparison) -> list[str]:
         for path in evaluation.results:
             number = difference(comparison, evaluation, path, headline_metric(comparison))
             if number:
-                changes.append(f"{written(scaled(number, 100), sign='+')} ({path.upper()})")
+                changes.append(f"{points(number)} ({path.upper()})")
         if changes:
             what = "reward" if headline_metric(comparison) == "total" else "accuracy"
             sentences.append(

@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from pictures import BadPicture, picture_size, read_metres, read_picture
+from errors import UserError
+from pictures import picture_size, read_metres, read_picture
 from srreal import Example
 
 # Pixels of an image's width: the first of which all images fit into the room that there is.
@@ -101,7 +102,7 @@ def fitting(views: list[View], room: float) -> tuple[int, int]:
     for view in some:
         try:
             images.append(read_picture(view.image))
-        except BadPicture:
+        except UserError:
             continue
     if not images:
         return WIDTHS[0], len(views)
@@ -121,7 +122,7 @@ def packed_view(view: View, width: int | None, cells: int) -> dict:
             entry["src"] = thumbnail(read_picture(view.image), width)
         if view.camera is not None and cells:
             entry["depth"] = packed_depth(metres_of(view.depth), cells)
-    except BadPicture as error:
+    except UserError as error:
         entry["missing"] = str(error)
     return entry
 

@@ -15,7 +15,6 @@ from report_run import HOSTILE, unpacked, write_evals, write_run, write_speedrun
 
 import report
 from errors import UserError
-from eval_table import paired_difference
 from reporting import curves, explained, gallery, rollouts, runs, tables, views
 from srreal import REWARDS, target
 
@@ -182,28 +181,6 @@ def test_table_holds_the_numbers(page):
     assert "no depth" not in page.split("<th>accuracy by task</th>")[1].split("</table>")[0]
 
 
-def answers(path: str, marks: list[float]) -> list[dict]:
-    """Return rows of predictions.jsonl: two questions an image."""
-    rows = []
-    for i, mark in enumerate(marks):
-        name = f"q{i}"
-        fixed = dict(question_id=name, truth="B", cluster=f"image {i // 2}", task="")
-        rows.append(fixed | dict(id=f"{name}-{path}", path=path, accuracy=mark, total=mark))
-    return rows
-
-
-def test_answers_are_paired_by_question_on_any_paths():
-    base = answers("direct", [0, 0, 1, 1, 0, 0])
-    trained = answers("lor", [1, 1, 1, 0, 0, 1])
-    found = paired_difference(base, trained)
-    # Sums of the images' changes about the mean, 1/3: residuals 4/3, -5/3, 1/3.
-    assert found["value"] == pytest.approx(1 / 3) and found["n"] == 6
-    assert found["se"] == pytest.approx(np.sqrt((16 + 25 + 1) / 9 * 3 / 2) / 6)
-    assert paired_difference(base[:4], trained)["n"] == 4
-    other_truth = [row | {"truth": "C"} for row in base]
-    assert paired_difference(other_truth, trained) is None
-
-
 def test_a_base_model_is_compared_with_both_paths(tmp_path, capsys):
     data = write_set(tmp_path / "set", n=4)
     write_evals(data, tmp_path, {"base": lambda e: "A"}, path="direct", again=0)
@@ -247,6 +224,16 @@ def test_what_is_compared():
     assert [len(c.evals) for c in runs.comparisons([greedy, sampled, apart])] == [2, 1]
 
 
+def test_an_evaluation_that_is_named_comes_first_and_once(run, tmp_path):
+    (tmp_path / "suite").mkdir()
+    (tmp_path / "suite" / "suite.json").write_text("{}")
+    (tmp_path / "suite" / "one").symlink_to(run / "eval-sft")
+    named = (str(run / "eval-rl"), str(tmp_path / "suite"))
+    _, evals = runs.collect((str(run),), named)
+    assert [e.name for e in evals] == ["after RL", "after SFT"]
+    assert [e.name for e in runs.collect((str(run),), ())[1]] == ["after SFT", "after RL"]
+
+
 def test_a_benchmark_has_its_own_table(run, tmp_path):
     """As eval.py --benchmark writes it: marks of both scorers in the rows and in the summary."""
     for name, mark in (("one", 50.0), ("two", 100.0)):
@@ -259,10 +246,14 @@ def test_a_benchmark_has_its_own_table(run, tmp_path):
         summary["config"] |= {"benchmark": "cv-bench", "data": []}
         scorers = {"official": {"overall": mark, "2D": 7.0}, "robust": {"overall": 1.0, "2D": 2.0}}
         summary["benchmark"] = {"lor": scorers}
+        summary["standard_errors"] = {"lor": {"official": {"overall": 1.5}}}
+        figures = {"overall": 60.0}
+        summary["published"] = [{"model": "m", "source": "paper", "figures": figures}]
         (tmp_path / name / "summary.json").write_text(json.dumps(summary))
     text = written(tmp_path / "page.html", evals=[tmp_path / "one", tmp_path / "two"])
     cells = cells_of(text, "as published")
-    assert cells[:4] == ["overall", "LOR", "50.0 1.0", "100.0 1.0"]
+    assert cells[:5] == ["overall", "LOR", "50.0 ± 1.5 1.0", "100.0 ± 1.5 1.0", "60.0"]
+    assert cells[7:10] == ["7.0 2.0", "7.0 2.0", ""] and "<th>m (paper)</th>" in text
     cells = cells_of(text, "all questions")
     at = cells.index("official scorer")
     assert cells[at + 4].startswith("50.0 ±") and "+50.0 ± 0.0" in cells[at + 5]
