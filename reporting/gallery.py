@@ -62,6 +62,7 @@ def find_all(comparison: Comparison, questions: set[str]) -> dict[str, Example]:
     """Look the questions up where the evaluations found them, until all are there."""
     examples: dict[str, Example] = {}
     for evaluation in comparison.evals:
+        # The first whose data are still there has them all, as a rule.
         missing = questions - examples.keys()
         examples |= find_examples(evaluation.folder, evaluation.config, missing)
     return examples
@@ -139,6 +140,7 @@ def bounds_of(region) -> list[float]:
     else:
         xs = region[::2]
         ys = region[1::2]
+    # Width and height are the distances of the outermost pixels.
     sides = (xs.min(), ys.min(), np.ptp(xs), np.ptp(ys))
     return [round(float(side), 1) for side in sides]
 

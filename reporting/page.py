@@ -143,6 +143,7 @@ def roll_out(runs: list[Run], views: Views) -> RolledOut:
 
 def explanations(found: list[Comparison], sections: list, by_task: list) -> dict[str, str]:
     """Return what each metric on the page is; those that nobody has explained are missing."""
+    # Each text stands once on the page, however many charts and rows refer to it.
     names = []
     for comparison in found:
         names += tables.metrics_of(comparison)
@@ -165,6 +166,7 @@ def page(runs: list[Run], evals: list[Evaluation], questions: int, title: str) -
     views = Views()
     sets = gallery.gallery(found, questions, views) if questions else []
     rolled_out = roll_out(runs, views)
+    # The texts first: images are as large as the room that is left.
     answers = packed({"sets": sets, "rollouts": rolled_out.runs})
     images = views.packed(max(ROOM - len(answers), LEAST_FOR_IMAGES))
     # Autoescape: nothing that a model wrote becomes markup.

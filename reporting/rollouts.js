@@ -30,7 +30,7 @@ class Rollouts {
     const times = new Map();
     for (const { id } of this.run.groups) times.set(id, (times.get(id) || 0) + 1);
     const often = [...times].filter(([, count]) => count > 1).sort((a, b) => b[1] - a[1]);
-    const none = often.length ? "none" : "none was logged twice";
+    const none = often.length ? "none" : "none recurs";
     fillSelect(prompt, [["", none], ...often.map(([id, count]) => [id, `${id} (${count} steps)`])]);
     prompt.closest("label").hidden = false;
     prompt.disabled = !often.length;

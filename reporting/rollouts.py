@@ -54,6 +54,7 @@ def thinned(rows: list[dict], most: int = ALL_TOKENS) -> list[dict]:
     tokens = sum(len(row["tokens"]) for row in rows)
     steps = sorted({row["step"] for row in rows})
     stride = max(math.ceil(tokens / most), 1)
+    # Counted from the end, so that what the run has learnt is seen.
     kept = set(steps[::-1][::stride])
     return [row for row in rows if row["step"] in kept]
 
@@ -65,6 +66,7 @@ def rollouts(run: Run, rows: list[dict], examples: dict[str, Example], views: Vi
     """
     if not rows:
         return None
+    # Token by token a long run would not fit into a page.
     shown = thinned(rows)
     pieces = Pieces(find_tokenizer(run))
     groups: dict[tuple, dict] = {}

@@ -2,7 +2,7 @@
 // What a depth map shows, as points in space to be turned, with the objects' true and predicted places.
 
 // Where the onlooker stands: angles in radians, and how near.
-const FROM_ABOVE = { yaw: 0, pitch: -1.35, closeness: 0.75 };
+const FROM_ABOVE = { yaw: 0, pitch: -1.35, closeness: 0.62 };
 const FROM_CAMERA = { yaw: 0, pitch: 0, closeness: 1 };
 const TILTED = { yaw: 0.35, pitch: -0.6, closeness: 0.95 };
 const CEILING = -1.1; // metres: what is so far above the camera

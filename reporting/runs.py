@@ -34,6 +34,7 @@ class Run:
     @property
     def script(self) -> str:
         """Return which script it was; of a folder without config.json what its columns suggest."""
+        # Only RL has a reward.
         guess = "train_rl" if "reward" in self.rows[-1] else "train_sft"
         return self.config.get("script", guess)
 
@@ -247,7 +248,7 @@ def comparisons(evals: list[Evaluation]) -> list[Comparison]:
     """
     found: list[Comparison] = []
     for evaluation in evals:
-        sharing = [c for c in found if questions_of(c.evals[0]) & questions_of(evaluation)]
+        sharing = [c for c in found if share_questions(c.evals[0], evaluation)]
         alike = [c for c in sharing if is_sampled(c.evals[0]) == is_sampled(evaluation)]
         if not alike and evaluation.is_named:
             alike = sharing
@@ -262,6 +263,11 @@ def is_sampled(evaluation: Evaluation) -> bool:
     return bool(evaluation.config.get("temperature"))
 
 
-def questions_of(evaluation: Evaluation) -> set[tuple]:
-    """Return what tells questions of two evaluations apart: ids are numbers in many sets."""
-    return {(row["question_id"], row["truth"]) for row in evaluation.rows}
+def share_questions(a: Evaluation, b: Evaluation) -> bool:
+    """Tell whether two evaluations asked the same set, or one of them a part of it."""
+    names = [(e.config.get("benchmark") or "").partition("/")[0] for e in (a, b)]
+    if names[0] != names[1]:
+        return False
+    # Ids are numbers in many sets: two sets may share some, and by chance even their truths.
+    one, other = ({(row["question_id"], row["truth"]) for row in e.rows} for e in (a, b))
+    return bool(one and other) and 2 * len(one & other) > min(len(one), len(other))

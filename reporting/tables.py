@@ -179,6 +179,7 @@ def table_row(
     comparison: Comparison, path: str, metric: str, task: str, label: str
 ) -> TableRow | None:
     """Collect one metric of one path over all evaluations; None where none has it."""
+    # In metres, of each object; all else is a mean over answers.
     is_error = metric.endswith("errors")
     is_share = not is_error and metric != "tokens"  # neither metres nor lengths lie in [0, 1]
     unit = 100 if is_share else 1

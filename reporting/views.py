@@ -21,8 +21,8 @@ TRIED = 12  # images on which a width is tried
 # Images of one question at most: of a video's frames the first.
 MOST = 8
 # Points of a depth map, and of all together.
-CELLS = 72 * 54
-ALL_CELLS = 2_000_000
+CELLS = 96 * 72
+ALL_CELLS = 2_400_000
 
 
 @dataclass
@@ -97,6 +97,7 @@ def thumbnail(image: Image.Image, width: int) -> str:
 
 def fitting(views: list[View], room: float) -> tuple[int, int]:
     """Return the width at which the images fit into the room, and how many of them do."""
+    # A few tell how large all will be: to encode each in every width would take minutes.
     some = views[:: len(views) // TRIED + 1]
     images = []
     for view in some:

@@ -220,6 +220,10 @@ def test_what_is_compared():
         ["apart"],
     ]
     assert found[1].title == "set, sampled at temperature 1"
+    other = evaluation("other", "abc", benchmark="blink")
+    part = evaluation("part", "a", benchmark="blink/Counting")
+    found = runs.comparisons([greedy, other, part])
+    assert [[e.name for e in c.evals] for c in found] == [["greedy"], ["other", "part"]]
     sampled.is_named = True
     assert [len(c.evals) for c in runs.comparisons([greedy, sampled, apart])] == [2, 1]
 
