@@ -54,6 +54,7 @@ image, so no position leaks: what the model scores then, it has from the wording
 import hashlib
 import json
 import math
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -133,6 +134,7 @@ from model.processor import BOX_2D, has_depth, object_of, truths
 from model.rollout import predict_centres, sample_groups
 from pictures import is_data_uri, picture_size
 from training import folder, ranks, run
+from training.origin import origin
 from training.policy import load_model
 
 BOTH = ("lor", "dtr")
@@ -777,6 +779,8 @@ def ask_all(config: Config, asked: Asked, checkpoint: Checkpoint) -> dict | None
         runs[WITHOUT_DEPTH] = (replace(config, depth=False), asked_again)
     done = earlier_answers(config, {name: of_run for name, (_, of_run) in runs.items()})
     left = sum(len(of_run) - len(done[name]) for name, (_, of_run) in runs.items())
+    started = time.perf_counter()
+    made = made_before(config)
     model = processor = None
     if ranks.broadcast(left) or not examples:
         shown = examples
@@ -792,9 +796,11 @@ def ask_all(config: Config, asked: Asked, checkpoint: Checkpoint) -> dict | None
     if not ranks.is_first():
         return None
 
+    if processor is not None or not made:
+        made = origin() | {"seconds": time.perf_counter() - started}
     rows = answers[PREDICTIONS]
     results = summarise_paths(rows, answers.get(WITHOUT_DEPTH, []))
-    summary = {"config": asdict(config), "results": results}
+    summary = {"config": asdict(config), "results": results, **made}
     print_table(results)
     print_comparison(rows)
     if config.benchmark:
@@ -804,6 +810,14 @@ def ask_all(config: Config, asked: Asked, checkpoint: Checkpoint) -> dict | None
     if problem:
         raise UserError(problem)
     return summary
+
+
+def made_before(config: Config) -> dict:
+    """Return when and by which commit a finished eval was made, for one that is printed again."""
+    with suppress(OSError, ValueError, KeyError):
+        summary = json.loads((Path(config.out) / "summary.json").read_text())
+        return {name: summary[name] for name in ("commit", "date", "seconds")}
+    return {}
 
 
 def write_end(config: Config, rows: list[dict], summary: dict) -> None:

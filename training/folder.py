@@ -1,7 +1,7 @@
 """A run's directory: its lock, the flags that it was begun with, its rows.
 
     lock             who is at work in it; there is none once the run has ended
-    config.json      the script and its flags, with which --resume goes on
+    config.json      the script and its flags, with which --resume goes on; commit and date
     metrics.jsonl    a row a step
     step-000123/     a checkpoint (checkpoints.py)
 
@@ -19,6 +19,7 @@ from pathlib import Path
 
 from errors import UserError, writing
 from training import ranks
+from training.origin import origin
 from training.recorded import read_config
 
 # What may change on --resume, for it does not change what a run means.
@@ -148,7 +149,10 @@ def write_config(cfg) -> None:
     problem = None
     if ranks.is_first():
         path.parent.mkdir(parents=True, exist_ok=True)
-        config = {"script": script_of(cfg), **asdict(cfg)}
+        # A run that goes on is as old as it was.
+        before = (read_config(cfg.out) or {}) if cfg.resume else {}
+        made = {name: before.get(name, value) for name, value in origin().items()}
+        config = {"script": script_of(cfg), **asdict(cfg), **made}
         # Before the file is opened: a value that JSON doesn't know leaves the old one as it is.
         text = json.dumps(config, indent=1, allow_nan=False) + "\n"
         problem = attempt(path, replace_text, path, text)

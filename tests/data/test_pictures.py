@@ -22,7 +22,7 @@ from data.sets.refcoco import Reference
 from model.head3d import read_depth
 from model.processor import Processor
 from pictures import BadPicture, picture_size, read_picture
-from report import card
+from reporting.views import Views
 from srreal import Example
 
 ORIENTATION = 0x0112
@@ -315,17 +315,11 @@ def test_blind_and_report_show_the_upright_image(folder):
     config = evaluation.Config("m", blind=True)
     grey = evaluation.seen(example, config)
     assert grey.images[0].size == (24, 40) and grey.regions == [(0, (0, 0, 24, 40))]
-    answer = {
-        "parsed": {"boxes": [], "frame": None},
-        "region_mentions": [None],
-        "head_centres": [[0, 0, 2]],
-        "path": "lor",
-        "truncated": False,
-        "text": "2",
-    }
-    (picture,) = card(example, {("after SFT", "lor"): answer}).pictures
-    shown = picture.image.href.partition(",")[2]
-    assert (picture.image.width, picture.image.height) == (24, 40)
+    views = Views()
+    views.of_example(example)
+    (view,) = views.packed(room=1e6)
+    assert view["size"] == (24, 40)
+    shown = view["src"].partition(",")[2]
     assert Image.open(io.BytesIO(base64.b64decode(shown))).size == (24, 40)
 
 

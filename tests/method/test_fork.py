@@ -98,6 +98,9 @@ def test_a_reward_is_scored_logged_and_shown(tiny_home, tmp_path):
     assert re.fullmatch(r"\d\.\d{3}(±\d\.\d{3})?", cell(printed, "LOR", "brevity"))
     answers = (tmp_path / "eval" / "predictions.jsonl").read_text().splitlines()
     assert all("brevity" in json.loads(answer) for answer in answers)
+    run(copy, "report.py", "--run", tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert re.search(r"<td>brevity\b", page) and 'id="about-brevity"' in page
 
 
 PATH = """
