@@ -10,13 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 from commands import ROOT
-from pages import needs_checkpoint
 
 import srreal
 from learn import exercises, step
 from srreal import Path, target
 
-pytestmark = needs_checkpoint
 NOTEBOOK = ROOT / "docs" / "one_step.ipynb"
 
 # The answers: what stands in the cell with the gap.

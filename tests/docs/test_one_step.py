@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 import numpy as np
 import pytest
 from commands import ROOT
-from pages import differences, glossary, needs_checkpoint, words_in_italics
+from pages import differences, glossary, words_in_italics
 from PIL import Image
 
 from learn import one_step
@@ -22,14 +22,12 @@ def taken(tmp_path_factory):
     return one_step.compute(tmp_path_factory.mktemp("room"))
 
 
-@needs_checkpoint
 def test_the_completions_are_the_checkpoints_own(taken):
     values, _ = taken
     gap = values["metrics"]["mismatch_max"]
     assert gap < 1e-3, "the checkpoint is another: python -m learn.one_step --sample"
 
 
-@needs_checkpoint
 def test_the_page_is_what_the_script_writes(taken):
     values, picture = taken
     found = differences(one_step.render(values), PAGE.read_text())
@@ -40,7 +38,6 @@ def test_the_page_is_what_the_script_writes(taken):
     assert np.abs(difference).mean() < 1
 
 
-@needs_checkpoint
 def test_advantages_and_loss_by_hand(taken):
     values, _ = taken
     completions = values["completions"]
@@ -61,7 +58,6 @@ def test_advantages_and_loss_by_hand(taken):
         assert row["next_loss"] == pytest.approx(surrogate + values["cfg"].kl * k3, abs=1e-4)
 
 
-@needs_checkpoint
 def test_the_step_raises_what_was_better_than_the_group(taken):
     values, _ = taken
     gain = sum(c["advantage"] * (c["after"] - c["before"]) for c in values["completions"])
@@ -70,7 +66,6 @@ def test_the_step_raises_what_was_better_than_the_group(taken):
     assert 0 < values["norms"]["rms"] <= 1.05 * values["lr"] * values["cfg"].vector_rate
 
 
-@needs_checkpoint
 def test_regions_are_weighed_by_area(taken):
     values, _ = taken
     for region in values["regions"]:

@@ -2,15 +2,7 @@
 
 import re
 
-import pytest
 from commands import ROOT
-
-from learn import step
-
-# The page and the notebook need the repository's own trained checkpoint.
-needs_checkpoint = pytest.mark.skipif(
-    not step.MODEL.is_dir(), reason=f"{step.MODEL.relative_to(ROOT)} is not there"
-)
 
 DECIMAL = re.compile(r"[+-]?\d+\.\d+")
 # Two CPUs: three units of the last digit that is printed, or one per cent.
