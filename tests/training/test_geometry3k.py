@@ -54,7 +54,7 @@ def rows_of(file: Path) -> list[dict]:
 def readme_command() -> list[str]:
     """The flags of the command in README that trains on a vqa set."""
     (line,) = [line for line in (ROOT / "README.md").read_text().splitlines() if "vqa:" in line]
-    words = shlex.split(line)
+    words = shlex.split(line.strip("` "))
     return words[words.index("train_rl.py") + 1 :]
 
 
