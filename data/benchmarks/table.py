@@ -174,8 +174,8 @@ def figures_line(figures: tuple) -> str:
     """Write others' headline figures in one line, each with its source."""
     parts = []
     for model, source, figure in figures:
-        # Papers report 3DSRBench's `circular`, which is never above its `overall`: it is named so
-        # that nobody compares the two.
+        # Papers report 3DSRBench's `circular`, and the line's own figure is `overall`: it is named,
+        # so that nobody compares the two.
         for key in ("overall", "circular"):
             if key in figure:
                 of_what = "" if key == "overall" else f" {key}"
