@@ -122,6 +122,7 @@ from data.marks import Marked
 from errors import UserError
 from eval_table import (
     COLUMNS,
+    by_path,
     connected,
     paired_by_question,
     points,
@@ -711,18 +712,22 @@ def benchmark_summary(config: Config, asked: Asked, rows: list[dict]) -> dict:
     others = []
     for model, source, figures in table.published(config.benchmark) if asked.is_whole else ():
         others.append({"model": model, "source": source, "figures": figures})
-    counts = {"rows": asked.rows, "published_rows": asked.published_rows}
+    counts = {
+        "rows": asked.rows,
+        "published_rows": asked.published_rows,
+        "questions": len({row["question_id"] for row in rows}),
+    }
     return summary | counts | {"input": shown, "published": others}
 
 
 def print_comparison(rows: list[dict]) -> None:
     """Print how the second of two paths differs from the first, paired by question."""
-    paths = list(dict.fromkeys(row["path"] for row in rows))
-    if len(paths) != 2:
+    groups = by_path(rows)
+    if len(groups) != 2:
         return
-    first, second = [[row for row in rows if row["path"] == path] for path in paths]
+    first, second = groups.values()
     change = paired_by_question(first, second)
-    names = " - ".join(path.upper() for path in reversed(paths))
+    names = " - ".join(path.upper() for path in reversed(groups))
     print(f"paired over {change['n']:,} questions: {names} {points(change)} points of accuracy")
 
 
@@ -889,13 +894,30 @@ def questions_or_problem(config: Config) -> tuple[Asked | None, str | None]:
     return asked, problem
 
 
+# What suite.json says of each benchmark; summary.json in its folder has the rest.
+KEPT = (
+    "benchmark",
+    "standard_errors",
+    "rows",
+    "published_rows",
+    "questions",
+    "input",
+    "published",
+)
+
+
+def kept_of(summary: dict) -> dict:
+    return {key: summary[key] for key in KEPT}
+
+
 def suite_summary(config: Config, sets: dict, missing: list[str], unreadable: dict) -> dict:
     """Print the suite's table; return what suite.json says."""
     rows = []
     figures = {}
     for name, summary in sets.items():
         shown = table.input_line(summary["input"])
-        counts = (summary["rows"], summary["published_rows"])
+        # With --limit fewer than there are.
+        counts = (summary["questions"], summary["published_rows"])
         if summary["published"]:
             figures[name] = table.published(name)
         for path, marks in summary["benchmark"].items():
@@ -909,11 +931,10 @@ def suite_summary(config: Config, sets: dict, missing: list[str], unreadable: di
     table.print_suite(config.suite, rows, figures)
     for name in missing:
         print(f"  missing: {name} ({Path(config.data[0], name)})")
-    kept = ("benchmark", "standard_errors", "rows", "published_rows", "input", "published")
     return {
         "suite": config.suite,
         "config": asdict(config),
-        "sets": {name: {key: of_set[key] for key in kept} for name, of_set in sets.items()},
+        "sets": {name: kept_of(summary) for name, summary in sets.items()},
         "missing": missing,
         "unreadable": unreadable,
     }

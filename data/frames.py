@@ -6,8 +6,8 @@ and lmms-eval's multi-image tasks have it (100 frames, k = 8: 0 14 28 42 56 70 8
 or take the middles of k parts.
 
 A video is a file, or in its place a folder with the file's name without its ending, whose images
-are its frames, in the order of the last number in their names. Where both are there the folder is
-read. Files need `av`, which is imported when the first one is met.
+are its frames, in the order of the numbers in their names, the first one first. Where both are
+there the folder is read. Files need `av`, which is imported when the first one is met.
 """
 
 import os
@@ -47,6 +47,8 @@ class Frame:
 def uniform(count: int, wanted: int) -> list[int]:
     """Return which of `count` frames are taken where `wanted` are asked for, from 0."""
     taken = min(count, wanted)
+    # The published call as it is: its steps are floats, and where one falls short of a whole number
+    # the frame before it is taken.
     return np.linspace(0, count - 1, taken, dtype=int).tolist()
 
 
@@ -70,17 +72,20 @@ def frames_in(folder: Path, wanted: int) -> list[Frame]:
     numbered = []
     for name in os.listdir(folder):
         stem, ending = os.path.splitext(name)
-        numbers = re.findall("[0-9]+", stem)
+        numbers = [int(digits) for digits in re.findall("[0-9]+", stem)]
         if ending.lower() in STILLS and numbers and not name.startswith("."):
-            numbered.append((int(numbers[-1]), name))
+            numbered.append((numbers, name))
     if not numbered:
         raise Bad("video", f"no numbered images in {folder}")
-    # By number: frame 9 comes before frame 10, however they are written.
+    # By number: frame 9 comes before frame 10, however they are written. All numbers of a name
+    # count, in their order: the last alone would sort ARKitScenes' 41069021_305.377.png by its
+    # milliseconds, and 10_640x480.jpg before 9_640x480.jpg.
     numbered.sort()
     frames = []
     for index in uniform(len(numbered), wanted):
         file = str(folder / numbered[index][1])
         try:
+            # Its header alone: pixels are decoded when the question is asked.
             size = picture_size(file)
         except UserError as error:
             raise Bad("video", str(error)) from error

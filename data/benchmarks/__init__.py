@@ -163,12 +163,14 @@ def read(
     if not examples:
         missing = f"no task {task!r}" if task else "no rows"
         raise BadSource(f"{name}: {missing} in {folder}")
-    # A mirror may lack rows or hold another version: the numbers would not be comparable.
+    # A mirror may lack rows or hold another version: the numbers would not be comparable. Rows that
+    # are there and can't be used are no such difference, so they don't use up the slack.
+    there = used + unusable
     loaded = Loaded(examples, used, benchmark.rows)
-    if 0 < abs(used - benchmark.rows) <= benchmark.slack:
-        loaded.published = used
-    if used + unusable != loaded.published:
-        warn_of_count(name, folder, used + unusable, examples)
+    if abs(there - benchmark.rows) <= benchmark.slack:
+        loaded.published = there
+    if there != loaded.published:
+        warn_of_count(name, folder, there, examples)
     if path == "dtr":
         warn_of_marks(name, examples)
     return loaded
@@ -179,6 +181,8 @@ def is_copy(record: dict, key: str, seen: set) -> bool:
     name = record.get(key) if key else None
     if name is None:
         return False
+    # A number in one file may be a text in its copy.
+    name = str(name)
     is_known = name in seen
     seen.add(name)
     return is_known

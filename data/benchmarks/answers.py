@@ -56,35 +56,52 @@ def answer_text(response: str) -> str:
 
 def options_of(question: str) -> list[tuple[str, str]]:
     """Return the letters and texts of a question's options, which come in order; [] without any."""
-    markers = list(MARKER.finditer(question))
-    # Those that begin a line are a list; letters within a line may be labels that it speaks of.
-    leading = [
-        marker for marker in markers if not question[: marker.start()].strip(" ")[-1:].strip()
-    ]
-    best = longest_chain(leading) or longest_chain(markers)
+    markers = option_markers(question)
     options = []
-    ends = [marker.start() for marker in best[1:]]
-    if best:
+    ends = [marker.start() for marker in markers[1:]]
+    if markers:
         ends.append(len(question))
-    for marker, end in zip(best, ends, strict=True):
+    for marker, end in zip(markers, ends, strict=True):
         text = question[marker.end() : end].strip().split("\n")[0]
         options.append((marker[1], text.rstrip(" ,;")))
     return options
 
 
-def longest_chain(markers: list[re.Match]) -> list[re.Match]:
-    """Return the last of the longest runs A, B, ... of at least two; [] where there is none."""
-    best = []
+def option_markers(question: str) -> list[re.Match]:
+    """Return the letters that options begin with; [] without any."""
+    every = list(MARKER.finditer(question))
+    # A question may have a list of its own, as of things to be put in order. So what stands behind
+    # "Options:" goes first, and of several lists the last.
+    announced = question.rfind("Options:")
+    behind = [marker for marker in every if marker.start() > announced]
+    for markers in (behind, every):
+        # Those that begin a line are a list; letters within a line may be labels it speaks of.
+        leading = [marker for marker in markers if begins_line(question, marker)]
+        if lists := runs(leading):
+            return lists[-1]
+        if within := runs(markers):
+            # The last of the longest.
+            return max(reversed(within), key=len)
+    return []
+
+
+def begins_line(question: str, marker: re.Match) -> bool:
+    return question[: marker.start()].rstrip(" ")[-1:] in ("", "\n")
+
+
+def runs(markers: list[re.Match]) -> list[list[re.Match]]:
+    """Return the runs A, B, ... of at least two letters, one for each A that begins one."""
+    found = []
     for i, first in enumerate(markers):
         if first[1] != "A":
             continue
-        chain = [first]
+        run = [first]
         for marker in markers[i + 1 :]:
-            if len(chain) < len(LETTERS) and marker[1] == LETTERS[len(chain)]:
-                chain.append(marker)
-        if len(chain) >= max(2, len(best)):
-            best = chain
-    return best
+            if len(run) < len(LETTERS) and marker[1] == LETTERS[len(run)]:
+                run.append(marker)
+        if len(run) > 1:
+            found.append(run)
+    return found
 
 
 def count_options(question: str) -> int:

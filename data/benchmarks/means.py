@@ -55,6 +55,8 @@ class Scored:
             return cls(examples, values, np.zeros(len(pairs), dtype=int), None)
         names, index = np.unique(clusters, return_inverse=True)
         k = len(names)
+        # Drawn once for all of a table, so that its means are of the same resamples and can be
+        # averaged draw by draw. One cluster says nothing about how clusters differ.
         weights = None
         if k > 1:
             weights = np.random.default_rng(0).multinomial(k, np.full(k, 1 / k), size=RESAMPLES)
@@ -76,6 +78,7 @@ class Scored:
 
     def mean(self) -> Mean:
         """Return the plain mean."""
+        # The draws are for means of this mean; its own error needs none.
         found = self.ratio(self.values, np.ones(len(self.values)))
         value = float(self.values.mean())
         return Mean(value, self._sandwich(value), found.draws)
@@ -101,6 +104,7 @@ class Scored:
         least = []
         clusters = []
         for group in self.by(key).values():
+            # 0 or 100 each, so the least is their product.
             least.append(group.values.min())
             clusters.append(group.clusters[0])
         values = np.array(least)
@@ -109,6 +113,7 @@ class Scored:
 
     def _sandwich(self, value: float) -> float | None:
         """Return the error of the mean: residuals are summed by cluster, then squared."""
+        # k / (k - 1): with an answer a cluster this is sd / sqrt(n).
         k = len(np.unique(self.clusters))
         if self.weights is None or k < 2:
             return None
@@ -125,10 +130,12 @@ def average(means: Iterable[Mean]) -> Mean:
     """Return the unweighted mean of means. A resample counts those that it has answers of."""
     means = list(means)
     value = mean(part.value for part in means)
+    # Alone it keeps the sandwich's error.
     if len(means) == 1:
         return means[0]
     if any(part.draws is None for part in means):
         return Mean(value)
+    # (means, R). A small type may be missing from a resample: NaN there.
     columns = np.stack([part.draws for part in means])
     known = np.isfinite(columns)
     with np.errstate(invalid="ignore"):

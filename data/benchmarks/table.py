@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 
 from data import benchmarks
 from data.benchmarks.means import Mean
@@ -62,10 +63,12 @@ def input_of(examples: list[Example], pixels: Iterable[list[int]]) -> dict:
     """
     frames = []
     images = []
+    # SITE asks of images and of videos.
     for example in examples:
         is_video = any(isinstance(image, Frame) for image in example.images)
         (frames if is_video else images).append(len(example.images))
-    sizes = sorted({size for of_question in pixels for size in of_question})
+    # What the model read, after --max-pixels: papers differ by it as much as by frames.
+    sizes = list(chain.from_iterable(pixels))
     forms = []
     if images:
         forms.append("images")
@@ -93,6 +96,7 @@ def input_line(shown: dict) -> str:
         parts.append(f"{span(shown['images'])} {images} a question")
     if shown["frames"]:
         parts.append(f"{span(shown['frames'])} frames of a video as images, {shown['frame_rule']}")
+    # Of SITE's mixture there is one range for both.
     each = "a frame" if shown["frames"] and not shown["images"] else "an image"
     size = f"{span(shown['pixels'])} pixels {each}" if shown["pixels"] else "no images"
     return "; ".join([*parts, size])
@@ -115,6 +119,7 @@ def shown(found: Mean | None) -> str:
 
 def print_marks(name: str, path: str, marks: Marks, figures: tuple) -> None:
     """Print a path's per cent by both scorers, and a column for each of others' figures."""
+    # One model stands there twice where two sources disagree: SITE's paper and EASI by 6 points.
     others = [f"{model} ({source})" for model, source, _ in figures]
     heading = "".join(f"{other:>{len(other) + 4}}" for other in others)
     title = f"{name} {path}"
@@ -123,6 +128,7 @@ def print_marks(name: str, path: str, marks: Marks, figures: tuple) -> None:
     for key, official in marks.official.items():
         line = f"{'  ' + key:{width}}{shown(official):>12}{shown(marks.robust[key]):>12}"
         for other, (_, _, figure) in zip(others, figures, strict=True):
+            # Most have published the headline alone.
             cell = f"{figure[key]:.1f}" if key in figure else ""
             line += f"{cell:>{len(other) + 4}}"
         print(line.rstrip())
@@ -137,7 +143,7 @@ class SuiteRow:
 
     name: str
     path: str
-    rows: int
+    rows: int  # that were asked: with --limit fewer than there are
     published_rows: int
     official: Mean | None
     robust: Mean | None
@@ -168,6 +174,8 @@ def figures_line(figures: tuple) -> str:
     """Write others' headline figures in one line, each with its source."""
     parts = []
     for model, source, figure in figures:
+        # Papers report 3DSRBench's `circular`, and the line's own figure is `overall`: it is named,
+        # so that nobody compares the two.
         for key in ("overall", "circular"):
             if key in figure:
                 of_what = "" if key == "overall" else f" {key}"

@@ -43,6 +43,7 @@ def read(row: Row) -> Iterator[Item]:
         if text and text.lower() not in ("nan", "none"):
             options.append(text)
     asked = row.text("question")
+    # Without a qid nothing tells which rows are one question: then there are no such figures.
     name = row.text("qid" if row.has("qid") else "index")
     yield Item(
         name,
@@ -58,11 +59,13 @@ def image_of(row: Row, name: str) -> Marked:
     if row.has("image"):
         return row.image(row.value("image"))
     url = row.text("image_url")
+    # COCO's name, as in val2017/000000000139.jpg.
     file = url.rpartition("/")[2]
     found = row.find(file) or row.find(f"coco_images/{file}")
     if found is None:
         raise Bad("image_url", f"missing file: {file} in {row.folder}; URLs are not downloaded")
     image = row.picture(found)
+    # A URL is of the image as it was taken; a file with images inside has mirrored ones.
     return Marked(image.source, mirrored) if "-flip" in name else image
 
 
@@ -98,10 +101,12 @@ def unrotated(example: Example) -> str:
     return re.sub(r"-[0-9]+$", "", example.id)
 
 
+# Only the same order of options makes a pair: AAAA1111-2 and AAAA1111-flip-2.
 def unflipped(example: Example) -> str:
     return example.id.replace("-flip", "")
 
 
+# Also the cluster: all forms of a question show one image.
 def base(example: Example) -> str:
     """Return the key of a question, which all its forms begin with."""
     return unrotated(example).removesuffix("-flip")

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 
 from data.benchmarks.means import by_sample
 from data.benchmarks.schema import TEST, Benchmark, Item, Row, letter
-from data.frames import Frame
 from data.marks import Marked
 from data.rows import Bad
 from srreal import Example
@@ -54,7 +53,9 @@ def images_of(row: Row) -> list[Marked]:
 def scene(example: Example) -> str | None:
     """Return the ScanNet room, whose scans and views are one cluster; None of COCO's images."""
     for image in example.images:
-        if isinstance(image, Marked | Frame) and (found := SCAN.search(str(image.source))):
+        # The copy in parquet holds bytes, which name no scan.
+        named = isinstance(image, Marked) and isinstance(image.source, str)
+        if named and (found := SCAN.search(image.source)):
             return found[0]
     return None
 

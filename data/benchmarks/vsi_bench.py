@@ -65,9 +65,11 @@ def read(row: Row) -> Iterator[Item]:
 
 
 def read_debiased(row: Row) -> Iterator[Item]:
-    """Yield a row's question unless it was pruned, as the row or a list beside it says."""
+    """Yield a row's question unless it was pruned, as the row, its file or a list says."""
     if row.has("pruned"):
         pruned = str(row.raw("pruned")).lower() in ("true", "1")
+    elif row.file.name.startswith("test_debiased"):
+        pruned = False
     elif row.beside:
         pruned = row.text("id") in row.beside
     else:

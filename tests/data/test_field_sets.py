@@ -60,16 +60,24 @@ def test_a_folder_of_frames_is_sorted_by_number(tmp_path):
     # 11 is the last, though its name sorts before 2.
     assert reds(got) == [0, 3, 7, 11] and [frame.index for frame in got] == [0, 3, 7, 11]
     assert got[0].size == (32, 24) and len(frames_of(tmp_path / "a.mp4", 32)) == 12
-    # The last number of a name counts.
-    assert [frame.source[-10:] for frame in frames_of(tmp_path / "b.mp4", 2)] == [
-        "of_200.png",
-        "of_300.png",
+    assert [frame.source[-11:] for frame in frames_of(tmp_path / "b.mp4", 2)] == [
+        "_of_300.png",
+        "_of_200.png",
     ]
+    # ARKitScenes names frames by seconds; what stands behind a number does not sort before it.
+    for folder, names in (
+        ("d", ["41069021_98.764.png", "41069021_305.377.png", "41069021_306.012.png"]),
+        ("e", ["9_640x480.png", "10_640x480.png"]),
+    ):
+        for name in names:
+            sets.picture(tmp_path / folder / name)
+        got = frames_of(tmp_path / f"{folder}.mp4", 8)
+        assert [frame.source.rpartition("/")[2] for frame in got] == names
     (tmp_path / "c").mkdir()
     with pytest.raises(Bad, match="no numbered images"):
         frames_of(tmp_path / "c.mp4", 2)
-    with pytest.raises(Bad, match="missing file: .*d.mp4"):
-        frames_of(tmp_path / "d.mp4", 2)
+    with pytest.raises(Bad, match="missing file: .*none.mp4"):
+        frames_of(tmp_path / "none.mp4", 2)
 
 
 def test_a_video_is_decoded_once_for_all_its_frames(tmp_path, monkeypatch):
@@ -165,8 +173,15 @@ def test_vsi_bench_in_its_older_forms(tmp_path):
     lines = tmp_path / "lines"
     sets.vsi_videos(lines)
     sets.lines(lines / "test.jsonl", sets.vsi_rows() + sets.vsi_rows())
-    # Nor does a row that recurs within.
+    # Nor does a row that recurs within, also where its id is a text in the copy.
     assert len(benchmarks.load("vsi-bench", lines, "direct")) == 6
+    copies = [row | {"id": str(row["id"])} for row in sets.vsi_rows()]
+    sets.lines(lines / "test.jsonl", sets.vsi_rows() + copies)
+    assert len(benchmarks.load("vsi-bench", lines, "direct")) == 6
+    # An id that is none is the file's fault.
+    sets.lines(lines / "test.jsonl", [row | {"id": [row["id"]]} for row in sets.vsi_rows()])
+    with pytest.raises(BadRows, match="id: wrong type or value"):
+        benchmarks.load("vsi-bench", lines, "direct")
 
 
 def test_vsi_bench_debiased(tmp_path):
@@ -182,6 +197,12 @@ def test_vsi_bench_debiased(tmp_path):
         one("vsi-bench-debiased", lines)
     (lines / "pruned_ids.txt").write_text("1\n3\n")
     assert set(one("vsi-bench-debiased", lines)) == kept
+    # The half's own file says it by its name.
+    half = tmp_path / "half"
+    sets.vsi_videos(half)
+    rows = [row for row in sets.vsi_rows(pruned=1) if str(row["id"]) in kept]
+    write_parquet(half / "test_debiased.parquet", rows, **sets.VSI_TYPES)
+    assert set(one("vsi-bench-debiased", half)) == kept
 
 
 def test_vsi_bench_needs_its_videos(tmp_path):
@@ -383,6 +404,20 @@ def test_cards_and_files_may_differ_by_a_row(tmp_path, monkeypatch, recwarn):
         assert benchmarks.read("vsi-bench", folder).is_complete is complete
 
 
+def test_a_row_that_cannot_be_used_is_no_such_difference(tmp_path, monkeypatch, recwarn):
+    from dataclasses import replace
+
+    entry = replace(benchmarks.BENCHMARKS["vsi-bench"], rows=6)
+    monkeypatch.setitem(benchmarks.BENCHMARKS, "vsi-bench", entry)
+    sets.vsi_videos(tmp_path)
+    rows = sets.vsi_rows()
+    rows[1]["question_type"] = "unheard_of"
+    sets.lines(tmp_path / "test.jsonl", rows)
+    got = benchmarks.read("vsi-bench", tmp_path, skip_bad_rows=True)
+    assert (got.rows, got.published, got.is_complete) == (5, 6, False)
+    assert not [w for w in recwarn if "are published" in str(w.message)]
+
+
 # ---- Published scorers: hand-computed values
 
 
@@ -562,6 +597,10 @@ def test_how_many_options_a_question_has():
         ("Options: A: one, B: two, C: three, D: four", 4),
         ("Points A. B. C. and D. are marked.\nOptions:\nA: one\nB: two", 2),
         ("Of A. one B. two, which? A. yes B. no", 2),
+        # A list to be put in order is longer than the options.
+        ("Order:\nA. cup\nB. jug\nC. pot\nOptions:\nA: B, A, C\nB: C, B, A", 2),
+        ("Order:\nA. cup\nB. jug\nC. pot\nWhich?\nA. BAC\nB. CBA", 2),
+        ("A. cup\nB. jug\nC. pot\nOptions: A: BAC, B: CBA", 2),
         ("\n".join(f"{letter}) {letter}x" for letter in "ABCDEFGH"), 8),
         ("Vitamin A. How many?", 0),
         ("How many?", 0),
@@ -853,9 +892,9 @@ def resampled(aggregate, pairs, clusters, draws=1500):
     cluster is a set of questions of its own."""
     draw = random.Random(1)
     names = sorted(set(clusters))
-    members = {
-        name: [p for p, c in zip(pairs, clusters, strict=True) if c == name] for name in names
-    }
+    members = {name: [] for name in names}
+    for pair, name in zip(pairs, clusters, strict=True):
+        members[name].append(pair)
     values = []
     for _ in range(draws):
         taken = []

@@ -177,6 +177,23 @@ def test_a_suite_on_both_paths_and_with_a_broken_set(tmp_path, capsys, asked):
     assert list(summary["unreadable"]) == ["mmsi"] and len(summary["missing"]) == 5
 
 
+def test_a_suite_says_how_many_questions_were_asked(tmp_path, monkeypatch, capsys, asked):
+    suite(tmp_path / "sets", without=EASI8[2:])
+    complete(monkeypatch, "mmsi", 2)
+    complete(monkeypatch, "vsi-bench", 6)
+    config = Config("m", (str(tmp_path / "sets"),), suite="easi8", path="lor", limit=2)
+    summary = evaluation.main(replace(config, out=str(tmp_path / "out")))
+    printed = capsys.readouterr().out.partition("easi8, overall")[2].splitlines()
+    table = {line.split()[0]: line.split() for line in printed if " lor " in line}
+    # Two of six are a part; a limit that leaves all of it is none.
+    assert table["vsi-bench"][2:5] == ["2", "of", "6"] and "Qwen" not in str(table["vsi-bench"])
+    assert table["mmsi"][2] == "2" and table["mmsi"][3] != "of"
+    assert (summary["sets"]["vsi-bench"]["rows"], summary["sets"]["vsi-bench"]["questions"]) == (
+        6,
+        2,
+    )
+
+
 def test_mistakes_with_a_suite(tmp_path, asked):
     (tmp_path / "sets").mkdir()
     config = Config("m", (str(tmp_path / "sets"),), suite="easi8", out=str(tmp_path / "out"))
@@ -269,7 +286,7 @@ def test_an_interrupted_one_equals_one_that_never_stopped(tmp_path, monkeypatch)
 def test_a_rank_gets_all_questions_of_a_video(tmp_path):
     examples = benchmarks.load("vsi-bench", sets.vsi_bench(tmp_path), "direct")
     shares = [evaluation.local_share(examples, rank, 3) for rank in range(3)]
-    assert sorted(e.id for share in shares for e in share) == [str(k) for k in range(6)]
+    assert sorted(example.id for example in sum(shares, [])) == [str(k) for k in range(6)]
     for share in shares:
         assert len({example.images[0].video for example in share}) == 1 and len(share) == 2
 
