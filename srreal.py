@@ -604,25 +604,26 @@ class Scores:
         return f"Scores(total={self.total}, parts={self.parts})"
 
 
-def score(
-    response: str,
-    example: Example,
-    rules: str = "strict",
-    changes: dict[str, float] | None = None,
-) -> Scores:
+def score(response: str, example: Example, rules: str = "strict") -> Scores:
     """Score a response: the total by its path's weights, and every part; finite and in [0, 1].
 
     rules: strict; or official, which has that code's bugs (detect above 1, accuracy nan); else
-    ValueError. changes: weights in place of the path's own, see `weights_of`.
+    ValueError.
     """
     rewards = lookup(RULES, rules)
     if not lookup(PATHS, example.path).sections:
         # The official code has no such path.
         rewards = strict
     parts = dict.fromkeys(REWARDS, 0.0) | rewards(response, example)
+    return Scores(total_of(parts, example), *parts.values())
+
+
+def total_of(
+    parts: dict[str, float], example: Example, changes: dict[str, float] | None = None
+) -> float:
+    """Return the weighted sum of the parts. changes: of the weights, see `weights_of`."""
     weights = weights_of(example, changes)
-    total = sum(weight * parts[name] for name, weight in weights.items())
-    return Scores(total, *parts.values())
+    return sum(weight * parts[name] for name, weight in weights.items())
 
 
 def weights_of(example: Example, changes: dict[str, float] | None = None) -> dict[str, float]:

@@ -203,7 +203,7 @@ from model.images import DeviceImages
 from model.processor import Processor
 from model.qwen_vl import QwenVL
 from model.rollout import Engine, Rollout, default_slots, occurrences
-from srreal import PATHS, Example, Scores, score, weights_of
+from srreal import PATHS, Example, Scores, score, total_of, weights_of
 from training import checkpoints, folder, interrupt, ranks, run
 from training.batches import (
     Order,
@@ -401,7 +401,9 @@ def with_progress(
 
 def finite_score(text: str, example: Example, cfg: Config) -> Scores:
     """Score a completion. The official rules take "nan" for a number: then it earns nothing."""
-    scores = score(text, example, cfg.rules, parse_weights(cfg.reward_weights))
+    scores = score(text, example, cfg.rules)
+    if cfg.reward_weights:
+        scores.total = total_of(scores.parts, example, parse_weights(cfg.reward_weights))
     if math.isfinite(scores.total):
         return scores
     return Scores(0.0)

@@ -72,11 +72,20 @@ def test_regions_are_weighed_by_area(taken):
         weights = np.array(region["weights"])
         assert weights.sum() == pytest.approx(1)
         x0, y0, x1, y1 = region["box"]
-        # In patches: what a whole one has of the box.
         width, height = values["size"]
         rows, columns = values["grid"]
-        area = (x1 - x0) * columns / width * (y1 - y0) * rows / height
-        assert weights.max() == pytest.approx(1 / area)
+        # The share of the box that lies in each column and in each row of patches.
+        across = overlaps(x0, x1, width / columns, columns) / (x1 - x0)
+        down = overlaps(y0, y1, height / rows, rows) / (y1 - y0)
+        # The page shows the patches that the box touches.
+        expected = np.outer(down, across)[np.ix_(region["rows"], region["columns"])]
+        assert weights == pytest.approx(expected, abs=1e-6)
+
+
+def overlaps(low, high, size, count):
+    """How much of [low, high] lies in each of `count` cells of a size, from 0 on."""
+    starts = np.arange(count) * size
+    return np.clip(np.minimum(high, starts + size) - np.maximum(low, starts), 0, None)
 
 
 def test_what_it_says_to_read_is_there():

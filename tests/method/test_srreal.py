@@ -1197,4 +1197,6 @@ def test_changed_weights_leave_the_others_in_proportion():
     assert srreal.weights_of(direct, {"accuracy": 0.3}) == srreal.weights_of(direct)
     far = '<detect>Find 1 relevant objects:\n<3d_box center="0,0,9">chair (red bbox)</3d_box></detect>'
     text = f"{far}<think>so</think><answer>A</answer>"
-    assert srreal.score(text, dtr, changes={"detect": 0.3}).total == pytest.approx(0.7)
+    assert srreal.total_of(srreal.score(text, dtr).parts, dtr, {"detect": 0.3}) == pytest.approx(
+        0.7
+    )

@@ -17,8 +17,10 @@ QUIET = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET":
 def start(*command, fresh: bool = False, **environment: str) -> subprocess.Popen:
     """Start `python COMMAND` on the CPU with one thread; `finish` waits for it.
 
-    fresh: as a user does, with nothing imported beforehand.
+    fresh: as a user does, with nothing imported beforehand. With TRITON_INTERPRET=1 it always is:
+    Triton asks for that while it is imported.
     """
+    fresh = fresh or environment.get("TRITON_INTERPRET") == "1"
     return subprocess.Popen(
         [sys.executable if fresh else warm.python(), *map(str, command)],
         cwd=ROOT,

@@ -36,7 +36,7 @@ SCRIPTS = {
     "eval.py": (
         lambda: evaluation.main(evaluation.Config("m")),
         {
-            "eval.questions": lambda _: [],
+            "eval.questions": lambda _: evaluation.Asked([]),
             "training.run.load_processor": lambda *_: None,
             "eval.load_model": stop,
         },
