@@ -180,6 +180,7 @@ def questions(config: Config) -> Asked:
         datasets.say(f"--limit: {config.limit} of {count} questions are asked")
     if loaded is None:
         return Asked(asked)
+    # Only then may a published figure stand beside ours.
     is_whole = loaded.is_complete and not is_limited and "/" not in config.benchmark
     return Asked(asked, loaded.rows, loaded.published, is_whole)
 
@@ -223,7 +224,8 @@ def select(examples: list[Example], path: str, limit: int | None) -> list[Exampl
     in_hash_order = sorted(by_question, key=lambda name: hashlib.sha1(name.encode()).digest())
     kept = set(in_hash_order[:limit])
     selected = []
-    for wanted in BOTH if path == "both" else (path,):
+    paths = BOTH if path == "both" else (path,)
+    for wanted in paths:
         for name, rows in by_question.items():
             if name in kept:
                 any_row = next(iter(rows.values()))
@@ -271,10 +273,13 @@ def best_constant(examples: list[Example], candidates: int) -> tuple[str, list |
     # Not the commonest truth: of numbers, one in the middle earns more.
     counts = Counter(example.answer for example in examples)
 
+    # Each truth is scored once, however many questions have it.
     def earned(guess: str) -> float:
         return sum(answer_score(guess, truth) * n for truth, n in counts.items())
 
     common = sorted(counts, key=lambda answer: (-counts[answer], answer))
+    # Scored candidates x truths times. The best answer may not be among the commonest: then chance
+    # is a little too low.
     best = max(common[:candidates], key=earned)
     centres = []
     for example in examples:
@@ -338,6 +343,7 @@ def image_name(image) -> str | None:
     source = image.source if isinstance(image, Marked) else image
     if is_data_uri(source):
         source = source.encode()
+    # Parquet files hold one image in many rows; its bytes tell that it is the same.
     if isinstance(source, bytes):
         return f"sha1 {hashlib.sha1(source).hexdigest()}"
     return str(source) if isinstance(source, str | Path) else None
@@ -360,6 +366,7 @@ def name_clusters(examples: list[Example], benchmark: str | None) -> list[str]:
             found.append(f"scene {scene}")
         shared.append(found)
         names.append(images[0] if images and images[0] else question_id(example))
+    # Union-find over all names: A and B share an image, B and C a scene, so all three are one.
     return [names[first] for first in connected(shared)]
 
 
@@ -453,6 +460,7 @@ def refuse_other_answers(config: Config) -> None:
         then = earlier_settings(out)
         if then is None:
             problem = f"{out} holds answers, and no settings.json that says of what"
+        # Answers of two models in one file would make a table of neither.
         elif differences := differing(then, now):
             problem = f"{out} holds the answers of another eval: {differences}"
     remedy = f"choose another --out, or delete its {PREDICTIONS} and settings.json"
@@ -511,7 +519,9 @@ def settings_of(config: Config) -> dict:
     files = []
     for file in sorted(Path(config.model).glob("*.safetensors")):
         state = file.stat()
+        # Not the contents: a hash would have to read the whole checkpoint.
         files.append((file.name, state.st_size, state.st_mtime_ns))
+    # Neither changes an answer: a folder may be moved, and go on with other workers.
     settings = asdict(replace(config, out="", workers=None))
     settings |= {"checkpoint": files, "columns": [*COLUMNS, "pixels"]}
     return json.loads(json.dumps(settings))
@@ -583,6 +593,7 @@ def answer_all(
         for row in answer_chunk(config, chunk, model, processor, constants, clusters):
             new_rows.append(row)
             bar.update()
+        # A row at a time the bar moves; a chunk at a time the disk is written.
         rows += new_rows
         problem = folder.attempt(own_file, append_rows, own_file, new_rows)
         if problem:
@@ -590,6 +601,7 @@ def answer_all(
     bar.close()
     ranks.raise_together(problem)
 
+    # Only now: up to here each rank has written a file of its own.
     for row in ranks.gather(rows):
         done[row["id"], row["path"]] = row
     rows = []
@@ -611,6 +623,7 @@ def local_share(examples: list[Example], rank: int, world: int) -> list[Example]
         key = tuple(map(same_image, example.images))
         groups.setdefault(key or (k,), []).append(example)
     share = []
+    # By turns, not in blocks: tasks stand one behind the other, and differ in length.
     for group in list(groups.values())[rank::world]:
         share += group
     return share
@@ -629,12 +642,13 @@ def answer_chunk(
     constants: dict,
     clusters: dict,
 ) -> Iterator[dict]:
-    """Ask so many questions at once; yield a row each, in their order."""
+    """Ask a chunk of questions at once; yield a row for each, in their order."""
     shown = [seen(example, config) for example in examples]
     # A forward pass of prompts without regions would be wasted on the head.
     with_regions = [example for example in shown if example.regions]
     # In the order of use, for the workers that read images ahead.
     processor.prefetch(with_regions + shown)
+    # An iterator, as only examples with regions take the next.
     heads = iter(predict_centres(model, processor, with_regions) if with_regions else [])
     groups = sample_groups(
         model,
@@ -710,7 +724,9 @@ def benchmark_summary(config: Config, asked: Asked, rows: list[dict]) -> dict:
         print_benchmark(config, path, marks, asked)
     print_notes(config, asked, shown)
     others = []
-    for model, source, figures in table.published(config.benchmark) if asked.is_whole else ():
+    # Somebody else's figures are of the whole set.
+    published = table.published(config.benchmark) if asked.is_whole else ()
+    for model, source, figures in published:
         others.append({"model": model, "source": source, "figures": figures})
     counts = {
         "rows": asked.rows,
@@ -801,6 +817,7 @@ def ask_all(config: Config, asked: Asked, checkpoint: Checkpoint) -> dict | None
     if not ranks.is_first():
         return None
 
+    # Of a table that is only printed again, date and seconds stay those of its answers.
     if processor is not None or not made:
         made = origin() | {"seconds": time.perf_counter() - started}
     rows = answers[PREDICTIONS]
@@ -846,6 +863,7 @@ def ask_suite(config: Config) -> dict | None:
     if not there:
         raise UserError(f"--suite {config.suite}: {root} has none of {', '.join(names)}")
     missing = [name for name in names if name not in there]
+    # Loaded once, by the first benchmark that has something to ask.
     checkpoint = Checkpoint(config, place.device)
     sets = {}
     unreadable = {}
@@ -888,6 +906,7 @@ def questions_or_problem(config: Config) -> tuple[Asked | None, str | None]:
         asked = questions(config)
     except UserError as error:
         problem = str(error)
+    # Together: a rank that went on alone would wait in the next collective for ever.
     (is_bad,) = ranks.all_reduce([1 if problem else 0], "MAX")
     if is_bad and not problem:
         problem = "another rank can't read it"

@@ -138,6 +138,7 @@ def equal(truth: str, answer: str) -> bool:
         return False
     truth, true_unit = split_unit(plain(truth))
     answer, unit = split_unit(plain(answer))
+    # Either may leave it out: "5" answers "5 cm". Units are not converted.
     if unit and true_unit and unit != true_unit:
         return False
     if truth == answer:
@@ -177,6 +178,7 @@ class Comparer:
 
     def stop(self) -> None:
         self.process.kill()
+        # Waits, so that no zombie is left, and closes the pipes.
         self.process.communicate()
         self.process = None
 

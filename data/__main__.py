@@ -66,16 +66,20 @@ def counted(examples: list[Example]) -> list[list]:
             "centres": bool(example.objects),
             "rationale": bool(example.rationale),
         }
+        # A Counter of names: each fact that holds counts one.
         has.update(name for name, holds in facts.items() if holds)
     table = [header]
     for key in sorted(counts):
-        table.append([*key, *(f"{counts[key][name]:,}" for name in header[3:])])
+        numbers = [f"{counts[key][name]:,}" for name in header[3:]]
+        table.append([*key, *numbers])
     return table
 
 
 def print_table(table: list[list[str]], texts: int) -> None:
     """Print rows of cells in columns; the first `texts` columns stand to the left."""
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    widths = []
+    for column in zip(*table, strict=True):
+        widths.append(max(map(len, column)))
     for row in table:
         cells = []
         for i, (cell, width) in enumerate(zip(row, widths, strict=True)):
@@ -108,6 +112,7 @@ def lengths_of(examples: list[Example], processor) -> dict[str, Lengths]:
     from training.lengths import key_of, measured  # imports torch
 
     found: dict[str, Lengths] = {}
+    # One image may stand in thousands of rows: each header is read once.
     sizes = measured(examples)
     for example in tqdm(examples, desc="lengths", unit="row", leave=False):
         lengths = found.setdefault(example.path, Lengths())
@@ -134,13 +139,18 @@ def lengths_table(found: dict[str, Lengths]) -> list[list[str]]:
         parts = {"prompt": lengths.prompts, "target": lengths.targets, "both": lengths.rows}
         for name, tokens in parts.items():
             if tokens:
-                numbers = (len(tokens), *np.quantile(tokens, (0.5, 0.95, 1)))
-                table.append([path, name, *(f"{number:,.0f}" for number in numbers)])
+                # The longest decides what fits into memory; the median what an epoch costs.
+                numbers = [len(tokens), *np.quantile(tokens, (0.5, 0.95, 1))]
+                table.append([path, name, *map(whole, numbers)])
     return table
 
 
+def whole(number: float) -> str:
+    return f"{number:,.0f}"
+
+
 def print_lengths(examples: list[Example], cfg: Config) -> int:
-    """Print lengths in tokens; return how many rows are too long for the checkpoint to be asked."""
+    """Print lengths in tokens; return how many prompts exceed the checkpoint's context."""
     from model.processor import Processor  # imports torch
 
     processor = Processor.from_pretrained(cfg.model, max_pixels=cfg.max_pixels, regions=cfg.regions)
@@ -151,6 +161,7 @@ def print_lengths(examples: list[Example], cfg: Config) -> int:
     if limit is None:
         print(f"{cfg.model} does not say how long a context it was trained on")
         return 0
+    # A prompt that is too long can't be asked at all; with its target, RL can still ask it.
     too_long = 0
     for_sft = 0
     for lengths in found.values():
@@ -183,6 +194,7 @@ def main(cfg: Config) -> int:
     if bad.rows:
         print()
         print(bad.told(cfg.out) if cfg.out else bad)
+    # The slow part, as every prompt is tokenised: only where a checkpoint is named.
     too_long = print_lengths(examples, cfg) if cfg.model and examples else 0
     if cfg.out and examples:
         print(f"\n{preview.write(examples, cfg.out, cfg.examples, cfg.seed)}")

@@ -40,6 +40,7 @@ class Frame:
     def convert(self, mode: str = "RGB") -> Image.Image:
         if self.source is not None:
             return read_picture(self.source).convert(mode)
+        # All frames of the question at the price of one: the others are asked for next.
         frames = decode(self.video, self.chosen)
         return frames[self.chosen.index(self.index)].convert(mode)
 
@@ -61,6 +62,7 @@ def frames_of(video: Path, wanted: int) -> list[Frame]:
 
     UserError for a file without av.
     """
+    # First, as it needs no decoder, and gives the same pixels on every machine.
     folder = video.with_suffix("")
     if folder.is_dir():
         return frames_in(folder, wanted)
@@ -97,6 +99,7 @@ def frames_in_file(video: Path, wanted: int) -> list[Frame]:
     if not video.is_file():
         raise Bad("video", f"missing file: {video} (nor is there a folder of its frames)")
     count, size = measure(str(video))
+    # A tuple, as `decode` is cached by it.
     chosen = tuple(uniform(count, wanted))
     return [Frame(str(video), index, size, chosen=chosen) for index in chosen]
 
@@ -147,6 +150,7 @@ def decode(video: str, chosen: tuple[int, ...]) -> list[Image.Image]:
                 last = frame
                 if index in chosen:
                     found[index] = frame.to_image()
+                # Stop behind the last wanted frame, which as a rule is the video's.
                 if len(found) == len(set(chosen)):
                     break
     except (OSError, ValueError) as error:

@@ -57,6 +57,7 @@ class Scene:
 
     @property
     def room(self) -> "Scene":
+        # Scans of one room show the same things, so what is learnt from one helps in the other.
         return Scene(self.set, self.scan[:ROOM]) if self.set == SCANNET else self
 
 
@@ -95,12 +96,14 @@ def texts_of(value, name: str = "") -> Iterator[tuple[str, str]]:
     """Yield (field, text) of all that a row of JSON or parquet says; bytes say nothing."""
     if isinstance(value, dict):
         for key, inner in value.items():
+            # The innermost field names a text: of {"scene": {"id": ...}} that is id.
             yield from texts_of(inner, key)
     elif isinstance(value, list):
         for inner in value:
             yield from texts_of(inner, name)
     elif isinstance(value, str) and len(value) <= LONGEST:
         yield name, value
+    # Any other number is a size, a count or an answer.
     elif isinstance(value, int) and OF_SCENES.search(name):
         yield name, str(value)
 
@@ -146,6 +149,7 @@ class Asked:
         return found
 
     def scans_of(self, room: Scene) -> set[Scene]:
+        # The other way round than in `shared`: here the benchmark may be what names no set.
         number = Scene(UNKNOWN, room.scan) if room.set == ARKIT else room
         return self.scans.get(room) or self.scans.get(number) or set()
 
@@ -181,6 +185,7 @@ class Filter:
         leaks = [asked.name for asked in self.benchmarks if asked.shared(scenes)]
         self.rows += 1
         self.left_out += 1 if leaks else 0
+        # A row may leak into several benchmarks: these counts can add up to more than left_out.
         self.of_benchmark.update(leaks)
         return not leaks
 
@@ -225,6 +230,7 @@ def main(cfg: Config) -> dict[str, dict[Scene, Leak]]:
             for room in asked.shared(scenes):
                 leak = leaks[asked.name].setdefault(room, Leak())
                 leak.rows += 1
+                # By number alone: one side may say ARKitScenes, and the other name no set.
                 leak.trained |= {scene for scene in scenes if scene.room.scan == room.scan}
     say(described(trained))
     for asked in benchmarks:
@@ -262,6 +268,7 @@ def told(asked: Asked, leaks: dict[Scene, Leak]) -> str:
             leak = leaks[room]
             scans = asked.scans_of(room)
             entries.append(f"    {room.scan}: training rows {leak.rows}")
+            # The weaker leak: other images of the same room.
             if name == SCANNET and not leak.trained & scans:
                 rescans.append(room)
                 entries[-1] += f", of {names(leak.trained)}; asked about {names(scans)}"

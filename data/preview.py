@@ -89,6 +89,7 @@ def choose(examples: list[Example], count: int, seed: int) -> list[Example]:
     order = list(PATHS)
     for example in examples:
         key = (example.task, order.index(example.path))
+        # By id: a row that stands in two sources is shown once.
         groups.setdefault(key, {})[example.id] = example
     chosen = []
     for key in sorted(groups):
@@ -107,6 +108,7 @@ def data_uri(image: Image.Image) -> str:
 
 
 def smaller(image: Image.Image) -> Image.Image:
+    # thumbnail() works in place, and the image may be the row's own.
     image = image.copy()
     image.thumbnail((SIDE, SIDE))
     return image
@@ -121,6 +123,7 @@ def mentions_of(example: Example) -> list[str]:
     found = []
     for text in example.question.split("<mask>")[: len(example.regions)]:
         words = text.replace("(", " ").replace(",", " ").split()
+        # A guess for regions whose object is unknown: "the red chair <mask>" gives "red chair".
         found.append(mention_before(text, example.objects) or " ".join(words[-2:]) or "region")
     return found
 
@@ -157,10 +160,12 @@ def shaded(depth: np.ndarray) -> tuple[Image.Image, str]:
         return Image.new("RGB", depth.shape[::-1], "white"), "no pixel is known"
     # Quantiles: one pixel through a window must not take all shades.
     near, far = np.quantile(depth[known], (0.01, 0.99))
+    # A wall seen straight on has one depth: nothing is divided by 0.
     share = (np.where(known, depth, far) - near) / max(far - near, 1e-6)
     place = share.clip(0, 1) * (len(SHADES) - 1)
     pixels = np.full((*depth.shape, 3), 255, np.uint8)
     for channel in range(3):
+        # Linear between the five colours, channel by channel.
         shades = np.interp(place, np.arange(len(SHADES)), SHADES[:, channel])
         pixels[..., channel] = np.where(known, shades, 255)
     words = f"depth {near:.1f} to {far:.1f} m"
@@ -181,13 +186,17 @@ def view_of(example: Example, index: int) -> View:
         if region.ndim == 2:
             image = tint(image, region, colour)
             ys, xs = np.nonzero(region)
+            # + 1: the far sides of the last pixels.
             region = (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
         x0, y0, x1, y1 = (float(value) for value in region)
         outlines.append(Outline(mention, css(colour), x0, y0, x1 - x0, y1 - y0))
     dots = []
     camera = camera_of(example, index)
-    for mention in example.objects if camera else ():
+    # Without intrinsics nobody knows where in the image a point in metres lies.
+    shown = example.objects if camera else ()
+    for mention in shown:
         centre = centre_in(example, mention, index)
+        # What lies behind the camera has no pixel.
         pixel = project(centre, camera, NEAR) if centre else None
         if pixel and 0 <= pixel[0] < image.width and 0 <= pixel[1] < image.height:
             dots.append(Dot(f"{centre[2]:.2f} m", css(colour_of(mention)), *pixel))
@@ -231,6 +240,7 @@ def card_of(example: Example) -> Card:
         text = target(example)
     except ValueError as error:
         text = ""
+        # The card has the id in its heading.
         lacking = str(error).removeprefix(f"{example.id}: ")
     count = min(len(example.images), VIEWS)
     return Card(

@@ -16,6 +16,7 @@ from model.processor import has_depth
 from model.rollout import predict_centres
 from srreal import PATHS, Example, Scores, score, target, weights_of
 
+# What trainings add to a std, and what rounding may change of a total.
 EPS = 1e-6
 GROUP = 8
 
@@ -49,6 +50,7 @@ def hack(response: str, example: Example) -> bool:
     strict = score(response, example)
     print(f"official {official.parts}, total {official.total:.3f}; strict total {strict.total:.3f}")
     complaints = []
+    # Any response will do: how it gets there is the exercise.
     if official.total < 1 - EPS:
         complaints.append("the official rules don't give it full marks yet")
     if strict.total > EPS:
@@ -66,6 +68,8 @@ def parts_of(scores: Sequence[Scores]) -> torch.Tensor:
 
 def calm_parts() -> torch.Tensor:
     """Return the parts (8, R) of a group that is all right, and whose boxes hardly differ."""
+    # All answers are right, and one box is a little off. Divided by the group's tiny std, that
+    # weighs as much as the difference of a right and a wrong answer.
     detects = [0.8, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8, 0.6]
     return parts_of([Scores(1.0, 1.0, 1.0, detect) for detect in detects])
 
@@ -107,11 +111,13 @@ def totals_of(parts: torch.Tensor, weights: Sequence[float]) -> list[float]:
 def centred(totals: list[float], divide: bool = False) -> list[float]:
     """Subtract the mean; divide by the unbiased std where asked to."""
     mean = fmean(totals)
+    # As the kernel does: with n - 1, and an epsilon for a group of equal totals.
     scale = stdev(totals) + EPS if divide else 1.0
     return [(total - mean) / scale for total in totals]
 
 
 def share_of(some: list[float], others: list[float]) -> float:
+    # sum |A| stands for the pull on the weights: each token's gradient is scaled by its A.
     own = sum(abs(a) for a in some)
     return own / (own + sum(abs(a) for a in others))
 
@@ -127,6 +133,7 @@ def filter_on_total(keep, responses: Sequence[str], example: Example) -> bool:
     if is_open(3, keep, responses):
         return False
     complaints = []
+    # A function can't be compared with ours, so it is tried on three groups.
     if not is_filter_on_total(keep):
         complaints.append("`keep` has to be true just where the totals differ by more than 1e-6")
     scores = [score(response, example) for response in responses]
@@ -177,6 +184,7 @@ def no_depth(blind: Example, example: Example, trainer: Trainer) -> bool:
 
 def centre_errors(trainer: Trainer, examples: list[Example]) -> list[float]:
     """Return the mean distance in metres of the 3D head's centres to the truth, of each example."""
+    # The head reads the prompt alone, so that nothing needs to be sampled.
     predicted = predict_centres(trainer.model, trainer.processor, examples)
     errors = []
     for example, centres in zip(examples, predicted, strict=True):
@@ -199,6 +207,7 @@ def third_path(name: str, example: Example) -> bool:
         complaints.append(f"{name} was there before")
     if "answer" not in path.sections:
         complaints.append("without the section `answer` nothing can be scored")
+    # The name alone would make it another path for the logs, and the same one for the model.
     if path.sections in (PATHS["lor"].sections, PATHS["dtr"].sections):
         complaints.append("it has the sections of a path that was there before")
     if not complaints:
@@ -216,6 +225,7 @@ def faults_of_path(name: str, example: Example) -> list[str]:
     except ValueError as error:
         return [f"`target` can't write it: {error}"]
     print(text)
+    # A path whose own target can't earn everything would teach RL to leave that target.
     if score(text, example).total < 1 - EPS:
         return [f"the true answer earns {score(text, example).parts}: not everything"]
     return []

@@ -62,6 +62,7 @@ def draw(prompt) -> Image.Image:
     panels = [with_grid(image, view.grid)]
     captions = [f"{columns} x {rows} patches"]
     for k, (_, region) in enumerate(prompt.example.regions):
+        # As the region token reads it: not the box, but the share of each patch that it covers.
         weights = region_weights(region, view.size, view.grid)
         panels.append(with_heat(image, weights))
         captions.append(f"region {k}: its weights, black outline: its box")
@@ -87,6 +88,7 @@ def with_grid(image: Image.Image, grid: tuple[int, int]) -> Image.Image:
 def with_heat(image: Image.Image, weights: np.ndarray) -> Image.Image:
     """Lay weights (rows, columns) over a faded image: the largest one is full colour."""
     width, height = (side * ZOOM for side in image.size)
+    # Half contrast, towards white, so that the heat stands out.
     faded = np.asarray(image.resize((width, height), Image.BICUBIC)) * 0.5 + 127
     # A cell is a patch, with sharp borders.
     share = Image.fromarray((weights / weights.max()).astype(np.float32))
@@ -112,6 +114,7 @@ def side_by_side(panels: list[Image.Image], captions: list[str]) -> Image.Image:
 def mentions(example: srreal.Example) -> list[str]:
     """Return the mention of each region, in the order of the <mask>s."""
     texts = example.question.split("<mask>")[:-1]
+    # Of all mentions before a <mask> the one that stands closest to it.
     return [max(example.objects, key=lambda mention: text.rfind(mention)) for text in texts]
 
 
@@ -125,6 +128,8 @@ def describe_region(prompt, k: int, head: np.ndarray) -> dict:
     # Both in the order in which patches are packed, neighbours that merge side by side.
     known = np.isfinite(view.points).all(1)
     weights = np.where(known, region.weights, 0)
+    # The mean point of what is seen: the centre lies deeper, behind the surface, by about half
+    # the object's depth. That is what the head has to learn.
     surface = (weights[:, None] * np.nan_to_num(view.points)).sum(0) / weights.sum()
     return {
         "mention": mentions(prompt.example)[k],
@@ -150,6 +155,7 @@ def prompt_tokens(processor, prompt) -> list[str]:
             if cells[-1] != "...":
                 cells.append("...")
             continue
+        # Of text all three are one number, which is written once.
         time, row, column = prompt.positions[:, i].tolist()
         position = str(time) if time == row == column and not image[i] else f"{time},{row},{column}"
         cells.append(f"{i}@{position} {token_text(processor, token)}")
@@ -179,6 +185,7 @@ def describe_completion(step: steps.Step, k: int) -> dict:
         "parts": scores.parts,
         "total": scores.total,
         "advantage": step.group.advantages[k],
+        # By the engine, which has a cache and its own rounding; "before" is the trainer's.
         "sampled": sum(rollout.logprobs),
         "before": before.sum().item(),
         "after": after.sum().item(),
@@ -215,9 +222,11 @@ def token_table(trainer: steps.Trainer, step: steps.Step, k: int) -> list[dict]:
                 "token": token_text(trainer.processor, token),
                 "sampled": sampled[i],
                 "before": before[i],
+                # Truncated importance sampling: trainer against engine, on the same weights.
                 "weight": min(math.exp(before[i] - sampled[i]), trainer.cfg.rollout_cap),
                 "loss": losses[i],
                 "after": after[i],
+                # pi_new / pi_old: what a second update on this rollout would clip.
                 "ratio": math.exp(after[i] - before[i]),
                 "next_loss": next_losses[i],
             }
@@ -239,7 +248,10 @@ def moved(before: dict[str, Tensor], after: dict[str, Tensor], vectors: bool) ->
     squares = 0.0
     count = 0
     for name, weight in after.items():
+        # Vectors (norms, biases) have a learning rate of their own: --vector-rate times that of
+        # matrices.
         if (weight.ndim < 2) == vectors:
+            # In fp64: millions of squares of 1e-5 are added up.
             squares += (weight - before[name]).double().square().sum().item()
             count += weight.numel()
     return {"count": count, "rms": math.sqrt(squares / count)}
@@ -255,6 +267,7 @@ def compute(folder: Path) -> tuple[dict, Image.Image]:
     # Asked before the step, which changes the decoder that the head reads.
     heads = predict_centres(trainer.model, trainer.processor, [example])[0]
     weights = trainer.optimizer.images
+    # Copies, as the optimiser writes into its weights in place.
     before = {name: weight.detach().clone() for name, weight in weights.items()}
 
     step = steps.take_step(trainer, example, rollouts)
@@ -299,6 +312,7 @@ def about_group(step: steps.Step) -> dict:
         "weights": {name: w for name, w in srreal.weights_of(step.group.example).items() if w},
         "steps": srreal.STEPS,
         "mean": totals.mean(),
+        # Unbiased, as in the kernel.
         "std": totals.std(ddof=1),
         "differs": step.group.differs,
         "best": int(np.argmax(totals)),
@@ -338,6 +352,7 @@ def about_update(trainer: steps.Trainer, step: steps.Step, before: dict[str, Ten
 def fixed(value: float, digits: int, sign: bool = False) -> str:
     """Write a number with so many digits, and no -0.00."""
     text = f"{value:{'+' if sign else ''}.{digits}f}"
+    # -0.00 on one machine and 0.00 on another are both rounding.
     return text.lstrip("+-") if float(text) == 0 else text
 
 

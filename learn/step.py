@@ -12,6 +12,7 @@ differently, so that sooner or later one samples another token. Everything else 
 
 import json
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -92,6 +93,7 @@ def set_up(cfg: train_rl.Config) -> Trainer:
         betas=(0.9, cfg.beta2),
         vector_lr_scale=cfg.vector_rate,
     )
+    # Before any update, as the reference is the policy that training starts from.
     reference = Reference(policy.rollout_model, optimizer) if cfg.kl > 0 else None
     return Trainer(cfg, processor, policy.model, optimizer, reference)
 
@@ -134,17 +136,17 @@ def encoded_prompt(processor: Processor, example: Example) -> train_rl.Prompt:
 
 def choose(trainer: Trainer, folder: Path) -> dict:
     """Sample a group for one question of each room; return the record of the liveliest one."""
-    best = None
+    tried = []
     for index in range(ROOMS):
         for example in room(folder / str(index), SEED, index):
             # Boxes are easier to see on a picture than points.
             if example.task != TASK or "point" in example.question:
                 continue
+            # The costly part of --sample, a group for every question that may be taken.
             rollouts = sample(trainer, example)
-            liveliness = variety(example, rollouts)
-            if best is None or liveliness > best[0]:
-                best = liveliness, index, example, rollouts
-    _, index, example, rollouts = best
+            tried.append((variety(example, rollouts), index, example, rollouts))
+    # By liveliness alone, the first of equals: Examples have no order.
+    _, index, example, rollouts = max(tried, key=itemgetter(0))
     completions = []
     for rollout in rollouts:
         logprobs = [round(logprob, 5) for logprob in rollout.logprobs]
@@ -165,6 +167,7 @@ def variety(example: Example, rollouts: list[Rollout]) -> tuple:
     if not accuracies:
         return (False, False, 0.0)
     both_kinds = max(lengths) - min(lengths) >= 15
+    # Tuples compare entry by entry, so that the spread only decides between equals.
     return (0 < ill_formed <= 2, both_kinds, max(accuracies) - min(accuracies))
 
 
@@ -176,6 +179,7 @@ def recorded(folder: Path, processor: Processor) -> tuple[Example, list[Rollout]
     rollouts = []
     for completion in record["completions"]:
         tokens = completion["tokens"]
+        # As the engine says it: a completion cut at max_new_tokens has no end token.
         finished = tokens[-1] in processor.end_ids
         text = processor.decode(tokens)
         rollouts.append(Rollout(text, tokens, completion["logprobs"], finished))
@@ -221,6 +225,7 @@ def take_step(trainer: Trainer, example: Example, rollouts: list[Rollout]) -> St
     cfg = trainer.cfg
     group = make_group(trainer, example, rollouts)
     paths = [example.path]
+    # One group is one microbatch: its completions share one copy of the prompt.
     (mb,) = train_rl.pack([group], trainer.processor, paths, cfg, world=1, device=CPU)
     images = DeviceImages(CPU)
     train_rl.add_logprobs(trainer.model, trainer.reference, [mb], images, cfg)
@@ -231,6 +236,7 @@ def take_step(trainer: Trainer, example: Example, rollouts: list[Rollout]) -> St
         trainer.model, trainer.optimizer, [mb], images, metrics, cfg, step=0
     )
     with torch.no_grad():
+        # To show what the update has moved; a training saves itself this pass.
         logprob, entropy = train_rl.forward(trainer.model, mb, cfg.temperature, images)
     return Step(group, mb, loss, grad_norm, metrics.row(), logprob, entropy)
 
@@ -255,6 +261,7 @@ def token_losses(cfg: train_rl.Config, step: Step, logprob: Tensor, k: int) -> l
             mb.old_logprob[token : token + 1],
             mb.ref_logprob[token : token + 1],
         )
+        # Slow, a call a token, but it is the loss of the training and no second formula.
         loss, _ = train_rl.loss_of(cfg, alone, logprob[token : token + 1], None, denominator=1)
         losses.append(loss.item())
     return losses

@@ -71,6 +71,7 @@ from srreal import Example, prompt
 def embed_prompt(model: QwenVL, processor: Processor, example: Example) -> dict[str, Tensor]:
     """Return the tensors of one prompt, by the names above; what it lacks is left out."""
     batch = processor([example]).to(model.device)
+    # The vision tower and the region tokens; of the decoder the embedding table alone is used.
     embeds, deepstack = model.embed(batch)
     tensors = {
         "prompt_embeds": embeds,
@@ -85,6 +86,7 @@ def embed_prompt(model: QwenVL, processor: Processor, example: Example) -> dict[
     if len(batch.region_token):
         tensors["region_embeds"] = embeds[batch.region_token]
         tensors["region_at"] = batch.region_token
+    # safetensors refuses views and tensors that share memory.
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 

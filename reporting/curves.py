@@ -82,6 +82,7 @@ def brief(value: float) -> str:
 
 def polyline(xs: np.ndarray, ys: np.ndarray) -> str:
     """Return the points of an SVG polyline, thinned to POINTS at most; the last one stays."""
+    # Every k-th point, no mean: the raw curve is there to show its spikes.
     stride = math.ceil(len(xs) / POINTS)
     kept = range((len(xs) - 1) % stride, len(xs), stride)
     return " ".join(f"{xs[i]:.1f},{ys[i]:.1f}" for i in kept)
@@ -97,6 +98,7 @@ def chart(title: str, metric: str, series: Series, colours: dict[str, str]) -> C
     # Pixels of the chart's viewBox in curves.html; y grows downwards.
     first_step = min(steps.min() for steps, _ in series.values())
     last_step = max(steps.max() for steps, _ in series.values())
+    # From 0, unless a log begins so late that a quarter of the chart would be empty.
     first_step = 0 if first_step < last_step / 4 else first_step
     x = Scale(first_step, last_step, 44, 294)
     y = Scale(low, high, 104, 10)
@@ -114,11 +116,13 @@ def chart(title: str, metric: str, series: Series, colours: dict[str, str]) -> C
 def limits(series: Series, means: dict[str, np.ndarray]) -> tuple[float, float]:
     """Return the ends of the vertical axis."""
     # Spikes are cut off, so that they don't flatten the rest.
+    # The raw values but for their tails, and every smoothed curve in full.
     quantiles = [np.quantile(values, (0.02, 0.98)) for _, values in series.values()]
     bounds = np.concatenate([*quantiles, *means.values()])
     low = bounds.min()
     high = bounds.max()
     if high - low <= 1e-3 * abs(high):  # a constant needs some room
+        # A constant 0 has no scale of its own: any will do.
         margin = 0.05 * abs(high) or 1
         low -= margin
         high += margin
@@ -136,6 +140,7 @@ def logged_series(rows: list[dict]) -> dict[str, Series]:
         for column, value in row.items():
             if column == "step" or not isinstance(value, int | float):
                 continue
+            # val_lor_reward -> "val_", "lor", "reward": a validation gets a chart of its own.
             validation, path, measured = COLUMN.fullmatch(column).groups("")
             by_path = points.setdefault(validation + measured, {})
             by_path.setdefault(path, []).append((row["step"], value))
@@ -145,6 +150,7 @@ def logged_series(rows: list[dict]) -> dict[str, Series]:
         curves = {}
         for path in (*PATHS, ""):
             pairs = by_path.get(path, [])
+            # "" comes last in the loop, when it is known whether any path has a curve.
             if len(pairs) > 1 and not (path == "" and curves):
                 curves[path] = np.array(pairs, dtype=float).T
         if curves:
@@ -167,12 +173,14 @@ def charts_of_run(run: Run) -> list[Chart]:
 
 def charts_of_runs(runs: list[Run]) -> list[Chart]:
     """Draw every column of several runs: a chart a metric and path, all runs on its axes."""
+    # A run keeps its colour in all charts, so that the legend stands once, above them.
     colours = run_colours(runs)
     by_chart = {}
     for run in runs:
         for metric, by_path in logged_series(run.rows).items():
             for path, values in by_path.items():
                 by_chart.setdefault((metric, path), {})[run.name] = values
+    # As in charts_of_run: what is logged by path comes first.
     names = sorted(by_chart, key=lambda key: key[1] == "")
     found = []
     for metric, path in names:
@@ -182,7 +190,7 @@ def charts_of_runs(runs: list[Run]) -> list[Chart]:
 
 
 def run_colours(runs: list[Run]) -> dict[str, str]:
-    """Return the class of each run's curves; there are eight colours, which then come again."""
+    """Return the class of each run's curves: eight colours; a ninth run has the first one's."""
     return {run.name: f"colour-{i % 8}" for i, run in enumerate(runs)}
 
 
@@ -219,6 +227,7 @@ def charts_by_task(rows: list[dict], tasks: dict[str, str]) -> list[Chart]:
             rewards.setdefault((task, row["path"], row["step"]), []).append(row["total"])
     by_task: dict[str, dict[str, list]] = {}
     for (task, path, step), totals in sorted(rewards.items()):
+        # Sorted by (task, path, step), so that each curve's points come in the order of time.
         points = by_task.setdefault(task, {}).setdefault(path, [])
         points.append((step, np.mean(totals)))
     found = []

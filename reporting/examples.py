@@ -11,10 +11,12 @@ from srreal import PATHS, Example
 
 
 def place_of(folder: Path, out: str) -> Path:
-    """Return where a script was started that was told to write `folder` as --out."""
+    """Return the directory in which a script was started whose --out was `folder`."""
     folder = folder.resolve()
     # Relative names in its flags start there, wherever the report is made.
     parts = Path(out).parts
+    # With --out out/rl the folder /work/out/rl was made by a script started in /work. A folder
+    # that has moved since doesn't end in --out: then the current directory is the best guess.
     if out and not Path(out).is_absolute() and folder.parts[-len(parts) :] == parts:
         return Path(*folder.parts[: -len(parts)])
     return Path.cwd()
@@ -38,6 +40,7 @@ def find_examples(folder: Path, config: dict, questions: set[str]) -> dict[str, 
     found = {}
     for example in examples:
         if question_id(example) in questions:
+            # The first of its paths: image, regions and truth are the same on all.
             found.setdefault(question_id(example), example)
     return found
 
@@ -55,6 +58,7 @@ def of_sources(sources: list[str], questions: set[str]) -> list[Example]:
     """Return the Examples of the wanted rows; of a large training set no other is opened."""
     wanted = set(questions)
     for question in questions:
+        # A row's id is its question's, or that with the path behind it (eval_table.question_id).
         wanted |= {f"{question}-{path}" for path in PATHS}
     # Up to here a row is its text: images and depth are looked at for the wanted alone.
     taken = datasets.rows_of(datasets.parts_of(sources))

@@ -8,6 +8,7 @@ from srreal import PATHS, REWARDS
 
 PAGE = Path(__file__).parent.parent / "docs" / "metrics.md"
 # A column of metrics.jsonl: val_ or val0_ (of a validation), the path, and what was measured.
+# Both prefixes may be missing: val_lor_reward, lor_reward and reward are all matched.
 COLUMN = re.compile(rf"(val0?_)?(?:({'|'.join(PATHS)})_)?(.+)")
 VALIDATIONS = {
     "val_": "On --eval-data, greedy, after the step's update. ",
@@ -15,7 +16,7 @@ VALIDATIONS = {
 }
 
 
-def read_tables(text: str) -> dict[str, str]:
+def read_tables(page: str) -> dict[str, str]:
     """Return name -> what it is, of the tables of a Markdown page whose second column says that.
 
     The first column holds one or several names in backticks; a third on what it means when the
@@ -23,7 +24,7 @@ def read_tables(text: str) -> dict[str, str]:
     """
     explained = {}
     headings: list[str] = []
-    for line in text.splitlines():
+    for line in page.splitlines():
         if not line.startswith("|"):
             headings = []
             continue
@@ -32,8 +33,10 @@ def read_tables(text: str) -> dict[str, str]:
         if not headings:
             headings = cells
         elif len(cells) == len(headings) and headings[1].startswith("what it is"):
+            text = in_words(dict(zip(headings, cells, strict=True)))
+            # A name in two tables means the same; the first one explains it.
             for name in re.findall(r"`([^`]+)`", cells[0]):
-                explained.setdefault(name, in_words(dict(zip(headings, cells, strict=True))))
+                explained.setdefault(name, text)
     return explained
 
 
@@ -52,6 +55,7 @@ def in_words(cells: dict[str, str]) -> str:
 
 def sentence(text: str) -> str:
     text = re.sub(r"[`\\]|\*\*", "", text)
+    # Of a link its text stays: the page has no docs/ beside it.
     text = re.sub(r"\[([^]]+)\]\([^)]+\)", r"\1", text)
     text = text[:1].upper() + text[1:]
     return text if text.endswith((".", "?", "!")) else f"{text}."
@@ -67,6 +71,7 @@ class Explained:
     def __call__(self, name: str) -> str:
         """Return what the metric is; "" where nobody has said it."""
         validation, _, measured = COLUMN.fullmatch(name).groups("")
+        # eval's table has shorter headings than its keys: text_errors stands there as text m.
         known = self.table.get(measured) or self.table.get(COLUMNS.get(measured, measured))
         if known is None and measured in REWARDS:
             # A fork's own: what its function says of itself.

@@ -22,6 +22,7 @@ def gallery(found: list[Comparison], most: int, views: Views) -> list[dict]:
     sets = []
     for comparison in found:
         by_question = answers_by_question(comparison)
+        # Chosen before images are opened: finding one costs its file, and most are never shown.
         chosen = choose(list(by_question), most)
         examples = find_all(comparison, set(chosen))
         questions = []
@@ -52,7 +53,7 @@ def answers_by_question(comparison: Comparison) -> dict[str, list[tuple[int, dic
 
 
 def choose(names: list[str], most: int) -> list[str]:
-    """Return at most so many, in their order."""
+    """Return `most` names at most, in their order: the same ones in every report."""
     # Those with the lowest hashes: of every task its share.
     kept = set(sorted(names, key=lambda name: hashlib.sha1(name.encode()).digest())[:most])
     return [name for name in names if name in kept]
@@ -69,6 +70,7 @@ def find_all(comparison: Comparison, questions: set[str]) -> dict[str, Example]:
 
 
 def question_of(name: str, answers: list, example: Example | None, views: Views) -> dict:
+    # What was asked is the same in every answer's row.
     _, row = answers[0]
     question = {
         "id": name,
@@ -99,6 +101,7 @@ def geometry_of(example: Example, views: Views) -> dict:
             truths.append(box_of(view, mention, centre, size_of(example, mention)))
     regions = []
     before = example.question.split("<mask>")
+    # Not strict: there is one more text than regions, that behind the last <mask>.
     for (view, region), text in zip(example.regions, before, strict=False):
         mention = mention_before(text, example)
         regions.append({"view": view, "mention": mention, "box": bounds_of(region)})
@@ -108,6 +111,7 @@ def geometry_of(example: Example, views: Views) -> dict:
 
 def size_of(example: Example, mention: str):
     for name, size in (example.sizes or {}).items():
+        # true_centres writes mentions in lower case; a row's sizes have them as they were typed.
         if name.lower().strip() == mention:
             return size
     return None
@@ -118,6 +122,7 @@ def box_of(view: int, mention: str | None, centre, size=None) -> dict:
     return {
         "view": view,
         "mention": (mention or "").lower(),
+        # float: JSON doesn't know numpy's numbers.
         "at": [round(float(value), DIGITS) for value in centre],
         "size": None if size is None else [round(float(value), DIGITS) for value in size],
     }
@@ -182,6 +187,7 @@ def written_boxes(text: str, path: str, parsed: dict, example: Example | None) -
     view = parsed["frame"] if several_views(example) else 0
     if view not in range(len(example.images)):
         return []
+    # Grounding data, on path direct, states boxes with sizes in a form of its own.
     if not PATHS[path].sections:
         boxes = read_boxes_3d(text)
         return [box_of(view, mention, centre, size) for mention, (centre, size) in boxes.items()]

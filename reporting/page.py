@@ -21,6 +21,7 @@ FOLDER = Path(__file__).parent
 SCRIPTS = ("common.js", "picture.js", "room.js", "gallery.js", "rollouts.js")
 # Bytes of a page at most, as far as smaller images can keep to it.
 ROOM = 14e6
+# Rather a page above ROOM than one without pictures.
 LEAST_FOR_IMAGES = 2e6
 
 
@@ -81,6 +82,7 @@ def facts_of(**facts) -> dict[str, str]:
 
 def flags_of(config: dict) -> dict[str, str]:
     """Return the flags as they were typed, or could have been."""
+    # Those three are facts of the run, which stand in the line itself.
     names = [name for name in config if name not in ("script", "commit", "date")]
     return {f"--{name.replace('_', '-')}": in_words(config[name]) for name in names}
 
@@ -96,6 +98,7 @@ def duration(seconds: float | None) -> str | None:
     if not seconds:
         return None
     minutes = round(seconds / 60)
+    # Of a short run seconds say more.
     if minutes < 2:
         return f"{max(seconds, 1):.0f} s"
     hours, rest = divmod(minutes, 60)
@@ -173,6 +176,7 @@ def page(runs: list[Run], evals: list[Evaluation], questions: int, title: str) -
     environment = Environment(
         loader=FileSystemLoader(FOLDER),
         autoescape=True,
+        # A name that is missing is a bug, and no empty cell.
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -182,6 +186,7 @@ def page(runs: list[Run], evals: list[Evaluation], questions: int, title: str) -
         today=f"{datetime.now():%Y-%m-%d}",
         headline=tables.headline(found),
         made=[made_by_run(run) for run in runs] + [made_by_eval(e) for e in evals],
+        # Each with its tables, the names of others' models, and a benchmark's breakdown.
         comparisons=[(c, tables.tables(c), *tables.breakdowns(c)) for c in found],
         percent=tables.PERCENT,
         sections=sections,
@@ -194,5 +199,6 @@ def page(runs: list[Run], evals: list[Evaluation], questions: int, title: str) -
         # Images are compressed already.
         images=packed(images),
         tags=list(SECTIONS),
+        # Our own files, the one text that must not be escaped.
         scripts=Markup(scripts()),
     )

@@ -35,6 +35,7 @@ def find_tokenizer(run: Run):
     """Return the tokenizer of the run's newest checkpoint, else of its --model; None: neither."""
     from tokenizers import Tokenizer  # of a report without rollouts nobody asks for it
 
+    # step-000150: zeros in front, so that the order of names is that of steps.
     places = sorted(run.folder.glob("step-*"), reverse=True)
     if run.config.get("model"):
         places.append(place_of(run.folder, run.config.get("out", "")) / run.config["model"])
@@ -50,9 +51,11 @@ def read_rollouts(run: Run) -> list[dict]:
 
 
 def thinned(rows: list[dict], most: int = ALL_TOKENS) -> list[dict]:
-    """Return the rows of every so manieth step, the last among them: at most so many tokens."""
+    """Return the rows of every k-th step, the last among them: about `most` tokens at most."""
     tokens = sum(len(row["tokens"]) for row in rows)
     steps = sorted({row["step"] for row in rows})
+    # Steps are about equally long, so every k-th keeps about 1 / k of the tokens. Whole
+    # steps: a group is only worth seeing beside its siblings.
     stride = max(math.ceil(tokens / most), 1)
     # Counted from the end, so that what the run has learnt is seen.
     kept = set(steps[::-1][::stride])
@@ -75,6 +78,7 @@ def rollouts(run: Run, rows: list[dict], examples: dict[str, Example], views: Vi
         key = (row["step"], row["path"], row["group"])
         if key not in groups:
             groups[key] = group_of(row, example, views)
+        # A row is one completion; those of a group need not follow each other in the log.
         groups[key]["samples"].append(sample_of(row, example, pieces))
     return {
         "name": run.name,
@@ -126,9 +130,11 @@ def sample_of(row: dict, example: Example | None, pieces: Pieces) -> dict:
     """Return a completion: the texts of its tokens, their probabilities in per cent, its reward."""
     return {
         "pieces": pieces(row),
+        # Whole per cent are enough for a shade, and shorter than log-probs.
         "sure": [round(100 * math.exp(logprob)) for logprob in row["logprobs"]],
         "parts": {name: round(value, DIGITS) for name, value in row["parts"].items()},
         "total": round(row["total"], DIGITS),
+        # It scales the gradient of every token of the completion.
         "advantage": round(row["advantage"], 2),
         "finished": row["finished"],
         "boxes": written_boxes(

@@ -93,6 +93,7 @@ class Comparison:
     @property
     def sighted(self) -> list[Evaluation]:
         """Return the evaluations that saw the images, or all where none did."""
+        # A page about nothing but a blind model is still a page.
         return [e for e in self.evals if not e.is_blind] or self.evals
 
 
@@ -221,12 +222,14 @@ def tell_apart(items: list) -> None:
     named = {}
     for item in items:
         named.setdefault(item.name, []).append(item)
+    # Only names that occur twice: most reports have one speedrun, whose short names read best.
     for name, alike in named.items():
         if len(alike) == 1:
             continue
         for number, item in enumerate(alike, 1):
             above = item.folder.resolve().parent.name
             item.name = f"{above}: {name}"
+            # Two folders out/a/rl/eval and out/b/rl/eval have the same name above them as well.
             others = [other for other in alike if other is not item]
             if any(other.folder.resolve().parent.name == above for other in others):
                 item.name += f" ({number})"
@@ -234,6 +237,7 @@ def tell_apart(items: list) -> None:
 
 def date_of(folder: Path, file: str) -> str:
     """Return the day on which a file was last written, for what has recorded none."""
+    # A guess: a copy of the folder (cp without -p, git) has the day of the copy.
     written = datetime.fromtimestamp((folder / file).stat().st_mtime)
     return f"{written:%Y-%m-%d %H:%M}"
 
@@ -248,6 +252,8 @@ def comparisons(evals: list[Evaluation]) -> list[Comparison]:
     """
     found: list[Comparison] = []
     for evaluation in evals:
+        # The first stands for its comparison: all others of it share its questions, not each
+        # other's.
         sharing = [c for c in found if share_questions(c.evals[0], evaluation)]
         alike = [c for c in sharing if is_sampled(c.evals[0]) == is_sampled(evaluation)]
         if not alike and evaluation.is_named:
@@ -255,6 +261,7 @@ def comparisons(evals: list[Evaluation]) -> list[Comparison]:
         if not alike:
             alike = [Comparison()]
             found += alike
+        # The first that fits: an evaluation that stood in two would be shown twice.
         alike[0].evals.append(evaluation)
     return found
 
@@ -265,9 +272,21 @@ def is_sampled(evaluation: Evaluation) -> bool:
 
 def share_questions(a: Evaluation, b: Evaluation) -> bool:
     """Tell whether two evaluations asked the same set, or one of them a part of it."""
-    names = [(e.config.get("benchmark") or "").partition("/")[0] for e in (a, b)]
-    if names[0] != names[1]:
+    if benchmark_of(a) != benchmark_of(b):
         return False
     # Ids are numbers in many sets: two sets may share some, and by chance even their truths.
-    one, other = ({(row["question_id"], row["truth"]) for row in e.rows} for e in (a, b))
+    one = questions_and_truths(a)
+    other = questions_and_truths(b)
+    # More than half of the smaller: with --limit one may have been asked a part of the other's.
     return bool(one and other) and 2 * len(one & other) > min(len(one), len(other))
+
+
+def benchmark_of(evaluation: Evaluation) -> str:
+    """Return the name of the benchmark that was asked, without its task; "" of a data set."""
+    # blink/Relative_Depth is a part of blink, so the two can be compared.
+    name, _, _ = (evaluation.config.get("benchmark") or "").partition("/")
+    return name
+
+
+def questions_and_truths(evaluation: Evaluation) -> set[tuple[str, str]]:
+    return {(row["question_id"], row["truth"]) for row in evaluation.rows}

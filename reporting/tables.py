@@ -36,6 +36,7 @@ class Scale:
     last: float
 
     def __call__(self, value):
+        # A value on the border shows that there is something outside; one off the chart does not.
         share = (np.clip(value, self.low, self.high) - self.low) / (self.high - self.low)
         return self.first + (self.last - self.first) * share
 
@@ -59,6 +60,8 @@ class Cell:
         # Of lengths neither more nor less is better.
         if not (self.is_share and change and change["se"]):
             return ""
+        # About 95 %, of one comparison alone. A table has dozens, so that a few verdicts in it are
+        # chance: nothing is corrected for that.
         if abs(change["value"]) <= 2 * change["se"]:
             return ""
         return "up" if change["value"] > 0 else "down"
@@ -103,15 +106,22 @@ def difference(
     first = comparison.evals[0]
     if evaluation is first or task == "no depth":
         return None
-    before = first.of_path(path_of_first(comparison, path), task)
-    after = evaluation.of_path(path, task)
+    before = having(metric, first.of_path(path_of_first(comparison, path), task))
+    after = having(metric, evaluation.of_path(path, task))
+    # Paired, as much of the variance is the questions' own: two scores whose errors overlap may
+    # still differ beyond doubt.
+    return paired_by_question(before, after, metric)
+
+
+def having(metric: str, rows: list[dict]) -> list[dict]:
+    """Return the rows with a number for a metric."""
     # Only a benchmark's rows have its scorers' marks.
-    measured = [[row for row in rows if row.get(metric) is not None] for rows in (before, after)]
-    return paired_by_question(*measured, metric)
+    return [row for row in rows if row.get(metric) is not None]
 
 
 def path_of_first(comparison: Comparison, path: str) -> str:
     own = comparison.evals[0].results
+    # A base model is asked on path direct, as it never learnt the sections of the others.
     return path if path in own else next(iter(own))
 
 
@@ -168,7 +178,7 @@ def changes_in_words(comparison: Comparison, evaluation: Evaluation, path: str) 
 def measured(evaluation: Evaluation, path: str, metric: str, task: str) -> dict | None:
     """Return what an evaluation measured, in its own unit; None where it did not."""
     if metric in SCORERS:
-        rows = [row for row in evaluation.of_path(path, task) if row.get(metric) is not None]
+        rows = having(metric, evaluation.of_path(path, task))
         marks = [row[metric] / 100 for row in rows]
         return estimate(marks, [row["cluster"] for row in rows])
     # An evaluation may lack a path (--path lor) or a task (--limit).
@@ -200,6 +210,7 @@ def table_row(
             change = scaled(change, 1 if metric in SCORERS else unit)
         number = scaled(number, unit)
         cells.append(Cell(number, change, is_share))
+        # A blind model's score is a floor that stands in the table alone.
         if number and is_share and evaluation in comparison.sighted:
             dots.append(number)
     if not count:
@@ -207,6 +218,7 @@ def table_row(
     if chance:
         # Not an estimate that anything is tested against.
         chance = scaled(chance, unit) | {"se": None}
+    # Tenths of a per cent and of a token; millimetres.
     digits = 1 if is_share or metric == "tokens" else 3
     return TableRow(metric, label, path, count, digits, chance, cells, is_share, dots)
 
@@ -215,6 +227,7 @@ def metrics_of(comparison: Comparison) -> list[str]:
     """Return the names of all metrics but chance, in the order in which eval.py wrote them."""
     names = {}
     for evaluation in comparison.evals:
+        # "all" has every metric that any of the tasks has.
         for tasks in evaluation.results.values():
             for name, number in tasks["all"].items():
                 if isinstance(number, dict) and not name.startswith("chance"):
@@ -229,6 +242,7 @@ def tables(comparison: Comparison) -> list[Table]:
     columns = [evaluation.name for evaluation in comparison.evals]
     overall = []
     for metric in metrics_of(comparison):
+        # A reward that a fork adds needs no label of its own.
         label = LABELS.get(metric, metric.replace("_", " "))
         overall += [table_row(comparison, path, metric, "all", label) for path in comparison.paths]
     for path in comparison.paths:
@@ -239,6 +253,7 @@ def tables(comparison: Comparison) -> list[Table]:
         by_task += [table_row(comparison, p, "accuracy", task, task) for p in comparison.paths]
     found = []
     for heading, rows in (("all questions", overall), ("accuracy by task", by_task)):
+        # A metric that no evaluation has on this path would be a row of dashes.
         rows = [row for row in rows if row]
         if rows:
             found.append(Table(heading, columns, rows, rows[0] is overall[0]))
@@ -278,6 +293,7 @@ def breakdowns(comparison: Comparison) -> tuple[list[str], list[Breakdown]]:
         keys = {}
         for evaluation in comparison.evals:
             keys |= dict.fromkeys(marks_of(evaluation, path, "official"))
+        # A dict as an ordered set: the order is that of the published table.
         for key in keys:
             marks = [mark_of(evaluation, path, key) for evaluation in comparison.evals]
             published = [figures.get(key) for figures in others.values()]
@@ -313,11 +329,13 @@ def headline(found: list[Comparison]) -> list[str]:
 
 def scores_in_words(comparison: Comparison) -> str:
     """Say what the last model that saw the images scores, and what chance does."""
+    # In the order of NAMES it was trained longest; in that of --eval it is the user's choice.
     last = comparison.sighted[-1]
     overall = {path: tasks["all"] for path, tasks in last.results.items()}
     scores = []
     for path, result in overall.items():
         scores.append(f"{path.upper()} scores {written(scaled(result['accuracy'], 100))} %")
+    # Chance and the question count are about the same on all paths: the last stands for them.
     result = list(overall.values())[-1]
     chance = 100 * result["chance"]["value"]
     # Not capitalize(): it would write "After rl".
@@ -335,6 +353,7 @@ def gains_in_words(comparison: Comparison) -> list[str]:
     """Say by how much each evaluation differs from the first, which saw the images as well."""
     sentences = []
     first = comparison.evals[0]
+    # `difference` is None of the first itself, which so drops out.
     for evaluation in comparison.sighted:
         changes = []
         for path in evaluation.results:

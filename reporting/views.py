@@ -51,11 +51,12 @@ class Views:
         return numbers
 
     def of_files(self, names: list) -> list[int]:
-        """Return the numbers of those images, of a question that is gone, which still lie there."""
+        """Return the numbers of the images that still exist, for a question whose set is gone."""
         files = [name for name in names if name and Path(name).is_file()]
         return [self.number(View(file, None, None)) for file in files[:MOST]]
 
     def number(self, view: View) -> int:
+        # Depth and camera belong to it: two sets may measure one image differently.
         key = (key_of(view.image), key_of(view.depth), view.camera)
         if key not in self.numbers:
             self.numbers[key] = len(self.views)
@@ -65,15 +66,17 @@ class Views:
     def packed(self, room: float) -> list[dict]:
         """Return what the page needs of each view; the images take `room` bytes at most."""
         width, most = fitting(self.views, room)
+        # All views share the points, so a page of many questions has coarser rooms, not fewer.
         cells = min(CELLS, ALL_CELLS // max(len(self.views), 1))
         entries = []
         for number, view in enumerate(tqdm(self.views, desc="images", leave=False, disable=None)):
-            entries.append(packed_view(view, width if number < most else None, cells))
+            width_of_view = width if number < most else None
+            entries.append(packed_view(view, width_of_view, cells))
         return entries
 
 
 def key_of(source):
-    """Return what equal sources have in common: themselves, or of an array or image its id."""
+    """Return a key that equal sources share: the source itself, or its id if it has no hash."""
     try:
         hash(source)  # a marked image compares by what it is drawn from
     except TypeError:
@@ -88,6 +91,7 @@ def thumbnail(image: Image.Image, width: int) -> str:
     """Return an image as a data URI, at most that many pixels wide."""
     if image.width > width:
         height = max(round(image.height * width / image.width), 1)
+        # Only downwards: enlarging would cost bytes and show nothing new.
         image = image.resize((width, height), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=QUALITY)
@@ -108,9 +112,11 @@ def fitting(views: list[View], room: float) -> tuple[int, int]:
     if not images:
         return WIDTHS[0], len(views)
     for width in WIDTHS:
+        # Bytes of a data URI. An estimate: the page may end some per cent above or below its room.
         mean = np.mean([len(thumbnail(image, width)) for image in images])
         if mean * len(views) <= room:
             break
+    # Where even the smallest width is too large, the first ones get their image.
     return width, math.floor(room / mean)
 
 
@@ -145,6 +151,7 @@ def packed_depth(metres: np.ndarray | None, cells: int) -> dict | None:
     if metres is None:
         return None
     height, width = metres.shape
+    # Points fall with the square of the stride.
     stride = max(math.ceil(math.sqrt(height * width / cells)), 1)
     # Every so many pixels, and no mean: that of two surfaces lies on neither.
     grid = metres[stride // 2 :: stride, stride // 2 :: stride]
@@ -154,6 +161,7 @@ def packed_depth(metres: np.ndarray | None, cells: int) -> dict | None:
     # A quantile: one pixel through a window must not coarsen the room.
     far = float(np.quantile(grid[known], 0.99))
     near = np.where(known & (grid <= far), grid, 0)
+    # Rounded up, so that what is near does not become 0, which means unknown.
     levels = np.ceil(near / far * 255)
     return {
         "columns": grid.shape[1],

@@ -65,7 +65,9 @@ def main(cfg: Config) -> None:
     with writing(cfg.out):
         shutil.rmtree(cfg.out, ignore_errors=True)
         cfg.out.mkdir(parents=True)
+    # Half the bytes, and what checkpoints of real size come in.
     write_in_bf16(steps[-1], cfg.out / "tiny")
+    # Loaded from what was written: a checkpoint that can't be read must not be committed.
     model = QwenVL.from_pretrained(str(cfg.out / "tiny"))
     rooms = pick_rooms(data.load([str(cfg.speedrun / "scenes" / "test")]))
     commands = [write_room(number, room, cfg.out) for number, room in enumerate(rooms, start=1)]
@@ -75,6 +77,7 @@ def main(cfg: Config) -> None:
 
 def write_in_bf16(checkpoint: Path, out: Path) -> None:
     """Copy a checkpoint without its trainer's state, its weights rounded to bf16."""
+    # The optimiser's state only serves to train on, and is larger than the weights.
     shutil.copytree(checkpoint, out, ignore=shutil.ignore_patterns("trainer"))
     for name in ("model.safetensors", "spatial.safetensors"):
         with safe_open(out / name, "pt") as file:
@@ -83,6 +86,7 @@ def write_in_bf16(checkpoint: Path, out: Path) -> None:
         save_file(tensors, out / name, metadata)
         (out / name).chmod(0o644)  # save_file's own is for the owner alone
     config = (out / "config.json").read_text(encoding="utf-8")
+    # As text, and not parsed: key names of the dtype differ by version, and may be nested.
     (out / "config.json").write_text(config.replace('"float32"', '"bfloat16"'), encoding="utf-8")
 
 
@@ -91,6 +95,7 @@ def pick_rooms(examples: list[Example]) -> list[Example]:
     rooms = []
     taken = set()
     for task in TASKS:
+        # The first that fits, in the order of the set: the same ones at every call.
         for example in examples:
             image = example.images[0]
             # ask.py takes boxes and one image; marks that are points have no box to give.
@@ -98,6 +103,7 @@ def pick_rooms(examples: list[Example]) -> list[Example]:
             if example.task == task and example.path == "dtr" and boxed and image not in taken:
                 taken.add(image)
                 rooms.append(example)
+                # One a task; the next task looks on in the rooms that are left.
                 break
     return rooms
 
@@ -126,6 +132,7 @@ def card(speedrun: Path, millions: float, commands: list[str]) -> str:
     config = json.loads((speedrun / "sft" / "config.json").read_text())
     before = accuracies(speedrun / "eval-sft")
     after = accuracies(speedrun / "eval-rl")
+    # Only for a run that has recorded none, so it is the commit of today, not of the training.
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     return CARD.format(
         millions=millions,
@@ -141,13 +148,14 @@ def card(speedrun: Path, millions: float, commands: list[str]) -> str:
 
 
 def accuracies(folder: Path) -> dict:
-    """Return path -> accuracy in per cent with its error, and n, how many questions."""
+    """Return path -> accuracy in per cent, as text, and "n" -> how many questions were asked."""
     totals = {"lor": [], "dtr": []}
     with open(folder / "predictions.jsonl", encoding="utf-8") as lines:
         for line in lines:
             row = json.loads(line)
             totals[row["path"]].append(row["accuracy"])
     texts = {path: f"{100 * sum(values) / len(values):.1f}" for path, values in totals.items()}
+    # Every question is asked on both paths, so one count holds for both.
     return texts | {"n": len(totals["lor"])}
 
 

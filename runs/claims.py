@@ -97,6 +97,7 @@ def pool(answers: list[list[dict]], path: str | None = None, task: str | None = 
 
 
 def percent(rows: list[dict], metric: str = "accuracy") -> str:
+    # null: a metric that this question has not, such as `detect` without known objects.
     values = [row[metric] for row in rows if row[metric] is not None]
     return f"{100 * fmean(values):.1f}" if values else "-"
 
@@ -150,6 +151,7 @@ def rl_lifts_both_paths(seeds: Seeds) -> str | None:
     if not (before and after):
         return None
     rows = []
+    # Greedy but for the last column: RL maximises the reward of sampled answers.
     for path in PATHS:
         for task in (None, *families(after)):
             old = pool(before, path, task)
@@ -187,6 +189,7 @@ def as_if_on_one_path(rows: list[dict]) -> list[dict]:
     same = []
     for row in rows:
         seed = row["id"].partition(" ")[0]
+        # Pairs are matched by (id, path), of which one answer is LOR and the other DTR.
         same.append(row | {"id": f"{seed} {row['question_id']}", "path": "either"})
     return same
 
@@ -208,6 +211,7 @@ def joint_training(seeds: Seeds) -> str | None:
 def detection_reward(seeds: Seeds) -> str | None:
     runs = {"0": "eval-rl-detect-0", ".1 (the paper's)": "eval-rl", ".3": "eval-rl-detect-3"}
     base = pool(seeds.answers("eval-rl"), "dtr")
+    # Path dtr alone writes centres.
     rows = [centres_line("cold start", pool(seeds.answers("eval-sft"), "dtr"), base)]
     for weight, name in runs.items():
         answers = pool(seeds.answers(name), "dtr")
@@ -262,6 +266,7 @@ def transfer(seeds: Seeds) -> str | None:
     for path in PATHS:
         old = pool(before, path)
         new = pool(after, path)
+        # Not paired: these are other questions, about rooms of the style that was trained on.
         house = percent(pool(seeds.answers("eval-rl"), path))
         by_seed = gains_by_seed(before, after, path)
         rows.append([path.upper(), percent(old), percent(new), gain(old, new), by_seed, house])
@@ -277,6 +282,7 @@ def strict_rewards(seeds: Seeds) -> str | None:
     examples = seeds.examples()
     rows = []
     for name, answers in found.items():
+        # Both runs are scored by both rules: the rows have the strict ones, which eval.py applies.
         official = [official_total(row, examples) for row in answers]
         rows.append(
             [
@@ -301,6 +307,7 @@ def official_total(row: dict, examples: dict[str, Example]) -> float:
 
 def exploits(rows: list[dict], examples: dict[str, Example]) -> str:
     """Return three answers that the official rules pay most for, and ours least."""
+    # Examples, not a measure: the worst three of all answers.
     paid = [(official_total(row, examples) - row["total"], row) for row in rows]
     paid.sort(key=itemgetter(0), reverse=True)
     texts = ["What the official rules pay for most that the strict ones don't pay for:", ""]
@@ -320,6 +327,7 @@ def taken_away(seeds: Seeds) -> str | None:
         "region tokens (boxes in words)": "text-eval-rl",
         "the 3D head's loss": "headless-eval-rl",
     }
+    # The full training; each of the others lacks one thing of it.
     base = seeds.answers("eval-rl")
     rows = []
     for name, folder in runs.items():
@@ -367,6 +375,7 @@ def write(folder: Path, into: Path | None) -> None:
         page = into.read_text(encoding="utf-8")
         if BEGIN not in page or END not in page:
             raise UserError(f"{into}: it has no lines {BEGIN} and {END}")
+        # What stands outside of the marks is written by hand, and stays.
         head = page[: page.index(BEGIN) + len(BEGIN)]
         tail = page[page.index(END) :]
         into.write_text(f"{head}\n\n{text}\n\n{tail}", encoding="utf-8")

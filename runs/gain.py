@@ -27,13 +27,16 @@ def main(cfg: Config) -> None:
     before = by_path(answers(cfg.before))
     after = by_path(answers(cfg.after))
     for path in before:
+        # Same questions: what makes one hard is in both, and cancels.
         gain = paired(before[path], after.get(path, []), "total")
         if gain is None:
             raise UserError(f"{cfg.after}: it answers no question of {cfg.before} on path {path}")
+        # Of a single image no error is known (None); it is written as 0.
         print(f"{path.upper()} {100 * gain['value']:+.1f} ± {100 * (gain['se'] or 0):.1f}")
 
 
 def answers(folder: Path) -> list[dict]:
+    # eval.py writes it last: without it predictions.jsonl may be a part of the answers.
     if not (folder / "summary.json").exists():
         raise UserError(f"{folder}: there is no finished eval")
     with open(folder / "predictions.jsonl", encoding="utf-8") as lines:

@@ -17,6 +17,7 @@ from errors import UserError, launch
 from runs.ranges import rows_of
 
 GOAL = 85.0  # per cent, on each path
+# A part of the test could be chosen to be easy.
 QUESTIONS = 1022  # of the test, on each path
 SEEDS = 3
 
@@ -49,6 +50,7 @@ def read(folder: Path) -> Entry:
     accuracy = {}
     questions = {}
     for name, tasks in results.items():
+        # Strict accuracy: a right answer in a wrong form is 0.
         accuracy[name] = 100 * tasks["all"]["accuracy"]["value"]
         questions[name] = tasks["all"]["n"]
     rl = seconds_of(folder / "rl")
@@ -72,6 +74,7 @@ def missing(entries: list[Entry]) -> list[str]:
             if entry.questions.get(path) != QUESTIONS:
                 asked = entry.questions.get(path, 0)
                 found.append(f"{entry.folder}: {asked} questions on {path}, not {QUESTIONS}")
+            # Every seed has to reach the goal, not their mean.
             elif entry.accuracy[path] < GOAL:
                 found.append(f"{entry.folder}: {entry.accuracy[path]:.1f} on {path}, not {GOAL:g}")
     if len(entries) < SEEDS:
@@ -86,6 +89,7 @@ def row(entries: list[Entry]) -> str:
     time = f"{middle.seconds / 60:.1f} min (SFT {middle.sft / 60:.1f}, RL {middle.rl / 60:.1f})"
     accuracies = []
     for path in ("lor", "dtr"):
+        # Medians one by one: the middle run in time need not be that in accuracy.
         known = [entry.accuracy[path] for entry in entries if path in entry.accuracy]
         accuracies.append(f"{median(known):.1f}" if known else "")
     return f"| {time} | | {' | '.join(accuracies)} | {len(entries)} | | |"

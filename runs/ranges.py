@@ -28,9 +28,11 @@ SECTIONS = {"Both scripts": ("SFT", "RL"), "train_sft.py": ("SFT",), "train_rl.p
 EVAL = "eval.py"
 # The eval whose table is shown, of those that the speedrun makes.
 SHOWN = "eval-rl"
-START, END = "<!-- ranges -->", "<!-- end of ranges -->"
+START = "<!-- ranges -->"
+END = "<!-- end of ranges -->"
 # \| is a bar within a cell.
 CELL_BORDER = re.compile(r"(?<!\\)\|")
+# "second" is in seconds, and in every rate per_second. lr and step are what the flags say.
 MACHINES_OWN = re.compile("second|^lr$|^step$")
 
 
@@ -63,6 +65,7 @@ def runs_in(folder: Path) -> dict[str, list[dict]]:
     runs = {}
     for stage, names in STAGES.items():
         there = [name for name in names if (folder / name).is_dir()]
+        # Where none is there, the error names the first.
         runs[stage] = rows_of(folder / (there or names)[0])
     return runs
 
@@ -72,9 +75,11 @@ def range_of(rows: list[dict], column: str) -> tuple[float, float, float, float]
     values = [row[column] for row in rows if row.get(column) is not None]
     if not values:
         return None
+    # A tenth, not one step: a step of RL sees a handful of prompts, and its reward jumps.
     tenth = max(len(values) // 10, 1)
     start = np.mean(values[:tenth])
     end = np.mean(values[-tenth:])
+    # Not the extremes: one bad step of a thousand would be the whole range.
     low, high = np.quantile(values, (0.05, 0.95))
     return float(start), float(end), float(low), float(high)
 
@@ -95,14 +100,24 @@ def words(found: tuple[float, float, float, float] | None) -> str:
     if found is None:
         return "null"
     start, end, low, high = (short(value) for value in found)
+    # A constant, such as a count of prompts, is written once.
     if start == end == low == high:
         return start
     return f"{start} -> {end} ({low} to {high})"
 
 
+def columns_of(rows: list[dict]) -> list[str]:
+    """Return the columns of all rows, in the order in which they first occur."""
+    # A validation's columns are in some rows only.
+    columns = {}
+    for row in rows:
+        columns |= dict.fromkeys(row)
+    return list(columns)
+
+
 def seen_in_run(rows: list[dict], name: str) -> str:
     """Return a column's range, by path where it has paths; empty where no row has it."""
-    columns = {column for row in rows for column in row}
+    columns = columns_of(rows)
     # lor of lor_reward, but neither discarded of discarded_tokens nor val_lor of val_lor_reward.
     paths = sorted(column[: -len(name) - 1] for column in columns if column.endswith(f"_{name}"))
     paths = [path for path in paths if f"{path}_reward" in columns and "val" not in path]
@@ -147,12 +162,14 @@ def fill(page: str, runs: dict[str, list[dict]], summary: dict | None, said: str
             section = line.removeprefix("## ")
         cells = CELL_BORDER.split(line)
         if not line.startswith("|"):
+            # Which cell is "seen" stands in a table's heading, and holds up to its last line.
             column = None
         elif column is None:
             column = cells.index(" seen ") if " seen " in cells else None
         elif line.startswith("| `"):
             text = seen(section, re.findall("`([^`]+)`", line)[0], runs, summary)
             if text:
+                # A name that the run lacks keeps what the page says of an earlier run.
                 cells[column] = f" {text} "
                 lines[i] = "|".join(cells)
     return "\n".join(lines)
@@ -168,6 +185,7 @@ def seen(section: str, name: str, runs: dict[str, list[dict]], summary: dict | N
     for stage in stages:
         text = seen_in_run(runs[stage], name)
         if text:
+            # On a section of one stage its name would be said in every cell.
             texts.append(f"{stage} {text}" if len(stages) > 1 else text)
     return ", ".join(texts)
 
@@ -181,8 +199,7 @@ def describe(folder: Path, runs: dict[str, list[dict]]) -> str:
 
 def print_table(stage: str, rows: list[dict]) -> None:
     print(f"\n| {stage} | start | end | 5 % | 95 % |\n|---|---|---|---|---|")
-    # A validation's columns are in some rows only.
-    for column in dict.fromkeys(column for row in rows for column in row):
+    for column in columns_of(rows):
         found = range_of(rows, column)
         cells = ["null"] * 4 if found is None else [short(value) for value in found]
         print(f"| {column} | {' | '.join(cells)} |")

@@ -75,6 +75,7 @@ def check(kind: str) -> None:
     """Raise UserError where the package of a tracker is missing; "none" needs none."""
     if kind == "none":
         return
+    # Found, not imported: the other ranks never need it, and a run may still be refused.
     spec = importlib.util.find_spec(kind)
     # A folder ./wandb with old runs looks like a package, but for its origin.
     if spec is None or spec.origin is None:
@@ -109,7 +110,7 @@ class Tracker:
         self.backend = TRACKERS[self.kind](cfg, name_of_run(Path(cfg.out)))
 
     def log(self, row: dict) -> None:
-        """Tell the row of a step; what is null in it is left out."""
+        """Log the row of a step, without what is null in it."""
         columns = {}
         for name, value in row.items():
             if value is not None and name != "step":
@@ -118,7 +119,7 @@ class Tracker:
             self._attempt(self._log, columns, row["step"])
 
     def log_rollouts(self, step: int, rows: list[dict], images: dict) -> None:
-        """Tell a table of rows of rollouts.jsonl. images: (path, group) -> JPEG."""
+        """Log rows of rollouts.jsonl as a table. images: (path, group) -> JPEG."""
         if self.works and rows:
             self._attempt(self._log_rollouts, step, rows, images)
 
@@ -137,6 +138,7 @@ class Tracker:
             lines = table_rows(rows, shown)
             data = [list(line.values()) for line in lines]
             table = package.Table(columns=list(lines[0]), data=data)
+            # Inside of the `with`: the images' files have to be there until they are logged.
             self._log({"rollouts": table}, step)
 
     def _attempt(self, call, *arguments) -> None:
@@ -168,6 +170,7 @@ def name_of_run(out: Path) -> str:
 
 def thumbnail(image) -> bytes:
     """Return a small JPEG of an Example's image."""
+    # thumbnail() works in place, and the picture may be the row's own.
     small = read_picture(image).copy()
     small.thumbnail((SIDE, SIDE))
     buffer = io.BytesIO()

@@ -92,6 +92,7 @@ def vqa_rows(path: Path, root: str | None, split: str | None = None, **columns) 
             try:
                 if isinstance(record, Bad):
                     raise record
+                # Once a file: a column named wrongly is missing from its first row already.
                 if is_first:
                     check_columns(file, record, columns)
                 is_first = False
@@ -125,6 +126,7 @@ def files_of_split(path: Path, split: str | None, notes: Notes) -> list[Path]:
     if split is not None:
         kept = of_split(every, path, split)
     else:
+        # data.parquet beside test.parquet: what no word names is taken for the train split.
         held_out = of_split(every, path, "test") + of_split(every, path, "validation")
         kept = of_split(every, path, "train") or [file for file in every if file not in held_out]
     if not kept:
@@ -148,6 +150,7 @@ def files_of_rows(folder: Path) -> list[Path]:
 def of_split(files: list[Path], folder: Path, split: str) -> list[Path]:
     """Return the files that name a split below the folder: data/test-00000-of-00001.parquet."""
     words = SPLITS.get(split, re.escape(split))
+    # A word of its own: "latest" and "contest-1" name no test.
     named = re.compile(rf"(?:^|[/._-])(?:{words})(?=$|[/._-])")
     return [file for file in files if named.search(file.relative_to(folder).as_posix())]
 
@@ -177,6 +180,7 @@ class Pictures(Files):
 
     def find(self, name: str) -> str:
         places = [os.path.join(base, name) for base in self.bases]
+        # Where none is there, the first place stands in the message on the missing file.
         return next(filter(os.path.isfile, places), places[0])
 
 
@@ -211,6 +215,7 @@ class Question:
         if not images:
             self.notes.add("rows without an image: on path direct only")
             return [direct]
+        # The same objects on both paths, so that an image is decoded once.
         return [replace(direct, path="lor"), direct]
 
 
@@ -229,6 +234,7 @@ def read(
         raise Bad(name, f"<image> count: {places} for {len(named)} images")
     options = first(row, OPTIONS, list[str]) or []
     answer = truth_of(*chosen(row, "answer", columns), options)
+    # A question that lists its options already must not list them twice.
     if letter_of(answer) in LETTERS[: len(options)] and not LISTED.search(question):
         lines = [f"{mark}. {option}" for mark, option in zip(LETTERS, options, strict=False)]
         question = "\n".join([question.rstrip(), *lines])
@@ -276,6 +282,7 @@ def images_of(row: dict, columns: dict[str, str]) -> list:
     elif "image" in columns:
         values = []
     else:
+        # By number: as text image_10 would come before image_2.
         numbered = {int(match[1]): match[0] for match in map(NUMBERED.fullmatch, row) if match}
         values = [row[numbered[place]] for place in sorted(numbered)]
     # In some copies a row of text alone has "" or [].
@@ -288,6 +295,7 @@ def picture(value) -> str | Marked:
         content = value.get("bytes")
         if isinstance(content, str):  # JSON has no bytes
             return decode(f"data:;base64,{content}", "image")
+        # Both may be there: the path is then a name in the maker's archive, which nobody else has.
         value = content or value.get("path")
     if isinstance(value, bytes):
         return Marked(value)
@@ -305,6 +313,8 @@ def truth_of(name: str, value, options: list[str]) -> str:
     """Return the truth that a column holds, as text; of an option's index its letter."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
+    # A number within the options is read as an index, counted from 0. Doubtful where the truth
+    # is a number itself; sets with options write a letter or an index.
     if matches(value, int) and 0 <= value < min(len(options), len(LETTERS)):
         return LETTERS[value]
     if not isinstance(value, str | int | float):
@@ -313,6 +323,7 @@ def truth_of(name: str, value, options: list[str]) -> str:
     # Sets that teach a format have a whole response here.
     match = ANSWER.search(text)
     text = (match[1] if match else text).strip()
+    # pandas writes a missing text as nan.
     if not text or text == "nan":
         raise Bad(name, f"missing: {value!r:.60}")
     return text
