@@ -18,6 +18,7 @@ import data
 import flags
 from errors import UserError, launch, writing
 from model.qwen_vl import QwenVL
+from runs.gain import read_rows
 from srreal import Example
 from training.checkpoints import step_folders
 
@@ -150,10 +151,8 @@ def card(speedrun: Path, millions: float, commands: list[str]) -> str:
 def accuracies(folder: Path) -> dict:
     """Return path -> accuracy in per cent, as text, and "n" -> how many questions were asked."""
     totals = {"lor": [], "dtr": []}
-    with open(folder / "predictions.jsonl", encoding="utf-8") as lines:
-        for line in lines:
-            row = json.loads(line)
-            totals[row["path"]].append(row["accuracy"])
+    for row in read_rows(folder / "predictions.jsonl"):
+        totals[row["path"]].append(row["accuracy"])
     texts = {path: f"{100 * sum(values) / len(values):.1f}" for path, values in totals.items()}
     # Every question is asked on both paths, so one count holds for both.
     return texts | {"n": len(totals["lor"])}

@@ -10,7 +10,6 @@ another set of questions would change; the column of seeds shows what another se
 whose runs aren't there (yet) are left out, and named.
 """
 
-import json
 import math
 import sys
 from collections.abc import Callable
@@ -24,6 +23,7 @@ import data
 import flags
 from errors import UserError, launch, writing
 from eval_table import estimate, paired
+from runs.gain import read_rows
 from srreal import Example, score
 
 BEGIN = "<!-- claims: written by python -m runs.claims -->"
@@ -76,11 +76,6 @@ class Seeds:
         """Return the rows of metrics.jsonl of a run, a list a seed."""
         files = [folder / name / "metrics.jsonl" for folder in self.folders]
         return [read_rows(file) for file in files if file.exists()]
-
-
-def read_rows(file: Path) -> list[dict]:
-    with open(file, encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
 
 
 # ---- Numbers

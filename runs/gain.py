@@ -39,7 +39,11 @@ def answers(folder: Path) -> list[dict]:
     # eval.py writes it last: without it predictions.jsonl may be a part of the answers.
     if not (folder / "summary.json").exists():
         raise UserError(f"{folder}: there is no finished eval")
-    with open(folder / "predictions.jsonl", encoding="utf-8") as lines:
+    return read_rows(folder / "predictions.jsonl")
+
+
+def read_rows(file: Path) -> list[dict]:
+    with open(file, encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
 
