@@ -1,4 +1,4 @@
-"""torch.optim's AdamW and Muon on fp32 masters; the schedules of the learning rate.
+"""torch.optim's AdamW, and Muon, on fp32 masters; the schedules of the learning rate.
 
 fp32 is what learns, the compute dtype (bf16 on CUDA) is what samples and, unless training is
 sharded, trains. At a learning rate of 1e-6 an update is far below bf16's spacing: added to a bf16
@@ -37,12 +37,15 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 KINDS = ("master", "exp_avg", "exp_avg_sq", "momentum_buffer")
 BUCKET = 2**24  # elements that are summed over replicas at a time
 
-# Muon (Jordan et al., 2024) takes the matrices of attention and MLP; everything else stays with
-# AdamW.
+# Muon takes the matrices of attention and MLP; everything else stays with AdamW.
 BLOCK_MATRIX = re.compile(r"\.(layers|blocks)\.\d+\.")
-# Muon's learning rate in units of AdamW's. torch scales it by .2 sqrt(longer side), at which a step
-# of Muon is as long as one of AdamW; a model from scratch took half as much again (LOG.md).
+# Muon's learning rate in units of AdamW's, beside which a step of Muon is as long as one of AdamW;
+# a model from scratch took half as much again (LOG.md).
 MUON_LR_SCALE = 1.5
+# Of the Newton-Schulz iteration: x <- a x + b (x x') x + c (x x')^2 x, five times, takes singular
+# values of .01 to 1 to between .7 and 1.2 (Jordan's coefficients: steep at 0, not exact at 1).
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_STEPS = 5
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -89,6 +92,61 @@ def accumulate_in_master(master: Tensor, param: Tensor) -> None:
         master.grad.add_(param.grad)
     # Freed at once: a whole model's 16-bit gradients never stand beside its fp32 ones.
     param.grad = None
+
+
+def orthogonalize(matrix: Tensor) -> Tensor:
+    """Return the nearest matrix (R, C) with orthonormal rows (columns if R > C), about."""
+    a, b, c = NEWTON_SCHULZ
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.mT if is_tall else matrix  # the products of rows are the smaller ones
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.mT
+        polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.addmm(x, polynomial, x, beta=a)
+    return x.mT if is_tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al., 2024): momentum SGD whose updates of a matrix are made orthogonal, so
+    that all its directions take steps of one length, which doesn't depend on the gradient's.
+
+    Gives what torch.optim.Muon(adjust_lr_fn="match_rms_adamw") gives, but computes in fp32, and
+    deals the matrices out to the ranks. torch's computes in bf16, which takes a CPU that has no
+    instructions for it forty times as long, and all matrices on every rank (LOG.md).
+    """
+
+    def __init__(self, groups: list[dict], lr: float = 1e-3, momentum: float = 0.95):
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update every matrix by its gradient. Collective."""
+        for group in self.param_groups:
+            updates = [self._smoothed(param, group["momentum"]) for param in group["params"]]
+            for param, update in zip(group["params"], dealt_out(updates), strict=True):
+                param.mul_(1 - group["lr"] * group["weight_decay"])
+                # At this scale a step is as long as AdamW's (Liu et al., 2025).
+                scale = 0.2 * math.sqrt(max(param.shape))
+                param.add_(shard_like(update, param), alpha=-group["lr"] * scale)
+
+    def _smoothed(self, param: nn.Parameter, momentum: float) -> Tensor:
+        """Return the gradient with Nesterov's momentum, whole."""
+        buffer = self.state[param]["momentum_buffer"]
+        buffer.lerp_(param.grad, 1 - momentum)
+        return whole(param.grad.lerp(buffer, momentum))
+
+
+def dealt_out(updates: list[Tensor]) -> list[Tensor]:
+    """Orthogonalise matrices that every rank holds, each on one rank; all ranks get all."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    out = []
+    for i, update in enumerate(updates):
+        is_ours = i % world == rank
+        out.append(orthogonalize(update).contiguous() if is_ours else torch.zeros_like(update))
+    if world > 1:
+        sum_over_replicas(out)
+    return out
 
 
 class Optimizer:
@@ -141,11 +199,8 @@ class Optimizer:
         if groups:
             self.optimizers.append(torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True))
         if self.muon_names:
-            # Muon makes the momentum of a matrix orthogonal: all its directions take steps of one
-            # length, which doesn't depend on the gradient's.
             group = {"params": self._of(self.muon_names), "lr_scale": MUON_LR_SCALE}
-            options = {"weight_decay": weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-            self.optimizers.append(torch.optim.Muon([group], **options))
+            self.optimizers.append(Muon([group | {"weight_decay": weight_decay}]))
         self._init_state()
 
     def _init_state(self) -> None:
