@@ -150,6 +150,11 @@ def why_not_trainable(example: Example) -> list[tuple[str, str]]:
     return []
 
 
+def instructions(example: Example) -> str:
+    """Return what questions of text alone may have in common: all but their last line."""
+    return "" if example.images else example.question.rpartition("\n")[0]
+
+
 def drop_depths(examples: list[Example], probability: float, seed: str) -> list[Example]:
     """Take the depth from a share of the images. Drawn from (seed, place of the image).
 
@@ -183,7 +188,7 @@ class Sampler:
     ):
         # One path a run: answers of like length.
         # Rows of one image come together, so that they share its tokens.
-        keys = [(images_key(example), example.path) for example in examples]
+        keys = [(images_key(example), example.path, instructions(example)) for example in examples]
         self.order = Order(keys, cfg.seed, cfg.questions_per_image)
         self.examples = examples
         self.cfg = cfg

@@ -204,9 +204,10 @@ def pack(
     """Pack prompts alone, or with completions: per prompt a list of token-id lists.
 
     A completion includes its end token, if it has one. One each (SFT): neighbours with the same
-    images share the prompt up to where their texts part. Several (an RL group): they share all of
-    it. The last token of a completion is a target, never an input. share: prompts alone share as
-    those with one completion each do, so that one is not always one segment.
+    images, or of texts that begin alike, share the prompt up to where they part. Several (an RL
+    group): they share all of it. The last token of a completion is a target, never an input.
+    share: prompts alone share as those with one completion each do, so that one is not always one
+    segment.
     """
     if completions is None:
         completions = [[]] * len(prompts)
@@ -257,23 +258,35 @@ Group = list[tuple[Prompt, list[np.ndarray]]]
 
 
 def sharing_groups(prompts: list[Prompt], completions: list, share: bool = False) -> list[Group]:
-    """Cut into runs that may share a prefix: neighbours with equal images and one completion each.
+    """Cut into runs that may share a prefix: neighbours of one beginning, one completion each.
 
     share: also those without any. Any other prompt is a run of its own.
     """
     groups = []
-    images_before = None
+    before = None  # the first prompt of the last run, if others may join it
     for prompt, several in zip(prompts, completions, strict=True):
         pair = prompt, [np.asarray(one, np.int64) for one in several]
-        images = None
-        if prompt.views and (len(several) == 1 or (share and not several)):
-            images = prompt.image_keys
-        if images is not None and images == images_before:
+        may_share = len(several) == 1 or (share and not several)
+        if may_share and before is not None and begin_alike(prompt, before):
             groups[-1].append(pair)
-        else:
-            groups.append([pair])
-        images_before = images
+            continue
+        groups.append([pair])
+        before = prompt if may_share else None
     return groups
+
+
+def begin_alike(prompt: Prompt, other: Prompt) -> bool:
+    """Tell whether two prompts have the same images or, of text alone, half of it in common."""
+    if prompt.views or other.views:
+        return prompt.image_keys == other.image_keys
+    return 2 * common_length(prompt.ids, other.ids) >= min(len(prompt.ids), len(other.ids))
+
+
+def common_length(ids: np.ndarray, others: np.ndarray) -> int:
+    """Count the tokens with which both begin."""
+    limit = min(len(ids), len(others))
+    differs = ids[:limit] != others[:limit]
+    return int(differs.argmax()) if differs.any() else limit
 
 
 def shared_length(group: Group) -> int:
@@ -292,9 +305,7 @@ def shared_length(group: Group) -> int:
             limit = min(limit, prompt.regions[0].index)
     shared = limit
     for prompt, _ in group[1:]:
-        differs = prompt.ids[:limit] != first.ids[:limit]
-        if differs.any():
-            shared = min(shared, int(differs.argmax()))
+        shared = min(shared, common_length(prompt.ids[:limit], first.ids[:limit]))
     # A prefix that ended among the images would leave some of them to be packed twice.
     images_end = max(prompt.images_end for prompt, _ in group)
     return shared if shared >= images_end else 0

@@ -878,6 +878,22 @@ def test_questions_of_one_image_share_it_and_equal_the_unshared():
     )
 
 
+def test_texts_that_begin_alike_share_their_beginning():
+    p = processor()
+    rules = "Answer with one word. " * 8
+    asked = [rules + "What is left of red?", rules + "What is near?", "Where am I?", rules + "Why?"]
+    examples = [Example(f"t{i}", "direct", [], text, "blue") for i, text in enumerate(asked)]
+    answers = [[p.target_ids(e)] for e in examples]
+    batch = p(examples, answers)
+    check_tiling(batch)
+    alone = [p([e], [c]) for e, c in zip(examples, answers, strict=True)]
+    assert list(sequences(batch)) == [next(sequences(one)) for one in alone]
+    # The first two share a segment; the others have nothing in common with their neighbour.
+    assert [s[3] - s[2] > 0 for s in batch.segments] == [False, True, True, False, False]
+    in_common = len(p.prompt_ids(examples[3])) // 2
+    assert len(batch.input_ids) < sum(len(one.input_ids) for one in alone) - in_common
+
+
 def test_the_first_target_is_predicted_from_the_last_prompt_token():
     p, e = processor(), questions()[0]
     batch = p([e], [[p.target_ids(e)]])
