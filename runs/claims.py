@@ -22,7 +22,7 @@ from statistics import fmean
 import data
 import flags
 from errors import UserError, launch, writing
-from eval_table import estimate, paired
+from eval_table import estimate, paired, points
 from runs.gain import read_rows
 from srreal import Example, score
 
@@ -100,9 +100,7 @@ def percent(rows: list[dict], metric: str = "accuracy") -> str:
 def gain(before: list[dict], after: list[dict], metric: str = "accuracy") -> str:
     """Write the paired difference in points with its standard error."""
     difference = paired(before, after, metric)
-    if difference is None:
-        return "-"
-    return f"{100 * difference['value']:+.1f} ± {100 * (difference['se'] or 0):.1f}"
+    return points(difference) if difference else "-"
 
 
 def gains_by_seed(before: list[list[dict]], after: list[list[dict]], path: str) -> str:

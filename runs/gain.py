@@ -11,7 +11,7 @@ from pathlib import Path
 
 import flags
 from errors import UserError, launch
-from eval_table import by_path, paired
+from eval_table import by_path, paired, points
 
 
 @dataclass
@@ -31,8 +31,7 @@ def main(cfg: Config) -> None:
         gain = paired(before[path], after.get(path, []), "total")
         if gain is None:
             raise UserError(f"{cfg.after}: it answers no question of {cfg.before} on path {path}")
-        # Of a single image no error is known (None); it is written as 0.
-        print(f"{path.upper()} {100 * gain['value']:+.1f} ± {100 * (gain['se'] or 0):.1f}")
+        print(f"{path.upper()} {points(gain)}")
 
 
 def answers(folder: Path) -> list[dict]:

@@ -113,7 +113,7 @@ class Muon(torch.optim.Optimizer):
 
     Gives what torch.optim.Muon(adjust_lr_fn="match_rms_adamw") gives, but computes in fp32, and
     deals the matrices out to the ranks. torch's computes in bf16, which takes a CPU that has no
-    instructions for it forty times as long, and all matrices on every rank (LOG.md).
+    instructions for it twenty times as long, and all matrices on every rank (LOG.md).
     """
 
     def __init__(self, groups: list[dict], lr: float = 1e-3, momentum: float = 0.95):
