@@ -174,13 +174,17 @@ def write_detect(example: Example) -> str:
     for mention, centre in example.objects.items():
         if frame is not None:
             centre = centre[frame]
-        rounded = [round(v, 2) for v in centre]
-        # abs: 0.0, not -0.0
-        xyz = ",".join(str(v or abs(v)) for v in rounded)
         name = example.names.get(mention)
         label = f"{name} ({mention})" if name else mention
-        lines.append(f'<3d_box center="{xyz}">{label}</3d_box>')
+        lines.append(f'<3d_box center="{write_centre(centre)}">{label}</3d_box>')
     return "\n".join(lines)
+
+
+def write_centre(centre) -> str:
+    """Write (x, y, z) in metres, to the centimetre."""
+    rounded = [round(v, 2) for v in centre]
+    # abs: 0.0, not -0.0
+    return ",".join(str(v or abs(v)) for v in rounded)
 
 
 def frame_to_write(example: Example) -> int:

@@ -10,7 +10,7 @@ import json
 import os
 import random
 import signal
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
@@ -28,7 +28,7 @@ from data.rooms.things import STYLES
 from errors import UserError, launch, writing
 from flags import Bound, Count, Seed, Share
 from machine import cpus
-from srreal import Example, target, write_detect
+from srreal import Example, prompt, target, write_centre
 
 Side = Annotated[int, Bound(32)]
 
@@ -49,7 +49,7 @@ class Config:
     guess: Share = 0.0
     # depth maps beside the images; --no-depth: images alone
     depth: bool = True
-    # text alone: the centres stand in the question, on path direct, and no image is given
+    # text alone: centres stand in the question in place of regions, and no image is given
     told: bool = False
     # processes; the set does not depend on their number
     workers: Count = field(default_factory=cpus)
@@ -164,19 +164,23 @@ def row_of(made, name, task, view, question):
 
 
 def told(row):
-    """Return a row as text alone: the detect block stands in the question, the rest is to write.
+    """Return a row as text alone: where a region's token would stand, its centre is told.
 
     A model from scratch learns to reckon and to compare from such rows: nothing in them depends on
-    how well it sees.
+    how well it sees. All other text is as in the row with images, so that it carries over.
     """
     example = Example(**row)
-    asked = row["question"].replace(" <mask>", "")
+    question = prompt(example)
+    for centre in row["objects"].values():
+        seen = centre if row["frame"] is None else centre[row["frame"]]
+        # The objects are in the order of the question.
+        question = question.replace("<mask>", write_centre(seen), 1)
     return {
         "id": f"{row['id']}-told",
         "path": "direct",
         "task": row["task"],
-        "question": f"{asked}\n{write_detect(example)}",
-        "answer": target(replace(example, path="lor")),
+        "question": question,
+        "answer": target(example),
     }
 
 

@@ -21,7 +21,7 @@ from data.rooms.render import Room, hit, look, render
 from data.rooms.scene import MARKS, draw, furnish, scene
 from data.rooms.things import KINDS, PAINTS, STYLES, Thing
 from errors import UserError
-from srreal import parse, score, target
+from srreal import parse, prompt, score, target
 
 SIZE = 128, 96
 NUMBER = r"-?\d+\.\d+"
@@ -483,11 +483,14 @@ def test_told_scenes_are_text_alone(tmp_path, folder):
     for e in told:
         assert (e.path, e.images, e.regions) == ("direct", [], [])
         same = shown[e.id.removesuffix("-told")]
-        block, _, rest = target(replace(same, path="dtr")).partition("</detect>\n")
-        block = block.removeprefix("<detect>")
-        assert e.question == same.question.replace(" <mask>", "") + f"\n{block}"
-        # What is behind the block is to be written.
-        assert target(e) == rest
+        assert target(e) == target(same)
+        # In place of every region stands what a DTR target says of it; the rest is the same.
+        parts = prompt(same).split("<mask>")
+        boxes = parse(target(replace(same, path="dtr")), "dtr").boxes
+        told_prompt = parts[0]
+        for (_, _, centre), part in zip(boxes, parts[1:], strict=True):
+            told_prompt += ",".join(str(value) for value in centre) + part
+        assert prompt(e) == told_prompt
 
 
 def test_a_second_style_asks_the_same_of_rooms_that_look_otherwise(tmp_path):
