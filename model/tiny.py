@@ -11,6 +11,8 @@ decimal in one token ("-2.4").
 
 import functools
 import json
+import math
+import re
 import subprocess
 import sys
 import tempfile
@@ -48,6 +50,7 @@ from tokenizers import (
     pre_tokenizers,
     trainers,
 )
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -62,6 +65,11 @@ from srreal import Example, prompt, target
 STD = 0.05  # of all weights but these
 EMBEDDING_STD = 0.5
 HEAD_STD = 0.02
+# Tokens that are a number of at most two digits before the point and one behind it.
+NUMBER = re.compile(r" ?-?\d{1,2}(?:\.\d)?")
+# Of the waves by which a number token knows its value.
+WAVELENGTHS = tuple(0.4 * 2**k for k in range(7))
+OWN_SHARE = 0.4  # how loud a number token's own noise is, beside EMBEDDING_STD
 DT_BIAS = -4.0  # a gated delta net keeps nine tenths of its state a token, in the median
 SPECIAL = [
     "<|endoftext|>",
@@ -250,6 +258,7 @@ def write(family: str, out: Path, seed: int = 0, shape: Shape | None = None) -> 
     # Loud embeddings and a quiet head: from transformers' own start nothing is learnt in minutes.
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=EMBEDDING_STD)
     torch.nn.init.normal_(model.get_output_embeddings().weight, std=HEAD_STD)
+    place_numbers(model.get_input_embeddings().weight, tokens)
     # transformers starts gated delta nets such that they forget at once.
     for name, p in model.named_parameters():
         if name.endswith("dt_bias"):
@@ -270,6 +279,30 @@ def write(family: str, out: Path, seed: int = 0, shape: Shape | None = None) -> 
         path = Path(out) / "preprocessor_config.json"
         path.write_text(json.dumps(settings, indent=2) + "\n")
         write_spatial(out, seed)
+
+
+@torch.no_grad()
+def place_numbers(embedding: Tensor, tokens: PreTrainedTokenizerFast) -> None:
+    """Let number tokens start near those of about their value: as sines and cosines of it.
+
+    A pretrained checkpoint knows that 2.0 lies between 1.9 and 2.1. Where every number starts
+    elsewhere, to subtract them is what takes longest to learn (LOG.md).
+    """
+    values = {}
+    # In order: the vocabulary comes in another one in every process.
+    for i in sorted(tokens.get_vocab().values()):
+        text = tokens.decode([i])
+        if NUMBER.fullmatch(text):
+            values[i] = float(text)
+    value = torch.tensor(list(values.values()))[:, None]
+    phase = 2 * math.pi * value / torch.tensor(WAVELENGTHS)
+    waves = torch.cat((phase.sin(), phase.cos()), 1)
+    width = embedding.shape[1]
+    # Orthogonal directions: the waves keep their distances.
+    directions = torch.nn.init.orthogonal_(torch.empty(width, width))[: waves.shape[1]]
+    placed = waves @ directions * math.sqrt(width / len(WAVELENGTHS))
+    noise = OWN_SHARE * torch.randn(placed.shape)
+    embedding[list(values)] = EMBEDDING_STD * (placed + noise)
 
 
 def write_spatial(out: Path, seed: int) -> None:

@@ -37,6 +37,24 @@ def test_transformers_loads_it_and_runs_it_on_an_image(family):
     assert logits.shape == (1, 9, model.config.text_config.vocab_size) and logits.isfinite().all()
 
 
+def test_numbers_start_near_numbers_of_about_their_value():
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint("qwen3_vl"))
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint("qwen3_vl"))
+    table = model.get_input_embeddings().weight
+    directions = torch.nn.functional.normalize(table.detach(), dim=1)
+
+    def nearness(left: str, right: str) -> float:
+        ids = [tokenizer.encode(text) for text in (left, right)]
+        assert [len(one) for one in ids] == [1, 1]
+        return float(directions[ids[0][0]] @ directions[ids[1][0]])
+
+    for number in ("0.5", "-1.3", " 2.4"):
+        near, further = f"{float(number) + 0.1:.1f}", f"{float(number) + 0.8:.1f}"
+        assert nearness(number, near) > 0.5 > nearness(number, further)
+    # Words don't start near anything.
+    assert abs(nearness(" left", " right")) < 0.4
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_there_are_spare_rows_and_the_special_tokens_of_qwen(family):
     out = checkpoint(family)
