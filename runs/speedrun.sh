@@ -1,18 +1,18 @@
 #!/bin/sh
 # From an empty directory to an RL-trained dual-path model, on a CPU or a GPU: `make speedrun` runs this.
 # Interrupted (Ctrl-C, kill), it saves, and goes on where it stopped; `rm -rf out/speedrun` starts over.
-#   OUT=out/speedrun  SEED=0  READ_STEPS=1000  SFT_STEPS=2200  MIX_STEPS=120  RL_STEPS=160
+#   OUT=out/speedrun  SEED=0  READ_STEPS=1000  SFT_STEPS=1600  MIX_STEPS=120  RL_STEPS=140
 set -eu
 cd "$(dirname "$0")/.."
 OUT=${OUT:-out/speedrun} SEED=${SEED:-0}
-READ_STEPS=${READ_STEPS:-1000} SFT_STEPS=${SFT_STEPS:-2200} MIX_STEPS=${MIX_STEPS:-120} RL_STEPS=${RL_STEPS:-160}
+READ_STEPS=${READ_STEPS:-1000} SFT_STEPS=${SFT_STEPS:-1600} MIX_STEPS=${MIX_STEPS:-120} RL_STEPS=${RL_STEPS:-140}
 . runs/tiny.sh
 
 stage "1/6 render rooms: no two of these sets share a scene"
 scenes told 3000 $((SEED * 10000 + 6000)) --lor 0.5 --told  # text alone
-scenes train 4000 $((SEED * 10000 + 1000)) --lor 0.8  # a centre takes more learning than an answer
-scenes mixed 700 $((SEED * 10000 + 5000)) --guess 0.65  # two thirds of the rationales guess: "By eye, ..."
-scenes rl 900 $((SEED * 10000 + 2000))
+scenes train 2700 $((SEED * 10000 + 1000)) --lor 0.8  # a centre takes more learning than an answer
+scenes mixed 250 $((SEED * 10000 + 5000)) --guess 0.65  # two thirds of the rationales guess: "By eye, ..."
+scenes rl 350 $((SEED * 10000 + 2000))
 scenes test 190 3000  # the same test questions for every seed
 TEST="--data $OUT/scenes/test"
 
@@ -21,22 +21,22 @@ stage "2/6 a tiny random Qwen3-VL checkpoint"
 
 stage "3/6 cold start: reckon in text, then SFT on both paths, at last on rationales of mixed quality"
 # The tiny checkpoint has read nothing; a pretrained one knows that 2.0 is less than 3.5.
-sft read "$OUT/tiny" "$READ_STEPS" --data "$OUT/scenes/told" --batch 24 --lr 2e-3 --warmup 50 --head-weight 0
+sft read "$OUT/tiny" "$READ_STEPS" --data "$OUT/scenes/told" --batch 24 --questions-per-image 12 --lr 2e-3 --warmup 50 --head-weight 0
 sft worked "$(step read "$READ_STEPS")" "$SFT_STEPS" --data "$OUT/scenes/train" $SEE --head-weight 0.5 --lr 2e-3 --warmup 50
 # RL has something to choose from: to work an answer out, or to guess it.
 sft sft "$(step worked "$SFT_STEPS")" "$MIX_STEPS" --data "$OUT/scenes/mixed" $SEE --head-weight 0.5 --lr 1e-3 --warmup 10
 SFT=$(step sft "$MIX_STEPS")
 
 stage "4/6 test it: without images, with them, and sampled"
-ask eval-blind $TEST --model "$SFT" --blind --again 0
+ask eval-blind $TEST --model "$SFT" --blind --again 0 --limit 500
 ask eval-sft $TEST --model "$SFT"
-ask eval-sft-sampled $TEST --model "$SFT" --temperature 1 --again 0
+ask eval-sft-sampled $TEST --model "$SFT" --temperature 1 --again 0 --limit 500
 
 stage "5/6 GRPO on both paths"
 rl rl "$SFT" "$RL_STEPS" --data "$OUT/scenes/rl" --prompts 16
 
 stage "6/6 test it again, on the same questions"
 RL=$(step rl "$RL_STEPS")
-ask eval-rl-sampled $TEST --model "$RL" --temperature 1 --again 0
+ask eval-rl-sampled $TEST --model "$RL" --temperature 1 --again 0 --limit 500
 ask eval-rl $TEST --model "$RL"
 "$PYTHON" report.py --run "$OUT"
