@@ -135,9 +135,16 @@ def is_alive(pid: int) -> bool:
         return False
     except PermissionError:
         pass
-    # A dead process whose parent never asks (PID 1 of many containers) has no command line.
-    command = Path(f"/proc/{pid}/cmdline")
-    return not command.exists() or bool(command.read_bytes())
+    # A dead process whose parent never asks (PID 1 of many containers) is a zombie, Z, for good.
+    # Not by its command line: that is empty in a process that has just begun, too.
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        # It has ended since, or this system has no /proc.
+        return not Path("/proc/self").exists()
+    # "PID (name) STATE ...", where a name may hold anything.
+    state = status.rpartition(") ")[2][:1]
+    return state not in ("Z", "X")
 
 
 # ---- config.json
