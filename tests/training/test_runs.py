@@ -223,8 +223,8 @@ def test_one_run_a_folder(tmp_path, capsys):
     with folder.lock(str(out)):
         assert "is dead" in capsys.readouterr().out
     # Dead, though nobody has asked for its exit code yet.
-    dead = subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE)
-    dead.stdout.read()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
     held_by(file, socket.gethostname(), dead.pid)
     with folder.lock(str(out)):
         assert f"process {dead.pid}, which is dead" in capsys.readouterr().out
