@@ -176,13 +176,13 @@ def write_detect(example: Example) -> str:
             centre = centre[frame]
         name = example.names.get(mention)
         label = f"{name} ({mention})" if name else mention
-        lines.append(f'<3d_box center="{write_centre(centre)}">{label}</3d_box>')
+        lines.append(f'<3d_box center="{write_metres(centre)}">{label}</3d_box>')
     return "\n".join(lines)
 
 
-def write_centre(centre) -> str:
-    """Write (x, y, z) in metres, to the centimetre."""
-    rounded = [round(v, 2) for v in centre]
+def write_metres(values) -> str:
+    """Write a centre or a size in metres, to the centimetre."""
+    rounded = [round(v, 2) for v in values]
     # abs: 0.0, not -0.0
     return ",".join(str(v or abs(v)) for v in rounded)
 

@@ -151,7 +151,7 @@ def why_not_trainable(example: Example) -> list[tuple[str, str]]:
 
 
 def instructions(example: Example) -> str:
-    """Return what questions of text alone may have in common: all but their last line."""
+    """Return what questions of text alone may have in common, all but their last line; else ""."""
     return "" if example.images else example.question.rpartition("\n")[0]
 
 
@@ -187,7 +187,8 @@ class Sampler:
         rows_before: int = 0,
     ):
         # One path a run: answers of like length.
-        # Rows of one image come together, so that they share its tokens.
+        # Rows of one image, or of text alone with the same instructions, come together: they share
+        # its tokens.
         keys = [(images_key(example), example.path, instructions(example)) for example in examples]
         self.order = Order(keys, cfg.seed, cfg.questions_per_image)
         self.examples = examples

@@ -28,7 +28,7 @@ from data.rooms.things import STYLES
 from errors import UserError, launch, writing
 from flags import Bound, Count, Seed, Share
 from machine import cpus
-from srreal import Example, prompt, target, write_centre
+from srreal import Example, prompt, target, write_metres
 
 Side = Annotated[int, Bound(32)]
 
@@ -174,7 +174,7 @@ def told(row):
     for centre in row["objects"].values():
         seen = centre if row["frame"] is None else centre[row["frame"]]
         # The objects are in the order of the question.
-        question = question.replace("<mask>", write_centre(seen), 1)
+        question = question.replace("<mask>", write_metres(seen), 1)
     return {
         "id": f"{row['id']}-told",
         "path": "direct",

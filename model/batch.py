@@ -305,7 +305,7 @@ def shared_length(group: Group) -> int:
             limit = min(limit, prompt.regions[0].index)
     shared = limit
     for prompt, _ in group[1:]:
-        shared = min(shared, common_length(prompt.ids[:limit], first.ids[:limit]))
+        shared = min(shared, common_length(prompt.ids, first.ids))
     # A prefix that ended among the images would leave some of them to be packed twice.
     images_end = max(prompt.images_end for prompt, _ in group)
     return shared if shared >= images_end else 0

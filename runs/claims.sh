@@ -5,11 +5,9 @@
 set -eu
 cd "$(dirname "$0")/.."
 ALL=${OUT:-out/claims} SEEDS=${SEEDS:-0 1 2}
-READ_STEPS=${READ_STEPS:-1000} SFT_STEPS=${SFT_STEPS:-1600} MIX_STEPS=${MIX_STEPS:-120} RL_STEPS=${RL_STEPS:-140}
-export READ_STEPS SFT_STEPS MIX_STEPS RL_STEPS
 OUT=$ALL SEED=0
 . runs/tiny.sh
-export PYTHON RANKS
+export PYTHON RANKS READ_STEPS SFT_STEPS MIX_STEPS RL_STEPS
 
 # rl_variant NAME FLAGS...: RL from the speedrun's cold start, and its test.
 rl_variant() {
@@ -63,10 +61,7 @@ for SEED in $SEEDS; do
     REGIONS=
 
     stage "seed $SEED: without depth"
-    scenes train-flat 2700 $((SEED * 10000 + 1000)) --lor 0.8 --no-depth
-    scenes mixed-flat 250 $((SEED * 10000 + 5000)) --guess 0.65 --no-depth
-    scenes rl-flat 350 $((SEED * 10000 + 2000)) --no-depth
-    scenes test-flat 190 3000 --no-depth
+    rooms -flat --no-depth
     cold_variant flat -flat "" --head-weight 0.5
 done
 "$PYTHON" -m runs.claims "$ALL"

@@ -5,6 +5,8 @@
 PYTHON=${PYTHON:-.venv/bin/python}
 CORES='len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()'
 RANKS=${RANKS:-$("$PYTHON" -c "import os, torch; print(torch.cuda.device_count() or min($CORES, 4))")}
+# The speedrun's steps: text alone, rooms, rationales of mixed quality, RL.
+READ_STEPS=${READ_STEPS:-1000} SFT_STEPS=${SFT_STEPS:-1600} MIX_STEPS=${MIX_STEPS:-120} RL_STEPS=${RL_STEPS:-140}
 # Idle threads sleep instead of spinning: on a busy machine spinning costs more than it saves.
 export OMP_WAIT_POLICY=passive OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TRANSFORMERS_VERBOSITY=error
 
@@ -39,6 +41,16 @@ scenes() {
         shift 3
         "$PYTHON" -m data.scenes --out "$OUT/scenes/$name" --n "$n" --seed "$seed" "$@"
     }
+}
+
+# rooms ENDING FLAGS...: the speedrun's sets of rooms, under these names with that ending. No two share a scene.
+rooms() {
+    ending=$1
+    shift
+    scenes "train$ending" 2700 $((SEED * 10000 + 1000)) --lor 0.8 "$@"  # a centre takes more learning than an answer
+    scenes "mixed$ending" 250 $((SEED * 10000 + 5000)) --guess 0.65 "$@"  # two thirds of the rationales guess: "By eye, ..."
+    scenes "rl$ending" 350 $((SEED * 10000 + 2000)) "$@"
+    scenes "test$ending" 190 3000 "$@"  # the same test questions for every seed
 }
 
 # sft NAME MODEL STEPS FLAGS...: train from scratch, so with Muon.

@@ -39,8 +39,8 @@ BUCKET = 2**24  # elements that are summed over replicas at a time
 
 # Muon takes the matrices of attention and MLP; everything else stays with AdamW.
 BLOCK_MATRIX = re.compile(r"\.(layers|blocks)\.\d+\.")
-# Muon's learning rate in units of AdamW's, beside which a step of Muon is as long as one of AdamW;
-# a model from scratch took half as much again (LOG.md).
+# Muon's learning rate in units of AdamW's. At 1 their steps are equally long; a model from scratch
+# took half as much again (LOG.md).
 MUON_LR_SCALE = 1.5
 # Of the Newton-Schulz iteration: x <- a x + b (x x') x + c (x x')^2 x, five times, takes singular
 # values of .01 to 1 to between .7 and 1.2 (Jordan's coefficients: steep at 0, not exact at 1).
@@ -139,13 +139,16 @@ class Muon(torch.optim.Optimizer):
 
 def dealt_out(updates: list[Tensor]) -> list[Tensor]:
     """Orthogonalise matrices that every rank holds, each on one rank; all ranks get all."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if not dist.is_initialized():
+        return [orthogonalize(update) for update in updates]
     out = []
     for i, update in enumerate(updates):
-        is_ours = i % world == rank
-        out.append(orthogonalize(update).contiguous() if is_ours else torch.zeros_like(update))
-    if world > 1:
-        sum_over_replicas(out)
+        if i % dist.get_world_size() == dist.get_rank():
+            out.append(orthogonalize(update))
+        else:
+            out.append(torch.zeros_like(update))
+    # Each is zero on all ranks but one.
+    sum_over_replicas(out)
     return out
 
 

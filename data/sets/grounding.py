@@ -16,7 +16,7 @@ from pathlib import Path
 
 from data.rows import Bad, Headers, Row, depth_map, size
 from data.sets.regions import clip
-from srreal import Example
+from srreal import Example, write_metres
 
 XYZ = tuple[float, float, float]
 QUESTIONS = {
@@ -109,6 +109,5 @@ def line(what: str, mention: str, thing: Thing) -> str:
 
 
 def numbers(values) -> str:
-    rounded = [round(float(v), 2) for v in values]
-    # As srreal.write_detect writes centres, so that both teach one form.
-    return ",".join(str(v + 0.0) for v in rounded)  # + 0.0: never -0.0
+    # As a DTR target has them, so that both teach one form.
+    return write_metres([float(v) for v in values])
