@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 import data
-from data import scenes
+from data import geometry, scenes
 from data.checks import check, measure
+from pictures import read_metres
 from srreal import Example
 
 SIZE = (640, 480)
@@ -311,3 +312,29 @@ def test_of_large_sets_a_share_of_the_rows_is_compared_with_depth():
     found = [bool(check(replace(wrong, id=str(k)), headers, set())) for k in range(400)]
     assert 20 < sum(found) < 60
     assert all(check(replace(wrong, id=str(k)), {}, set()) for k in range(20))
+
+
+def test_a_depth_map_is_decoded_once_for_all_questions_about_it(rendered, tmp_path, monkeypatch):
+    read = []
+
+    def counted(file):
+        read.append(file)
+        return read_metres(file)
+
+    monkeypatch.setattr("data.geometry.read_metres", counted)
+    geometry.decoded.cache_clear()
+    examples = data.load([rendered])
+    maps = {file for one in examples for file in one.depths}
+    assert sorted(read) == sorted(maps) and len(maps) < len(examples) / 4
+
+    # Written anew, it is read anew.
+    one = examples[0]
+    headers = measure([one.images[0], one.depths[0]])
+    assert not check(one, headers, set())
+    width, height = headers[one.images[0]][:2]
+    copy = tmp_path / "d.png"
+    for metres, is_sound in ((65.0, False), (one.objects[next(iter(one.objects))][2], True)):
+        Image.fromarray(np.full((height, width), metres * 1000, np.uint16)).save(copy)
+        changed = replace(one, depths=[str(copy)])
+        headers = measure([one.images[0], str(copy)])
+        assert bool(check(changed, headers, set())) is not is_sound
