@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import flags
-from data.rooms.questions import FAMILIES, ask, with_options
+from data.rooms.questions import FAMILIES, ON_REQUEST, ask, with_options
 from data.rooms.render import middle
 from data.rooms.scene import scene
 from data.rooms.things import STYLES
@@ -31,6 +31,7 @@ from machine import cpus
 from srreal import Example, prompt, target, write_metres
 
 Side = Annotated[int, Bound(32)]
+Decimals = Annotated[int, Bound(1, 4)]
 
 
 @dataclass
@@ -40,13 +41,19 @@ class Config:
     seed: Seed = 0  # two seeds share no scene
     # width and height of the images in pixels
     size: tuple[Side, Side] = (256, 192)
-    ask: tuple[str, ...] = ()  # only these families of questions; empty: all of them
+    # only these families of questions (also closest and height, which are asked only here); empty:
+    # the usual seven
+    ask: tuple[str, ...] = ()
     # share of the scenes that are asked about on path lor, too; dtr asks about all
     lor: Share = 1.0
     # how rooms look, and from where they are seen (STYLES in data/rooms/things.py)
     style: Literal[tuple(STYLES)] = "house"
     # share of the questions whose rationale is a guess ("By eye, ...") in place of the working
     guess: Share = 0.0
+    # options in random order; they are in alphabetical order otherwise
+    shuffle_options: bool = False
+    # of the centres in metres; 1: of 2.34 a model that sees no centimetres learns the 4 in vain
+    decimals: Decimals = 4
     # depth maps beside the images; --no-depth: images alone
     depth: bool = True
     # text alone: centres stand in the question in place of regions, and no image is given
@@ -56,9 +63,10 @@ class Config:
 
     def __post_init__(self):
         flags.check(self)
-        unknown = sorted(set(self.ask) - FAMILIES.keys())
+        known = FAMILIES | ON_REQUEST
+        unknown = sorted(set(self.ask) - known.keys())
         if unknown:
-            raise UserError(f"--ask {' '.join(unknown)}: it is of {', '.join(sorted(FAMILIES))}")
+            raise UserError(f"--ask {' '.join(unknown)}: it is of {', '.join(sorted(known))}")
 
 
 def main(config: Config) -> None:
@@ -82,16 +90,18 @@ def main(config: Config) -> None:
 
 def make(config: Config, index: int) -> str:
     """Write a scene's images and depth; return its rows as text."""
-    made = scene(config.seed, index, config.size, config.style)
+    made = scene(config.seed, index, config.size, config.style, config.decimals)
     name = f"s{config.seed}-{index:06d}"
     if not config.told:
         write_views(made, name, config)
-    asked = rows_of(made, name, config.guess)
-    # The scene's last draw: the share of lor changes nothing else.
+    asked = rows_of(made, name, config.guess, config.shuffle_options)
+    # Behind the usual draws: the share of lor changes nothing else, nor do other families.
     paths = ("lor", "dtr") if made.rng.random() < config.lor else ("dtr",)
+    asked += rows_of(made, name, config.guess, config.shuffle_options, ON_REQUEST)
+    wanted = config.ask or FAMILIES
     lines = []
     for row in asked:
-        if row["path"] in paths and (not config.ask or row["task"] in config.ask):
+        if row["path"] in paths and row["task"] in wanted:
             if not config.depth:
                 row = row | {"depths": None}
             if config.told:
@@ -113,21 +123,22 @@ def write_views(made, name, config):
                 picture.save(path, compress_level=1)
 
 
-def rows_of(made, name, guess=0.0):
+def rows_of(made, name, guess=0.0, shuffle_options=False, families=FAMILIES):
     """Return the rows of up to six families, a question each, written in both paths.
 
     guess: share of the questions whose rationale doesn't work the answer out.
     """
     rows = []
-    for task in made.rng.permutation(list(FAMILIES)).tolist():
+    for task in made.rng.permutation(list(families)).tolist():
         # Each family draws, also when six have asked: a set's rows don't depend on this number.
-        view, question = ask(made.rng, FAMILIES[task], made.marks)
+        view, question = ask(made.rng, families[task], made.marks)
         if question is None or len(rows) == 12:
             continue
-        question = with_options(question)
-        row = row_of(made, name, task, view, question)
+        # By generators of their own: options and guesses change no scene and no question.
+        shuffler = random.Random(f"{name} {task} options") if shuffle_options else None
+        question = with_options(question, shuffler)
+        row = row_of(made, name, task, view, families[task].views, question)
         thoughts = {"lor": question.lor, "dtr": question.dtr}
-        # By a generator of its own: the share changes no scene and no question.
         if random.Random(f"{name} {task}").random() < guess:
             thoughts = dict.fromkeys(thoughts, question.guess)
         for path, thought in thoughts.items():
@@ -136,9 +147,11 @@ def rows_of(made, name, guess=0.0):
     return rows
 
 
-def row_of(made, name, task, view, question):
-    """Return what a question's rows of both paths have in common."""
-    count = FAMILIES[task].views
+def row_of(made, name, task, view, count, question):
+    """Return what a question's rows of both paths have in common.
+
+    count: images of the question; view: the one in whose frame it asks.
+    """
     several = count > 1
     # In the order of the question, as its <mask>s are.
     marks = [mark for mark in made.marks if mark.text in question.text]

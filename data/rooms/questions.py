@@ -2,11 +2,12 @@
 
 A family takes a generator, a view and its marks, and returns None where it should not ask. What
 rounding or occlusion could flip is not asked; DTR's rationale works with the rounded centres of its
-own detect block. Options stand in alphabetical order (shuffled, a tiny model found the right words,
-but not their letters), and of two things the closer one is asked for (of "closer" and "farther" in
-turns it took the one for the other).
+own detect block. Options stand in alphabetical order unless --shuffle-options says otherwise (a
+tiny model that saw them shuffled found the right words, but not their letters), and of two things
+the closer one is asked for (of "closer" and "farther" in turns it took the one for the other).
 
-To add a family, write such a function and enter it with the number of its marks.
+To add a family, write such a function and enter it with the number of its marks, in FAMILIES, or in
+ON_REQUEST if only --ask should bring it.
 """
 
 import math
@@ -15,7 +16,7 @@ from itertools import permutations
 
 from data.arithmetic import by_sign
 
-# answer is right and wrong the other option, or None where a number is asked for; lor and dtr are
+# answer is right and wrong has the other options, () where a number is asked for; lor and dtr are
 # the rationales of both paths that work it out, and guess is one that doesn't, all of them up to
 # the option's letter.
 Question = namedtuple("Question", "text answer wrong lor dtr guess", defaults=("By eye",))
@@ -27,6 +28,7 @@ Family = namedtuple("Family", "ask marks views", defaults=(1,))
 # its true length; worked: its length by the steps; words: LOR's; working: DTR's.
 Way = namedtuple("Way", "steps exact worked words working")
 
+LETTERS = "ABC"
 SIDES = ("left", "right")
 HEIGHTS = ("up", "down")
 DEPTHS = ("nearer", "farther")
@@ -62,7 +64,7 @@ def ask_number(text, exact, worked, lor, dtr):
     return Question(
         text,
         answer,
-        None,
+        (),
         f"{lor}, so {claim}",
         f"{dtr}, so {claim}",
         f"By eye, {claim}",
@@ -83,15 +85,11 @@ def ask_closer(rng, origin, a, b, p, q, lor, dtr):
     return Question(
         f"{start} closer to {origin}: {a.text} or {b.text}?",
         closer.colour,
-        other.colour,
+        (other.colour,),
         f"{lor}. {end}",
         f"{dtr}. {end}",
         f"By eye, {claim}",
     )
-
-
-def both_distances(origin, a, b, p, q):
-    return f"From {origin}: about {p:.1f} to {a.colour}, {q:.1f} to {b.colour}"
 
 
 def depth_order(rng, view, a, b):
@@ -100,9 +98,37 @@ def depth_order(rng, view, a, b):
     # By z and by distance alike.
     if (p - q) * (math.hypot(*a.centres[view]) - math.hypot(*b.centres[view])) <= 0:
         return None
-    lor = both_distances("the camera", a, b, p, q)
-    dtr = f"By their z: {p:.1f} to {a.colour}, {q:.1f} to {b.colour}"
-    return ask_closer(rng, "the camera", a, b, p, q, lor, dtr)
+    both = f"{p:.1f} to {a.colour}, {q:.1f} to {b.colour}"
+    lor = f"From the camera: about {both}"
+    return ask_closer(rng, "the camera", a, b, p, q, lor, f"By their z: {both}")
+
+
+def closest(rng, view, *marks):
+    """Ask which of three marks is closest to the camera, where that is clear."""
+    depths = [mark.near(view)[2] for mark in marks]
+    first, second, _ = sorted(depths)
+    best = marks[depths.index(first)]
+    # As in ask_closer.
+    if second - first <= 0.25:
+        return None
+    # By z and by distance alike.
+    if best is not min(marks, key=lambda mark: math.hypot(*mark.centres[view])):
+        return None
+    start = rng.choice(["Which is", "Tell me what is"])
+    a, b, c = (mark.text for mark in marks)
+    each = ", ".join(
+        f"{metres:.1f} to {mark.colour}" for metres, mark in zip(depths, marks, strict=True)
+    )
+    claim = f"closest is {best.colour}"
+    end = f"Least is {first:.1f}, so {claim}"
+    return Question(
+        f"{start} closest to the camera: {a}, {b} or {c}?",
+        best.colour,
+        tuple(mark.colour for mark in marks if mark is not best),
+        f"From the camera: about {each}. {end}",
+        f"By their z: {each}. {end}",
+        f"By eye, {claim}",
+    )
 
 
 def nearest(rng, view, a, b, c):
@@ -110,7 +136,7 @@ def nearest(rng, view, a, b, c):
     to_b = way_between(view, c, b)
     p = to_a.worked
     q = to_b.worked
-    lor = both_distances(c.colour, a, b, p, q)
+    lor = f"{to_a.words}, in all {p:.1f}. {to_b.words}, in all {q:.1f}"
     dtr = f"{to_a.working}, in all {p:.1f}. {to_b.working}, in all {q:.1f}"
     return ask_closer(rng, c.text, a, b, p, q, lor, dtr)
 
@@ -129,6 +155,20 @@ def depth(rng, view, a):
     )
 
 
+def height(rng, view, a):
+    """Ask how tall a thing is: the detect block has where it is, but not how large."""
+    tall = 2 * a.thing.half[1]
+    start = rng.choice(["How tall is", "What is the height of"])
+    seen = f"from foot to top about {tall:.1f}"
+    return ask_number(
+        f"{start} {a.text}, in metres?",
+        tall,
+        tall,
+        seen.capitalize(),
+        f"Its z is {a.near(view)[2]}, {seen}",
+    )
+
+
 def distance(rng, view, a, b):
     way = way_between(view, a, b)
     start = rng.choice(["How far is it", "What is the distance"])
@@ -136,7 +176,7 @@ def distance(rng, view, a, b):
         f"{start} from {a.text} to {b.text}, in metres?",
         way.exact,
         way.worked,
-        f"From {a.colour}: about {way.worked:.1f} to {b.colour}",
+        f"{way.words}, in all {way.worked:.1f}",
         f"{way.working}, in all {way.worked:.1f}",
     )
 
@@ -159,13 +199,14 @@ def relation(rng, view, a, b):
     return Question(
         f"{start} the camera, is {a.text} {low} or {high} {b.text}?",
         answer,
-        high if p < q else low,
+        (high if p < q else low,),
         f"{way.words}, so {claim}",
         f"{way.working}, so {claim}",
         f"By eye, {claim}",
     )
 
 
+OPPOSITE = {"left": "right", "right": "left", "nearer": "farther", "farther": "nearer"}
 # What is on the right of someone who faces that way.
 RIGHT_OF = {"farther": "right", "right": "nearer", "nearer": "left", "left": "farther"}
 
@@ -185,9 +226,9 @@ def products(way, other, sideways):
 def perspective(rng, view, a, b, c):
     """Ask where c is for someone at a who faces b.
 
-    Asked where b lies along one axis of the camera, more or less: a tiny model compares words
-    ("facing left, with farther on the right, nearer is to the left"), but never found the sign of a
-    sum of products.
+    Asked where b lies along one axis of the camera, more or less: a tiny model never found the sign
+    of a sum of products, but looks up words ("facing left, nearer is to the left and farther is to
+    the right"). Told one of both, it has to compare, and was right half of the time.
     """
     sideways = rng.random() < 0.5
     low, high = ("to the left", "to the right") if sideways else ("behind", "in front")
@@ -227,13 +268,14 @@ def perspective(rng, view, a, b, c):
         # A room has far more in front than behind.
         return None
     facing = by_sign(fx, SIDES) if along_x else by_sign(fz, DEPTHS)
-    turned = f", with {RIGHT_OF[facing]} on the right" if sideways else ""
+    high_way = RIGHT_OF[facing] if sideways else facing
+    around = f"{OPPOSITE[high_way]} is {low} and {high_way} is {high}"
     stand = rng.choice(["facing", "looking at"])
-    end = f"so facing {facing}{turned}, {way} is {answer}"
+    end = f"facing {facing}, {around}, so {way} is {answer}"
     return Question(
         f"Standing at {a.text} and {stand} {b.text}, is {c.text} {low} or {high}?",
         answer,
-        low if total > 0 else high,
+        (low if total > 0 else high,),
         f"{ahead.words}. {there.words}, {end}",
         f"{ahead.working}. {there.working}, {end}",
         f"By eye, {c.colour} is {answer}",
@@ -259,6 +301,11 @@ FAMILIES = {
     "perspective": Family(perspective, marks=3),
     "two_view": Family(two_view, marks=2, views=2),
 }
+# Asked only where --ask names them: the speedrun's results are those of the seven above.
+ON_REQUEST = {
+    "closest": Family(closest, marks=3),
+    "height": Family(height, marks=1),
+}
 
 
 def ask(rng, family, marks):
@@ -277,18 +324,23 @@ def ask(rng, family, marks):
     return view, None
 
 
-def with_options(question):
-    """Return a choice with its options and their letters; a number as it is."""
-    if question.wrong is None:
+def with_options(question, rng=None):
+    """Return a choice with its options and their letters; a number as it is.
+
+    rng: a random.Random by which the options are shuffled; None: they stand in alphabetical order.
+    """
+    if not question.wrong:
         return question
-    # In a fixed order: see above.
-    first, second = sorted([question.answer, question.wrong])
-    letter = "A" if question.answer == first else "B"
-    return Question(
-        f"{question.text} A. {first} B. {second}",
-        letter,
-        None,
-        f"{question.lor}, option {letter}",
-        f"{question.dtr}, option {letter}",
-        f"{question.guess}, option {letter}",
+    options = sorted([question.answer, *question.wrong])
+    if rng is not None:
+        rng.shuffle(options)
+    letter = LETTERS[options.index(question.answer)]
+    listed = " ".join(f"{name}. {option}" for name, option in zip(LETTERS, options, strict=False))
+    return question._replace(
+        text=f"{question.text} {listed}",
+        answer=letter,
+        wrong=(),
+        lor=f"{question.lor}, option {letter}",
+        dtr=f"{question.dtr}, option {letter}",
+        guess=f"{question.guess}, option {letter}",
     )

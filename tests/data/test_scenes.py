@@ -16,7 +16,7 @@ from PIL import Image
 
 import data
 from data import scenes
-from data.rooms.questions import FAMILIES, Family, Question
+from data.rooms.questions import FAMILIES, ON_REQUEST, Family, Question
 from data.rooms.render import Room, hit, look, render
 from data.rooms.scene import MARKS, draw, furnish, scene
 from data.rooms.things import KINDS, PAINTS, STYLES, Thing
@@ -290,6 +290,8 @@ def test_every_kind_of_thing_is_seen_at_its_centre(examples):
         dict(size=(64, 0)),
         dict(ask=("colour",)),
         dict(lor=1.5),
+        dict(decimals=0),
+        dict(decimals=5),
     ],
 )
 def test_what_cannot_be_rendered_is_said_in_one_line(change, tmp_path):
@@ -439,6 +441,92 @@ def test_a_family_of_one_s_own_is_asked(monkeypatch):
     assert (lor["path"], lor["id"], lor["task"]) == ("lor", "s-colour-lor", "colour")
     assert lor["answer"] in MARKS and lor["rationale"] == "It is seen."
     assert dtr == lor | {"path": "dtr", "id": "s-colour-dtr", "rationale": "So it is."}
+
+
+def test_families_on_request_change_no_other_row(tmp_path):
+    config = scenes.Config(out=tmp_path / "usual", n=24, seed=3, size=SIZE, workers=1)
+    scenes.main(config)
+    scenes.main(replace(config, out=tmp_path / "more", ask=(*FAMILIES, *ON_REQUEST)))
+    usual, more = rows_in(tmp_path / "usual"), rows_in(tmp_path / "more")
+    assert [row for row in more if row["task"] in FAMILIES] == usual
+    assert {row["task"] for row in more} == {*FAMILIES, *ON_REQUEST}
+    # Loading checks them as it does any row.
+    loaded = data.load([str(tmp_path / "more")])
+    asked = [e for e in loaded if e.task in ON_REQUEST]
+    letters = set()
+    for e in asked:
+        assert score(target(e), e).total == pytest.approx(1.0)
+        if e.task == "height":
+            (size,) = e.sizes.values()
+            assert abs(float(e.answer) - size[1]) < 0.0441
+            continue
+        options = dict(re.findall(r"([ABC])\. (\w+)", e.question))
+        depth = {mention.split()[0]: centre[2] for mention, centre in e.objects.items()}
+        assert len(options) == len(depth) == 3
+        assert options[e.answer] == min(depth, key=depth.get)
+        first, second, _ = sorted(depth.values())
+        assert second - first > 0.24
+        letters.add(e.answer)
+    assert letters == {"A", "B", "C"}
+
+
+def test_centres_of_one_decimal(tmp_path):
+    config = scenes.Config(out=tmp_path / "exact", n=24, seed=3, size=SIZE, workers=1)
+    scenes.main(config)
+    scenes.main(replace(config, out=tmp_path / "rounded", decimals=1))
+    exact, rounded = (
+        [e for e in data.load([str(tmp_path / name)]) if e.path == "dtr"]
+        for name in ("exact", "rounded")
+    )
+    exact = {(Path(e.images[0]).name, e.question): e for e in exact}
+    shared = 0
+    for e in rounded:
+        text = target(e)
+        assert score(text, e).total == pytest.approx(1.0)
+        for mention, _, centre in parse(text, "dtr").boxes:
+            assert all(round(value, 1) == value for value in centre)
+            same = exact.get((Path(e.images[0]).name, e.question))
+            if same is not None:
+                truth = same.objects[mention]
+                truth = truth[e.frame] if e.frame is not None else truth
+                assert np.abs(np.subtract(centre, truth)).max() < 0.0501
+                shared += 1
+        # What is worked out, too, has no centimetres.
+        assert not re.search(r"\d\.\d\d", text)
+    assert shared > 100
+
+
+def test_a_perspective_s_answer_is_read_off_its_own_words(examples):
+    for e in examples:
+        if e.task != "perspective":
+            continue
+        around, answer = re.search(r"facing \w+, (.+), so (.+), option", e.rationale).groups()
+        assert answer in around.split(" and ")
+
+
+def test_shuffled_options_are_the_same_questions(tmp_path):
+    config = scenes.Config(out=tmp_path / "sorted", n=24, seed=3, size=SIZE, workers=1)
+    scenes.main(config)
+    scenes.main(replace(config, out=tmp_path / "shuffled", shuffle_options=True))
+    turned = 0
+    count = 0
+    sets = [data.load([str(tmp_path / name)]) for name in ("sorted", "shuffled")]
+    for a, b in zip(*sets, strict=True):
+        assert (a.id, a.objects, Path(a.images[0]).read_bytes()) == (
+            b.id,
+            b.objects,
+            Path(b.images[0]).read_bytes(),
+        )
+        assert score(target(b), b).total == pytest.approx(1.0)
+        if " A. " not in a.question:
+            assert (a.question, a.answer, a.rationale) == (b.question, b.answer, b.rationale)
+            continue
+        assert chosen(a) == chosen(b) == worked_out(b)
+        assert a.question.partition(" A. ")[0] == b.question.partition(" A. ")[0]
+        assert a.rationale.removesuffix(f"{a.answer}.") == b.rationale.removesuffix(f"{b.answer}.")
+        turned += a.answer != b.answer
+        count += 1
+    assert 0.35 < turned / count < 0.65
 
 
 def rows_in(folder):
