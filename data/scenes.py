@@ -31,7 +31,6 @@ from machine import cpus
 from srreal import Example, prompt, target, write_metres
 
 Side = Annotated[int, Bound(32)]
-Decimals = Annotated[int, Bound(1, 4)]
 
 
 @dataclass
@@ -52,8 +51,6 @@ class Config:
     guess: Share = 0.0
     # options in random order; they are in alphabetical order otherwise
     shuffle_options: bool = False
-    # of the centres in metres; 1: of 2.34 a model that sees no centimetres learns the 4 in vain
-    decimals: Decimals = 4
     # depth maps beside the images; --no-depth: images alone
     depth: bool = True
     # text alone: centres stand in the question in place of regions, and no image is given
@@ -90,7 +87,7 @@ def main(config: Config) -> None:
 
 def make(config: Config, index: int) -> str:
     """Write a scene's images and depth; return its rows as text."""
-    made = scene(config.seed, index, config.size, config.style, config.decimals)
+    made = scene(config.seed, index, config.size, config.style)
     name = f"s{config.seed}-{index:06d}"
     if not config.told:
         write_views(made, name, config)

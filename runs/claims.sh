@@ -29,29 +29,41 @@ cold_variant() {
     ask "$variant-eval-rl" --data "$OUT/scenes/test$sets" --model "$(step "$variant-rl" "$RL_STEPS")" --again 0
 }
 
+# The claims in turn, each for all seeds: what there is after an interruption has as many seeds as it can.
+of_seed() { OUT=$ALL/seed-$1 TEST="--data $ALL/seed-$1/scenes/test" REGIONS=; }
+
 for SEED in $SEEDS; do
-    OUT=$ALL/seed-$SEED TEST="--data $ALL/seed-$SEED/scenes/test" REGIONS=
+    of_seed "$SEED"
     stage "seed $SEED: the speedrun"
     SEED=$SEED OUT=$OUT sh runs/speedrun.sh
+done
 
+for SEED in $SEEDS; do
+    of_seed "$SEED"
     stage "seed $SEED: one path alone, as many rollouts of it"
     rl_variant lor-only --data "$OUT/scenes/rl,path=lor" --prompts 8
     rl_variant dtr-only --data "$OUT/scenes/rl,path=dtr" --prompts 8
-
-    stage "seed $SEED: the weight of the detection reward, and the official rules"
-    rl_variant detect-0 --data "$OUT/scenes/rl" --prompts 16 --reward-weights detect=0
-    rl_variant detect-3 --data "$OUT/scenes/rl" --prompts 16 --reward-weights detect=0.3
-    rl_variant official --data "$OUT/scenes/rl" --prompts 16 --rules official
 
     stage "seed $SEED: rooms of a style that training never saw"
     scenes loft 190 4000 --style loft --size 288 176
     ask eval-sft-loft --data "$OUT/scenes/loft" --model "$(step sft "$MIX_STEPS")" --again 0
     ask eval-rl-loft --data "$OUT/scenes/loft" --model "$(step rl "$RL_STEPS")" --again 0
 
+    stage "seed $SEED: the weight of the detection reward, and the official rules"
+    rl_variant detect-0 --data "$OUT/scenes/rl" --prompts 16 --reward-weights detect=0
+    rl_variant detect-3 --data "$OUT/scenes/rl" --prompts 16 --reward-weights detect=0.3
+    rl_variant official --data "$OUT/scenes/rl" --prompts 16 --rules official
+done
+
+for SEED in $SEEDS; do
+    of_seed "$SEED"
     stage "seed $SEED: cold starts on one path"
     cold_variant lor "" ,path=lor --head-weight 0.5
     cold_variant dtr "" ,path=dtr --head-weight 0.5
+done
 
+for SEED in $SEEDS; do
+    of_seed "$SEED"
     stage "seed $SEED: without the 3D head, which is all grounding that there is here"
     cold_variant headless "" "" --head-weight 0
 

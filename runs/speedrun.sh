@@ -9,7 +9,7 @@ OUT=${OUT:-out/speedrun} SEED=${SEED:-0}
 
 stage "1/6 render rooms: no two of these sets share a scene"
 # Text alone: what the rooms look like doesn't matter, only where things stand.
-scenes told 2400 $((SEED * 10000 + 6000)) --decimals 1 --told --size 128 96
+scenes told 2400 $((SEED * 10000 + 6000)) --told --size 128 96
 rooms ""
 TEST="--data $OUT/scenes/test"
 

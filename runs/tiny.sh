@@ -47,10 +47,9 @@ scenes() {
 rooms() {
     ending=$1
     shift
-    # One decimal: a model this small sees no centimetres.
-    scenes "train$ending" 2600 $((SEED * 10000 + 1000)) --decimals 1 "$@"
+    scenes "train$ending" 2600 $((SEED * 10000 + 1000)) "$@"
     # Two thirds of the rationales guess: "By eye, ..."
-    scenes "mixed$ending" 250 $((SEED * 10000 + 5000)) --decimals 1 --guess 0.65 "$@"
+    scenes "mixed$ending" 250 $((SEED * 10000 + 5000)) --guess 0.65 "$@"
     scenes "rl$ending" 350 $((SEED * 10000 + 2000)) "$@"
     scenes "test$ending" 190 3000 "$@"  # the same test questions for every seed
 }

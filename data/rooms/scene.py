@@ -52,11 +52,8 @@ class Mark(namedtuple("Mark", "colour kind thing view region centres")):
 Scene = namedtuple("Scene", "rng images depths cameras marks")
 
 
-def scene(seed, index, size, style="house", decimals=4):
-    """Draw rooms of a style until one has two things to mark.
-
-    decimals: of the marks' centres in metres.
-    """
+def scene(seed, index, size, style="house"):
+    """Draw rooms of a style until one has two things to mark."""
     style = STYLES[style]
     rng = np.random.default_rng((seed, index))
     marks = []
@@ -80,7 +77,7 @@ def scene(seed, index, size, style="house", decimals=4):
         marks = []
         for view, drawing in enumerate(drawings):
             pens = colours[:first] if view == 0 else colours[first:]
-            image, more = draw(rng, things, cameras, view, drawing, pens, kind, marks, decimals)
+            image, more = draw(rng, things, cameras, view, drawing, pens, kind, marks)
             images.append(image)
             marks = marks + more
     depths = [drawing.depth for drawing in drawings]
@@ -198,7 +195,7 @@ def second_camera(rng, room, camera):
 # ---- marks
 
 
-def draw(rng, things, cameras, view, drawing, colours, kind, marked, decimals=4):
+def draw(rng, things, cameras, view, drawing, colours, kind, marked):
     """Mark things that one view shows well, a colour each: -> image, list of Mark.
 
     marked: the marks of the other views, whose things get no second one.
@@ -227,8 +224,7 @@ def draw(rng, things, cameras, view, drawing, colours, kind, marked, decimals=4)
         else:
             region = draw_box(image, colour, pixels)
         region = region.ravel().tolist()
-        # + 0.0 turns -0.0 into 0.0.
-        by_view = [(local[index].round(decimals) + 0.0).tolist() for local, _ in places]
+        by_view = [local[index].round(4).tolist() for local, _ in places]
         marks.append(Mark(colour, kind, things[index], view, region, by_view))
     return image, marks
 

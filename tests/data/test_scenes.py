@@ -290,8 +290,6 @@ def test_every_kind_of_thing_is_seen_at_its_centre(examples):
         dict(size=(64, 0)),
         dict(ask=("colour",)),
         dict(lor=1.5),
-        dict(decimals=0),
-        dict(decimals=5),
     ],
 )
 def test_what_cannot_be_rendered_is_said_in_one_line(change, tmp_path):
@@ -468,32 +466,6 @@ def test_families_on_request_change_no_other_row(tmp_path):
         assert second - first > 0.24
         letters.add(e.answer)
     assert letters == {"A", "B", "C"}
-
-
-def test_centres_of_one_decimal(tmp_path):
-    config = scenes.Config(out=tmp_path / "exact", n=24, seed=3, size=SIZE, workers=1)
-    scenes.main(config)
-    scenes.main(replace(config, out=tmp_path / "rounded", decimals=1))
-    exact, rounded = (
-        [e for e in data.load([str(tmp_path / name)]) if e.path == "dtr"]
-        for name in ("exact", "rounded")
-    )
-    exact = {(Path(e.images[0]).name, e.question): e for e in exact}
-    shared = 0
-    for e in rounded:
-        text = target(e)
-        assert score(text, e).total == pytest.approx(1.0)
-        for mention, _, centre in parse(text, "dtr").boxes:
-            assert all(round(value, 1) == value for value in centre)
-            same = exact.get((Path(e.images[0]).name, e.question))
-            if same is not None:
-                truth = same.objects[mention]
-                truth = truth[e.frame] if e.frame is not None else truth
-                assert np.abs(np.subtract(centre, truth)).max() < 0.0501
-                shared += 1
-        # What is worked out, too, has no centimetres.
-        assert not re.search(r"\d\.\d\d", text)
-    assert shared > 100
 
 
 def test_a_perspective_s_answer_is_read_off_its_own_words(examples):
