@@ -10,6 +10,8 @@ from errors import UserError
 # How the folders of runs/*.sh are called, in the order of its table: what comes first is what the
 # others are compared with.
 NAMES = {
+    "read": "SFT, text",
+    "worked": "SFT, rooms",
     "sft": "SFT",
     "rl": "RL",
     "eval-sft": "after SFT",

@@ -201,7 +201,8 @@ def table_row(
         number = measured(evaluation, path, metric, task)
         change = None
         if number:
-            count = number["n"]
+            # A blind or sampled evaluation may have asked some of the questions only.
+            count = max(count, number["n"])
             if metric in CHANCE:
                 chance = measured(evaluation, path, CHANCE[metric], task) or chance
         if number and not is_error:  # a median over objects has no pairs

@@ -203,6 +203,16 @@ def test_a_base_model_is_compared_with_both_paths(tmp_path, capsys):
     assert by_path == {"direct": 0, "lor": 1, "dtr": 1}
 
 
+def test_n_is_that_of_all_questions_where_the_last_column_has_fewer(tmp_path):
+    data = write_set(tmp_path / "set", n=4)
+    write_evals(data, tmp_path, {"trained": target}, again=0)
+    write_evals(data, tmp_path, {"blind": lambda e: "A"}, again=0, limit=3)
+    text = written(tmp_path / "page.html", evals=[tmp_path / "trained", tmp_path / "blind"])
+    cells = cells_of(text, "all questions")
+    at = cells.index("accuracy ?")
+    assert cells[at + 1 : at + 3] == ["LOR", "8"]
+
+
 def test_what_is_compared():
     def evaluation(name, ids, is_named=False, **config):
         rows = [dict(question_id=i, truth="A") for i in ids]
