@@ -21,9 +21,9 @@ from pydantic import TypeAdapter
 import latex
 from data.geometry import bare, check_geometry, mention_before
 from data.marks import DepthMap, Marked
-from data.rows import RELATIVE, Header, Headers, file_of
+from data.rows import RELATIVE, Header, Headers, file_of, stamp
 from data.sets.spar_marks import PHRASE
-from pictures import BadPicture, is_data_uri, name_of, on_its_side, opened, picture_size
+from pictures import BadPicture, name_of, on_its_side, opened, picture_size
 from srreal import PATHS, Example, truth_kind
 
 # A chat template's token would end a turn, or stand for an image; boxes may be written in them.
@@ -303,14 +303,6 @@ def measure(files: list[str], decoded: int = 20_000) -> Headers:
             known[file] = (*stamps[file], *headers[file], "turned")
     write_cache(cache, known)
     return headers
-
-
-def stamp(file: str) -> tuple[int, int] | None:
-    """Return what changes with a file's content; None where there is no file."""
-    if is_data_uri(file) or not os.path.isfile(file):
-        return None
-    status = os.stat(file)
-    return status.st_size, status.st_mtime_ns
 
 
 def read_header(file: str, decode: bool) -> Header | str:

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from data.marks import Marked
-from data.rows import estimated_name, file_of
+from data.rows import estimated_name, file_of, stamp
 from pictures import BadPicture, read_metres
 from srreal import Example
 
@@ -298,24 +298,15 @@ def measured_depth(example: Example, view: int) -> np.ndarray | None:
     if not isinstance(depth, str | Path):
         return np.asarray(depth)
     try:
-        return decoded(depth, changed_at(depth))
+        return decoded(depth, stamp(depth))
     except BadPicture:  # said where it is used
         return None
 
 
 @lru_cache(maxsize=4)
-def decoded(depth: str | Path, changed: int) -> np.ndarray:
+def decoded(depth: str | Path, version: tuple | None) -> np.ndarray:
     """Read a depth map, once for all the regions and questions that an image has in a row."""
     return read_metres(depth)
-
-
-def changed_at(file: str | Path) -> int:
-    """Return when a file was changed last, in ns; 0 for what is no file, such as a data URI."""
-    try:
-        return Path(file).stat().st_mtime_ns
-    # A name too long, with a null in it, or of nothing.
-    except (OSError, ValueError):
-        return 0
 
 
 def project(xyz, camera, near: float = 0.01) -> tuple[float, float] | None:

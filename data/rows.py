@@ -25,7 +25,7 @@ from pydantic import Field, Strict, TypeAdapter, ValidationError, WrapValidator
 from data.folders import Found, leftovers_line, walk
 from data.marks import DepthMap, Marked
 from errors import UserError
-from pictures import on_its_side
+from pictures import is_data_uri, on_its_side
 from srreal import Example
 
 
@@ -408,6 +408,14 @@ def depth_map(file: str | None, image_size: tuple[int, int], headers: Headers):
         reason = f"wrong shape: {width} x {height} for an image of {asked}"
         raise Bad("depth", reason + on_its_side((width, height), image_size))
     return DepthMap(file, image_size)
+
+
+def stamp(file: str | Path) -> tuple[int, int] | None:
+    """Return what changes with a file's content; None where there is no file."""
+    if is_data_uri(file) or not os.path.isfile(file):
+        return None
+    status = os.stat(file)
+    return status.st_size, status.st_mtime_ns
 
 
 def file_of(depth):
