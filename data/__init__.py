@@ -23,7 +23,8 @@ from pathlib import Path
 import numpy as np
 
 from data.bad_rows import BadRows, shortened
-from data.checks import check, measure
+from data.checks import check
+from data.headers import measure
 from data.mixture import Part, parse_source
 from data.rows import Bad, Headers, MissingFile, Notes, Row, drop_relative_depth, say
 from data.sources import SOURCES, open_source

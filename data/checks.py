@@ -1,29 +1,18 @@
-"""What makes a row unusable, whatever its source: `check` finds it, with the headers of `measure`.
+"""What makes a row unusable, whatever its source: `check` finds it, with its images' headers."""
 
-Headers are read in a pool of threads (Pillow decodes outside of Python's lock), and what is sound
-is remembered by path, size and time of its file.
-"""
-
-import json
 import math
-import os
 import re
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from difflib import SequenceMatcher
-from pathlib import Path
-from typing import Literal
 from zlib import crc32
 
 import numpy as np
-from pydantic import TypeAdapter
 
 import latex
 from data.geometry import bare, check_geometry, mention_before
 from data.marks import DepthMap, Marked
-from data.rows import RELATIVE, Header, Headers, file_of, stamp
+from data.rows import Header, Headers, file_of
 from data.sets.spar_marks import PHRASE
-from pictures import BadPicture, name_of, on_its_side, opened, picture_size
+from pictures import BadPicture, on_its_side, picture_size
 from srreal import PATHS, Example, truth_kind
 
 # A chat template's token would end a turn, or stand for an image; boxes may be written in them.
@@ -269,81 +258,3 @@ def wrong_box(box, size):
     if min(box) >= 0 and max(box) <= 1000:
         reason += " (or in 1/1000 of it, not pixels?)"
     return reason
-
-
-# ---- headers of files, read once
-
-# file -> (bytes, time of change, width, height, mode, version of this list)
-KNOWN = TypeAdapter(dict[str, tuple[int, int, int, int, str, Literal["turned"]]])
-
-
-def measure(files: list[str], decoded: int = 20_000) -> Headers:
-    """Return the header of each file, or what is wrong with it.
-
-    The first `decoded` files that aren't remembered as sound are decoded as well.
-    """
-    cache = cache_file()
-    known = read_cache(cache)
-    stamps = {file: stamp(file) for file in files}
-    headers = {}
-    fresh = []
-    # Only what is sound is remembered: what was wrong may have been mended since.
-    for file in files:
-        if file in known and known[file][:2] == stamps[file]:
-            headers[file] = Header(*known[file][2:5])
-        else:
-            fresh.append(file)
-    # Decoding millions takes too long; the rest is decoded at use, and a failure names its row.
-    decode = [index < decoded for index in range(len(fresh))]
-    with ThreadPoolExecutor() as pool:
-        headers |= zip(fresh, pool.map(read_header, fresh, decode), strict=True)
-    for file in fresh[:decoded]:
-        # Data URIs have no stamp: they are no files.
-        if isinstance(headers[file], Header) and stamps[file]:
-            known[file] = (*stamps[file], *headers[file], "turned")
-    write_cache(cache, known)
-    return headers
-
-
-def read_header(file: str, decode: bool) -> Header | str:
-    try:
-        with opened(file) as image:
-            # Before it is decoded: some formats are turned by that.
-            size = picture_size(image)
-            if decode:
-                image.load()
-                # Less than 10 cm in millimetres: nobody's room.
-                largest = image.getextrema()[1] if image.mode.startswith("I") else 0
-                if 0 < largest < 100:
-                    return f"depth in metres, not millimetres?: {file}: at most {largest}"
-            relative = image.info.get("kind") == RELATIVE
-            return Header(*size, RELATIVE if relative else image.mode)
-    except FileNotFoundError:
-        return f"missing file: {file} (kind:path@image_root says where the images of a set lie)"
-    except PermissionError:
-        return f"no permission to read it: {file}"
-    # Pillow raises all sorts of exceptions on bad bytes.
-    except Exception as error:
-        return f"corrupt file: {name_of(file)}: {error}"
-
-
-def cache_file() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home, "sr-real", "images.json")
-
-
-def read_cache(cache: Path) -> dict:
-    """Return what is remembered; nothing where the file is damaged, or of another version."""
-    with suppress(OSError, ValueError):
-        return KNOWN.validate_json(cache.read_bytes(), strict=True)
-    return {}
-
-
-def write_cache(cache: Path, known: dict) -> None:
-    # No home to write to: no cache.
-    with suppress(OSError):
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        # Whole or not at all, also where many ranks write it.
-        part = cache.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(known))
-        os.replace(part, cache)

@@ -17,6 +17,14 @@ MAKE_TINY = """if True:
     tiny.write("qwen3_vl", Path(sys.argv[1]), shape=shape)"""
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """What is remembered of images goes with the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_home(tmp_path_factory):
     """A folder with tiny/, a random checkpoint, and scenes/: rows.jsonl of both paths, and

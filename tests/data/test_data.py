@@ -2,24 +2,22 @@
 whole."""
 
 import json
+import os
+import shutil
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import data
-from data import checks
-from data.checks import check, measure
+from data import headers
+from data.checks import check
+from data.headers import measure
 from data.rows import Bad, Row
 from data.sets.regions import polygons
 from data.sources import Source, recognise
 from errors import UserError
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-
 
 GOOD = {
     "id": "a",
@@ -294,34 +292,52 @@ def test_cache_notices_a_new_file(folder):
         data.load([folder])
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        b"",
-        b"{",
-        b"[1]",
-        b"\xff\xfe",
-        b"[" * 200_000,
-        b'{"a.png": 1}',
-        b'{"FILE": [1, 2, 3]}',
-        b'{"FILE": 0}',
-        b'{"FILE": [SIZE, TIME, 32, 24]}',
-        b'{"FILE": [SIZE, TIME, "x", null, 3]}',
-        b'{"FILE": {"0": 1}}',
-    ],
-)
-def test_a_damaged_cache_is_ignored_and_mended(folder, tmp_path_factory, monkeypatch, text):
-    home, file = tmp_path_factory.mktemp("home"), folder / "a.png"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
-    cache, stat = home / "sr-real" / "images.json", file.stat()
-    cache.parent.mkdir()
-    for name, value in ((b"FILE", file), (b"SIZE", stat.st_size), (b"TIME", stat.st_mtime_ns)):
-        text = text.replace(name, str(value).encode())
-    cache.write_bytes(text)
-    assert measure([str(file)]) == {str(file): (32, 24, "RGB")}
-    assert list(json.loads(cache.read_text())) == [str(file)]
-    monkeypatch.setattr(checks, "read_header", None)  # and now it is read from there
-    assert measure([str(file)]) == {str(file): (32, 24, "RGB")}
+@pytest.fixture
+def remembered(tmp_path, monkeypatch):
+    """A folder of its own for what is remembered of files."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home" / "sr-real"
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[1]", b"SQLite format 3\0" + b"7" * 5000, "cut"])
+def test_a_damaged_cache_is_ignored_and_mended(folder, remembered, monkeypatch, damage):
+    file = str(folder / "a.png")
+    sound = {file: (32, 24, "RGB")}
+    assert measure([file]) == sound
+    (database,) = remembered.iterdir()
+    database.write_bytes(database.read_bytes()[:6000] if damage == "cut" else damage)
+    assert measure([file]) == sound
+    monkeypatch.setattr(headers, "read_header", None)  # and now it is read from there
+    assert measure([file]) == sound
+
+
+def test_what_is_remembered_is_neither_read_nor_written_as_a_whole(folder, remembered):
+    """Of many sets: a load takes its own files' headers, and writes nothing where none is new."""
+    one, other = str(folder / "a.png"), str(folder / "b.png")
+    Image.new("RGB", (8, 9)).save(other)
+    measure([one])
+    measure([other])
+    (database,) = remembered.iterdir()
+    before = database.stat().st_mtime_ns, database.read_bytes()
+    assert measure([one]) == {one: (32, 24, "RGB")}
+    assert measure([other, one]) == {other: (8, 9, "RGB"), one: (32, 24, "RGB")}
+    assert (database.stat().st_mtime_ns, database.read_bytes()) == before
+
+
+def test_without_a_home_to_write_to_files_are_read_each_time(folder, remembered):
+    remembered.parent.write_text("a file where a folder should be")
+    file = str(folder / "a.png")
+    assert measure([file]) == measure([file]) == {file: (32, 24, "RGB")}
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems take no such names")
+def test_names_that_are_no_text_are_remembered(folder, remembered, monkeypatch):
+    file = os.fsdecode(os.fsencode(folder) + b"/\xff.png")
+    shutil.copy(folder / "a.png", file)
+    sound = {file: (32, 24, "RGB")}
+    assert measure([file]) == sound
+    monkeypatch.setattr(headers, "read_header", None)
+    assert measure([file]) == sound
 
 
 def test_beyond_the_first_files_only_headers_are_read(folder):

@@ -20,11 +20,6 @@ from data.sets.embodiedscan import Restricted, Scenes, fits, points_of, project,
 from data.sets.spar_marks import Mark
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-
-
 @pytest.fixture(scope="module")
 def two():
     return rooms.rich(2, 4)

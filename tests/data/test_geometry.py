@@ -13,7 +13,8 @@ from PIL import Image
 
 import data
 from data import geometry, scenes
-from data.checks import check, measure
+from data.checks import check
+from data.headers import measure
 from pictures import read_metres
 from srreal import Example
 
@@ -21,11 +22,6 @@ SIZE = (640, 480)
 CAMERA = (577.0, 577.0, 319.5, 239.5)
 CENTRE = (1.0, 0.5, 2.5)  # seen at (550.3, 354.9)
 BOX = (500.0, 310.0, 600.0, 400.0)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 def example(**changes) -> Example:

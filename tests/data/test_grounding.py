@@ -15,11 +15,6 @@ import data
 from data.rooms.render import turn
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-
-
 @pytest.fixture(scope="module")
 def one():
     return rooms.rich(1, 3)

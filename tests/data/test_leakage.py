@@ -14,11 +14,6 @@ from errors import UserError
 from training import run
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-
-
 def benchmark(folder: Path, *scenes: tuple[str, str]) -> str:
     """EmbSpatial-Bench's file with these (source, scene)s; no images, which nobody needs."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -15,11 +15,6 @@ from data.sets.spar_marks import COLOURS
 from srreal import parse, prompt, target
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-
-
 @pytest.fixture(scope="module")
 def two():
     return rooms.rich(2, 3)

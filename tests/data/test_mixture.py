@@ -18,11 +18,6 @@ from data.sources import open_source
 from errors import UserError
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-
-
 @pytest.fixture
 def many(tmp_path):
     """1,000 rows of our own format about one image."""

@@ -16,7 +16,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 import data
 import eval as evaluation
 from data import depth
-from data.checks import check, measure
+from data.checks import check
+from data.headers import measure
 from data.marks import DepthMap, Marked
 from data.sets.refcoco import Reference
 from model.head3d import read_depth
@@ -26,11 +27,6 @@ from reporting.views import Views
 from srreal import Example
 
 ORIENTATION = 0x0112
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 def noise(width=40, height=24, channels=3) -> Image.Image:
@@ -263,14 +259,7 @@ def test_depth_and_masks_of_the_unturned_image_are_refused(folder):
 
 def test_the_size_is_read_without_decoding_and_remembered(folder, tmp_path_factory, monkeypatch):
     file = str(folder / "a.jpg")
-    home = tmp_path_factory.mktemp("home")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
-    # What the version before has remembered: the size as stored.
-    stamp = (folder / "a.jpg").stat()
-    cache = home / "sr-real" / "images.json"
-    cache.parent.mkdir()
-    before = [stamp.st_size, stamp.st_mtime_ns, 40, 24, "RGB"]
-    cache.write_text(json.dumps({file: before}))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("home")))
     assert measure([file]) == {file: (24, 40, "RGB")}
     assert measure([file]) == {file: (24, 40, "RGB")}
 
@@ -278,7 +267,7 @@ def test_the_size_is_read_without_decoding_and_remembered(folder, tmp_path_facto
         raise AssertionError("decoded")
 
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
-    cache.unlink()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("another")))
     assert measure([file], decoded=0) == {file: (24, 40, "RGB")}
     assert picture_size(content(noise(), "PNG", 8)) == (24, 40)
 

@@ -15,11 +15,6 @@ from data.sources import Source
 from srreal import Example
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-
-
 @pytest.fixture(scope="module")
 def three():
     return rooms.rich(3, 4)

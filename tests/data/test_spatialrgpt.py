@@ -13,11 +13,6 @@ from data.sets.spatialrgpt import quantity
 from srreal import answer_score
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-
-
 @pytest.fixture(scope="module")
 def one():
     return rooms.rich(1, 3)

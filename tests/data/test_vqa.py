@@ -18,11 +18,6 @@ from data.rows import BadSource, MissingFile
 from pictures import read_picture
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-
-
 def picture(level: int) -> Image.Image:
     return Image.new("RGB", (40, 30), (level, level, level))
 

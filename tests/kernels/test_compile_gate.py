@@ -28,20 +28,18 @@ from kernels import (
     short_conv,
 )
 
-# all of what runs on Triton, at sizes that an interpreter of about 1 ms a program can do
-INTERPRETED = [
-    (
-        "test_linear_logprob.py",
-        "not default_tiles and not memory and not workspace and not float64 and not dtype2",
-    ),
-    ("test_policy_loss.py", "fp32 or huge or nothing or constants or new or below"),
-    ("test_rewards.py", ""),
-    ("test_sample.py", "triton or greedy or bad_input"),
-    ("test_layers.py", "not float64 and not dtype2"),
-    ("test_decode_attention.py", ""),
-    ("test_delta.py", "(conv and dtype0) or (steps and heads1) or (norm and 20)"),
-    ("test_checkpointing.py", "not commands"),
-]
+# File -> which of its tests: all of what runs on Triton, at sizes that an interpreter of about 1 ms
+# a program can do.
+INTERPRETED = {
+    "test_linear_logprob": "not default_tiles and not memory and not workspace and not float64 and not dtype2",
+    "test_policy_loss": "fp32 or huge or nothing or constants or new or below",
+    "test_rewards": "",
+    "test_sample": "triton or greedy or bad_input",
+    "test_layers": "not float64 and not dtype2",
+    "test_decode_attention": "",
+    "test_delta": "(conv and dtype0) or (steps and heads1) or (norm and 20)",
+    "test_checkpointing": "not commands",
+}
 
 
 # The one kernel that computes in fp64, as the host does: see its header.
@@ -236,19 +234,21 @@ def test_an_argument_of_one_compiles(tmp_path, monkeypatch):
 @needs_interpreter
 def test_triton_interpreted_equals_the_references():
     """The kernels' own tests once more, with Triton in the place of the references."""
-    for file, selection in INTERPRETED:
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-        command += [f"tests/kernels/{file}", "-k", selection]
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            text=True,
-            capture_output=True,
-            env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        )
-        assert done.returncode == 0 and " passed" in done.stdout, (
-            done.stdout[-3000:] + done.stderr[-1000:]
-        )
+    chosen = []
+    for file, selection in INTERPRETED.items():
+        chosen.append(f"({file} and ({selection}))" if selection else file)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-rpfE", "-p", "no:cacheprovider"]
+    command += [f"tests/kernels/{file}.py" for file in INTERPRETED]
+    done = subprocess.run(
+        [*command, "-k", " or ".join(chosen)],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    for file in INTERPRETED:
+        assert f"PASSED tests/kernels/{file}.py" in done.stdout, f"nothing was chosen of {file}"
 
 
 def test_no_compiler_is_needed_on_a_cpu():

@@ -18,11 +18,6 @@ from srreal import Example
 from training.lengths import bound, too_long
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-
-
 def examples() -> list[Example]:
     ask = "Which of 红框 <mask> and the <mask> is nearer?"
     found = []

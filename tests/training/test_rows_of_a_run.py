@@ -19,11 +19,6 @@ from srreal import Example
 from training import run
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-
-
 @dataclass
 class Config:
     data: tuple[str, ...]  # sources

@@ -326,7 +326,7 @@ def test_no_process_stays_behind_and_a_bad_image_is_named(home, tmp_path):
         "--save-every",
         100_000,
     ]
-    environment = {**os.environ, **ONE, "XDG_CACHE_HOME": str(tmp_path)}
+    environment = {**os.environ, **ONE}
 
     def start(out):
         command = [sys.executable, "train_sft.py", *map(str, flags), "--out", str(tmp_path / out)]
@@ -932,9 +932,7 @@ run.launch(main, flags.parse(train_sft.Config, __doc__))
     assert run.returncode == 2 and "row 7" in run.stderr and "Traceback" not in run.stderr
 
 
-def test_a_bad_image_is_named_by_the_rank_that_reads_it(home, tmp_path, monkeypatch):
-    # another's run might write to the user's
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def test_a_bad_image_is_named_by_the_rank_that_reads_it(home, tmp_path):
     lines = (home / "scenes" / "rows.jsonl").read_text().splitlines()
     for name in ("images", "depth"):
         shutil.copytree(home / "scenes" / name, tmp_path / name)
