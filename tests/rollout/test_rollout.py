@@ -411,8 +411,9 @@ def test_calls_leave_nothing_behind(tiny):
     after = []
     for i in range(10):
         generate(model, processor, examples(), n=2, max_new_tokens=4, seed=i, slots=3)
-        after.append(alive())
-    assert after[9] == after[1]
+        if i in (1, 9):
+            after.append(alive())
+    assert after[0] == after[1]
 
 
 @pytest.mark.parametrize("adapters", [0, 2])
@@ -572,10 +573,9 @@ def train(home: Path, out: Path, **options) -> None:
         train_rl.main(cfg)
 
 
-def test_slots_are_chosen_once(tmp_path, monkeypatch):
+def test_slots_are_chosen_once(tiny_home, tmp_path, monkeypatch):
     """Written to config.json; --resume takes them from there, whatever it would choose now; a flag
     wins."""
-    write("qwen3_vl", str(tmp_path / "tiny"), seed=1)
     used, slots = [], lambda: json.loads((tmp_path / "run" / "config.json").read_text())["slots"]
     start = Engine.sample_groups
 
@@ -585,14 +585,14 @@ def test_slots_are_chosen_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Engine, "sample_groups", note)
     monkeypatch.setattr(train_rl, "default_slots", lambda *_: 3)
-    train(tmp_path / "tiny", tmp_path / "run", save_every=1)
+    train(tiny_home / "tiny", tmp_path / "run", save_every=1)
     assert slots() == 3 and set(used) == {3}
     monkeypatch.setattr(train_rl, "default_slots", lambda *_: 2)
     used.clear()
     (tmp_path / "run" / "step-000002").rename(tmp_path / "run" / "step-000002.partial")
-    train(tmp_path / "tiny", tmp_path / "run", resume=True)
+    train(tiny_home / "tiny", tmp_path / "run", resume=True)
     assert slots() == 3 and set(used) == {3}
-    train(tmp_path / "tiny", tmp_path / "other", resume=True, slots=1)
+    train(tiny_home / "tiny", tmp_path / "other", resume=True, slots=1)
     assert json.loads((tmp_path / "other" / "config.json").read_text())["slots"] == 1
 
 
@@ -600,23 +600,21 @@ def test_slots_are_chosen_once(tmp_path, monkeypatch):
     "keep, slots, released", [(True, None, 0), (True, 4, 0), (True, 5, 2), (False, 4, 2)]
 )
 def test_the_cache_goes_before_the_update_where_it_must(
-    tmp_path, monkeypatch, keep, slots, released
+    tiny_home, tmp_path, monkeypatch, keep, slots, released
 ):
     """The plan's word holds for as many slots as it planned with."""
-    write("qwen3_vl", str(tmp_path / "tiny"), seed=1)
     settle, calls = run.resolve_auto_settings, []
     fixed = lambda *args, **sizes: dataclasses.replace(settle(*args, **sizes), keep=keep, slots=4)  # noqa: E731
     monkeypatch.setattr(run, "resolve_auto_settings", fixed)
     monkeypatch.setattr(train_rl, "default_slots", lambda *_: 3)
     monkeypatch.setattr(Engine, "release", lambda self: calls.append(1))
-    train(tmp_path / "tiny", tmp_path / "run", slots=slots)
+    train(tiny_home / "tiny", tmp_path / "run", slots=slots)
     assert len(calls) == released
 
 
-def test_ranks_with_uneven_work(tmp_path):
+def test_ranks_with_uneven_work(tiny_home, tmp_path):
     """Rank 0 samples a token for each text-only prompt, rank 1 eight behind images: nobody waits
     for ever."""
-    write("qwen3_vl", str(tmp_path / "tiny"), seed=1)
     command = [
         warm.python(),
         "-m",
@@ -625,7 +623,7 @@ def test_ranks_with_uneven_work(tmp_path):
         "--nproc_per_node",
         "2",
         __file__,
-        str(tmp_path / "tiny"),
+        str(tiny_home / "tiny"),
         str(tmp_path / "run"),
     ]
     own = os.environ | {

@@ -60,27 +60,11 @@ def python(*command, **environment):
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory, one_thread):
+def home(tiny_home, tmp_path_factory, one_thread):
     """A tiny checkpoint stored in bf16 (so that the masters matter on resuming), and scenes."""
     home = tmp_path_factory.mktemp("home")
-    for command in (
-        ("-m", "model.tiny", "--family", "qwen3_vl", "--out", home / "tiny", "--seed", "0"),
-        (
-            "-m",
-            "data.scenes",
-            "--out",
-            home / "scenes",
-            "--n",
-            "6",
-            "--seed",
-            "1",
-            "--size",
-            "128",
-            "96",
-        ),
-    ):
-        made = python(*command)
-        assert made.returncode == 0, made.stderr
+    for name in ("tiny", "scenes"):
+        shutil.copytree(tiny_home / name, home / name)
     weights = load_file(home / "tiny" / "model.safetensors")
     save_file(
         {k: v.bfloat16() for k, v in weights.items()},
@@ -261,7 +245,7 @@ def test_adapters_learn_merge_and_resume(home, tmp_path, monkeypatch, script):
     assert start.keys() == end.keys()  # merged: transformers loads it as it loaded the base
     moved = {name for name in start if not torch.equal(start[name], end[name])}
     assert moved and all(name.rsplit(".", 2)[-2] in lora.PROJECTIONS for name in moved)
-    assert any("layers.3" in name for name in moved) and not any("visual" in name for name in moved)
+    assert any("layers.1" in name for name in moved) and not any("visual" in name for name in moved)
     master = load_file(folder / "trainer" / "master.safetensors")
     assert any(name.endswith("q_proj.lora_b") for name in master)
     assert all(
@@ -275,7 +259,7 @@ def test_adapters_learn_merge_and_resume(home, tmp_path, monkeypatch, script):
     assert torch.equal(theirs.get_parameter("lm_head.weight").bfloat16(), end["lm_head.weight"])
     interrupt(monkeypatch, home, script, tmp_path / "cut", **LORA[script])
     SCRIPTS[script].main(config(home, script, tmp_path / "cut", resume=True, **LORA[script]))
-    assert_same_run(tmp_path / "cut", tmp_path / "whole", few=4 * 7 * 2)
+    assert_same_run(tmp_path / "cut", tmp_path / "whole", few=2 * 7 * 2)
     with pytest.raises(UserError, match="--lora 4, now it is 2"):
         options = LORA[script] | {"lora": 2}
         SCRIPTS[script].main(config(home, script, tmp_path / "cut", resume=True, **options))
@@ -666,8 +650,10 @@ def test_two_ranks_equal_one(home, tmp_path, capsys):
             assert a.keys() == b.keys()
             assert (a["loss"] is None) == (b["loss"] is None)  # a step without an update
             for key in [key for key in ("loss", "grad_norm", "tokens") if a[key] is not None]:
-                # AdamW makes much of little
-                rel = 1e-5 if key != "grad_norm" or a["step"] == 1 else 1e-4
+                # Gradients are summed in another order, and AdamW makes much of little.
+                rel = 1e-5
+                if key == "grad_norm":
+                    rel = 3e-5 if a["step"] == 1 else 1e-4
                 assert b[key] == pytest.approx(a[key], rel=rel, abs=2e-6), (name, a["step"], key)
         first, second = (
             tensors(tmp_path / "one" / name / "step-000003"),

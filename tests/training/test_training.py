@@ -469,11 +469,9 @@ def test_auto_is_what_the_plan_chooses(monkeypatch, capsys):
 # ---- Two ranks: the loss and the gradients of one
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    write("qwen3_vl", folder)
-    return str(folder)
+@pytest.fixture
+def checkpoint(tiny_home):
+    return str(tiny_home / "tiny")
 
 
 def fixed_groups():
@@ -609,6 +607,8 @@ def test_host_memory_is_flat_over_thirty_steps(checkpoint, tmp_path, monkeypatch
         for i, image in enumerate(images)
     ]
 
+    gc.freeze()  # what is there already need not be walked through thirty times
+
     def log(self, row):
         write_row(self, row)
         gc.collect()
@@ -621,4 +621,5 @@ def test_host_memory_is_flat_over_thirty_steps(checkpoint, tmp_path, monkeypatch
     monkeypatch.setattr(train_rl, "score", parity)
     own = dict(batch=8) if script is train_sft else dict(prompts=4, group=4, max_new_tokens=4)
     script.main(script.Config(model=checkpoint, data=(), out=str(tmp_path), steps=30, **own))
+    gc.unfreeze()
     assert fmean(resident[-10:]) - fmean(resident[5:15]) < 8
