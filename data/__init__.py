@@ -26,7 +26,7 @@ from data.bad_rows import BadRows, shortened
 from data.checks import check
 from data.headers import measure
 from data.mixture import Part, parse_source
-from data.rows import Bad, Headers, MissingFile, Notes, Row, drop_relative_depth, say
+from data.rows import Bad, Headers, MissingFile, Notes, Row, drop_relative_depth, progress, say
 from data.sources import SOURCES, open_source
 from srreal import Example, truth_kind
 
@@ -78,7 +78,8 @@ def read(
     """
     parts = parts_of(sources)
     # Up to here a row is text: of sets of many GB only the share that is taken stays in memory.
-    rows = [row for row in rows_of(parts) if keeps is None or keeps(row)]
+    found = progress(rows_of(parts), "reading", "row")
+    rows = [row for row in found if keeps is None or keeps(row)]
     loaded, used = examples_of(rows, more)
     print_notes(rows)
     unused = dict.fromkeys(part.source for part in parts if part.source not in used)
@@ -126,31 +127,31 @@ def examples_of(rows: list[Row], more: Callable | None) -> tuple[Loaded, set[str
     used = set()
     known = Known()
     seen = set()
-    with ThreadPoolExecutor() as pool:
-        # In a pool, as some rows look things up in depth maps.
-        made = pool.map(partial(make_examples, headers=headers), rows)
-        for row, (examples, problems) in zip(rows, made, strict=True):
-            if examples or problems:
-                used.add(row.source)
-            fresh = []
-            for place, example in enumerate(examples):
-                before = known.add(example, row, problems)
-                if before is None:
-                    fresh.append(example)
-                else:
-                    examples[place] = before
+    # In threads, as some rows look things up in depth maps.
+    made = in_threads(partial(make_examples, headers=headers), rows)
+    both = zip(rows, made, strict=True)
+    for row, (examples, problems) in progress(both, "checking", "row", total=len(rows)):
+        if examples or problems:
+            used.add(row.source)
+        fresh = []
+        for place, example in enumerate(examples):
+            before = known.add(example, row, problems)
+            if before is None:
+                fresh.append(example)
+            else:
+                examples[place] = before
+        for example in fresh:
+            seen.discard((example.id, example.path))  # `known` has named it, with both places
+            problems += check(example, headers, seen)
+        if more is not None and not problems:
+            leave_out_untaught(row, examples, more)
             for example in fresh:
-                seen.discard((example.id, example.path))  # `known` has named it, with both places
-                problems += check(example, headers, seen)
-            if more is not None and not problems:
-                leave_out_untaught(row, examples, more)
-                for example in fresh:
-                    problems += more(example) if example in examples else []
-            if not problems:
-                # The same objects again, for a weight above 1: nothing is read twice.
-                loaded.examples += examples * row.copies
-            for name, reason in dict.fromkeys(problems):
-                loaded.bad.append((row.file, row.number, name, shortened(reason)))
+                problems += more(example) if example in examples else []
+        if not problems:
+            # The same objects again, for a weight above 1: nothing is read twice.
+            loaded.examples += examples * row.copies
+        for name, reason in dict.fromkeys(problems):
+            loaded.bad.append((row.file, row.number, name, shortened(reason)))
     # A source that is named twice has its bad rows once.
     loaded.bad = list(dict.fromkeys(loaded.bad))
     return loaded, used
@@ -224,10 +225,20 @@ def take_rows(part: Part, index: int, opened: Iterator[Row]) -> Iterator[Row]:
 def files_of(rows: list[Row]) -> list[str]:
     """Return the files whose headers are wanted, each once."""
     files = {}
-    with ThreadPoolExecutor() as pool:
-        for row_files in pool.map(Row.list_files, rows):
-            files |= dict.fromkeys(row_files)
+    for row_files in in_threads(Row.list_files, rows):
+        files |= dict.fromkeys(row_files)
     return list(files)
+
+
+def in_threads(function: Callable, items: list, at_once: int = 64) -> Iterator:
+    """Yield function(item) of each item in order, worked out in a pool of threads.
+
+    A thread takes `at_once` items together: to hand one over costs as much as a short task.
+    """
+    parts = [items[start : start + at_once] for start in range(0, len(items), at_once)]
+    with ThreadPoolExecutor() as pool:
+        for results in pool.map(lambda part: [function(item) for item in part], parts):
+            yield from results
 
 
 def make_examples(row: Row, headers: Headers) -> tuple[list[Example], list]:

@@ -12,7 +12,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
-from data.rows import RELATIVE, Header, Headers, stamp
+from data.rows import RELATIVE, Header, Headers, progress, stamp
 from pictures import name_of, opened, picture_size
 
 # Of another name when other things are remembered, or when a header means something else.
@@ -37,7 +37,9 @@ def measure(files: list[str], decoded: int = 20_000) -> Headers:
     # Decoding millions takes too long; the rest is decoded at use, and a failure names its row.
     decode = [index < decoded for index in range(len(fresh))]
     with ThreadPoolExecutor() as pool:
-        headers |= zip(fresh, pool.map(read_header, fresh, decode), strict=True)
+        found = pool.map(read_header, fresh, decode)
+        bar = progress(found, "opening images", "file", total=len(fresh))
+        headers |= zip(fresh, bar, strict=True)
     # Only what is sound is remembered: what was wrong may have been mended since.
     sound = [file for file in fresh[:decoded] if isinstance(headers[file], Header)]
     remember({file: headers[file] for file in sound}, stamps)

@@ -11,7 +11,7 @@ import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Annotated, NamedTuple, Union, get_args, get_origin
 import ijson
 import numpy as np
 from pydantic import Field, Strict, TypeAdapter, ValidationError, WrapValidator
+from tqdm import tqdm
 
 from data.folders import Found, leftovers_line, walk
 from data.marks import DepthMap, Marked
@@ -113,6 +114,13 @@ def say(text: str) -> None:
     """Print once, not on each of torchrun's ranks."""
     if os.environ.get("RANK", "0") == "0":
         print(text)
+
+
+def progress(items: Iterable, what: str, unit: str, total: int | None = None) -> Iterable:
+    """Show a bar while items are gone through, on the first rank, where it takes some seconds."""
+    # None: where there is no terminal.
+    hidden = None if os.environ.get("RANK", "0") == "0" else True
+    return tqdm(items, what, total, unit=f" {unit}", leave=False, delay=3, disable=hidden)
 
 
 # ---- files of rows
