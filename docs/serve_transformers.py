@@ -16,13 +16,23 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
 
 image = image_processor(Image.open(file).convert("RGB"), return_tensors="pt")
-content = [{"type": "image"}, {"type": "text", "text": question}]
-text = tokenizer.apply_chat_template(
-    [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+message = {
+    "role": "user",
+    "content": [{"type": "image"}, {"type": "text", "text": question}],
+}
+text = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+# The template has one token for the image; the model wants one for each square of patches.
+patches = int(image["image_grid_thw"].prod())
+tokens = patches // image_processor.merge_size**2
+text = text.replace("<|image_pad|>", "<|image_pad|>" * tokens)
+
+inputs = tokenizer(text, return_tensors="pt")
+ids = inputs["input_ids"]
+written = model.generate(
+    **inputs,
+    **image,
+    mm_token_type_ids=(ids == model.config.image_token_id).int(),
+    max_new_tokens=512,
 )
-count = int(image["image_grid_thw"].prod()) // image_processor.merge_size**2
-text = text.replace("<|image_pad|>", "<|image_pad|>" * count)
-ids = tokenizer(text, return_tensors="pt")
-is_image = (ids["input_ids"] == model.config.image_token_id).int()
-written = model.generate(**ids, **image, mm_token_type_ids=is_image, max_new_tokens=512)
-print(tokenizer.decode(written[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
+answer = written[0, ids.shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True))

@@ -28,6 +28,10 @@ Family = namedtuple("Family", "ask marks views", defaults=(1,))
 # its true length; worked: its length by the steps; words: LOR's; working: DTR's.
 Way = namedtuple("Way", "steps exact worked words working")
 
+# Metres by which two things must differ for a question about which is closer, or further left: less
+# the eye does not tell, and rounding may flip it.
+CLEAR = 0.25
+
 LETTERS = "ABC"
 SIDES = ("left", "right")
 HEIGHTS = ("up", "down")
@@ -73,8 +77,7 @@ def ask_number(text, exact, worked, lor, dtr):
 
 def ask_closer(rng, origin, a, b, p, q, lor, dtr):
     """Ask which of two marks, p and q metres away, is closer to the origin, where that is clear."""
-    # Less than that the eye does not tell, and rounding may flip it.
-    if abs(p - q) <= 0.25:
+    if abs(p - q) <= CLEAR:
         return None
     start = rng.choice(["Which is", "Tell me what is"])
     closer = a if p < q else b
@@ -108,8 +111,7 @@ def closest(rng, view, *marks):
     depths = [mark.near(view)[2] for mark in marks]
     first, second, _ = sorted(depths)
     best = marks[depths.index(first)]
-    # As in ask_closer.
-    if second - first <= 0.25:
+    if second - first <= CLEAR:
         return None
     # By z and by distance alike.
     if best is not min(marks, key=lambda mark: math.hypot(*mark.centres[view])):
@@ -190,7 +192,7 @@ def relation(rng, view, a, b):
     # x / z: where it stands in the image, in units of the focal length.
     seen_a, seen_b = (mark.centres[view][axis] / mark.centres[view][2] for mark in (a, b))
     # To the left in space, but not in the image, or hardly: not asked.
-    if abs(p - q) <= 0.25 or (seen_a - seen_b) * (p - q) <= 0.02:
+    if abs(p - q) <= CLEAR or (seen_a - seen_b) * (p - q) <= 0.02:
         return None
     start = rng.choice(["Seen from", "From"])
     answer = low if p < q else high
@@ -252,7 +254,7 @@ def perspective(rng, view, a, b, c):
     if min(abs(fx), abs(fz)) >= 0.5 * max(abs(fx), abs(fz)):
         return None
     # The deciding term has to be clear, and to outweigh the other.
-    if abs(step) <= 0.25 or main * total <= 0:
+    if abs(step) <= CLEAR or main * total <= 0:
         return None
     size = math.hypot(fx, fz) * math.hypot(tx, tz)
     # Too close together, or nearly on the border between both options.
