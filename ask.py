@@ -82,6 +82,7 @@ from training.policy import load_model
 SIDE = 640  # pixels of the longer side of what is drawn
 CELL = 4  # pixels of a cell of the view from above
 NEAR = 0.05  # metres before the camera, from which on something is drawn
+FARTHEST = 50  # metres that the view from above shows at most
 FIELD_OF_VIEW = 60  # degrees, of a camera that isn't known
 
 
@@ -148,7 +149,7 @@ def with_regions(question: str, regions: int) -> tuple[str, list[str], list[str]
         # "... the chair (red bbox " -> red bbox: the mention is what stands right before <mask>.
         words = re.findall(r"\w+", text)[-2:]
         names.append(" ".join(words) or "region")
-    used = " ".join(names).split()
+    used = " ".join(names).lower().split()
     free = [colour for colour in COLOURS if colour not in used]
     missing = regions - len(before)
     if missing > len(free):
@@ -190,7 +191,7 @@ def estimate_depth(cfg: Config) -> np.ndarray | None:
         return None
     from data import depth
 
-    model, processor = depth.load_model(cfg.depth_model)
+    model, processor = depth.load_model(cfg.depth_model, "--depth-model")
     if depth.kind_of(model.config) != "metric":
         raise UserError(
             f"--depth-model {cfg.depth_model}: its depth is relative; take a metric one"
@@ -263,7 +264,7 @@ def head_of(boxes, names: list[str]) -> list[dict] | None:
 
 
 def rounded(values: np.ndarray) -> list[float]:
-    """Return millimetres of metres."""
+    """Round metres to the millimetre."""
     return [round(float(value), 3) for value in values]
 
 
@@ -349,7 +350,8 @@ def from_above(asked: Asked, answers: list[dict], height: int) -> Image.Image:
         if known.size:
             # A quantile: one pixel through a window must not shrink the room.
             far = max(far, float(np.quantile(known, 0.98)))
-    far += 0.3
+    # A model may write any number, and each metre has its line.
+    far = min(far, FARTHEST) + 0.3
     scale = height / far
     view = Image.new("RGB", (height, height), (245, 245, 245))
 
@@ -429,8 +431,8 @@ def main(cfg: Config) -> dict:
     out = Path(cfg.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        draw(asked, answers).save(out / "ask.png")
         (out / "ask.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+        draw(asked, answers).save(out / "ask.png")
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}") from error
     print(f"\n{out / 'ask.png'}, {out / 'ask.json'}")

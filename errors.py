@@ -15,8 +15,11 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def writing(path: Path | str) -> Iterator[None]:
-    """Raise UserError where the disk is full, or path may not be written. For writes alone."""
+def writing(path: Path | str, place: str = "--out has to be a folder") -> Iterator[None]:
+    """Raise UserError where the disk is full, or path may not be written. For writes alone.
+
+    place: how the error says where the user chose the path.
+    """
     try:
         yield
     except Exception as error:
@@ -25,8 +28,7 @@ def writing(path: Path | str) -> Iterator[None]:
             raise
         reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"can't write {path}: {reason}; --out has to be a folder that you may write to, on a "
-            "disk with room"
+            f"can't write {path}: {reason}; {place} that you may write to, on a disk with room"
         ) from error
 
 

@@ -131,7 +131,8 @@ from eval_table import (
     summarise_paths,
     true_centres,
 )
-from model.processor import BOX_2D, has_depth, object_of, truths
+from mentions import object_of
+from model.processor import BOX_2D, has_depth, truths
 from model.rollout import predict_centres, sample_groups
 from pictures import is_data_uri, picture_size
 from training import folder, ranks, run
@@ -481,7 +482,7 @@ def differing(then: dict, now: dict) -> str:
         if name in NOT_SHOWN:
             said.append(NOT_SHOWN[name])
         else:
-            flag = f"--{name.replace('_', '-')}"
+            flag = flags.flag(name)
             said.append(f"{flag} {folder.shown(before)}, now it is {folder.shown(value)}")
     return "; ".join(said)
 
@@ -776,8 +777,8 @@ def main(config: Config) -> dict | None:
     """Return the summary; None on all ranks but 0."""
     if config.suite:
         return ask_suite(config)
-    asked = questions(config)
     config = replace(config, out=config.out or default_out(config))
+    asked = questions(config)
     place = ranks.start_ranks()
     with folder.lock(config.out):
         return ask_all(config, asked, Checkpoint(config, place.device))
@@ -803,7 +804,7 @@ def ask_all(config: Config, asked: Asked, checkpoint: Checkpoint) -> dict | None
     started = time.perf_counter()
     made = made_before(config)
     model = processor = None
-    if ranks.broadcast(left) or not examples:
+    if ranks.broadcast(left):
         shown = examples
         if config.blind or not config.depth:
             shown = [replace(example, depths=None) for example in examples]

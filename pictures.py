@@ -54,6 +54,27 @@ def is_stored(source) -> bool:
     return isinstance(source, str | bytes | os.PathLike)
 
 
+def image_key(source):
+    """Return what equal images share: a path, content, or what a marked image is drawn from.
+
+    That of an image in memory is its id, as long as it is alive.
+    """
+    if isinstance(source, os.PathLike):
+        return os.fspath(source)
+    try:
+        hash(source)
+    except TypeError:
+        return id(source)
+    return source
+
+
+def metres_of(depth) -> np.ndarray | None:
+    """Return a depth map (H, W) in metres, whether it is a file or in memory; None without one."""
+    if depth is None:
+        return None
+    return read_metres(depth) if isinstance(depth, str | os.PathLike) else np.asarray(depth)
+
+
 def name_of(source) -> str:
     """Name an image or depth map in an error: the file, else the kind of object."""
     if is_data_uri(source):

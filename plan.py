@@ -78,14 +78,14 @@ if __name__ == "__main__":
 import torch
 from transformers import AutoConfig
 
-from model.families import DecoderSizes, VisionSizes
+from model.families import DecoderSizes, VisionSizes, check_family
 from model.files import checkpoint_of, read_config
 from model.lora import learn
 from model.qwen_vl import QwenVL
+from model.rollout.cache import MAX_SLOTS
 
 RESERVE = 1.5, 0.05  # GB of CUDA, its libraries and NCCL; share of the rest that lies in gaps
 BUSY = 128  # live samples that keep a GPU busy
-MAX_SLOTS = 384  # live samples above which the matrix products gain nothing more
 PREFILL = 8192  # tokens of prompts that are encoded at a time: model.rollout's
 WORKSPACE = 64 * 2**20  # bytes of logits: kernels.linear_logprob's, rounded up
 
@@ -429,10 +429,15 @@ def read(model: str):
     if folder.is_dir():
         return read_config(folder)
     try:
-        return AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model)
+        check_family(config.model_type)
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{model}: no such directory, nor hub id ({reason})") from error
+    # A type that transformers doesn't know, or we.
+    except ValueError as error:
+        raise UserError(f"{model}: {str(error).strip().splitlines()[0]}") from error
+    return config
 
 
 def main(cfg: Config) -> None:

@@ -103,7 +103,7 @@ class Config:
     # their proportions; empty: the weights of PATHS in srreal.py
     reward_weights: tuple[str, ...] = ()
     filter: Literal["accuracy", "none"] = "accuracy"  # which groups are trained on
-    # a name of LOSSES in kernels/policy_loss.py: dapo, grpo, dr_grpo, gspo, cispo, sapo
+    # a name of LOSSES in kernels/policy_loss.py; docs/papers.md has those of eight papers
     loss: str = "dapo"
     # what advantages are divided by: the std of their group, nothing, or the std of all completions
     # of the step; None: what the loss's paper has (dr_grpo: none)
@@ -195,8 +195,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kernels.policy_loss import LOSSES, aggregate, policy_loss
-from kernels.rewards import rewards_and_advantages
+from kernels.policy_loss import LOSSES, aggregate, k3, policy_loss
+from kernels.rewards import EPS, rewards_and_advantages
 from model.batch import Batch
 from model.batch import Prompt as EncodedPrompt
 from model.images import DeviceImages
@@ -254,7 +254,8 @@ class Prompt:
     example: Example
     turn: int  # a turn has one prompt of each path
     occurrence: int = 0  # how often the step has asked the same before: other noise each time
-    number: int = 0  # which of its path's prompts in the step
+    # Which of its path's prompts in the step: "group" in rollouts.jsonl.
+    index_in_path: int = 0
     encoded: EncodedPrompt | None = None
 
 
@@ -298,7 +299,7 @@ def number_occurrences(prompts: list[Prompt]) -> None:
     """Number a step's prompts, in the order over all ranks: within their path, and repeats."""
     of_path = Counter()
     for prompt in prompts:
-        prompt.number = of_path[prompt.example.path]
+        prompt.index_in_path = of_path[prompt.example.path]
         of_path[prompt.example.path] += 1
     examples = [prompt.example for prompt in prompts]
     for prompt, occurrence in zip(prompts, occurrences(examples), strict=True):
@@ -352,8 +353,9 @@ class Sampler:
 
 
 @dataclass
-class RollOut:
+class RolloutResult:
     groups: list[Group]
+    scoring_seconds: float
     discarded_samples: int = 0
     discarded_tokens: int = 0
 
@@ -365,27 +367,32 @@ def roll_out(
     seed: int,
     images: DeviceImages | None = None,
     wanted: int = 0,
-) -> RollOut:
+) -> RolloutResult:
     """Sample completions of each prompt, and score them.
 
     wanted: stop behind the group that is so many's last to differ in accuracy, in the order of the
     prompts; 0: never. What runs behind it is discarded.
     """
     encoded = [prompt.encoded for prompt in prompts]
-    numbers = [prompt.occurrence for prompt in prompts]
-    stream = engine.sample_groups(encoded, seed, images, numbers)
+    occurrences = [prompt.occurrence for prompt in prompts]
+    stream = engine.sample_groups(encoded, seed, images, occurrences)
     groups = []
     informative = 0
+    scoring_seconds = 0.0
     for group in with_progress(prompts, stream, engine.options.n):
+        before = time.perf_counter()
         group.scores = [finite_score(r.text, group.example, cfg) for r in group.rollouts]
+        scoring_seconds += time.perf_counter() - before
         # The filter is the kernel's later; here it only decides how long to go on.
         accuracies = [s.accuracy for s in group.scores]
-        informative += max(accuracies) - min(accuracies) > 1e-6
+        if max(accuracies) - min(accuracies) > EPS:
+            informative += 1
         groups.append(group)
         if wanted and informative >= wanted:
             break
     stream.close()
-    return RollOut(groups, stream.discarded_samples, stream.discarded_tokens)
+    discarded = stream.discarded_samples, stream.discarded_tokens
+    return RolloutResult(groups, scoring_seconds, *discarded)
 
 
 def with_progress(
@@ -436,7 +443,7 @@ def add_advantages(
         scale="none" if scale == "batch" else scale,
     )
     if scale == "batch":
-        advantages = advantages / (std_over_ranks(total.tolist()) + 1e-6)
+        advantages = advantages / (std_over_ranks(total.tolist()) + EPS)
     advantages = advantages.tolist()
     for group, differs, start, end in zip(groups, keep.tolist(), starts, starts[1:], strict=False):
         group.advantages = advantages[start:end]
@@ -468,7 +475,7 @@ def rollout_rows(step: int, groups: list[Group], count: int, is_kept) -> list[di
     """Return rollouts.jsonl's rows of a step: a completion each, of `count` groups of each path."""
     rows = []
     for group in groups:
-        if group.prompt.number >= count:
+        if group.prompt.index_in_path >= count:
             continue
         example = group.example
         completions = zip(group.rollouts, group.scores, group.advantages, strict=True)
@@ -476,7 +483,7 @@ def rollout_rows(step: int, groups: list[Group], count: int, is_kept) -> list[di
             rows.append(
                 {
                     "step": step,
-                    "group": group.prompt.number,
+                    "group": group.prompt.index_in_path,
                     "sample": sample,
                     "id": example.id,
                     "path": example.path,
@@ -507,8 +514,8 @@ def rollout_images(groups: list[Group], count: int) -> dict[tuple[str, int], byt
     """Return (path, group) -> JPEG of the first image, of `rollout_rows`' groups. Collective."""
     images = []
     for group in groups:
-        if group.prompt.number < count and group.example.images:
-            key = (group.example.path, group.prompt.number)
+        if group.prompt.index_in_path < count and group.example.images:
+            key = (group.example.path, group.prompt.index_in_path)
             images.append((key, thumbnail(group.example.images[0])))
     return dict(ranks.gather(images))
 
@@ -639,16 +646,15 @@ def forward(
 def add_tokens(
     metrics: Metrics, mb: MicroBatch, logprob: Tensor, entropy: Tensor, loss_metrics: dict
 ) -> None:
-    """Add a pass to the metrics. The one wait for the device."""
+    """Add a pass to the metrics, in one transfer from the device."""
     gap = (mb.old_logprob - mb.rollout_logprob).abs()
     gap = torch.cat((gap, gap.new_zeros(1)))  # a pass may have no token
     has_reference = mb.ref_logprob is not None
-    k3 = torch.zeros_like(logprob)
-    if has_reference:
-        d = mb.ref_logprob - logprob
-        k3 = torch.expm1(d) - d
+    kl_terms = k3(mb.ref_logprob - logprob) if has_reference else torch.zeros_like(logprob)
     by_path = sums_by_path(
-        torch.stack((torch.ones_like(k3), entropy, k3), 1), mb.owner, len(metrics.paths)
+        torch.stack((torch.ones_like(kl_terms), entropy, kl_terms), 1),
+        mb.owner,
+        len(metrics.paths),
     )
     names = ("clip_low", "clip_high", "mismatch_kl", "ratio_max")
     of_all = torch.stack([*(loss_metrics[name] for name in names), gap.sum(), gap.max()])
@@ -662,7 +668,6 @@ def add_tokens(
     count = len(logprob)
     metrics.add(
         metrics.paths[0],  # what is not logged by path may count as any path's
-        trained_tokens=count,
         clip_low=clip_low * count,
         clip_high=clip_high * count,
         mismatch_kl=mismatch_kl * count,
@@ -692,7 +697,7 @@ def update(
         return None
     # Of all ranks and passes of this update: so the cut into micro-batches changes nothing.
     denominator = tokens if LOSSES[cfg.loss].divided_by == "tokens" else sequences
-    loss_sum = 0.0
+    loss_sum = torch.zeros((), dtype=torch.float64, device=model.device)
     for mb in synced_passes(model, microbatches):
         logprob, entropy = forward(model, mb, cfg.temperature, images)
         if mb.old_logprob is None:
@@ -700,9 +705,9 @@ def update(
             mb.old_logprob = logprob.detach()
         loss, loss_metrics = loss_of(cfg, mb, logprob, entropy, denominator)
         loss.backward()
-        loss_sum += loss.item()
+        loss_sum += loss.detach()
         add_tokens(metrics, mb, logprob, entropy, loss_metrics)
-    (loss_sum,) = ranks.all_reduce([loss_sum])
+    (loss_sum,) = ranks.all_reduce([loss_sum.item()])
     lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup, cfg.schedule)
     grad_norm = optimizer.step(lr, cfg.clip_norm, loss_sum, name=f"step {step + 1}")
     return loss_sum, grad_norm
@@ -803,8 +808,9 @@ def choose_slots(cfg: Config, model: QwenVL, planned: int, before: int) -> Confi
     slots = default_slots(model, cfg.group, cfg.max_new_tokens)
     if model.device.type == "cuda" and planned:
         slots = min(slots, planned)
-    before, least = ranks.all_reduce([before, -slots], "MAX")
-    return replace(cfg, slots=cfg.slots or int(before or -least))
+    (before,) = ranks.all_reduce([before], "MAX")
+    (fits_all,) = ranks.all_reduce([slots], "MIN")
+    return replace(cfg, slots=cfg.slots or int(before or fits_all))
 
 
 # ---- The loop
@@ -847,7 +853,7 @@ def train(
     rollout_model = policy.rollout_model
     optimizer = Optimizer(
         model.named_parameters(),
-        policy.images,
+        policy.compute_weights,
         weight_decay=cfg.weight_decay,
         betas=(0.9, cfg.beta2),
         vector_lr_scale=cfg.vector_rate,
@@ -859,7 +865,7 @@ def train(
         "--lora": cfg.lora,
     }
     # What has learnt comes from here.
-    rows_before = checkpoints.restore(checkpoint, optimizer, cfg.prompts * cfg.tries, **same)
+    rows_before = checkpoints.restore(checkpoint, optimizer, **same)
     sampler = Sampler(order, cfg, done, rows_before)
     before = read_config(cfg.out) if checkpoint and ranks.is_first() else None
     cfg = choose_slots(cfg, rollout_model, settings.slots, (before or {}).get("slots") or 0)
@@ -913,7 +919,7 @@ def train(
         discarded = ranks.all_reduce(discarded)  # the wait for the slowest rank is the rollout's
         clock.append(time.perf_counter())
 
-        # Advantages; the groups that teach; forward passes.
+        # Advantages; the groups that teach; batches.
         scale = cfg.advantage or LOSSES[cfg.loss].advantage
         add_advantages(rolled_out.groups, device, scale, parse_weights(cfg.reward_weights))
         add_scores(metrics, rolled_out.groups, is_kept)
@@ -924,12 +930,13 @@ def train(
                 shown = rollout_images(rolled_out.groups, cfg.log_groups)
                 tracker.log_rollouts(step + 1, logged, shown)
         kept = [group for group in rolled_out.groups if is_kept(group)]
-        clock.append(time.perf_counter())
         minibatches = []
         for u in range(cfg.updates):
             # By turns, so that each update has prompts of every path.
             share = [group for group in kept if group.prompt.turn % cfg.updates == u]
             minibatches.append(pack(share, processor, paths, cfg, world, device))
+        scoring_seconds = rolled_out.scoring_seconds
+        clock.append(time.perf_counter())
 
         # Log-probs of the reference and, before several updates, of the policy itself.
         ranks.phase(f"step {step + 1}, log-probs")
@@ -949,9 +956,11 @@ def train(
 
         # Log, validate, save.
         ranks.phase(f"step {step + 1}, validation and saving")
-        rollout, scoring, logprobs, updating = (
+        rollout, grading, logprobs, updating = (
             b - a for a, b in zip(clock, clock[1:], strict=False)
         )
+        # Groups are scored as they come, while others run.
+        rollout -= scoring_seconds
         row = {
             "step": step + 1,
             "seconds": clock[-1] - clock[0],
@@ -963,7 +972,7 @@ def train(
             "rollout_seconds": rollout,
             "discarded": discarded[0],
             "discarded_tokens": discarded[1],
-            "score_seconds": scoring,
+            "score_seconds": scoring_seconds + grading,
             "logprob_seconds": logprobs,
             "update_seconds": updating,
             "peak_memory_mib": run.peak_memory(device),
@@ -992,15 +1001,14 @@ def say_what_is_odd(row: dict, has_update: bool) -> None:
 
 
 def validation_prompts(examples: list[Example], limit: int) -> list[Prompt]:
-    """Return at most `limit` prompts (0: all), equally many of each path that --eval-data has."""
+    """Return about `limit` prompts (0: all), equally many of each path that --eval-data has."""
     if not examples:
         return []
     order = PromptOrder(examples, "exam")
-    counts = [len(order.paths) * len(own) for own in order.examples.values()]
-    count = min(counts)
+    of_each = min(len(own) for own in order.examples.values())
     if limit:
-        count = min(count, limit)
-    return [order[i] for i in range(count)]
+        of_each = min(of_each, max(limit // len(order.paths), 1))
+    return [order[i] for i in range(of_each * len(order.paths))]
 
 
 def say_exam(exam: list[Prompt], examples: list[Example], limit: int) -> None:
@@ -1009,10 +1017,8 @@ def say_exam(exam: list[Prompt], examples: list[Example], limit: int) -> None:
     there = Counter(example.path for example in examples)
     if asked != there:
         counts = ", ".join(f"{asked[path]} of {there[path]} {path}" for path in sorted(there))
-        ranks.say(
-            f"validation asks {counts} questions: equally many of each path, at most "
-            f"--eval-limit {limit or 'all'} together"
-        )
+        cap = f", at most --eval-limit {limit} together" if limit else ""
+        ranks.say(f"validation asks {counts} questions: equally many of each path{cap}")
 
 
 if __name__ == "__main__":

@@ -215,10 +215,10 @@ class Sampler:
 
 @dataclass
 class MicroBatch:
-    """One forward pass. Behind its sequences the dummy may stand, for other ranks' sake."""
+    """One forward pass."""
 
     batch: Batch
-    sequences: int  # that count
+    sequences: int  # of the batch, that count; behind them a dummy may stand, for other ranks' sake
 
     @property
     def target_tokens(self) -> int:
@@ -380,7 +380,7 @@ def train(
     model = policy.model
     optimizer = Optimizer(
         model.named_parameters(),
-        policy.images,
+        policy.compute_weights,
         weight_decay=cfg.weight_decay,
         betas=(0.9, cfg.beta2),
         muon=cfg.optimizer == "muon",
@@ -391,7 +391,7 @@ def train(
         "--optimizer": cfg.optimizer,
         "--lora": cfg.lora,
     }
-    rows_before = checkpoints.restore(checkpoint, optimizer, cfg.batch, **same)
+    rows_before = checkpoints.restore(checkpoint, optimizer, **same)
     sampler = Sampler(examples, cfg, rank, world, done, rows_before)
     folder.write_config(cfg)
 

@@ -126,7 +126,6 @@ def examples_of(rows: list[Row], more: Callable | None) -> tuple[Loaded, set[str
     loaded = Loaded(rows=len(rows))
     used = set()
     known = Known()
-    seen = set()
     # In threads, as some rows look things up in depth maps.
     made = in_threads(partial(make_examples, headers=headers), rows)
     both = zip(rows, made, strict=True)
@@ -141,8 +140,7 @@ def examples_of(rows: list[Row], more: Callable | None) -> tuple[Loaded, set[str
             else:
                 examples[place] = before
         for example in fresh:
-            seen.discard((example.id, example.path))  # `known` has named it, with both places
-            problems += check(example, headers, seen)
+            problems += check(example, headers)
         if more is not None and not problems:
             leave_out_untaught(row, examples, more)
             for example in fresh:

@@ -8,7 +8,8 @@ how many rows there are by path, task and kind of truth, and the unusable ones b
 training would find them. --model adds lengths in tokens at that checkpoint's settings. --out gets
 index.html, a page of examples: regions, marks, centres and depth drawn, prompt and target as text.
 
-The exit code is 0 where a training could begin, 1 where rows are unusable, 2 for a wrong flag.
+The exit code is 0 where a training could begin, 1 where rows are unusable or too long, or where
+there is none, 2 for a wrong flag.
 """
 
 import sys
@@ -198,7 +199,7 @@ def main(cfg: Config) -> int:
     too_long = print_lengths(examples, cfg) if cfg.model and examples else 0
     if cfg.out and examples:
         print(f"\n{preview.write(examples, cfg.out, cfg.examples, cfg.seed)}")
-    return 1 if bad.rows or too_long else 0
+    return 1 if bad.rows or too_long or not examples else 0
 
 
 def command(cfg: Config) -> None:

@@ -8,10 +8,11 @@ from zlib import crc32
 import numpy as np
 
 import latex
-from data.geometry import bare, check_geometry, mention_before
+from data.geometry import check_geometry
 from data.marks import DepthMap, Marked
 from data.rows import Header, Headers, file_of
 from data.sets.spar_marks import PHRASE
+from mentions import object_of, without_closing_marks
 from pictures import BadPicture, on_its_side, picture_size
 from srreal import PATHS, Example, truth_kind
 
@@ -23,18 +24,10 @@ COMPARED = 400
 LARGEST = 100  # metres of an object
 
 
-def check(example: Example, headers: Headers, seen: set) -> list[tuple[str, str]]:
-    """Return (field, reason) of all that makes an Example unusable.
-
-    seen holds the (id, path) of those before it; this one's is added.
-    """
+def check(example: Example, headers: Headers) -> list[tuple[str, str]]:
+    """Return (field, reason) of all that makes an Example unusable by itself."""
     sizes = [size_of(image, headers) for image in example.images]
-    problems = []
-    key = (example.id, example.path)
-    if key in seen:
-        problems.append(("id", f"duplicate: {example.id} on path {example.path}"))
-    seen.add(key)
-    problems += check_texts(example)
+    problems = [*check_texts(example)]
     problems += check_images(example, sizes)
     problems += check_depths(example, sizes, headers)
     problems += check_numbers(example)
@@ -158,10 +151,10 @@ def check_mentions(example):
     if is_lone_mark(example, texts):
         return
     for mention in example.objects:
-        if bare(mention) not in example.question.lower():
+        if without_closing_marks(mention) not in example.question.lower():
             yield "objects", f"not in the question: {mention!r}{nearest_mention(mention, texts)}"
             return
-    if texts and not any(mention_before(text, example.objects) for text in texts):
+    if texts and not any(object_of(text, example.objects) for text in texts):
         mention = next(iter(example.objects))
         reason = "of no region, as none stands before its <mask>"
         yield "objects", f"{reason}: {mention!r}{nearest_mention(mention, texts)}"
@@ -172,7 +165,7 @@ def is_lone_mark(example, texts):
     if len(texts) != 1 or len(example.objects) != 1 or PHRASE.search(example.question):
         return False
     (mention,) = example.objects
-    return bool(PHRASE.fullmatch(mention) and mention_before(texts[0], mention.split()[1:]))
+    return bool(PHRASE.fullmatch(mention) and object_of(texts[0], mention.split()[1:]))
 
 
 def nearest_mention(mention, texts):

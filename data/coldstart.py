@@ -36,6 +36,7 @@ import data
 import flags
 from data.arithmetic import equations, unknown_numbers, wrong
 from data.benchmarks.answers import said_text
+from data.geometry import box_of
 from data.rationale import centres, compute, is_teachable
 from errors import UserError, launch, writing
 from flags import Count, Positive, Seed
@@ -283,7 +284,9 @@ def as_row(e: Example, think: str, out: Path) -> dict:
         row["depths"] = [
             as_file(depth, out, f"depths/{stem}-{k}.png") for k, depth in enumerate(e.depths)
         ]
-    row["regions"] = [(view, box_of(region)) for view, region in e.regions]
+    row["regions"] = [
+        (view, [float(side) for side in box_of(region)]) for view, region in e.regions
+    ]
     return row
 
 
@@ -307,19 +310,13 @@ def save(item, file: Path) -> None:
         picture = Image.fromarray(millimetres.astype(np.uint16))
     else:
         picture = read_picture(item)
-    file.parent.mkdir(exist_ok=True)
     # Whole or not at all: a second call takes a file that is there.
     part = file.with_name(f"{file.name}.part")
     kind = "png" if file.suffix == ".png" else "jpeg"
-    picture.save(part, kind, quality=95, subsampling=0)
-    os.replace(part, file)
-
-
-def box_of(region) -> list:
-    if np.ndim(region) == 2:
-        v, u = np.nonzero(region)
-        region = (u.min(), v.min(), u.max() + 1, v.max() + 1)
-    return [float(value) for value in region]
+    with writing(file):
+        file.parent.mkdir(exist_ok=True)
+        picture.save(part, kind, quality=95, subsampling=0)
+        os.replace(part, file)
 
 
 # ---- a run, and a run that goes on
@@ -343,7 +340,7 @@ def begin(cfg: Config) -> list[dict]:
     for key in settings.keys() - {"out", "limit"}:
         if settings[key] != old.get(key):
             raise UserError(
-                f"{cfg.out} was begun with --{key.replace('_', '-')} {old.get(key)}, "
+                f"{cfg.out} was begun with {flags.flag(key)} {old.get(key)}, "
                 f"now it is {settings[key]}: choose another --out"
             )
     with writing(cfg.out):

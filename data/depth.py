@@ -43,7 +43,7 @@ from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 
 import data
 from data.marks import Marked
-from data.rows import estimated, estimated_name
+from data.rows import estimated, estimated_name, progress
 from errors import UserError, launch, writing
 from pictures import is_data_uri, picture_size, read_picture
 
@@ -68,15 +68,15 @@ def main(cfg: Config) -> None:
                 # Whole or not at all.
                 part = f"{estimated_name(file)}.part"
                 image = Image.fromarray(millimetres(depth))
-                with writing(part):
+                with writing(part, "images have to lie in a folder"):
                     image.save(part, format="png", pnginfo=about)
                     os.replace(part, estimated_name(file))
             bar.update(len(batch))
     print(f"{len(files)} depth maps, {kind} (by {cfg.model})")
 
 
-def missing(cfg: Config) -> list[str]:
-    """Return the image files of the sets that have no depth, those of one size together."""
+def missing(cfg: Config) -> dict[str, tuple[int, int]]:
+    """Return the sizes of the sets' image files without depth, those of one size together."""
     files = set()
     held = 0
     for example in data.load(cfg.data, cfg.skip_bad_rows):
@@ -95,23 +95,25 @@ def missing(cfg: Config) -> list[str]:
     bare = [file for file in files if estimated(file) is None]
     if len(bare) < len(files):
         print(f"{len(files) - len(bare)} of {len(files)} images have a depth map already")
-    return sorted(bare, key=lambda file: (picture_size(file), file))
+    sizes = {file: picture_size(file) for file in progress(bare, "sizes", "image", len(bare))}
+    return dict(sorted(sizes.items(), key=lambda item: (item[1], item[0])))
 
 
-def batches(files: list[str], most: int):
+def batches(sizes: dict[str, tuple], most: int):
     """Yield lists of at most that many files, whose images are of one size."""
-    for _, group in groupby(files, key=picture_size):
+    for _, group in groupby(sizes, key=sizes.get):
         alike = list(group)
         for start in range(0, len(alike), most):
             yield alike[start : start + most]
 
 
-def load_model(name: str):
+def load_model(name: str, flag: str = "--model"):
+    """Return a depth model of transformers and its processor; UserError names the flag."""
     try:
         model = AutoModelForDepthEstimation.from_pretrained(name)
         processor = AutoImageProcessor.from_pretrained(name)
     except (ValueError, OSError) as error:
-        raise UserError(f"--model {name}: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"{flag} {name}: {str(error).strip().splitlines()[0]}") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval(), processor
 

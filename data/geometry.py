@@ -14,7 +14,6 @@ behind the surface that is seen.
 """
 
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -24,6 +23,7 @@ import numpy as np
 
 from data.marks import Marked
 from data.rows import estimated_name, file_of, stamp
+from mentions import object_of
 from pictures import BadPicture, read_metres
 from srreal import Example
 
@@ -34,8 +34,6 @@ GROWN = 0.5  # of a region's sides
 FAR = 2  # times the depth in a region
 HIDDEN = 5.0  # metres behind it
 AXES = "centres are x right, y down, z forward from the camera"
-# Of scripts that put blanks between words.
-LETTER = re.compile(r"[a-z0-9\u00c0-\u052f]")
 # What turns other frames' centres into the camera's.
 FRAMES = {
     "with z up": [[1, 0, 0], [0, 0, -1], [0, 1, 0]],
@@ -95,7 +93,7 @@ def sightings(example: Example) -> list[Sighting]:
     found = []
     texts = example.question.split("<mask>")
     for (view, region), text in zip(example.regions, texts, strict=False):
-        mention = mention_before(text, example.objects)
+        mention = object_of(text, example.objects)
         centre = example.objects.get(mention)
         # By view: a centre in each camera's frame.
         if isinstance(centre, dict):
@@ -113,28 +111,9 @@ def sightings(example: Example) -> list[Sighting]:
     return found
 
 
-def mention_before(text: str, mentions) -> str | None:
-    """Return the longest of the mentions that a text ends with, but for case and closing marks."""
-    text = bare(text)
-    fitting = [mention for mention in mentions if ends_with_words(text, bare(mention))]
-    return max(fitting, key=len, default=None)
-
-
-def ends_with_words(text: str, words: str) -> bool:
-    """Whether a text ends with words, as words: "bbox" doesn't with "box"."""
-    if not words or not text.endswith(words):
-        return False
-    before = text[: -len(words)]
-    return not (LETTER.match(before[-1:]) and LETTER.match(words))
-
-
-def bare(text: str) -> str:
-    return re.sub(r"\W+$", "", text.lower())
-
-
 def box_of(region) -> tuple:
     if isinstance(region, np.ndarray) and region.ndim == 2:
-        # A mask (H, W): the box around what it has.
+        # A mask (H, W): the box around what it has; + 1, the far sides of the last pixels.
         ys, xs = np.nonzero(region)
         return xs.min(), ys.min(), xs.max() + 1, ys.max() + 1
     return tuple(region)

@@ -103,9 +103,10 @@ def in_database(work: Callable[[sqlite3.Connection], Any]) -> Any:
     None where there is no home to write to, while others hold the database for too long, or where
     it is damaged, which begins it anew.
     """
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    file = Path(home, "sr-real", DATABASE)
-    with suppress(OSError):
+    # RuntimeError: a user without a home.
+    with suppress(OSError, RuntimeError):
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        file = Path(home, "sr-real", DATABASE)
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
             with closing(sqlite3.connect(file)) as database, database:

@@ -190,7 +190,7 @@ class Filter:
         return not leaks
 
     def summary(self) -> str:
-        """Return a line: how many rows that were, and of which benchmarks the scenes are."""
+        """Return a line: how many rows were left out, and whose scenes they show."""
         parts = []
         for asked in self.benchmarks:
             part = f"{self.of_benchmark[asked.name]} show scenes of {asked.name}"

@@ -11,8 +11,8 @@
 A row is taken by the hash of (seed, its id): so the share doesn't depend on the number of ranks, a
 larger share holds a smaller one, and of an array of millions only the share stays in memory. Where
 a set has no ids of its own, an id holds the row's place in its file: then the files must stay as
-they are. A weight above 1 has each row come so often an epoch, and so has a source that is named
-twice; its id stays what it is.
+they are. With a weight above 1 each row comes that many times an epoch, as does that of a source
+which is named twice; ids stay the same.
 """
 
 import hashlib
@@ -125,15 +125,17 @@ def make_part(source: str, options: dict) -> Part:
     if occlusion != "on" and not (occlusion == "off" and source.startswith("spar:")):
         raise BadSource(f"{source}: occlusion={occlusion}: it is on, or off for a spar:PATH")
     for name in OF_VQA:
-        if name in options and not (options[name] and source.startswith("vqa:")):
+        if name in options and not source.startswith("vqa:"):
             raise BadSource(f"{source}: {name}={options[name]}: it is for a vqa:PATH")
+        if options.get(name) == "":
+            raise BadSource(f"{source}: {name}= is empty")
     try:
         return Part(source, **options)
     except ValidationError as error:
         given = ", ".join(f"{name}={value}" for name, value in options.items())
         raise BadSource(
             f"{source}: {given}: it takes 0 < weight <= 1000, whole cap >= 1 and seed, path one of "
-            f"{', '.join(PATHS)}"
+            f"{', '.join(PATHS)}, and names (of columns, or a split) as text"
         ) from error
 
 
@@ -160,6 +162,8 @@ def read_mixture(file: str) -> list[Part]:
             raise BadSource(
                 f"{file}: {source}: where the set lies: that environment variable is not set"
             )
+        if source.endswith(".toml"):
+            raise BadSource(f"{file}: {source}: a mixture can't hold another")
         entry.setdefault("seed", mixture.get("seed", 0))
         parts.append(make_part(source, entry))
     return parts

@@ -16,9 +16,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from data.colours import colour_of
-from data.geometry import camera_of, mention_before, project
+from data.geometry import box_of, camera_of, project
 from errors import writing
-from pictures import read_metres, read_picture
+from mentions import object_of
+from pictures import metres_of, read_picture
 from srreal import PATHS, Example, prompt, target, truth_kind
 
 SIDE = 560  # pixels of the longer side of a picture in the page
@@ -124,7 +125,7 @@ def mentions_of(example: Example) -> list[str]:
     for text in example.question.split("<mask>")[: len(example.regions)]:
         words = text.replace("(", " ").replace(",", " ").split()
         # A guess for regions whose object is unknown: "the red chair <mask>" gives "red chair".
-        found.append(mention_before(text, example.objects) or " ".join(words[-2:]) or "region")
+        found.append(object_of(text, example.objects) or " ".join(words[-2:]) or "region")
     return found
 
 
@@ -143,14 +144,6 @@ def centre_in(example: Example, mention: str, view: int) -> tuple | None:
     # One centre for several views lies in the frame that the question asks for.
     is_its_frame = len(example.images) == 1 or view == example.frame
     return truth if is_its_frame else None
-
-
-def depth_of(example: Example, view: int) -> np.ndarray | None:
-    """Return a view's depth (H, W) in metres, or None."""
-    depth = example.depths[view] if example.depths else None
-    if depth is None:
-        return None
-    return read_metres(depth) if isinstance(depth, str | Path) else np.asarray(depth)
 
 
 def shaded(depth: np.ndarray) -> tuple[Image.Image, str]:
@@ -185,10 +178,7 @@ def view_of(example: Example, index: int) -> View:
         region = np.asarray(region)
         if region.ndim == 2:
             image = tint(image, region, colour)
-            ys, xs = np.nonzero(region)
-            # + 1: the far sides of the last pixels.
-            region = (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
-        x0, y0, x1, y1 = (float(value) for value in region)
+        x0, y0, x1, y1 = (float(value) for value in box_of(region))
         outlines.append(Outline(mention, css(colour), x0, y0, x1 - x0, y1 - y0))
     dots = []
     camera = camera_of(example, index)
@@ -200,7 +190,7 @@ def view_of(example: Example, index: int) -> View:
         pixel = project(centre, camera, NEAR) if centre else None
         if pixel and 0 <= pixel[0] < image.width and 0 <= pixel[1] < image.height:
             dots.append(Dot(f"{centre[2]:.2f} m", css(colour_of(mention)), *pixel))
-    depth = depth_of(example, index)
+    depth = metres_of(example.depths[index] if example.depths else None)
     picture = None
     words = "no depth"
     if depth is not None:

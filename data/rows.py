@@ -93,7 +93,7 @@ class Row:
     untaught: tuple[str, ...] = ()
     # Set by the mixture that takes the row.
     source: str = ""
-    part: int = 0  # the how manieth source of the mixture
+    part: int = 0  # index of its source in the mixture
     copies: int = 1  # how often it comes an epoch
 
     def list_files(self) -> tuple:
@@ -178,7 +178,7 @@ def files_of(
 
 
 def look_below(path: Path, without: tuple[str, ...] = ()) -> Found:
-    """Return what lies below a folder; a line says what there is no data."""
+    """Return what lies below a folder; print a line about what was skipped."""
     below = walk(path, without)
     skipped = leftovers_line(path, below)
     if skipped:

@@ -117,9 +117,12 @@ def recognise(path: Path) -> str:
                 break
     if path.suffix.lower() == ".parquet":
         return recognise_columns(path)
+    if path.suffix.lower() == ".arrow":
+        return "vqa"
     if path.suffix.lower() not in (".json", ".jsonl"):
         raise MissingFile(
-            f"{path}: neither a folder with rows.jsonl (a whole set) nor a .json or .jsonl file"
+            f"{path}: neither a folder with rows.jsonl (a whole set) nor a .json, .jsonl, .parquet "
+            "or .arrow file"
         )
     start = first_byte(path)
     if not start:

@@ -123,8 +123,8 @@ def _fold_kernel(
     peak = tl.maximum(m, tl.max(z, 0))
     e = tl.exp(z - peak)
     scale = tl.exp(m - peak)
-    # Columns behind the tile's end are MIN: e^(MIN - peak) = 0, they count nothing.
-    # Behind the last column e is 0 and z - peak may overflow: 0 * -inf would be nan.
+    # Columns behind the tile's end are MIN, and their e is 0. But z - peak may overflow to -inf
+    # there, and 0 * -inf is nan: hence the maximum.
     folded = tl.sum(e * tl.maximum(z - peak, MIN_), 0)
     tl.store(state, peak)
     tl.store(state + state_stride, s * scale + tl.sum(e, 0))

@@ -170,7 +170,7 @@ def aggregate(
 # ---- The reference
 
 
-def _k3(d: Tensor) -> Tensor:
+def k3(d: Tensor) -> Tensor:
     """e^d - d - 1 of d = log p - log q: its mean over samples of q is KL(q || p)."""
     d = d.clamp(max=MAX_EXPONENT)
     return torch.expm1(d) - d
@@ -237,13 +237,13 @@ def reference_policy_loss(
     if rollout_logprob is not None:
         rollout = rollout_logprob.detach().to(dtype)
         token_loss = token_loss * (old - rollout).exp().clamp(max=rollout_cap)
-        mismatch = _k3(old - rollout)
+        mismatch = k3(old - rollout)
 
-    k3 = torch.zeros_like(logprob)
+    kl_terms = torch.zeros_like(logprob)
     if ref_logprob is not None:
-        k3 = _k3(ref_logprob.detach().to(dtype) - logprob)
+        kl_terms = k3(ref_logprob.detach().to(dtype) - logprob)
     # Beside the surrogate and not in the reward, as in GRPO: so it is never clipped.
-    token_loss = token_loss + kl * k3
+    token_loss = token_loss + kl * kl_terms
 
     if loss.sequence_mean:
         token_loss = token_loss / length
@@ -251,7 +251,7 @@ def reference_policy_loss(
     divisor = _denominator(kind, len(logprob), len(advantage), max_tokens, denominator)
 
     metrics = {
-        "kl": _mean(k3),
+        "kl": _mean(kl_terms),
         "clip_low": _mean(binds & (ratio < low)),
         "clip_high": _mean(binds & (ratio > high)),
         "ratio_max": torch.cat((ratio.detach(), ratio.new_zeros(1))).amax(),

@@ -266,7 +266,7 @@ def compute(folder: Path) -> tuple[dict, Image.Image]:
     example, rollouts = steps.recorded(folder, trainer.processor)
     # Asked before the step, which changes the decoder that the head reads.
     heads = predict_centres(trainer.model, trainer.processor, [example])[0]
-    weights = trainer.optimizer.images
+    weights = trainer.optimizer.compute_weights
     # Copies, as the optimiser writes into its weights in place.
     before = {name: weight.detach().clone() for name, weight in weights.items()}
 
@@ -326,7 +326,7 @@ def about_update(trainer: steps.Trainer, step: steps.Step, before: dict[str, Ten
     before: name -> weight, of what learns, before the update.
     """
     cfg = trainer.cfg
-    after = trainer.optimizer.images
+    after = trainer.optimizer.compute_weights
     advantages = step.group.advantages
     low, high = clip_range(cfg.loss, cfg.clip_low, cfg.clip_high)
     return {

@@ -56,7 +56,7 @@ def settings(model: Path | str = MODEL) -> train_rl.Config:
         model=str(model),
         data=("a rendered room",),
         out="nowhere",
-        steps=160,
+        steps=100,
         prompts=1,
         group=8,
         max_new_tokens=200,
@@ -88,7 +88,7 @@ def set_up(cfg: train_rl.Config) -> Trainer:
     policy = load_policy(cfg.model, cfg, CPU, 1, Settings(), samples=True)
     optimizer = Optimizer(
         policy.model.named_parameters(),
-        policy.images,
+        policy.compute_weights,
         weight_decay=cfg.weight_decay,
         betas=(0.9, cfg.beta2),
         vector_lr_scale=cfg.vector_rate,

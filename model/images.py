@@ -31,7 +31,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
 from errors import UserError
 from kernels.packed_attention import upload
 from model.head3d import point_grid, read_depth
-from pictures import BadPicture, is_data_uri, is_stored, read_picture
+from pictures import BadPicture, image_key, is_data_uri, is_stored, read_picture
 
 CACHE_BYTES = 4e9  # of views, per process
 # At most so many images are with the workers, or made and not asked for yet.
@@ -64,11 +64,9 @@ class Source:
 
 
 def identity(source):
-    """Identify a file by path, size and time of change, its content or an object by itself."""
-    if isinstance(source, bytes) or is_data_uri(source):
-        return source
-    if not isinstance(source, str | Path):
-        return id(source)
+    """Identify a file by path, size and time of change, all else by its `image_key`."""
+    if is_data_uri(source) or not isinstance(source, str | Path):
+        return image_key(source)
     # A file that is written again is another image.
     state = os.stat(source)
     return str(source), state.st_size, state.st_mtime_ns

@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from errors import UserError
 
 # --train: prefixes of the parameters that learn. RL's default is lm (the paper froze the rest),
-# SFT's is all. With --lora RANK the decoder's projections have adapters, and of the language model
-# only these learn: beside them nothing else (lm, or lora, which needs no --lora), the tower too
-# (all), or region token, point map and head (spatial: what SFT wants).
+# SFT's is all. With --lora RANK the decoder and its head are frozen, and adapters of the decoder's
+# projections learn instead; what learns beside them:
+#     lm, lora   nothing (lora alone means --lora 32)
+#     spatial    region token, point map and 3D head: what SFT wants
+#     all        these and the vision tower
 TRAIN = {
     "all": ("",),
     "lm": ("decoder.", "lm_head."),

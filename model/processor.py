@@ -16,6 +16,7 @@ import torch
 from jinja2 import TemplateError
 
 import srreal
+from mentions import object_of
 from model.batch import Batch, Prompt, Region, mrope_positions, pack
 from model.checkpoint import PARTS, SpatialRecord
 from model.families import family_of
@@ -55,9 +56,6 @@ VISION_TOKENS = (
 GROUNDING_TOKEN = re.compile(r"<\|(object_ref|box|quad)_(start|end)\|>")
 # A 2D box in an answer: pixels of the first image.
 BOX_2D = re.compile(r"<2d_box>((?:[0-9.]+,){3}[0-9.]+)</2d_box>")
-# A character that goes on with a word: not in scripts that write no blanks (Thai to Khmer, kana,
-# Han).
-LETTER = re.compile(r"[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]|-")
 UNKNOWN = (np.nan, np.nan, np.nan)
 BAD_TEMPLATE = (
     "its chat template is none for images; copy the original checkpoint's chat_template.json or"
@@ -66,30 +64,6 @@ BAD_TEMPLATE = (
 
 
 # ---- What is known about a region
-
-
-def object_of(text: str, table: dict) -> str | None:
-    """Find the table's longest mention, in whole words, that the text ends with.
-
-    Case and closing marks don't count.
-    """
-    text = without_closing_marks(text)
-    fitting = [m for m in table if ends_with_words(text, without_closing_marks(m))]
-    return max(fitting, key=len, default=None)
-
-
-def without_closing_marks(text: str) -> str:
-    """Strip a text of its case and of blanks, brackets and punctuation at its end."""
-    return re.sub(r"\W+$", "", text.strip().lower())
-
-
-def ends_with_words(text: str, words: str) -> bool:
-    """Whether a text ends with words, as words: "armchair" doesn't with "chair"."""
-    if not words or not text.endswith(words):
-        return False
-    start = len(text) - len(words)
-    begins_within = start > 0 and LETTER.match(text, start - 1) and LETTER.match(text, start)
-    return not begins_within
 
 
 def has_depth(example: Example) -> bool:

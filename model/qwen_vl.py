@@ -22,7 +22,7 @@ exist in training: log-probs and entropies come from `linear_logprob`. Parameter
 the published checkpoints, below our own prefixes.
 
 T packed tokens, L target tokens, R regions, P patches, M image tokens; H hidden width, A query
-heads, K key-value heads, D head width, V vocabulary rows.
+heads, K key-value heads, D head width, C channels of a head that rotate, V vocabulary rows.
 """
 
 from dataclasses import dataclass
@@ -189,23 +189,27 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def angles(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return cos and sin (T, R) of mRoPE, computed in fp32, for the R channels that rotate.
+        """Return cos and sin (T, C) of mRoPE, computed in fp32, for the C channels that rotate.
 
         Frequency j turns by the position on the axis that it listens to.
         """
         s = self.sizes
         device = position_ids.device
+        axes = upload(rope_axes(s.sections, s.family.mrope_interleaved), device)  # (C / 2,)
         # In fp32: bf16 knows a position of 10,000 to within 64 only.
-        even = torch.arange(0, s.rotary, 2, device=device, dtype=torch.float)
-        inv_freq = 1.0 / s.theta ** (even / s.rotary)  # (R / 2,)
-        axes = upload(rope_axes(s.sections, s.family.mrope_interleaved), device)  # (R / 2,)
-        angles = position_ids[axes].T.float() * inv_freq  # (T, R / 2)
+        angles = position_ids[axes].T.float() * rope_frequencies(s, device)  # (T, C / 2)
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
+def rope_frequencies(sizes, device: torch.device) -> Tensor:
+    """Return 1 / theta^(2 j / C) for frequency j, radians a position in fp32: (C / 2,)."""
+    even = torch.arange(0, sizes.rotary, 2, device=device, dtype=torch.float)
+    return 1.0 / sizes.theta ** (even / sizes.rotary)
+
+
 def rope_axes(sections: tuple[int, int, int], interleaved: bool) -> Tensor:
-    """Return the axis (0 time, 1 row, 2 column) that every rotary frequency listens to: (R / 2,).
+    """Return the axis (0 time, 1 row, 2 column) that every rotary frequency listens to: (C / 2,).
 
     sections: how many listen to each, in blocks or interleaved: T H W T H W ... and the rest T.
     """
@@ -488,9 +492,9 @@ class QwenVL(nn.Module):
         Image and region tokens are in their places. deepstack[i] (M, H) is what the decoder adds at
         the image tokens after layer i; () without images and in families that have none.
         """
-        # The embedding's gradient sums in fp32, but for at most 3,072 tokens: then, on CUDA, 32 at
-        # a time, rounded in between. Placeholders, the one token that comes by the thousand, hand
-        # on none.
+        # On CUDA the embedding's backward sums in fp32 above 3,072 tokens only; below, it rounds
+        # after every 32. No harm: the one token that comes by the thousand, the image placeholder,
+        # hands on no gradient.
         x = self.decoder.embed_tokens(batch.input_ids)
         if pixel_values is None:
             pixel_values = batch.pixels(self.dtype)

@@ -6,6 +6,7 @@ import numpy as np
 
 from data.boxes import read_boxes_3d
 from eval_table import true_centres
+from mentions import object_of
 from reporting.examples import find_examples
 from reporting.runs import Comparison
 from reporting.views import Views
@@ -130,11 +131,8 @@ def box_of(view: int, mention: str | None, centre, size=None) -> dict:
 
 def mention_before(text: str, example: Example) -> str:
     """Return what a region is called by the text before its <mask>: an object, else two words."""
-    text = text.rstrip().lower()
-    for mention in example.objects:
-        if text.endswith(mention.lower()):
-            return mention.lower()
-    return " ".join(text.split()[-2:]).strip("(")
+    name = object_of(text, example.objects) or " ".join(text.split()[-2:]).strip("(")
+    return name.lower()
 
 
 def bounds_of(region) -> list[float]:

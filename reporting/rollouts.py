@@ -62,13 +62,11 @@ def thinned(rows: list[dict], most: int = ALL_TOKENS) -> list[dict]:
     return [row for row in rows if row["step"] in kept]
 
 
-def rollouts(run: Run, rows: list[dict], examples: dict[str, Example], views: Views) -> dict | None:
-    """Pack a run's groups: what was asked, and its completions side by side; None without any.
+def rollouts(run: Run, rows: list[dict], examples: dict[str, Example], views: Views) -> dict:
+    """Pack a run's groups: what was asked, and its completions side by side.
 
     rows: of rollouts.jsonl. examples: by question, as far as their data are still there.
     """
-    if not rows:
-        return None
     # Token by token a long run would not fit into a page.
     shown = thinned(rows)
     pieces = Pieces(find_tokenizer(run))

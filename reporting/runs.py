@@ -139,7 +139,8 @@ def read_eval(folder: Path, is_named: bool = False) -> Evaluation | None:
     """Read a finished evaluation; None where there is none."""
     # eval.py writes its summary last, and removes it first when it starts again.
     summary = read_object(folder / "summary.json")
-    if not summary:
+    # data.coldstart writes a summary of its own.
+    if not {"config", "results"} <= summary.keys():
         return None
     return Evaluation(
         name=name_of(folder),

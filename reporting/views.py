@@ -11,7 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from errors import UserError
-from pictures import picture_size, read_metres, read_picture
+from pictures import image_key, metres_of, picture_size, read_picture
 from srreal import Example
 
 # Pixels of an image's width: the first of which all images fit into the room that there is.
@@ -57,7 +57,7 @@ class Views:
 
     def number(self, view: View) -> int:
         # Depth and camera belong to it: two sets may measure one image differently.
-        key = (key_of(view.image), key_of(view.depth), view.camera)
+        key = (image_key(view.image), image_key(view.depth), view.camera)
         if key not in self.numbers:
             self.numbers[key] = len(self.views)
             self.views.append(view)
@@ -73,15 +73,6 @@ class Views:
             width_of_view = width if number < most else None
             entries.append(packed_view(view, width_of_view, cells))
         return entries
-
-
-def key_of(source):
-    """Return a key that equal sources share: the source itself, or its id if it has no hash."""
-    try:
-        hash(source)  # a marked image compares by what it is drawn from
-    except TypeError:
-        return id(source)  # a view holds it, so no other gets that id
-    return source
 
 
 # ---- Images
@@ -135,15 +126,6 @@ def packed_view(view: View, width: int | None, cells: int) -> dict:
 
 
 # ---- Depth
-
-
-def metres_of(depth) -> np.ndarray | None:
-    """Return a depth map (H, W) in metres, or None."""
-    if depth is None:
-        return None
-    if isinstance(depth, str | Path):
-        return read_metres(depth)
-    return np.asarray(depth)
 
 
 def packed_depth(metres: np.ndarray | None, cells: int) -> dict | None:

@@ -62,9 +62,15 @@ def main(cfg: Config) -> None:
     steps = step_folders(cfg.speedrun / "sft")
     if not steps or not (cfg.speedrun / "eval-rl" / "summary.json").exists():
         raise UserError(f"--speedrun {cfg.speedrun}: there is no finished speedrun")
-    # All of it: a room of an older speedrun must not stay beside the new ones.
+    if cfg.out.exists() and not (cfg.out / "tiny").is_dir():
+        raise UserError(f"--out {cfg.out}: it holds something else than what this writes")
+    # Until all is written; after a failure it is still there.
+    old = cfg.out.with_name(f"{cfg.out.name}.old")
     with writing(cfg.out):
-        shutil.rmtree(cfg.out, ignore_errors=True)
+        # All of it: a room of an older speedrun must not stay beside the new ones.
+        if cfg.out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            cfg.out.rename(old)
         cfg.out.mkdir(parents=True)
     # Half the bytes, and what checkpoints of real size come in.
     write_in_bf16(steps[-1], cfg.out / "tiny")
@@ -74,6 +80,7 @@ def main(cfg: Config) -> None:
     commands = [write_room(number, room, cfg.out) for number, room in enumerate(rooms, start=1)]
     size = sum(p.numel() for p in model.parameters()) / 1e6
     (cfg.out / "README.md").write_text(card(cfg.speedrun, size, commands), encoding="utf-8")
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_in_bf16(checkpoint: Path, out: Path) -> None:

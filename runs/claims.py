@@ -103,13 +103,16 @@ def gain(before: list[dict], after: list[dict], metric: str = "accuracy") -> str
     return points(difference) if difference else "-"
 
 
-def gains_by_seed(before: list[list[dict]], after: list[list[dict]], path: str) -> str:
+def gains_by_seed(
+    before: list[list[dict]], after: list[list[dict]], path: str | None = None
+) -> str:
     """Write each seed's own paired difference of accuracy in points."""
     texts = []
-    # Not strict: a seed may have its "before", and its "after" not yet.
-    for first, second in zip(before, after, strict=False):
-        difference = paired(pool([first], path), pool([second], path))
-        texts.append(f"{100 * difference['value']:+.1f}")
+    for seed in after:
+        # Ids hold their seed. One that has no "before" yet has no pairs.
+        difference = paired(pool(before, path), pool([seed], path))
+        if difference:
+            texts.append(f"{100 * difference['value']:+.1f}")
     return ", ".join(texts)
 
 
@@ -161,7 +164,7 @@ def rl_lifts_both_paths(seeds: Seeds) -> str | None:
             by_seed = gains_by_seed(before, after, path) if task is None else ""
             line = [name, f"{len(new)}", percent(old), percent(new), gain(old, new)]
             rows.append([*line, by_seed, sampled])
-    heading = ["", "answers", "cold start", "after RL", "gain", "by seed", "sampled reward"]
+    heading = ["", "answers", "cold start", "after RL", "gain", "by seed", "gain in sampled reward"]
     return table(heading, rows)
 
 
@@ -173,8 +176,13 @@ def dtr_where_metres_matter(seeds: Seeds) -> str | None:
     for task in (None, *families(answers)):
         lor = as_if_on_one_path(pool(answers, "lor", task))
         dtr = as_if_on_one_path(pool(answers, "dtr", task))
-        rows.append([task or "**all**", percent(lor), percent(dtr), gain(lor, dtr)])
-    return table(["", "LOR", "DTR", "DTR - LOR"], rows)
+        by_seed = ""
+        if task is None:
+            lor_of_seeds = [as_if_on_one_path(pool([seed], "lor")) for seed in answers]
+            dtr_of_seeds = [as_if_on_one_path(pool([seed], "dtr")) for seed in answers]
+            by_seed = gains_by_seed(lor_of_seeds, dtr_of_seeds)
+        rows.append([task or "**all**", percent(lor), percent(dtr), gain(lor, dtr), by_seed])
+    return table(["", "LOR", "DTR", "DTR - LOR", "by seed"], rows)
 
 
 def as_if_on_one_path(rows: list[dict]) -> list[dict]:
@@ -364,7 +372,7 @@ def write(folder: Path, into: Path | None) -> None:
     if into is None:
         print(text)
         return
-    with writing(into):
+    with writing(into, "--into has to be a page"):
         page = into.read_text(encoding="utf-8")
         if BEGIN not in page or END not in page:
             raise UserError(f"{into}: it has no lines {BEGIN} and {END}")

@@ -24,9 +24,9 @@ cold_variant() {
     shift 3
     sft "$variant-worked" "$(step read "$READ_STEPS")" "$SFT_STEPS" --data "$OUT/scenes/train$sets$paths" $SEE --lr 2e-3 --warmup 50 "$@"
     sft "$variant-sft" "$(step "$variant-worked" "$SFT_STEPS")" "$MIX_STEPS" --data "$OUT/scenes/mixed$sets$paths" $SEE --lr 1e-3 --warmup 10 "$@"
-    ask "$variant-eval-sft" --data "$OUT/scenes/test$sets" --model "$(step "$variant-sft" "$MIX_STEPS")" --again 0
+    ask "$variant-eval-sft" --data "$OUT/scenes/test$sets" --model "$(step "$variant-sft" "$MIX_STEPS")" --again 0 $REGIONS
     rl "$variant-rl" "$(step "$variant-sft" "$MIX_STEPS")" "$RL_STEPS" --data "$OUT/scenes/rl$sets" --prompts 16 $REGIONS
-    ask "$variant-eval-rl" --data "$OUT/scenes/test$sets" --model "$(step "$variant-rl" "$RL_STEPS")" --again 0
+    ask "$variant-eval-rl" --data "$OUT/scenes/test$sets" --model "$(step "$variant-rl" "$RL_STEPS")" --again 0 $REGIONS
 }
 
 # The claims in turn, each for all seeds: what there is after an interruption has as many seeds as it can.

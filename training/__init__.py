@@ -6,10 +6,13 @@ In the order of a run:
     ranks         torchrun's environment -> rank, world, device; sums over ranks; shares of the work
     policy        the model that trains (sharded or not), the one that samples, the reference
     optim         torch.optim on fp32 masters; learning rates
+    lengths       rows that are longer than the checkpoint's positions
     batches       order of the data, micro-batches packed by tokens
     metrics       what an RL step adds up to, by path, over all ranks
     folder        a run's directory: its lock, config.json, rows; what --resume may change
+    origin        commit and date of a run
     recorded      the flags in config.json, as defaults of a command line
+    track         wandb or trackio, which get the rows, too
     interrupt     SIGTERM and Ctrl-C: after the step, saved
     torchrun      torchrun without its traceback, for those who start ranks in a script
     checkpoints   step-000123/: a checkpoint, and trainer/ with all that a resumed run needs

@@ -7,12 +7,12 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from model.processor import has_depth
+from pictures import image_key
 from srreal import Example
 from training.ranks import all_reduce
 
@@ -68,10 +68,7 @@ class Order:
 
 def images_key(example: Example) -> tuple:
     """Return what questions of the same images have in common."""
-    key = []
-    for image in example.images:
-        key.append(str(image) if isinstance(image, (str, Path)) else id(image))
-    return tuple(key)
+    return tuple(image_key(image) for image in example.images)
 
 
 def prefetched(make: Callable, items: Iterable) -> Iterator:

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from errors import UserError
-from model import checkpoint as model_files
+from model import checkpoint as model_checkpoint
 from model.checkpoint import PARTS, save_tensors
 from model.files import check_readable, missing_file
 from model.qwen_vl import QwenVL
@@ -45,8 +45,7 @@ def find_start(cfg) -> tuple[Path | None, int]:
     done = read_state(found)["step"] if found else 0
     # Ranks that see another disk would train from different steps, and never say so.
     most = ranks.all_reduce([done], "MAX")[0]
-    # The least as a maximum: one kind of reduction for both.
-    least = -ranks.all_reduce([-done], "MAX")[0]
+    least = ranks.all_reduce([done], "MIN")[0]
     if most != least:
         raise UserError(
             f"{out}: the ranks find different checkpoints in it; --out has to be on a shared disk"
@@ -131,14 +130,14 @@ def save(cfg, step: int, rows: int, model: QwenVL, processor, optimizer: Optimiz
 def write_model(aside: Path, weights: dict, model: QwenVL, processor) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     (aside / "trainer").mkdir(parents=True)
-    model_files.write(aside, weights, model.origin, processor)
+    model_checkpoint.write(aside, weights, model.origin, processor)
 
 
 def finish(aside: Path, final: Path, record: dict, keep: int) -> None:
     """Write what is left of a checkpoint, and give it its name; take old ones' trainer/ away."""
     save_tensors({"torch": torch.get_rng_state()}, aside / "trainer" / "random.safetensors")
     write_state(aside, record)
-    model_files.replace(aside, final)
+    model_checkpoint.replace(aside, final)
     if keep:
         steps = step_folders(final.parent)
         # Behind it stand incomplete ones alone: the run went on from one before them.
@@ -188,11 +187,10 @@ def write_state(aside: Path, record: dict) -> None:
     (aside / "trainer" / "state.json").write_text(text)
 
 
-def restore(checkpoint: Path | None, optimizer: Optimizer, batch: int, **same) -> int:
+def restore(checkpoint: Path | None, optimizer: Optimizer, **same) -> int:
     """Restore optimiser, masters and random states; return the rows taken from the data so far.
 
-    checkpoint None: a new run, nothing to do. batch: rows a step, for a checkpoint that does not
-    say how many it has taken.
+    checkpoint None: a new run, nothing to do.
 
     UserError where `same` differs from what `save` was given, or a file is torn.
     """
@@ -200,25 +198,24 @@ def restore(checkpoint: Path | None, optimizer: Optimizer, batch: int, **same) -
         return 0
     state = read_state(checkpoint)
     for key, now in same.items():
-        # What an older version didn't record can't be compared.
-        then = state["same"].get(key, now)
+        then = state["same"][key]
         if then != now:
             raise UserError(f"{checkpoint}: the run had {key} {then}, now it is {now}")
     world = ranks.world_size()
-    before = state.get("ranks", world)
+    before = state["ranks"]
     if before != world:
         ranks.say(f"going on with {world} ranks after {before}: the same run, but not to the bit")
-    folder = checkpoint / "trainer"
-    check_readable(folder)
+    trainer = checkpoint / "trainer"
+    check_readable(trainer)
     try:
         # Opened, not read: whole tensors come one at a time, and each rank keeps its part.
-        files = {kind: safe_open(folder / f"{kind}.safetensors", "pt") for kind in KINDS}
-        random_states = safe_open(folder / "random.safetensors", "pt")
+        files = {kind: safe_open(trainer / f"{kind}.safetensors", "pt") for kind in KINDS}
+        random_states = safe_open(trainer / "random.safetensors", "pt")
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{folder}: {error}") from error
+        raise UserError(f"{trainer}: {error}") from error
     optimizer.load(lambda kind, name: files[kind].get_tensor(name), state["updates"])
     torch.set_rng_state(random_states.get_tensor("torch"))
-    return state.get("rows", state["step"] * batch)
+    return state["rows"]
 
 
 def read_state(checkpoint: Path) -> dict:

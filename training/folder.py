@@ -3,6 +3,8 @@
     lock             who is at work in it; there is none once the run has ended
     config.json      the script and its flags, with which --resume goes on; commit and date
     metrics.jsonl    a row a step
+    rollouts.jsonl   a row a logged completion (train_rl.py)
+    tracker_name     the run's name in its tracker (track.py)
     step-000123/     a checkpoint (checkpoints.py)
 
 The first rank reads and writes them; what goes wrong there is raised on all ranks.
@@ -17,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 
+import flags
 from errors import UserError, writing
 from training import ranks
 from training.origin import origin
@@ -207,8 +210,7 @@ def refuse_other_flags(cfg) -> None:
         # Any other schedule's rate depends, at every step, on how many there are.
         if field.name == "steps" and now > then and before.get("schedule") == "constant":
             continue
-        flag = field.name.replace("_", "-")
-        differences.append(f"--{flag} {shown(then)}, now it is {shown(now)}")
+        differences.append(f"{flags.flag(field.name)} {shown(then)}, now it is {shown(now)}")
     if differences:
         raise UserError(
             f"{path}: the run had {'; '.join(differences)}: leave that flag out, or choose "

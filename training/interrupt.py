@@ -30,9 +30,9 @@ class Interrupted(KeyboardInterrupt):
 class Interrupts:
     """A context in which a signal raises Interrupted: at once, or after the step (`defer`).
 
-    After `defer` the first signal is kept until the loop asks for it. The second raises at once; of
-    the ranks under torchrun, which wait for each other, another signal than the first ends them
-    without a word.
+    After `defer` the first signal is kept until the loop asks for it, and the second raises at
+    once. Under torchrun, where ranks wait for each other, a second signal of another kind ends the
+    process without a message.
     """
 
     def __init__(self):

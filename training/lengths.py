@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from data.marks import Marked
 from errors import UserError
 from model.processor import Processor
-from pictures import BadPicture, is_stored, picture_size
+from pictures import BadPicture, image_key, picture_size
 from srreal import Example, prompt, target
 
 # More than a chat template adds to a text, and a region written out as a box; in tokens.
@@ -90,6 +90,5 @@ def size_of(image) -> tuple[int, int] | None:
 
 
 def key_of(image):
-    """Return what is equal for one image: its file or content, else the object."""
-    source = image.source if isinstance(image, Marked) else image
-    return source if is_stored(source) else id(image)
+    """Return what is equal for one image, whatever is marked in it."""
+    return image_key(image.source if isinstance(image, Marked) else image)

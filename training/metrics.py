@@ -14,10 +14,10 @@ MEANS = {
     "kept": "groups",
     "entropy": "tokens",
     "kl": "reference_tokens",
-    "clip_low": "trained_tokens",
-    "clip_high": "trained_tokens",
-    "mismatch_kl": "trained_tokens",
-    "mismatch_mean": "trained_tokens",
+    "clip_low": "tokens",
+    "clip_high": "tokens",
+    "mismatch_kl": "tokens",
+    "mismatch_mean": "tokens",
 }
 COUNTS = (
     "completions",
@@ -26,7 +26,6 @@ COUNTS = (
     "sampled_tokens",
     "tokens",
     "reference_tokens",  # whose log-prob the reference has told
-    "trained_tokens",
 )
 LOGGED_COUNTS = ("groups", "sampled_tokens", "tokens")
 # What a loss says of all its tokens, whatever their path; not logged by path.

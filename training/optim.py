@@ -7,13 +7,13 @@ weight, it would vanish.
     name      of a parameter that learns
     master    its fp32 weight, which torch.optim updates: the parameter itself where that is fp32
               (a CPU's; FSDP2's shards), else a copy that lives here
-    image     the whole weight in the compute dtype, which is rounded from the master after every
+    computed  the whole weight in the compute dtype, which is rounded from the master after every
               step, in place: CUDA graphs read its address. The parameter itself, or that of a whole
               copy beside the shards
 
-    bf16 on one GPU        image (parameter) 2 B, master 4 B, gradient 4 B, moments 8 B a weight
-    fp32 on a CPU          master = image = parameter 4 B, gradient 4 B, moments 8 B
-    FSDP2 over N ranks     master = parameter: (4 + 4 + 8) B / N; image, if anything samples, 2 B
+    bf16 on one GPU        computed (parameter) 2 B, master 4 B, gradient 4 B, moments 8 B a weight
+    fp32 on a CPU          master = computed = parameter 4 B, gradient 4 B, moments 8 B
+    FSDP2 over N ranks     master = parameter: (4 + 4 + 8) B / N; computed, if anything samples, 2 B
 
 Gradients are summed in fp32: over the passes of a step (a bf16 parameter's gradient moves into its
 master's as soon as a backward has made it), and over the ranks. A parameter that no batch touched
@@ -156,7 +156,7 @@ class Optimizer:
     """The fp32 masters of some named parameters, and torch.optim over them.
 
     named: (name, parameter) pairs; those that don't require a gradient are left out.
-    images: name -> whole weight that is kept equal to the master; None: the parameters themselves;
+    compute_weights: name -> whole weight that is kept equal to the master; None: the parameters;
         {} where training is sharded and nothing samples.
     Only matrices (and larger) decay: not biases, not norms. vector_lr_scale is the learning rate of
     biases and norms in units of the matrices'.
@@ -165,18 +165,18 @@ class Optimizer:
     def __init__(
         self,
         named: Iterable[tuple[str, nn.Parameter]],
-        images: dict[str, Tensor] | None = None,
+        compute_weights: dict[str, Tensor] | None = None,
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
         muon: bool = False,
         vector_lr_scale: float = 1.0,
     ):
         # In the model's own order, which is the same on every rank and in every run.
         params = {name: p for name, p in named if p.requires_grad}
-        self.images = (
-            params if images is None else {name: images[name] for name in params if name in images}
-        )
+        self.compute_weights = params
+        if compute_weights is not None:
+            kept = {name: compute_weights[name] for name in params if name in compute_weights}
+            self.compute_weights = kept
         self.updates = 0
         self.masters: dict[str, nn.Parameter] = {}
         for name, param in params.items():
@@ -196,11 +196,11 @@ class Optimizer:
         # torch.optim's fused step takes shards or whole tensors, but not both in one group.
         for kind in self._by_kind():
             own = {id(master) for master in kind}
-            params = [master for master in self._of(vectors) if id(master) in own]
-            groups.append({"params": params, "weight_decay": 0.0, "lr_scale": vector_lr_scale})
+            of_kind = [master for master in self._of(vectors) if id(master) in own]
+            groups.append({"params": of_kind, "weight_decay": 0.0, "lr_scale": vector_lr_scale})
         groups = [group for group in groups if group["params"]]
         if groups:
-            self.optimizers.append(torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True))
+            self.optimizers.append(torch.optim.AdamW(groups, betas=betas, fused=True))
         if self.muon_names:
             group = {"params": self._of(self.muon_names), "lr_scale": MUON_LR_SCALE}
             self.optimizers.append(Muon([group | {"weight_decay": weight_decay}]))
@@ -281,12 +281,12 @@ class Optimizer:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Round the masters to their images, in place. Collective where training is sharded."""
-        for name, image in self.images.items():
+        """Round the masters to the weights that compute, in place. Collective where sharded."""
+        for name, weight in self.compute_weights.items():
             master = self.masters[name]
-            if image is not master:
+            if weight is not master:
                 # Rounded before it is gathered: half the bytes between ranks.
-                image.copy_(whole(master.detach().to(image.dtype)))
+                weight.copy_(whole(master.detach().to(weight.dtype)))
 
     def _state_of(self, name: str) -> dict[str, Tensor]:
         """Return what belongs to a name: its master, and what torch.optim keeps of it."""

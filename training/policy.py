@@ -60,7 +60,7 @@ class Policy:
     rollout_model: QwenVL | None  # None: nothing samples (a sharded SFT)
 
     @property
-    def images(self) -> dict[str, nn.Parameter] | None:
+    def compute_weights(self) -> dict[str, nn.Parameter] | None:
         """The weights that `Optimizer` keeps equal to its masters; None: the model's own."""
         if self.rollout_model is self.model:
             return None
@@ -154,11 +154,7 @@ def place_frozen(
         if p.requires_grad:
             continue
         weight = shared[name].data if name in shared else p.data.to(device)
-        placed = nn.Parameter(weight, requires_grad=False)
-        # A parameter can't change its device in place: another takes its name.
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, placed)
-        frozen.add(placed)
+        frozen.add(replace_parameter(model, name, weight, requires_grad=False))
     return frozen
 
 
@@ -167,15 +163,22 @@ def keep_wide(model: QwenVL, device: torch.device, compute: torch.dtype) -> set[
     wide = set()
     for name, p in list(model.named_parameters()):
         if p.requires_grad and p.dtype != compute:
-            placed = nn.Parameter(p.data.to(device))
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, placed)
-            wide.add(placed)
+            wide.add(replace_parameter(model, name, p.data.to(device)))
     return wide
 
 
+def replace_parameter(
+    model: QwenVL, name: str, weight: Tensor, requires_grad: bool = True
+) -> nn.Parameter:
+    """Give a parameter's name to another, as none can change its device in place; return that."""
+    placed = nn.Parameter(weight, requires_grad=requires_grad)
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, placed)
+    return placed
+
+
 def reshard(model: QwenVL) -> None:
-    """Free what a forward without a backward leaves gathered: FSDP's root."""
+    """Free the weights that FSDP's root keeps gathered after a forward without a backward."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -209,7 +212,7 @@ class Reference:
         self.model = model
         self.optimizer = optimizer
         self.weights = []
-        for name, weight in optimizer.images.items():
+        for name, weight in optimizer.compute_weights.items():
             if not name.endswith((".lora_a", ".lora_b")):
                 self.weights.append(weight)
 

@@ -125,7 +125,7 @@ def did_not_answer(error: BaseException) -> bool:
 
 
 def all_reduce(values: Sequence[float], op: str = "SUM") -> list[float]:
-    """Return the SUM (or MAX) of each value over the ranks, in fp64. Collective."""
+    """Return the SUM, MAX or MIN of each value over the ranks, in fp64. Collective."""
     if not dist.is_initialized():
         return list(values)
     # fp64: counts of tokens stay exact far beyond 2^24.

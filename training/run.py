@@ -14,6 +14,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data
+import flags
 import machine
 import plan
 from data.leakage import Filter
@@ -93,8 +94,6 @@ def end(message: str, code: int) -> None:
 
 def what_is_left(cfg) -> str:
     """Return what an interrupted command can go on from, where its loop had nothing to save."""
-    if cfg is None:
-        return "nothing had begun"
     if "resume" not in vars(cfg):
         return "the same command goes on" if "out" in vars(cfg) else "nothing is written"
     # A row or a step folder says that the loop got that far.
@@ -120,11 +119,11 @@ def explain(error: BaseException, cfg) -> str | None:
     of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     if not of_memory and "can't allocate memory" not in str(error):
         return None
-    flags = []
-    for flag, value in vars(cfg).items():
-        if flag in MEMORY_FLAGS:
-            flags.append(f"--{flag.replace('_', '-')} (now {value})")
-    return f"out of memory; turn down {' or '.join(flags)}"
+    knobs = []
+    for name, value in vars(cfg).items():
+        if name in MEMORY_FLAGS:
+            knobs.append(f"{flags.flag(name)} (now {value})")
+    return f"out of memory; turn down {' or '.join(knobs)}"
 
 
 def check_together(cfg, doubts: Sequence[str] = ()) -> None:
@@ -225,7 +224,7 @@ def resolve_auto_settings(cfg, config, device: torch.device, world: int, **sizes
         memory = torch.cuda.mem_get_info(device)[1] / 1e9
     else:
         memory = machine.memory() / local_world / 1e9
-    least = -ranks.all_reduce([-memory], "MAX")[0]  # all ranks have to choose alike
+    least = ranks.all_reduce([memory], "MIN")[0]  # all ranks have to choose alike
     wanted = plan.Config(
         cfg.model,
         local_world,

@@ -53,8 +53,9 @@ from data.benchmarks.threedsrbench import THREEDSRBENCH
 from data.benchmarks.viewspatial import VIEWSPATIAL
 from data.benchmarks.vsi_bench import VSI_BENCH, VSI_BENCH_DEBIASED
 from data.parquet import parquet_rows
-from data.rows import Bad, BadSource, MissingFile, look_below, records
+from data.rows import Bad, BadSource, MissingFile, look_below, progress, records
 from data.sets.spar_marks import PHRASE
+from pictures import BadPicture
 from srreal import Example
 
 # Everything derives from this: eval's --benchmark, both scorers, the figures beside the table.
@@ -122,7 +123,7 @@ def load(
 def read(
     name: str, root=None, path: str = "both", skip_bad_rows: bool = False, frames: int = 32
 ) -> Loaded:
-    """Do what `load` does, and say how many rows of the published ones that were."""
+    """Do what `load` does; return as well how many of the published rows there are."""
     name, _, task = name.partition("/")
     if name not in BENCHMARKS:
         raise BadSource(f"unknown benchmark {name!r}: one of {', '.join(BENCHMARKS)}")
@@ -139,7 +140,8 @@ def read(
     used = 0  # those that are questions of this benchmark
     unusable = 0
     # Only what the row says wrong is caught: any other exception of a reader is a bug in it.
-    for file, number, record in all_records(files):
+    numbered = progress(all_records(files), f"reading {name}", "row", total=benchmark.rows)
+    for file, number, record in numbered:
         total += 1
         try:
             if isinstance(record, Bad):
@@ -148,8 +150,9 @@ def read(
                 continue
             row = Row(record, folder, file, total, path, beside, frames, shown)
             asked = examples_of(benchmark, row, path)
-        except Bad as error:
-            bad += [(str(file), number, *problem) for problem in error.args[0]]
+        except (Bad, BadPicture) as error:
+            problems = error.args[0] if isinstance(error, Bad) else [("image", f"corrupt: {error}")]
+            bad += [(str(file), number, *problem) for problem in problems]
             unusable += 1
             continue
         used += 1 if asked else 0

@@ -230,8 +230,10 @@ def truth(row: dict, response: Parsed, views: int) -> tuple[dict, dict]:
         try:
             objects[mention], label = centre_and_label(place)
         except Bad as error:
-            ((field, reason),) = error.args[0]
-            raise Bad("3d_pos", f"wrong type or value: {key}: {field}: {reason}") from error
+            reasons = [
+                f"wrong type or value: {key}: {field}: {why}" for field, why in error.args[0]
+            ]
+            raise Bad([("3d_pos", reason) for reason in reasons]) from error
         labels[mention] = names.get(mention) or label or mention
     return objects, labels
 

@@ -19,6 +19,7 @@ from model.delta import walked
 from model.rollout.scheduler import Sequence
 
 MAX_SLOTS = 256  # more hardly raise the throughput, neither of a GPU nor of a CPU
+ASSUMED_PROMPT = 1024  # tokens, where no prompt is known yet
 CPU_BYTES = 2**31  # for keys and values
 CUDA_SHARE = 0.4  # for keys and values, of the memory that is free
 PROMPT_STEP = 256  # a prompt row has room for a multiple of so many tokens
@@ -40,13 +41,13 @@ class Options:
     cache_bytes: float | None = None  # room for new keys and values; None: see `spare_bytes`
 
 
-def default_slots(model, n: int, max_new_tokens: int, prompt: int = 1024) -> int:
-    """Return how many slots fit, with all their keys and values, if prompts have `prompt` tokens.
+def default_slots(model, n: int, max_new_tokens: int) -> int:
+    """Return how many slots fit, with all their keys and values, behind ASSUMED_PROMPT tokens.
 
     On a CPU this follows from shapes alone, on CUDA from the memory that is free now.
     """
     # The cache has two prompt rows for every n slots.
-    tokens = max_new_tokens + 2 * prompt / n
+    tokens = max_new_tokens + 2 * ASSUMED_PROMPT / n
     # A slot's own, and its share of the prompts'.
     states = 1 + 2 / n
     slot = tokens * token_bytes(model) + states * state_bytes(model)
@@ -77,7 +78,10 @@ def state_bytes(model) -> int:
 
 
 def new_states(model, count: int, device=None) -> list[tuple[Tensor, Tensor]]:
-    """Return zeros for each delta layer: states (count, V, D, E) fp32, and rings (count, w, C)."""
+    """Return zeros for each delta layer: states (count, V, D, E) fp32, and rings (count, w, C).
+
+    V value heads, D and E widths of a key and of a value, w taps, C channels of the convolution.
+    """
     sizes = model.decoder.sizes
     delta = sizes.delta
     if delta is None:

@@ -19,7 +19,7 @@ from kernels.delta_step import delta_step
 from kernels.layers import add_offset, torch_norm
 from model.qwen_vl import fused_linears
 from model.rollout.cache import Cache, Extent, Options, PromptRows
-from model.rollout.decode import decode, rope_frequencies, rotation, step_layers
+from model.rollout.decode import decode, frequencies_of, rotation, step_layers
 from model.rollout.scheduler import Sequence
 from model.rollout.slots import Slots, take_ended
 
@@ -188,7 +188,7 @@ class CpuDecoder:
         self.extent = Extent(slots, 0, 0, 0)
         # The clock when the oldest running sequence began: none has a longer suffix.
         self.oldest = 0
-        self.frequencies = rope_frequencies(model)
+        self.frequencies = frequencies_of(model)
         with torch.inference_mode():
             self.layers = step_layers(model.decoder, CpuAttention, CpuDeltaNet, CpuLayer)
         self.clock = 0

@@ -4,7 +4,8 @@ On CUDA the whole step, sampling included, is one graph over all slots, and the 
 sequences only every few steps, without waiting. Elsewhere it runs eagerly: so Triton's interpreter
 and the tests run a GPU's operations (CPUs have cpu.py).
 
-S slots, H hidden width, A query heads, K key-value heads, D head width, R room of a suffix.
+S slots, H hidden width, A query heads, K key-value heads, D head width, C channels
+of a head that rotate.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from torch import Tensor
 from kernels.decode_attention import Table, decode_attention
 from kernels.delta_step import delta_step
 from kernels.layers import add_rms_norm, qk_norm_rope_write, swiglu_joint
-from model.qwen_vl import fused_linears
+from model.qwen_vl import fused_linears, rope_frequencies
 from model.rollout.cache import Cache, Extent, Options
 from model.rollout.scheduler import Sequence
 from model.rollout.slots import HostState, Slots, take_ended
@@ -30,7 +31,7 @@ class Step:
     cache: Cache
     extent: Extent
     table: Table
-    cos: Tensor  # (S, R) of the R channels of a head that rotate
+    cos: Tensor  # (S, C)
     sin: Tensor
     at: Tensor  # (S,) where a slot's new token goes in its suffix
     ended: Tensor  # (S,) slots whose tokens nobody reads
@@ -123,18 +124,18 @@ def step_layers(
     return layers
 
 
-def rope_frequencies(model) -> Tensor:
-    """Return (R,) radians per position; for text mRoPE is the plain rotary embedding."""
-    sizes = model.decoder.sizes
-    # 1 / theta^(2 j / R) for frequency j, on both halves of the R channels of a head that rotate
-    exponent = torch.arange(0, sizes.rotary, 2, device=model.device) / sizes.rotary
-    frequencies = 1.0 / sizes.theta**exponent
-    return torch.cat((frequencies, frequencies))
+def frequencies_of(model) -> Tensor:
+    """Return (C,) radians a position: each frequency turns a channel of both halves."""
+    half = rope_frequencies(model.decoder.sizes, model.device)
+    return torch.cat((half, half))
 
 
 def rotation(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return cos and sin (S, R) of positions (S,), computed in fp32 and rounded when written."""
-    # (S, R) fp32: in bf16 a position above 256 wouldn't even be an integer.
+    """Return cos and sin (S, C) of positions (S,), computed in fp32 and rounded when written.
+
+    For text, mRoPE is the plain rotary embedding.
+    """
+    # (S, C) fp32: in bf16 a position above 256 wouldn't even be an integer.
     angles = positions[:, None] * frequencies
     cos = torch.cos(angles, out=angles.new_empty(angles.shape, dtype=dtype))
     sin = torch.sin(angles, out=angles.new_empty(angles.shape, dtype=dtype))
@@ -175,7 +176,7 @@ class Decoder:
         self.cache = Cache(model, options, slots)
         self.slots = Slots(model, options, slots)
         self.suffix_keys = options.max_new_tokens
-        self.frequencies = rope_frequencies(model)
+        self.frequencies = frequencies_of(model)
         self.layers = step_layers(model.decoder, FusedAttention, FusedDeltaNet, FusedLayer)
         self.clock = 0  # steps since the last reset
         self.graph = None
@@ -192,7 +193,7 @@ class Decoder:
         self.slots.reset(processor)
         if self.host_state:
             self.host_state.reset()
-        # Optimisers write in place, and so does `gather`; what moves needs a new graph.
+        # The optimiser writes in place, and so does `publish`; what moves needs a new graph.
         addresses = weight_addresses(self.model)
         if addresses != self.addresses:
             self.addresses = addresses

@@ -167,17 +167,18 @@ class Engine:
         examples: list[Example | Prompt],
         seed: int = 0,
         images: DeviceImages | None = None,
-        numbers: list[int] | None = None,
+        occurrence_of: list[int] | None = None,
     ) -> SampleStream:
         """Sample n completions of each example, or of the prompt that the processor made of it.
 
         The weights are those of now.
 
-        images: takes the prompts' images, and lends them to whoever trains on them. numbers: which
-        occurrence each is of its example, where other ranks have some; None: as in these examples.
+        images: takes the prompts' images, and lends them to whoever trains on them. occurrence_of:
+        which occurrence each is of its example, where other ranks have some; None: as in these
+        examples.
         """
         options = self.options
-        scheduler = Scheduler(examples, options.n, seed, numbers)
+        scheduler = Scheduler(examples, options.n, seed, occurrence_of)
         if options.max_new_tokens == 0:
             scheduler.cancel()
         # A call that asks for nothing makes no buffers.

@@ -37,18 +37,18 @@ class Sequence:
 def occurrences(examples: list[Example]) -> list[int]:
     """Return of each example how many before it have the same id and path."""
     counts: Counter = Counter()
-    numbers = []
+    occurrence_of = []
     for example in examples:
         key = (example.id, example.path)
-        numbers.append(counts[key])
+        occurrence_of.append(counts[key])
         counts[key] += 1
-    return numbers
+    return occurrence_of
 
 
 class Scheduler:
     """All sequences of one call, in the examples' order.
 
-    numbers: which occurrence each is of its example; None: as `occurrences` counts them here.
+    occurrence_of: which occurrence each is of its example; None: as `occurrences` counts them.
     """
 
     def __init__(
@@ -56,18 +56,18 @@ class Scheduler:
         examples: list[Example | Prompt],
         n: int,
         seed: int,
-        numbers: list[int] | None = None,
+        occurrence_of: list[int] | None = None,
     ):
         self.groups = [SequenceGroup(example) for example in examples]
-        if numbers is None:
-            numbers = occurrences([group.example for group in self.groups])
-        for group, number in zip(self.groups, numbers, strict=True):
+        if occurrence_of is None:
+            occurrence_of = occurrences([group.example for group in self.groups])
+        for group, occurrence in zip(self.groups, occurrence_of, strict=True):
             example = group.example
             group.unfinished = n
             for index in range(n):
                 # Of what the sample is, never of where it runs: the same noise in any slot and on
                 # any rank.
-                key = sequence_key(seed, example.id, example.path, index, number)
+                key = sequence_key(seed, example.id, example.path, index, occurrence)
                 group.sequences.append(Sequence(group, key))
         # Groups whose prompts still have to go through the model; always the last ones.
         self.unencoded = deque(self.groups)
@@ -115,5 +115,5 @@ class Scheduler:
                 cache.prompts.free.append(group.row)
                 group.row = None
         self.finished += ended
-        # The lowest slot is the first to be taken again.
+        # Of these the lowest is the first to be taken again.
         cache.free_slots += [sequence.slot for sequence in reversed(ended)]

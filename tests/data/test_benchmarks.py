@@ -222,6 +222,14 @@ def test_spar_bench_regions_from_the_marks_in_its_images(tmp_path):
     with pytest.warns(UserWarning, match="no region for the marks of 1 rows"):
         assert [len(e.regions) for e in benchmarks.load("spar-bench", root, "dtr")] == [3, 3, 0, 0]
     assert not any(e.regions for e in benchmarks.load("spar-bench", root, "lor"))
+    # Marks are searched in the pixels, so a torn image is found, and named by its row.
+    rows[0]["image"] = [{"bytes": both[:1500], "path": None}]
+    root = write(tmp_path / "torn" / "test-0.parquet", rows, image=pa.list_(IMAGE))
+    with pytest.raises(BadRows, match="test-0.parquet.*image: corrupt"):
+        benchmarks.load("spar-bench", root, "dtr")
+    with pytest.warns(UserWarning, match="no region"):
+        left = benchmarks.load("spar-bench", root, "dtr", skip_bad_rows=True)
+    assert [e.id for e in left] == ["1", "2", "3"]
 
 
 def depth_png(values) -> dict:

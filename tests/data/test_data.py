@@ -221,7 +221,7 @@ def test_one_triple_of_several_views_lies_in_the_frame_asked_for(folder):
     # no row of our format can, a generator can
     mixed.objects["b"] = (0.0, 0.0, 1.0)
     sizes = dict.fromkeys(mixed.images, (32, 24, "RGB"))
-    assert ("objects", "some by view, some not") in check(mixed, sizes, set())
+    assert ("objects", "some by view, some not") in check(mixed, sizes)
 
 
 def test_a_question_s_rows_of_two_paths_may_share_an_id(folder):
@@ -328,6 +328,16 @@ def test_without_a_home_to_write_to_files_are_read_each_time(folder, remembered)
     remembered.parent.write_text("a file where a folder should be")
     file = str(folder / "a.png")
     assert measure([file]) == measure([file]) == {file: (32, 24, "RGB")}
+
+
+def test_a_user_without_a_home_has_nothing_remembered(folder, remembered, monkeypatch):
+    def fail():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(headers.Path, "home", fail)
+    file = str(folder / "a.png")
+    assert measure([file]) == {file: (32, 24, "RGB")}
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="its file systems take no such names")

@@ -37,7 +37,7 @@ def example(**changes) -> Example:
 
 
 def problems(**changes) -> list[tuple[str, str]]:
-    return check(example(**changes), {}, set())
+    return check(example(**changes), {})
 
 
 def depth(metres: float) -> np.ndarray:
@@ -283,7 +283,7 @@ def test_rendered_rooms_pass_and_their_mistakes_do_not(rendered):
             np.multiply(one.intrinsics, 2).tolist(),
             np.roll(one.intrinsics, 2, 1).tolist(),
         ):
-            found = check(replace(one, intrinsics=wrong), headers, set())
+            found = check(replace(one, intrinsics=wrong), headers)
             assert found and {field for field, _ in found} == {"intrinsics"}
 
 
@@ -305,9 +305,9 @@ def test_an_estimated_depth_is_not_believed_against_a_row(rendered, tmp_path):
 def test_of_large_sets_a_share_of_the_rows_is_compared_with_depth():
     headers = dict.fromkeys(range(4000))
     wrong = example(depths=[depth(8.0)], intrinsics=None)
-    found = [bool(check(replace(wrong, id=str(k)), headers, set())) for k in range(400)]
+    found = [bool(check(replace(wrong, id=str(k)), headers)) for k in range(400)]
     assert 20 < sum(found) < 60
-    assert all(check(replace(wrong, id=str(k)), {}, set()) for k in range(20))
+    assert all(check(replace(wrong, id=str(k)), {}) for k in range(20))
 
 
 def test_a_depth_map_is_decoded_once_for_all_questions_about_it(rendered, tmp_path, monkeypatch):
@@ -326,11 +326,11 @@ def test_a_depth_map_is_decoded_once_for_all_questions_about_it(rendered, tmp_pa
     # Written anew, it is read anew.
     one = examples[0]
     headers = measure([one.images[0], one.depths[0]])
-    assert not check(one, headers, set())
+    assert not check(one, headers)
     width, height = headers[one.images[0]][:2]
     copy = tmp_path / "d.png"
     for metres, is_sound in ((65.0, False), (one.objects[next(iter(one.objects))][2], True)):
         Image.fromarray(np.full((height, width), metres * 1000, np.uint16)).save(copy)
         changed = replace(one, depths=[str(copy)])
         headers = measure([one.images[0], str(copy)])
-        assert bool(check(changed, headers, set())) is not is_sound
+        assert bool(check(changed, headers)) is not is_sound

@@ -294,6 +294,11 @@ BAD = {
         "farther than 1000 m",
     ),
     "no centre": ({"3d_pos": {"red_bbox": {}}}, "3d_pos", "wrong type or value: red_bbox"),
+    "two lists for objects": (
+        {"3d_pos": {"red_bbox": {"all_frame_3d": [1], "current_frame_3d": [2]}}},
+        "3d_pos",
+        "wrong type or value: red_bbox",
+    ),
     "no image": ({"image": None}, "image", "missing"),
     "a missing image": ({"image": "gone.png"}, "image", "missing file"),
     "two turns": ({"conversations": said("a", "b") * 2}, "conversations", "wrong count: 2 turns"),

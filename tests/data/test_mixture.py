@@ -105,6 +105,9 @@ def test_a_mixture_file(many, monkeypatch):
         ('[[source]]\ndata = "x"\npath = "cot"', "path one of"),
         ("seed = ", "mix.toml: Invalid value"),
         ('[[source]]\ndata = "nowhere"', "no such file or folder: nowhere"),
+        ('[[source]]\ndata = "other.toml"', "other.toml: a mixture can't hold another"),
+        ('[[source]]\ndata = "vqa:x"\nimage = ""', "vqa:x: image= is empty"),
+        ('[[source]]\ndata = "vqa:x"\nimage = 5', "names .* as text"),
     ],
 )
 def test_a_bad_mixture_says_what_is_wrong(tmp_path, text, match):

@@ -56,6 +56,11 @@ def cells(said: str, start: str) -> list[str]:
     return line.split()
 
 
+def test_nothing_to_train_on_is_no_success(rows):
+    made, write = rows
+    assert main(Config((f"{write(made[:0])}",))) == 1
+
+
 def test_good_rows_are_counted(rows, capsys):
     made, write = rows
     assert main(Config((write(made),))) == 0

@@ -17,12 +17,13 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from kernels.packed_attention import upload
+from mentions import object_of
 from model import tiny
 from model.families import FAMILIES as TRAITS
 from model.files import CheckpointError
 from model.head3d import point_grid
 from model.images import DeviceImages, LRUCache, in_merge_order
-from model.processor import Processor, object_of
+from model.processor import Processor
 from model.region import region_weights
 from srreal import Example, prompt, target
 

@@ -209,7 +209,7 @@ def test_who_is_asked_twice_answers_twice(tiny):
     )
     # The number that a rank is told counts those of the others.
     engine = Engine(model, processor, n=2, max_new_tokens=12)
-    alone = engine.sample_groups([one, two], seed=3, numbers=[2, 0])
+    alone = engine.sample_groups([one, two], seed=3, occurrence_of=[2, 0])
     assert tokens_of(list(alone)) == [tokens[3], tokens[1]]
 
 
@@ -426,14 +426,16 @@ def test_a_graph_outlives_what_a_step_does_to_the_weights(tiny, adapters):
     optimizer = Optimizer(model.named_parameters())
     engine.reset(processor)
     engine.graph = recorded = object()
-    before = [p.detach().clone() for p in optimizer.images.values()]
+    before = [p.detach().clone() for p in optimizer.compute_weights.values()]
     with policy.Reference(model, optimizer):
         model(processor(examples()[:1], [[[50]]]))
     model(processor(examples()[:1], [[[50, 51]]])).logprob.sum().backward()
     optimizer.step(1.0, 1.0, 0.0, "a step")
     engine.reset(processor)
     assert engine.graph is recorded
-    assert any((p != old).any() for p, old in zip(optimizer.images.values(), before, strict=True))
+    assert any(
+        (p != old).any() for p, old in zip(optimizer.compute_weights.values(), before, strict=True)
+    )
     weight = model.decoder.layers[-1].mlp.down_proj.weight
     weight.data = weight.data.clone()  # one that has moved
     engine.reset(processor)

@@ -118,6 +118,19 @@ def test_mistakes_end_in_words_and_leave_nothing(flags, words, tiny_home, photo,
         config(tiny_home, photo, tmp_path, depth="a", depth_model="b")
 
 
+def test_a_number_that_a_model_made_up_ends_no_picture(tiny_home, photo, tmp_path):
+    """A line a metre would be drawn for ever."""
+    asked = ask.prepare(config(tiny_home, photo, tmp_path, region=REGIONS))
+    box = dict(mention="red bbox", name="box", centre=[0.0, 0.0, 99999999999.0])
+    assert ask.from_above(asked, [dict(boxes=[box], head=None)], 100).size == (100, 100)
+
+
+def test_names_are_compared_without_case(tiny_home, photo, tmp_path):
+    question = "Red bbox <mask> is what?"
+    asked = ask.prepare(config(tiny_home, photo, tmp_path, question, region=REGIONS))
+    assert asked.names == ["Red bbox", "blue bbox"]
+
+
 def test_a_box_is_drawn_where_it_projects():
     """A cube of one metre, three metres ahead: its near face is 2.5 m away."""
     camera = (100.0, 100.0, 50.0, 40.0)

@@ -104,6 +104,23 @@ def test_one_path_gets_as_many_rollouts_alone(made):
     assert prompts["rl"] == 16 and prompts["rl-lor-only"] == prompts["rl-dtr-only"] == 8
 
 
+def test_boxes_in_words_are_asked_as_they_were_trained(made):
+    """A checkpoint of --regions text refuses to be asked about region tokens."""
+    _, commands = made
+    of_text = [line for line in commands if "/text-" in line]
+    assert len(of_text) == 2 * 5 and all("--regions text" in line for line in of_text)
+    assert not any("--regions" in line for line in commands if line not in of_text)
+
+
+def test_a_seed_without_its_run_before_is_left_out():
+    def row(seed, right):
+        name = f"seed-{seed} q"
+        return dict(id=name, path="lor", cluster="q", task="depth", accuracy=float(right))
+
+    before, after = [[row(1, 0)]], [[row(0, 1)], [row(1, 1)]]
+    assert claims.gains_by_seed(before, after, "lor") == "+100.0"
+
+
 def test_what_is_missing_is_named(tmp_path, capsys):
     with pytest.raises(UserError, match="no folder seed-0"):
         claims.write(tmp_path, None)

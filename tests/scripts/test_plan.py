@@ -25,7 +25,7 @@ from kernels.linear_logprob import WORKSPACE
 from model.lora import adapters, attach
 from model.processor import Processor
 from model.qwen_vl import QwenVL
-from model.rollout.cache import PROMPT_STEP, SPARE_PLACES, Cache, Options
+from model.rollout.cache import MAX_SLOTS, PROMPT_STEP, SPARE_PLACES, Cache, Options
 from model.rollout.prefill import PREFILL_TOKENS
 from model.tiny import SPECIAL, configuration, write
 from plan import Config, Settings, choose, count, estimate
@@ -445,3 +445,15 @@ def test_another_family_is_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(UserError, match="model_type 'llama' is not supported"):
         plan.main(Config(str(tmp_path)))
+
+
+def test_another_family_on_the_hub_is_named(monkeypatch):
+    config = AutoConfig.for_model("llama")
+    monkeypatch.setattr(plan, "checkpoint_of", lambda model: model)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda model: config)
+    with pytest.raises(UserError, match="someone/llama: model_type 'llama' is not supported"):
+        plan.main(Config("someone/llama"))
+
+
+def test_the_plan_has_the_rollout_s_slots():
+    assert plan.MAX_SLOTS == MAX_SLOTS

@@ -4,6 +4,7 @@ model."""
 import base64
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from report_run import HOSTILE, unpacked, write_evals, write_run, write_speedrun
 import report
 from errors import UserError
 from reporting import curves, explained, gallery, rollouts, runs, tables, views
-from srreal import REWARDS, target
+from srreal import REWARDS, Example, target
 
 
 class Page(HTMLParser):
@@ -334,6 +335,23 @@ def test_data_that_are_gone_leave_the_texts(run, tmp_path):
     (tmp_path / "set").symlink_to(run / "set")
     text = written(tmp_path / "page.html", evals=[tmp_path / "eval"])
     assert unpacked(text, "answers")["sets"][0]["questions"][0]["truths"]
+
+
+def test_a_cold_start_beside_the_runs_is_no_evaluation(run, tmp_path):
+    """data.coldstart has a summary.json of its own."""
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "cold").mkdir()
+    (tmp_path / "run" / "cold" / "summary.json").write_text('{"rows": 3}')
+    report.main(report.Config((str(tmp_path / "run"),)))
+    with pytest.raises(UserError, match="cold"):
+        report.main(report.Config(eval=(str(tmp_path / "run" / "cold"),)))
+
+
+def test_a_region_is_named_by_the_longest_mention_before_it():
+    objects = {"chair": (0.0, 0.0, 1.0), "red chair": (0.0, 0.0, 2.0)}
+    example = Example("a", "dtr", [], "?", "A", objects=objects)
+    assert gallery.mention_before("beside the Red Chair (", example) == "red chair"
+    assert gallery.mention_before("beside the armchair ", example) == "the armchair"
 
 
 def test_a_mistake_ends_in_a_line(run, tmp_path):

@@ -238,7 +238,7 @@ def test_the_cut_changes_nothing(shape, placements):
     gradient = torch.randn(10, 3, generator=torch.Generator().manual_seed(2))
 
     def stepped(p, gradient):
-        optimizer = Optimizer([("w", p)], images={}, weight_decay=0.1)
+        optimizer = Optimizer([("w", p)], compute_weights={}, weight_decay=0.1)
         p.grad = gradient
         for adamw in optimizer.optimizers:
             for group in adamw.param_groups:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -688,6 +689,20 @@ def graded(*groups):
     metrics = Metrics(["lor"], list(REWARDS))
     train_rl.add_scores(metrics, out, is_kept=lambda group: group.differs)
     return out, metrics.row()
+
+
+@pytest.mark.parametrize("limit, each", [(0, 5), (256, 5), (10, 3), (3, 1), (1, 1)])
+def test_validation_asks_as_many_of_each_path(capsys, limit, each):
+    paths = ["direct", "dtr", "lor"]
+    rows = [Example(f"{path} {i}", path, [], "?", "A") for path in paths for i in range(5)]
+    rows += [Example(f"more {i}", "lor", [], "?", "A") for i in range(4)]
+    exam = train_rl.validation_prompts(rows, limit)
+    assert Counter(prompt.example.path for prompt in exam) == dict.fromkeys(paths, each)
+    assert len({prompt.example.id for prompt in exam}) == 3 * each
+    train_rl.say_exam(exam, rows, limit)
+    said = capsys.readouterr().out
+    assert f"{each} of 5 direct, {each} of 5 dtr, {each} of 9 lor" in said
+    assert ("--eval-limit" in said) == (limit > 0)
 
 
 def test_a_changed_weight_reaches_the_advantages():

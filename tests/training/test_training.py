@@ -591,6 +591,28 @@ def test_two_ranks_have_the_gradients_of_one(checkpoint, tmp_path):
                     assert gap < 10 * tolerance, (share, dtype, shard, name, gap)
 
 
+# ---- Which rows show the same images
+
+
+def test_images_that_are_equal_bring_their_rows_together(tmp_path):
+    """By path, by content, by what is drawn; in memory only the same object."""
+    content = b"an image"
+    other = Marked(bytes(bytearray(content)), sharpen, (("by", 3),))
+    assert other.source is not content
+    shown = [
+        [str(tmp_path / "a.png")],
+        [tmp_path / "a.png"],
+        [Marked(content, sharpen, (("by", 3),))],
+        [other],
+        [Marked(content, sharpen, (("by", 4),))],
+        [Image.new("RGB", (8, 8))],
+        [Image.new("RGB", (8, 8))],
+    ]
+    rows = [Example(str(i), "lor", images, "?", "A") for i, images in enumerate(shown)]
+    keys = [batches.images_key(row) for row in rows]
+    assert [keys.index(key) for key in keys] == [0, 0, 2, 2, 4, 5, 6]
+
+
 # ---- Host memory
 
 
