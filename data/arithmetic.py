@@ -56,6 +56,11 @@ def rounded(value: float) -> float:
     return round(value, 2) + 0.0
 
 
+# Names of a step's ways along x, y and z of the camera: against the axis, and along it.
+WAYS = (("left", "right"), ("up", "down"), ("nearer", "farther"))
+SIDES, _, DEPTHS = WAYS
+
+
 def by_sign(value: float, names: tuple[str, str]) -> str:
     """Return the second name of a positive value, else the first."""
     return names[1] if value > 0 else names[0]

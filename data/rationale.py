@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
-from data.arithmetic import NUMBER, by_sign, half_unit, rounded
+from data.arithmetic import NUMBER, WAYS, by_sign, half_unit, rounded
 from data.benchmarks.answers import OPTION
 from srreal import Example, as_answer, number, parse, target, write_detect
 
@@ -50,9 +50,7 @@ class Hop:
 
 
 CAMERA = Thing("the camera", "camera", (0.0, 0.0, 0.0))
-# By axis: what a step in the negative and in the positive direction is called.
-WAYS = (("left", "right"), ("up", "down"), ("nearer", "farther"))
-# The same as patterns, in the words of questions and options.
+# By axis, as WAYS, but patterns in the words of questions and options.
 AXES = (
     ("left", "right"),
     ("above|higher", "below|lower"),

@@ -349,6 +349,14 @@ def typed(row: dict, required: dict, optional: dict) -> dict:
 # ---- conversations
 
 
+def only_turn(row: dict) -> tuple[str, str]:
+    """Return (question, answer) of a conversation that has one."""
+    turn, *more = turns(row)
+    if more:
+        raise Bad("conversations", f"wrong count: {1 + len(more)} turns")
+    return turn
+
+
 def turns(row: dict) -> list[tuple[str, str]]:
     """Return (question, answer) of every turn."""
     texts = [part.get("value", "").strip() for part in row["conversations"]]

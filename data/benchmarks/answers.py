@@ -208,6 +208,8 @@ def robust(response: str, example: Example) -> float | None:
 
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
+# For `mra`: ties of relative errors count as right, whichever way their floats fall.
+SLACK = 1e-9
 
 
 def mra(value: float, true: float, slack: float = 0.0) -> float:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from data.benchmarks.answers import mra, read_number, read_text, robust
+from data.benchmarks.answers import SLACK, mra, read_number, read_text, robust
 from data.benchmarks.means import Mean, Scored, average, averages, mean, means
 from data.benchmarks.schema import TEST, Benchmark, Item, Row, inside
 from data.folders import walk
@@ -212,10 +212,6 @@ def official_axes(text: str) -> list[float]:
         key, value = entry.split(":")
         moves[key] = float(value)
     return [moves.get(plus, 0) - moves.get(minus, 0) for plus, minus in AXES]
-
-
-# Ties of relative errors count as right, whichever way their floats fall.
-SLACK = 1e-9
 
 
 def robust_mra(response: str, example: Example) -> float | None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.benchmarks.answers import THRESHOLDS, mra, read_number, robust
+from data.benchmarks.answers import SLACK, THRESHOLDS, mra, read_number, robust
 from data.benchmarks.means import Mean, Scored, average, by_sample
 from data.benchmarks.schema import Benchmark, Item, Row
 from data.rows import Bad
@@ -103,10 +103,6 @@ def official(text: str, example: Example) -> float:
         return 0.0
     # To the bit as published: ties of relative errors fall as these floats do.
     return float(np.mean(abs(value - true) / true <= 1 - THRESHOLDS))
-
-
-# Ties of relative errors count as right, whichever way their floats fall.
-SLACK = 1e-9
 
 
 def robust_mra(response: str, example: Example) -> float | None:

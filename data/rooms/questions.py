@@ -14,7 +14,7 @@ import math
 from collections import namedtuple
 from itertools import permutations
 
-from data.arithmetic import by_sign
+from data.arithmetic import DEPTHS, SIDES, WAYS, by_sign
 
 # answer is right and wrong has the other options, () where a number is asked for; lor and dtr are
 # the rationales of both paths that work it out, and guess is one that doesn't, all of them up to
@@ -33,9 +33,6 @@ Way = namedtuple("Way", "steps exact worked words working")
 CLEAR = 0.25
 
 LETTERS = "ABC"
-SIDES = ("left", "right")
-HEIGHTS = ("up", "down")
-DEPTHS = ("nearer", "farther")
 
 
 def way_between(view, a, b):
@@ -43,8 +40,7 @@ def way_between(view, a, b):
     # + 0.0 turns -0.0 into 0.0: a step of no length has no sign.
     steps = [round(q - p, 1) + 0.0 for p, q in zip(a.near(view), b.near(view), strict=True)]
     x, y, z = (
-        f"{abs(step)} {by_sign(step, names)}"
-        for step, names in zip(steps, (SIDES, HEIGHTS, DEPTHS), strict=True)
+        f"{abs(step)} {by_sign(step, names)}" for step, names in zip(steps, WAYS, strict=True)
     )
     start = f"From {a.colour} to {b.colour}:"
     return Way(

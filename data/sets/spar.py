@@ -37,8 +37,8 @@ from data.rows import (
     each,
     files_of,
     matrix,
+    only_turn,
     pinhole,
-    turns,
     typed,
 )
 from data.sets.embodiedscan import SCANNET, Scenes
@@ -173,9 +173,7 @@ class Question:
 
         occlusion: whether depth has to show the objects.
         """
-        (question, answer), *more = turns(self.row)
-        if more:
-            raise Bad("conversations", f"wrong count: {1 + len(more)} turns")
+        question, answer = only_turn(self.row)
         images = self.files.images
         several = len(images) > 1
         shapes = sizes_of(images, headers)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
-from data.rows import Bad, Headers, Notes, Row, each, estimated, set_name, turns, typed
+from data.rows import Bad, Headers, Notes, Row, each, estimated, only_turn, set_name, typed
 from data.sets.files import Files, depths_of, files_of_row, sizes_of
 from data.sets.llava import IMAGE, OPTIONAL, REQUIRED
 from data.sets.regions import REGIONS, kind_of, placed
@@ -132,9 +132,7 @@ def check_size(row: dict, shape: tuple[int, int]) -> None:
 
 
 def one_turn(row: dict) -> tuple[str, str]:
-    (question, answer), *more = turns(row)
-    if more:
-        raise Bad("conversations", f"wrong count: {1 + len(more)} turns")
+    question, answer = only_turn(row)
     return TEMPLATE.sub("", question), answer
 
 
