@@ -145,8 +145,8 @@ class Processor:
             min_pixels = min(min_pixels, self.max_pixels)
         image_processor.size = {"shortest_edge": min_pixels, "longest_edge": self.max_pixels}
         self.levels = byte_levels(image_processor)
-        self.decoder = ImageDecoder(image_processor, self.max_pixels)
-        self.images = ImageCache(self.decoder, workers)
+        self.image_decoder = ImageDecoder(image_processor, self.max_pixels)
+        self.images = ImageCache(self.image_decoder, workers)
         self.has_warned_of_length = False
 
     def _read_special_tokens(self) -> None:
@@ -317,7 +317,7 @@ class Processor:
         """Count the tokens of an example's prompt from its images' (width, height) alone."""
         views = []
         for size in sizes:
-            views.append(View(size, self.decoder.grid_of(size), patches=None, points=None))
+            views.append(View(size, self.image_decoder.grid_of(size), patches=None, points=None))
         text = srreal.prompt(example)
         if self.regions == "text":
             text = self._write_boxes(example, text, views)
@@ -330,7 +330,7 @@ class Processor:
 
     def pixels_of(self, size: tuple[int, int]) -> int:
         """Return how many pixels of an image of (width, height) the model reads."""
-        rows, columns = self.decoder.grid_of(size)
+        rows, columns = self.image_decoder.grid_of(size)
         return rows * columns * self.image_processor.patch_size**2
 
     def _warn_of_length(self, example: Example, length: int) -> None:

@@ -63,7 +63,7 @@ def bound(processor: Processor, example: Example, answer: str, sizes: list) -> i
     # A byte-level BPE starts from bytes and merges: never more tokens than bytes.
     count += len(prompt(example).encode()) + len(answer.encode())
     for size in sizes:
-        rows, columns = processor.decoder.grid_of(size)
+        rows, columns = processor.image_decoder.grid_of(size)
         # A token is a square of patches, merged.
         count += rows * columns // processor.image_processor.merge_size**2
     return count

@@ -177,8 +177,8 @@ class CpuLayer:
         return self.down(F.silu(gate).mul_(up))
 
 
-class CpuDecoder:
-    """As decode.Decoder. Every call makes its own, as MKL copies the weights as they are then."""
+class CpuModelRunner:
+    """As decode.ModelRunner. Every call makes its own: MKL copies the weights as they are then."""
 
     def __init__(self, model, options: Options, slots: int):
         self.model = model

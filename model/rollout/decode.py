@@ -168,7 +168,7 @@ def weight_addresses(model) -> list[int]:
     return [weight.data_ptr() for weight in weights]
 
 
-class Decoder:
+class ModelRunner:
     """The buffers of all slots, and the step over them."""
 
     def __init__(self, model, options: Options, slots: int):

@@ -18,8 +18,8 @@ from kernels import interpreted
 from model.batch import Prompt
 from model.images import DeviceImages
 from model.rollout.cache import Options, default_slots
-from model.rollout.cpu import CpuDecoder
-from model.rollout.decode import Decoder
+from model.rollout.cpu import CpuModelRunner
+from model.rollout.decode import ModelRunner
 from model.rollout.prefill import PREFILL_TOKENS, prompts_within
 from model.rollout.scheduler import Scheduler, Sequence
 from srreal import Example
@@ -46,10 +46,10 @@ class SampleStream:
     last group that was returned.
     """
 
-    def __init__(self, processor, scheduler: Scheduler, decoder, prefill_tokens: int, images=None):
+    def __init__(self, processor, scheduler: Scheduler, runner, prefill_tokens: int, images=None):
         self.processor = processor
         self.scheduler = scheduler
-        self.decoder = decoder
+        self.runner = runner
         self.prefill_tokens = prefill_tokens
         self.images = images
         self.closed = False
@@ -75,37 +75,37 @@ class SampleStream:
     def advance(self) -> None:
         """Sample a token for every sequence that runs, and let others begin before."""
         scheduler = self.scheduler
-        decoder = self.decoder
+        runner = self.runner
         # Prompts whose rows wait for others to end, wait here with all that come after them.
-        admitted = scheduler.admit(decoder.cache, decoder.clock)
-        while scheduler.waiting and decoder.cache.free_slots and self._prefill():
-            admitted += scheduler.admit(decoder.cache, decoder.clock)
+        admitted = scheduler.admit(runner.cache, runner.clock)
+        while scheduler.waiting and runner.cache.free_slots and self._prefill():
+            admitted += scheduler.admit(runner.cache, runner.clock)
         # Once for all that were admitted, however many prefills it took.
         if admitted:
-            decoder.slots.load(admitted, decoder.cache.prompts)
-            decoder.cache.fork(admitted)
-            decoder.link(scheduler.running)
-        decoder.step()
+            runner.slots.load(admitted, runner.cache.prompts)
+            runner.cache.fork(admitted)
+            runner.link(scheduler.running)
+        runner.step()
         # On CUDA this lags by up to two looks: an ended slot goes on for nobody until it is seen.
-        ended = decoder.take_ended(scheduler.running)
+        ended = runner.take_ended(scheduler.running)
         if ended:
-            decoder.slots.clear(ended)
-            scheduler.finish(ended, decoder.cache)
-        decoder.tidy(scheduler.running, bool(ended), bool(scheduler.waiting))
+            runner.slots.clear(ended)
+            scheduler.finish(ended, runner.cache)
+        runner.tidy(scheduler.running, bool(ended), bool(scheduler.waiting))
 
     def _prefill(self) -> bool:
         """Encode the next prompts, as many as the budget and the free rows hold.
 
         Returns False while they have to wait for rows that are in use.
         """
-        prompts = self.decoder.cache.prompts
+        prompts = self.runner.cache.prompts
         if not prompts.free:
             return False
         # A prompt at least; how many more depends on their lengths.
         groups = list(self.scheduler.unencoded)[: len(prompts.free)]
         sources = (group.source for group in groups)
         encoded = prompts_within(self.processor, sources, self.prefill_tokens, share=True)
-        if not self.decoder.make_room(max(len(prompt.ids) for prompt in encoded)):
+        if not self.runner.make_room(max(len(prompt.ids) for prompt in encoded)):
             return False
         # Wider rows may be fewer.
         encoded = encoded[: len(prompts.free)]
@@ -113,7 +113,7 @@ class SampleStream:
         batch = self.processor.pack(encoded, share=True).to(prompts.lengths.device, self.images)
         rows = prompts.take([len(prompt.ids) for prompt in encoded])
         # hidden (T, H); of each layer its keys and values, or a delta net's state and ring.
-        hidden, layers = self.decoder.model.prefill(batch)
+        hidden, layers = self.runner.model.prefill(batch)
         prompts.store(rows, batch, hidden, layers)
         self.scheduler.start_prompts(rows)
         return True
@@ -133,7 +133,7 @@ class SampleStream:
         # What ended later than its group's turn, and what still runs. The one wait is for lengths.
         returned = set(self.scheduler.groups[: self.returned])
         running = self.scheduler.running
-        lengths = self.decoder.slots.length.tolist() if running else []
+        lengths = self.runner.slots.length.tolist() if running else []
         for sequence in self.scheduler.finished + running:
             if sequence.group not in returned:
                 self.discarded_samples += 1
@@ -142,25 +142,28 @@ class SampleStream:
             if sequence.group not in returned:
                 self.discarded_tokens += lengths[sequence.slot]
         # Buffers and images go, unless the caller has them, too.
-        self.decoder = None
+        self.runner = None
         self.images = None
 
 
 class Engine:
     """A sampler for one model; on CUDA its buffers and its graph outlive a call.
 
-    The options are the fields of `Options`. There may be one open stream at a time. decoder: the
-    class that steps; None: Decoder, or CpuDecoder on a CPU unless Triton's kernels are interpreted.
+    The options are the fields of `Options`. There may be one open stream at a time. runner: the
+    class that steps; None: ModelRunner, or CpuModelRunner on a CPU unless Triton's kernels are
+    interpreted.
     """
 
-    def __init__(self, model, processor, decoder: type | None = None, **options):
+    def __init__(self, model, processor, runner: type | None = None, **options):
         self.model = model
         self.processor = processor
         self.options = Options(**options)
-        # Interpreted, the kernels run in Decoder: so a CPU tests what a GPU does.
+        # Interpreted, the kernels run in ModelRunner: so a CPU tests what a GPU does.
         on_cpu = model.device.type == "cpu"
-        self.decoder_class = decoder or (CpuDecoder if on_cpu and not interpreted() else Decoder)
-        self.decoder = None
+        self.runner_class = runner or (
+            CpuModelRunner if on_cpu and not interpreted() else ModelRunner
+        )
+        self.runner = None
 
     def sample_groups(
         self,
@@ -183,27 +186,27 @@ class Engine:
             scheduler.cancel()
         # A call that asks for nothing makes no buffers.
         samples = len(scheduler.waiting)
-        decoder = self._prepare(samples) if samples else None
+        runner = self._prepare(samples) if samples else None
         budget = options.prefill_tokens or PREFILL_TOKENS[self.model.device.type]
-        return SampleStream(self.processor, scheduler, decoder, budget, images)
+        return SampleStream(self.processor, scheduler, runner, budget, images)
 
     def _prepare(self, samples: int):
-        """Return an empty decoder for so many samples."""
+        """Return an empty runner for so many samples."""
         # On a CPU buffers cost next to nothing to make, and should not stay during an update.
         options = self.options
         slots = options.slots or default_slots(self.model, options.n, options.max_new_tokens)
         if self.model.device.type == "cpu":
-            decoder = self.decoder_class(self.model, options, min(slots, samples))
+            runner = self.runner_class(self.model, options, min(slots, samples))
         else:
-            if self.decoder is None:
-                self.decoder = self.decoder_class(self.model, options, slots)
-            decoder = self.decoder
-        decoder.reset(self.processor)
-        return decoder
+            if self.runner is None:
+                self.runner = self.runner_class(self.model, options, slots)
+            runner = self.runner
+        runner.reset(self.processor)
+        return runner
 
     def release(self) -> None:
         """Free the buffers and the graph; the next call makes them again."""
-        self.decoder = None
+        self.runner = None
 
 
 def sample_groups(

@@ -29,7 +29,7 @@ class Sequence:
     group: SequenceGroup
     noise_key: int
     slot: int | None = None
-    started: int = 0  # the decoder's clock when it got its slot
+    started: int = 0  # the runner's clock when it got its slot
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 

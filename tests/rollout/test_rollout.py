@@ -26,7 +26,7 @@ from model.qwen_vl import QwenVL, fuse_linears, fused_linears, input_projections
 from model.rollout import Engine, generate, predict_centres, sample_groups
 from model.rollout.cache import Options, PromptRows, token_bytes
 from model.rollout.cpu import joint_linear
-from model.rollout.decode import Decoder, FusedLayer
+from model.rollout.decode import FusedLayer, ModelRunner
 from model.rollout.scheduler import Scheduler
 from model.rollout.slots import HostState, take_ended
 from model.tiny import write
@@ -138,7 +138,7 @@ def test_the_step_of_a_gpu(tiny):
     model, processor, _ = tiny
     options = dict(n=2, max_new_tokens=3, slots=3)
     ours = generate(model, processor, examples()[1:3], seed=2, **options)
-    engine = Engine(model, processor, Decoder, **options)
+    engine = Engine(model, processor, ModelRunner, **options)
     theirs = list(engine.sample_groups(examples()[1:3], seed=2))
     assert tokens_of(ours) == tokens_of(theirs)
     gaps = zip(
@@ -322,7 +322,7 @@ def test_an_engine_samples_what_single_calls_do(tiny):
     """Call after call, also behind one that was left half way, and after its buffers were freed."""
     model, processor, _ = tiny
     options = dict(n=3, max_new_tokens=6, slots=4)
-    engine = Engine(model, processor, Decoder, **options)
+    engine = Engine(model, processor, ModelRunner, **options)
     half = engine.sample_groups(examples()[1:], seed=1)
     next(half)
     half.close()
@@ -422,7 +422,7 @@ def test_a_graph_outlives_what_a_step_does_to_the_weights(tiny, adapters):
     _, processor, path = tiny
     model = QwenVL.from_pretrained(str(path), dtype=torch.bfloat16)
     lora.learn(model, "lm", adapters)
-    engine = Decoder(model, Options(n=2, max_new_tokens=4), 4)
+    engine = ModelRunner(model, Options(n=2, max_new_tokens=4), 4)
     optimizer = Optimizer(model.named_parameters())
     engine.reset(processor)
     engine.graph = recorded = object()

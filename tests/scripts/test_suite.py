@@ -397,13 +397,13 @@ def test_32_frames_for_two_questions_are_encoded_once(tmp_path, tiny, monkeypatc
     tokens = []
     model.vision.register_forward_pre_hook(lambda module, args: encoded.append(len(args[1])))
     model.decoder.register_forward_pre_hook(lambda module, args: tokens.append(len(args[0])))
-    decode = type(processor.decoder).__call__
+    decode = type(processor.image_decoder).__call__
 
     def counted(self, source):
         decoded.append(source)
         return decode(self, source)
 
-    monkeypatch.setattr(type(processor.decoder), "__call__", counted)
+    monkeypatch.setattr(type(processor.image_decoder), "__call__", counted)
     sample(model, processor, examples, tokens=1, prefill_tokens=640)
     assert sum(encoded) == 32 and len(decoded) == 32
     first, second = [processor.prompt(example) for example in examples]
