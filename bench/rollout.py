@@ -266,7 +266,7 @@ def decode(model, processor, count: int, bandwidth: float, rate: float, tokens: 
     torch.cuda.synchronize()
     # The decoder looks at last step's flags while the GPU does the next: what the host waits there
     # is the GPU's time, and not its own.
-    state = engine.decoder.host_state
+    state = engine.runner.host_state
     state.copied = Waited(state.copied)
     start.record()
     clock = time.perf_counter()
@@ -283,7 +283,7 @@ def decode(model, processor, count: int, bandwidth: float, rate: float, tokens: 
     keys = sum(prompt_tokens) + count * (warm + tokens) / 2
     least = bound(model, count, keys, bandwidth, rate)
     # To see that later calls replay this graph, and record no other.
-    graph = engine.decoder.graph
+    graph = engine.runner.graph
     rates = []
     for seed in range(3):
         clock = time.perf_counter()
@@ -300,8 +300,8 @@ def decode(model, processor, count: int, bandwidth: float, rate: float, tokens: 
         "generate_tokens_per_second": statistics.median(rates),
         "host_share": host / step,
         "peak_gb_beyond_weights": (torch.cuda.max_memory_allocated() - weights) / 1e9,
-        "cache_gb": engine.decoder.cache.nbytes / 1e9,
-        "same_graph": engine.decoder.graph is graph,
+        "cache_gb": engine.runner.cache.nbytes / 1e9,
+        "same_graph": engine.runner.graph is graph,
     }
 
 

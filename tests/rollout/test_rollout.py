@@ -346,7 +346,7 @@ def test_enough_takes_groups_in_the_order_of_the_prompts(tiny, monkeypatch):
         got.append(group)
         if sum(map(signal, got)) == wanted:
             break
-    steps = stream.decoder.clock
+    steps = stream.runner.clock
     for _ in range(2):
         stream.close()
     assert next(stream, None) is None
@@ -457,11 +457,11 @@ def test_the_graph_samples_what_a_cpu_does(tiny):
                 one.decoder.layers[0].mlp.down_proj.weight.mul_(scale)
         ours = tokens_of(engine.sample_groups(examples()))
         truth = tokens_of(generate(model, processor, examples(), **options))
-        graph = engine.decoder.graph
+        graph = engine.runner.graph
         assert ours == truth
     used = torch.cuda.memory_allocated()
     list(engine.sample_groups(examples()))
-    assert engine.decoder.graph is graph and torch.cuda.memory_allocated() == used
+    assert engine.runner.graph is graph and torch.cuda.memory_allocated() == used
     engine.release()
     assert torch.cuda.memory_allocated() < used
     with torch.no_grad():

@@ -13,6 +13,7 @@ import train_rl
 import train_sft
 from bench import kernels, rollout, train
 from data import coldstart, depth
+from srreal import Example
 
 
 class Ready(Exception):
@@ -36,7 +37,7 @@ SCRIPTS = {
     "eval.py": (
         lambda: evaluation.main(evaluation.Config("m")),
         {
-            "eval.questions": lambda _: evaluation.Asked([]),
+            "eval.questions": lambda _: evaluation.Asked([Example("a", "lor", [], "?", "A")]),
             "training.run.load_processor": lambda *_: None,
             "eval.load_model": stop,
         },
