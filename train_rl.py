@@ -374,8 +374,8 @@ def roll_out(
     prompts; 0: never. What runs behind it is discarded.
     """
     encoded = [prompt.encoded for prompt in prompts]
-    occurrences = [prompt.occurrence for prompt in prompts]
-    stream = engine.sample_groups(encoded, seed, images, occurrences)
+    occurrence_of = [prompt.occurrence for prompt in prompts]
+    stream = engine.sample_groups(encoded, seed, images, occurrence_of)
     groups = []
     informative = 0
     scoring_seconds = 0.0

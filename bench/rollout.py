@@ -264,7 +264,7 @@ def decode(model, processor, count: int, bandwidth: float, rate: float, tokens: 
     for _ in range(warm):  # encodes the prompts, fills all slots, records the graph
         stream.advance()
     torch.cuda.synchronize()
-    # The decoder looks at last step's flags while the GPU does the next: what the host waits there
+    # The runner looks at last step's flags while the GPU does the next: what the host waits there
     # is the GPU's time, and not its own.
     state = engine.runner.host_state
     state.copied = Waited(state.copied)

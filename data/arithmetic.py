@@ -57,8 +57,9 @@ def rounded(value: float) -> float:
 
 
 # Names of a step's ways along x, y and z of the camera: against the axis, and along it.
-WAYS = (("left", "right"), ("up", "down"), ("nearer", "farther"))
-SIDES, _, DEPTHS = WAYS
+SIDES = ("left", "right")
+DEPTHS = ("nearer", "farther")
+WAYS = (SIDES, ("up", "down"), DEPTHS)
 
 
 def by_sign(value: float, names: tuple[str, str]) -> str:

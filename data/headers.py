@@ -41,8 +41,8 @@ def measure(files: list[str], decoded: int = 20_000) -> Headers:
         bar = progress(found, "opening images", "file", total=len(fresh))
         headers |= zip(fresh, bar, strict=True)
     # Only what is sound is remembered: what was wrong may have been mended since.
-    sound = [file for file in fresh[:decoded] if isinstance(headers[file], Header)]
-    remember({file: headers[file] for file in sound}, stamps)
+    sound = {file: headers[file] for file in fresh[:decoded] if isinstance(headers[file], Header)}
+    remember(sound, stamps)
     return headers
 
 

@@ -178,9 +178,8 @@ def dtr_where_metres_matter(seeds: Seeds) -> str | None:
         dtr = as_if_on_one_path(pool(answers, "dtr", task))
         by_seed = ""
         if task is None:
-            lor_of_seeds = [as_if_on_one_path(pool([seed], "lor")) for seed in answers]
             dtr_of_seeds = [as_if_on_one_path(pool([seed], "dtr")) for seed in answers]
-            by_seed = gains_by_seed(lor_of_seeds, dtr_of_seeds)
+            by_seed = gains_by_seed([lor], dtr_of_seeds)
         rows.append([task or "**all**", percent(lor), percent(dtr), gain(lor, dtr), by_seed])
     return table(["", "LOR", "DTR", "DTR - LOR", "by seed"], rows)
 

@@ -228,10 +228,9 @@ def truth(row: dict, response: Parsed, views: int) -> tuple[dict, dict]:
         try:
             objects[mention], label = centre_and_label(place)
         except Bad as error:
-            reasons = [
-                f"wrong type or value: {key}: {field}: {why}" for field, why in error.args[0]
-            ]
-            raise Bad([("3d_pos", reason) for reason in reasons]) from error
+            start = f"wrong type or value: {key}"
+            faults = [("3d_pos", f"{start}: {field}: {reason}") for field, reason in error.args[0]]
+            raise Bad(faults) from error
         labels[mention] = names.get(mention) or label or mention
     return objects, labels
 

@@ -158,11 +158,11 @@ class Engine:
         self.model = model
         self.processor = processor
         self.options = Options(**options)
-        # Interpreted, the kernels run in ModelRunner: so a CPU tests what a GPU does.
-        on_cpu = model.device.type == "cpu"
-        self.runner_class = runner or (
-            CpuModelRunner if on_cpu and not interpreted() else ModelRunner
-        )
+        if runner is None:
+            # Interpreted, the kernels run in ModelRunner: so a CPU tests what a GPU does.
+            has_kernels = model.device.type != "cpu" or interpreted()
+            runner = ModelRunner if has_kernels else CpuModelRunner
+        self.runner_class = runner
         self.runner = None
 
     def sample_groups(

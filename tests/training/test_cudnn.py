@@ -49,7 +49,7 @@ SCRIPTS = {
     "data/depth.py": (
         lambda: depth.main(depth.Config((), "m")),
         {
-            "data.depth.missing": lambda _: [],
+            "data.depth.missing": lambda _: {},
             "data.depth.AutoModelForDepthEstimation.from_pretrained": stop,
         },
     ),
