@@ -1017,7 +1017,7 @@ def say_exam(exam: list[Prompt], examples: list[Example], limit: int) -> None:
     there = Counter(example.path for example in examples)
     if asked != there:
         counts = ", ".join(f"{asked[path]} of {there[path]} {path}" for path in sorted(there))
-        cap = f", at most --eval-limit {limit} together" if limit else ""
+        cap = f" (--eval-limit {limit})" if limit else ""
         ranks.say(f"validation asks {counts} questions: equally many of each path{cap}")
 
 

@@ -19,11 +19,11 @@ from typing import Annotated, Literal
 
 import numpy as np
 import tyro
-from tqdm import tqdm
 
 import data
 import flags
 from data import preview
+from data.rows import progress
 from errors import UserError, launch
 from flags import Count, Seed
 from srreal import PATHS, Example, target, truth_kind
@@ -115,7 +115,7 @@ def lengths_of(examples: list[Example], processor) -> dict[str, Lengths]:
     found: dict[str, Lengths] = {}
     # One image may stand in thousands of rows: each header is read once.
     sizes = measured(examples)
-    for example in tqdm(examples, desc="lengths", unit="row", leave=False):
+    for example in progress(examples, "lengths", "row", len(examples)):
         lengths = found.setdefault(example.path, Lengths())
         images = [sizes[key_of(image)] for image in example.images]
         if None in images:

@@ -122,7 +122,8 @@ def kind_of(config) -> str:
     """Return "metric" or "relative" of a model's config."""
     kind = KINDS.get(config.model_type) or getattr(config, "depth_estimation_type", None)
     if kind is None:
-        raise UserError(f"a depth model of type {config.model_type!r}: say --kind metric if it is")
+        asked = f"a depth model of type {config.model_type!r}: is its depth metric or relative?"
+        raise UserError(f"{asked} (data.depth takes --kind metric)")
     return kind
 
 

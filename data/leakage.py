@@ -22,12 +22,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import PurePath
 
-from tqdm import tqdm
-
 import flags
 from data import parts_of, rows_of, say
 from data.benchmarks import BENCHMARKS, all_records, find_files
-from data.rows import Bad, BadSource, Row
+from data.rows import Bad, BadSource, Row, progress
 from errors import launch
 
 SCANNET = "ScanNet"
@@ -223,7 +221,7 @@ def main(cfg: Config) -> dict[str, dict[Scene, Leak]]:
     benchmarks = [read_benchmark(text) for text in cfg.benchmark]
     leaks: dict[str, dict[Scene, Leak]] = {asked.name: {} for asked in benchmarks}
     trained = Asked("training")
-    for row in tqdm(rows_of(parts_of(cfg.train)), desc="training rows", unit="row", disable=None):
+    for row in progress(rows_of(parts_of(cfg.train)), "training rows", "row"):
         scenes = scenes_of(row)
         trained.add(scenes)
         for asked in benchmarks:
