@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from reporting import curves, gallery, rollouts, tables
 from reporting.explained import Explained
-from reporting.runs import Comparison, Evaluation, Run, comparisons, date_of
+from reporting.runs import Comparison, Evaluation, Run, comparisons
 from reporting.views import Views
 from srreal import PATHS, SECTIONS
 
@@ -49,7 +49,7 @@ def made_by_run(run: Run) -> Made:
             steps=f"{run.steps:,}",
             duration=duration(run.seconds),
             seed=config.get("seed"),
-            date=config.get("date") or date_of(run.folder, "metrics.jsonl"),
+            date=run.date,
             commit=config.get("commit"),
         ),
         flags=flags_of(config),
@@ -68,7 +68,7 @@ def made_by_eval(evaluation: Evaluation) -> Made:
             answers=f"{len(evaluation.rows):,}",
             duration=duration(summary.get("seconds")),
             seed=config.get("seed"),
-            date=summary.get("date") or date_of(evaluation.folder, "summary.json"),
+            date=evaluation.date,
             commit=summary.get("commit"),
         ),
         flags=flags_of(config),

@@ -41,6 +41,10 @@ class Run:
         return self.config.get("script", guess)
 
     @property
+    def date(self) -> str:
+        return self.config.get("date") or date_of(self.folder, "metrics.jsonl")
+
+    @property
     def steps(self) -> int:
         return self.rows[-1]["step"]
 
@@ -61,6 +65,10 @@ class Evaluation:
     summary: dict  # the rest of summary.json; of a benchmark its marks, and others' figures
     rows: list[dict]  # of predictions.jsonl, an answer each
     is_named: bool  # by --eval, and so to be compared with the others whatever it was
+
+    @property
+    def date(self) -> str:
+        return self.summary.get("date") or date_of(self.folder, "summary.json")
 
     @property
     def is_blind(self) -> bool:
@@ -158,11 +166,18 @@ def name_of(folder: Path) -> str:
     return NAMES.get(folder.name, folder.name)
 
 
-def place_in_order(folder: Path) -> tuple:
-    """Return a key that sorts the speedrun's folders as its table has them, then all others."""
+def in_order(items: list) -> list:
+    """Sort the runs or evaluations of a folder: the speedrun's as its table has them, then the
+    others from the oldest on, as an evaluation before a training should come before one after it.
+    """
     known = list(NAMES)
-    place = known.index(folder.name) if folder.name in known else len(known)
-    return place, folder.name
+
+    def place(item: Run | Evaluation) -> tuple:
+        if item.folder.name in known:
+            return known.index(item.folder.name), "", ""
+        return len(known), item.date, item.folder.name
+
+    return sorted(items, key=place)
 
 
 def collect(
@@ -195,10 +210,10 @@ def collect(
 
 def inside(folder: Path) -> tuple[list[Run], list[Evaluation]]:
     """Read the runs and evaluations of a folder and of those right below it."""
-    below = sorted((path for path in folder.iterdir() if path.is_dir()), key=place_in_order)
-    runs = [read_run(path) for path in (folder, *below)]
-    evals = [read_eval(path) for path in (folder, *below)]
-    return [run for run in runs if run], [evaluation for evaluation in evals if evaluation]
+    folders = [folder, *(path for path in folder.iterdir() if path.is_dir())]
+    runs = [read_run(path) for path in folders]
+    evals = [read_eval(path) for path in folders]
+    return in_order([run for run in runs if run]), in_order([found for found in evals if found])
 
 
 def named_evals(folder: Path, name: str) -> list[Evaluation]:

@@ -214,6 +214,19 @@ def test_n_is_that_of_all_questions_where_the_last_column_has_fewer(tmp_path):
     assert cells[at + 1 : at + 3] == ["LOR", "8"]
 
 
+def test_evaluations_of_other_names_stand_in_the_order_of_their_dates(tmp_path):
+    data = write_set(tmp_path / "set", n=1)
+    writers = {"after": target, "before": lambda e: "A", "eval-sft": target}
+    write_evals(data, tmp_path, writers, again=0)
+    for name, day in (("after", 2), ("before", 1), ("eval-sft", 3)):
+        file = tmp_path / name / "summary.json"
+        summary = json.loads(file.read_text()) | {"date": f"2026-01-0{day} 10:00 UTC"}
+        file.write_text(json.dumps(summary))
+    _, evals = runs.collect([str(tmp_path)], [])
+    # The speedrun's own come first, whenever they were made.
+    assert [evaluation.folder.name for evaluation in evals] == ["eval-sft", "before", "after"]
+
+
 def test_what_is_compared():
     def evaluation(name, ids, is_named=False, **config):
         rows = [dict(question_id=i, truth="A") for i in ids]
