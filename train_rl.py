@@ -207,7 +207,7 @@ from srreal import PATHS, Example, Scores, score, total_of, weights_of
 from training import checkpoints, folder, interrupt, ranks, run
 from training.batches import (
     Order,
-    dummy_example,
+    dummy_prompt,
     equalize_passes,
     needs_dummy,
     pack_by_tokens,
@@ -621,7 +621,7 @@ def make_microbatch(
     prompts = [piece.prompt.encoded for piece in pieces]
     if needs_dummy([piece.prompt.example for piece in pieces], world):
         # FSDP2 waits for a gradient of every parameter from every rank.
-        prompts.append(processor.prompt(dummy_example()))
+        prompts.append(dummy_prompt(processor))
         completions.append([[processor.end_ids[0]]])
     batch = processor.pack(prompts, completions)
     return MicroBatch(

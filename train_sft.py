@@ -108,6 +108,7 @@ from training import checkpoints, folder, interrupt, ranks, run
 from training.batches import (
     Order,
     dummy_example,
+    dummy_prompt,
     equalize_passes,
     images_key,
     needs_dummy,
@@ -253,16 +254,15 @@ def make_microbatches(
         completions = [[answer] for answer in targets[run_of_rows]]
         sequences = len(completions)
         if needs_dummy(examples[run_of_rows], world):
-            dummy = dummy_example()
-            packed.append(processor.prompt(dummy))
-            completions.append([processor.target_ids(dummy)])
+            packed.append(dummy_prompt(processor))
+            completions.append([processor.target_ids(dummy_example())])
         out.append(MicroBatch(processor.pack(packed, completions), sequences))
     return out
 
 
 def make_dummy(processor: Processor) -> MicroBatch:
     """Return a pass without weight, which a rank runs while another still has work."""
-    return MicroBatch(processor([dummy_example()], [[[0]]]), 0)
+    return MicroBatch(processor.pack([dummy_prompt(processor)], [[[0]]]), 0)
 
 
 def prefetched_microbatches(

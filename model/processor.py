@@ -97,8 +97,9 @@ class Processor:
     tokenizer, config, family; mask_id, image_token_id; end_ids (they end a completion), end_id (the
     one that closes a turn); banned (bool [V]: ids that are never sampled); max_pixels of an image;
     regions ("token": a region is an embedding in the place of <mask>; "text": its box is written
-    out), has_read_regions (whether any prompt had one); record (what the checkpoint was trained
-    for); files (the checkpoint's directory); images (the decoded ones, and the workers).
+    out), has_read_regions (whether any prompt but a dummy had one); record (what the checkpoint
+    was trained for); files (the checkpoint's directory); images (the decoded ones, and the
+    workers).
     """
 
     @classmethod
@@ -272,13 +273,15 @@ class Processor:
 
     # ---- Prompts
 
-    def prompt(self, example: Example) -> Prompt:
+    def prompt(self, example: Example, is_dummy: bool = False) -> Prompt:
         """Build an example's prompt; ExampleError names a row that can't be used.
 
         An image that is an object, and not a file, must not change while its prompts are in use.
+        is_dummy: nobody learns from it to read regions.
         """
         text = srreal.prompt(example)
-        self.has_read_regions |= bool(example.regions)
+        if not is_dummy:
+            self.has_read_regions |= bool(example.regions)
         self._check_text(example, text, "question", masks=len(example.regions))
         self._check_images(example, text)
         # Before the text, since --regions text writes boxes in units of their images.

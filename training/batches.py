@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from PIL import Image
 
-from model.processor import has_depth
+from model.processor import Processor, Prompt, has_depth
 from pictures import image_key
 from srreal import Example
 from training.ranks import all_reduce
@@ -129,6 +129,11 @@ def dummy_example() -> Example:
         intrinsics=[(64, 64, 32, 32)],
         regions=[(0, (8, 8, 56, 56))],
     )
+
+
+def dummy_prompt(processor: Processor) -> Prompt:
+    """Build the dummy's prompt. It isn't recorded that regions were read."""
+    return processor.prompt(dummy_example(), is_dummy=True)
 
 
 def needs_dummy(examples: list[Example], world: int) -> bool:

@@ -155,11 +155,12 @@ def note_learnt(model: QwenVL, processor, optimizer: Optimizer) -> None:
     """
     record = model.record
     learnt = [optimizer.has_learnt(f"{part}.") for part in PARTS]
-    # A rank whose rows had no depth has heard nothing of the point map; another may have.
-    learnt = ranks.all_reduce(learnt, "MAX")
+    # A rank whose rows had no depth has heard nothing of the point map, and one whose rows had no
+    # region has read none; another may have.
+    *learnt, has_read_regions = ranks.all_reduce([*learnt, processor.has_read_regions], "MAX")
     if record.trained is not None:
         record.trained.update(part for part, flag in zip(PARTS, learnt, strict=True) if flag)
-    if processor.has_read_regions:
+    if has_read_regions:
         record.regions = processor.regions
 
 
