@@ -11,13 +11,15 @@ whose runs aren't there (yet) are left out, and named.
 """
 
 import math
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
+from typing import Annotated
+
+import tyro
 
 import data
 import flags
@@ -33,8 +35,9 @@ PATHS = ("lor", "dtr")
 
 @dataclass
 class Config:
-    folder: Path  # what runs/claims.sh has made
-    into: Path | None = field(default=None)  # a page with the two marks; None: print the tables
+    # what runs/claims.sh has made
+    folder: Annotated[Path, tyro.conf.Positional]
+    into: Path | None = None  # a page with the two marks; None: print the tables
 
     def __post_init__(self):
         flags.check(self)
@@ -382,10 +385,5 @@ def write(folder: Path, into: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    # Before tyro sees them, which would take a folder for a stray word.
-    if arguments and not arguments[0].startswith("-"):
-        # The folder may stand alone, as in the usage above.
-        arguments = ["--folder", *arguments]
-    cfg = flags.parse(Config, __doc__, arguments)
+    cfg = flags.parse(Config, __doc__)
     launch("claims", write, cfg.folder, cfg.into)
