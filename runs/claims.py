@@ -248,11 +248,13 @@ def cold_starts(seeds: Seeds) -> str | None:
         for path in PATHS:
             old = pool(seeds.answers(sft), path)
             new = pool(seeds.answers(after), path)
-            row += [f"{percent(old)} -> {percent(new)}", percent(new, "format")]
+            after_by_seed = [percent(pool([seed], path)) for seed in seeds.answers(after)]
+            row += [f"{percent(old)} -> {percent(new)}", ", ".join(after_by_seed)]
+            row.append(percent(new, "format"))
         row.append(f"{mean_of(start, 'reward'):.2f} -> {mean_of(end, 'reward'):.2f}")
         rows.append(row)
-    heading = ["cold start", "LOR", "format", "DTR", "format", "reward in RL, first and last 10"]
-    return table(heading, rows)
+    of_paths = ["LOR", "by seed", "format", "DTR", "by seed", "format"]
+    return table(["cold start", *of_paths, "reward in RL, first and last 10"], rows)
 
 
 def mean_of(runs: list[list[dict]], column: str) -> float:
@@ -340,9 +342,13 @@ def taken_away(seeds: Seeds) -> str | None:
         row = [name]
         for path in PATHS:
             own = pool(answers, path)
-            row += [percent(own), gain(pool(base, path), own)]
+            change = ["", ""]
+            if name != "nothing":
+                change = [gain(pool(base, path), own), gains_by_seed(base, answers, path)]
+            row += [percent(own), *change]
         rows.append([*row, centre_error(pool(answers, "dtr"))])
-    return table(["taken away", "LOR", "", "DTR", "", "centres, m"], rows)
+    heading = ["taken away", "LOR", "change", "by seed", "DTR", "change", "by seed", "centres, m"]
+    return table(heading, rows)
 
 
 CLAIMS: dict[str, Callable[[Seeds], str | None]] = {

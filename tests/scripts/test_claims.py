@@ -79,6 +79,9 @@ def test_every_claim_finds_its_runs(made, monkeypatch, capsys):
     # Four clusters of two equal answers each: sqrt(4 / 3 * 4 * 1^2) / 8.
     assert cells[4] == f"+50.0 ± {100 * (4 / 3 * 4) ** 0.5 / 8:.1f}"
     assert re.search(r"\| 0 \| 0\.250 ± ", text)
+    assert "| LOR alone | 25.0 -> 75.0 | 75.0, 75.0 | " in text
+    taken_away = [line for line in text.splitlines() if line.startswith("| the 3D head's loss | ")]
+    assert len(taken_away) == 1 and taken_away[0].count("| +0.0 ± 0.0 | +0.0, +0.0 |") == 2
 
 
 def test_every_seed_has_its_own_scenes_and_the_same_test(made):
