@@ -107,7 +107,6 @@ from srreal import PATHS, Example, target
 from training import checkpoints, folder, interrupt, ranks, run
 from training.batches import (
     Order,
-    dummy_example,
     dummy_prompt,
     equalize_passes,
     images_key,
@@ -254,8 +253,9 @@ def make_microbatches(
         completions = [[answer] for answer in targets[run_of_rows]]
         sequences = len(completions)
         if needs_dummy(examples[run_of_rows], world):
-            packed.append(dummy_prompt(processor))
-            completions.append([processor.target_ids(dummy_example())])
+            dummy = dummy_prompt(processor)
+            packed.append(dummy)
+            completions.append([processor.target_ids(dummy.example)])
         out.append(MicroBatch(processor.pack(packed, completions), sequences))
     return out
 

@@ -239,18 +239,19 @@ def cold_starts(seeds: Seeds) -> str | None:
     rows = []
     for name, (sft, rl, after) in runs.items():
         metrics = seeds.metrics(rl)
-        if not (metrics and seeds.answers(after)):
+        before_rl = seeds.answers(sft)
+        after_rl = seeds.answers(after)
+        if not (metrics and after_rl):
             return None
         # Ten steps: one step's reward is that of 16 prompts, and says little.
         start = [run[:10] for run in metrics]
         end = [run[-10:] for run in metrics]
         row = [name]
         for path in PATHS:
-            old = pool(seeds.answers(sft), path)
-            new = pool(seeds.answers(after), path)
-            after_by_seed = [percent(pool([seed], path)) for seed in seeds.answers(after)]
-            row += [f"{percent(old)} -> {percent(new)}", ", ".join(after_by_seed)]
-            row.append(percent(new, "format"))
+            old = pool(before_rl, path)
+            new = pool(after_rl, path)
+            by_seed = ", ".join(percent(pool([seed], path)) for seed in after_rl)
+            row += [f"{percent(old)} -> {percent(new)}", by_seed, percent(new, "format")]
         row.append(f"{mean_of(start, 'reward'):.2f} -> {mean_of(end, 'reward'):.2f}")
         rows.append(row)
     of_paths = ["LOR", "by seed", "format", "DTR", "by seed", "format"]
